@@ -1,0 +1,345 @@
+//! The configuration file of `meander-runtime`.
+//!
+//! The operator writes it into a ConfigMap; on a laptop it is written by hand. It is YAML, and unknown fields are refused, so
+//! that a misspelt field never passes silently. It holds no secret: those are files that it names, read again at every
+//! connection, so that a rotated password is picked up.
+
+use std::{
+    fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+/// What `meander-runtime capture` does, and what `meander-runtime cleanup` takes away again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct CaptureConfig {
+    /// The `CdcPipeline`; with the slot it names the checkpoint.
+    pub pipeline: ResourceIdentity,
+    /// Where changes come from.
+    pub source: PostgresSource,
+    /// The durable log.
+    pub kafka: KafkaSink,
+    /// The fast path.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub redis: Option<RedisSink>,
+    /// Where progress goes; without it the runtime keeps it to its metrics.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub operator: Option<OperatorLink>,
+    /// Address of `/livez`, `/readyz` and `/metrics`.
+    #[serde(default = "default_admin_address")]
+    pub admin_address: SocketAddr,
+}
+
+/// What `meander-runtime replay` does.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ReplayConfig {
+    /// The `ReplayJob`.
+    pub job: ResourceIdentity,
+    /// The pipeline whose log is replayed; its checkpoint says up to where the log is complete.
+    pub pipeline: ResourceIdentity,
+    /// The pipeline's slot, a part of the checkpoint's key.
+    pub slot_name: String,
+    /// The log.
+    pub kafka: KafkaLog,
+    /// The first change: the first one committed at or after this time.
+    pub from: ReplayStart,
+    /// The end: changes committed before this time.
+    pub to: ReplayEnd,
+    /// How fast; what the operator says later replaces it.
+    #[serde(default)]
+    pub speed: Speed,
+    /// Hold delivery until the operator says otherwise.
+    #[serde(default)]
+    pub suspended: bool,
+    /// Where the changes go.
+    pub target: ReplayTarget,
+    /// Where progress goes; without it the runtime keeps it to its metrics and its log.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub operator: Option<OperatorLink>,
+    /// Address of `/livez`, `/readyz` and `/metrics`.
+    #[serde(default = "default_admin_address")]
+    pub admin_address: SocketAddr,
+    /// File for the final word of the replay, which Kubernetes keeps as the container's termination message.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub termination_message_file: Option<PathBuf>,
+}
+
+/// Names a Kubernetes resource, or stands in for one on a laptop.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ResourceIdentity {
+    /// Namespace of the resource.
+    pub namespace: String,
+    /// Name of the resource.
+    pub name: String,
+    /// UID of the resource; empty on a laptop.
+    #[serde(default)]
+    pub uid: String,
+}
+
+/// A PostgreSQL database.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct PostgresSource {
+    /// Host name or address.
+    pub host: String,
+    /// TCP port.
+    #[serde(default = "default_postgres_port")]
+    pub port: u16,
+    /// Database name.
+    pub database: String,
+    /// File that holds the user name.
+    pub username_file: PathBuf,
+    /// File that holds the password.
+    pub password_file: PathBuf,
+    /// Which tables are captured.
+    pub tables: TableSelection,
+    /// The publication.
+    pub publication: Publication,
+    /// Name of the replication slot; at most 63 of `a-z`, `0-9` and `_`.
+    pub slot_name: String,
+}
+
+/// Globs over `schema.table`; what is excluded stays excluded.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct TableSelection {
+    /// At least one.
+    pub include: Vec<String>,
+    /// Wins over `include`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub exclude: Vec<String>,
+}
+
+/// The publication that the slot is read through.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Publication {
+    /// Name of the publication.
+    pub name: String,
+    /// Who creates and changes it.
+    #[serde(default)]
+    pub management: PublicationManagement,
+}
+
+/// Who creates and changes the publication.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PublicationManagement {
+    /// The runtime, which keeps it to the selected tables.
+    #[default]
+    Managed,
+    /// Somebody else; the runtime checks it.
+    External,
+}
+
+/// The Kafka cluster that changes are published to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct KafkaSink {
+    /// `host:port`, at least one.
+    pub bootstrap_servers: Vec<String>,
+    /// Topics are `<prefix>.<schema>.<table>`.
+    pub topic_prefix: String,
+    /// Partitions of each data topic.
+    #[serde(default = "default_partitions")]
+    pub partitions: i32,
+    /// Replicas of each topic; the broker's default where it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replication_factor: Option<i32>,
+}
+
+/// Where the log is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct KafkaLog {
+    /// `host:port`, at least one.
+    pub bootstrap_servers: Vec<String>,
+    /// Topics are `<prefix>.<schema>.<table>`.
+    pub topic_prefix: String,
+}
+
+/// The Redis server that changes are published to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct RedisSink {
+    /// File that holds the URL, `redis://user:password@host:port/database`.
+    pub url_file: PathBuf,
+    /// Streams are `<prefix>.<schema>.<table>`.
+    pub stream_prefix: String,
+    /// Keep about this many entries in each stream; all where it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_length: Option<u64>,
+}
+
+/// The operator's ProgressTracker.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct OperatorLink {
+    /// `http://host:port`.
+    pub endpoint: String,
+    /// File that holds the projected service-account token, which is shown to the operator.
+    pub token_file: PathBuf,
+}
+
+/// Where a replay starts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub enum ReplayStart {
+    /// With the first change at or after this commit time, RFC 3339.
+    Time(String),
+    /// With the oldest change that Kafka still holds.
+    Beginning,
+}
+
+/// Where a replay ends.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub enum ReplayEnd {
+    /// Before the first change at or after this commit time, RFC 3339.
+    Time(String),
+    /// With the last transaction that is published when the replay starts.
+    Now,
+}
+
+/// A replay's pace relative to the original one.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Speed {
+    /// The original pace.
+    #[default]
+    Original,
+    /// A positive, finite factor.
+    Factor(f64),
+    /// As fast as the target takes it.
+    Max,
+}
+
+impl Eq for Speed {}
+
+/// The text is not a speed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not a speed: write a positive number such as 10 or 0.5, or \"max\"")]
+pub struct InvalidSpeed(String);
+
+impl std::str::FromStr for Speed {
+    type Err = InvalidSpeed;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if text == "max" {
+            return Ok(Self::Max);
+        }
+        match text.parse::<f64>() {
+            Ok(factor) if factor == 1.0 => Ok(Self::Original),
+            Ok(factor) if factor.is_finite() && factor > 0.0 => Ok(Self::Factor(factor)),
+            _ => Err(InvalidSpeed(text.to_owned())),
+        }
+    }
+}
+
+impl std::fmt::Display for Speed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Original => f.write_str("1"),
+            Self::Factor(factor) => write!(f, "{factor}"),
+            Self::Max => f.write_str("max"),
+        }
+    }
+}
+
+impl Serialize for Speed {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Speed {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Written {
+            Number(f64),
+            Text(String),
+        }
+        let text = match Written::deserialize(deserializer)? {
+            Written::Number(number) => number.to_string(),
+            Written::Text(text) => text,
+        };
+        text.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+/// Where a replay goes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub enum ReplayTarget {
+    /// Call the user's `ReplayReceiver`.
+    #[serde(rename_all = "camelCase")]
+    GrpcCall {
+        /// `http://host:port`.
+        endpoint: String,
+    },
+    /// Serve `Replayer` to subscribers.
+    #[serde(rename_all = "camelCase")]
+    GrpcServe {
+        /// Where to listen.
+        address: SocketAddr,
+        /// File that holds the bearer token which subscribers must show.
+        token_file: PathBuf,
+    },
+    /// Write each change as one line of JSON to standard output.
+    Log,
+}
+
+fn default_admin_address() -> SocketAddr {
+    SocketAddr::from(([0, 0, 0, 0], 9464))
+}
+
+fn default_postgres_port() -> u16 {
+    5432
+}
+
+fn default_partitions() -> i32 {
+    1
+}
+
+/// The file cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// It cannot be read.
+    #[error("cannot read {path}: {source}")]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// It is not what is expected.
+    #[error("{path} is not a valid configuration: {source}")]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        source: Box<serde_saphyr::Error>,
+    },
+}
+
+/// Reads a [`CaptureConfig`] or a [`ReplayConfig`] from a file.
+///
+/// # Errors
+/// When the file cannot be read, or is not such a configuration.
+pub fn load<T: DeserializeOwned>(path: &Path) -> Result<T, ConfigError> {
+    let text = fs::read_to_string(path).map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
+    serde_saphyr::from_str(&text)
+        .map_err(|source| ConfigError::Invalid { path: path.to_owned(), source: Box::new(source) })
+}
+
+/// Writes a configuration as the YAML that [`load`] reads.
+///
+/// # Errors
+/// When a value has no form in YAML; none of the types here has one.
+pub fn to_yaml<T: Serialize>(config: &T) -> Result<String, serde_saphyr::ser::Error> {
+    serde_saphyr::to_string(config)
+}
