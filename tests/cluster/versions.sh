@@ -1,0 +1,41 @@
+# shellcheck shell=bash
+# What the local tools are, and where they are kept. Sourced by the scripts of
+# tests/ and deploy/. A tool's folder carries its version, so a new version is
+# built beside the old one and an interrupted build is never taken for a good
+# one (folders are filled elsewhere and moved into place).
+
+RUST_TARGET=x86_64-unknown-linux-musl
+KUBERNETES_VERSION=1.34.4   # also in go.mod, whose replaced modules follow it
+HELM_VERSION=3.22.0
+KUBECONFORM_VERSION=0.8.0
+GRPCURL_VERSION=1.9.4
+KAFKA_VERSION=4.3.1         # also in kafka/pom.xml
+
+MEANDER_TESTS=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+MEANDER_CACHE=${MEANDER_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/meander}
+
+# Twelve characters that change with the content of the given files.
+digest_of() { cat -- "$@" | sha256sum | cut -c1-12; }
+
+KUBE_DIR=$MEANDER_CACHE/kube-$KUBERNETES_VERSION-$(digest_of "$MEANDER_TESTS"/cluster/go.mod "$MEANDER_TESTS"/cluster/main.go)
+HELM_DIR=$MEANDER_CACHE/helm-$HELM_VERSION
+KUBECONFORM_DIR=$MEANDER_CACHE/kubeconform-$KUBECONFORM_VERSION
+GRPCURL_DIR=$MEANDER_CACHE/grpcurl-$GRPCURL_VERSION
+KAFKA_HOME=$MEANDER_CACHE/kafka-$KAFKA_VERSION-$(digest_of "$MEANDER_TESTS"/cluster/kafka/pom.xml "$MEANDER_TESTS"/cluster/kafka/run-class.sh)
+TOOLS_PATH=$KUBE_DIR/bin:$HELM_DIR/bin:$KUBECONFORM_DIR/bin:$GRPCURL_DIR/bin
+
+# log MESSAGE...: progress, on standard error so that output can be captured.
+log() { printf '%s\n' "$*" >&2; }
+die() { log "error: $*"; exit 1; }
+
+# in_place DIR COMMAND...: fills DIR by COMMAND, which is given a folder to fill,
+# unless DIR is there already. Several at once are safe: the first one wins.
+in_place() {
+  local target=$1 work; shift
+  [ ! -d "$target" ] || return 0
+  mkdir -p "$(dirname "$target")"
+  work=$(mktemp -d "$(dirname "$target")/.making-XXXXXX")
+  if ! "$@" "$work"; then rm -rf "$work"; return 1; fi
+  chmod 755 "$work"
+  mv -T "$work" "$target" 2>/dev/null || { rm -rf "$work"; [ -d "$target" ]; }
+}

@@ -1,0 +1,152 @@
+#!/usr/bin/env bash
+# Installs what the tests and the demo need and a bare Debian 12 machine lacks.
+#
+#   tests/setup.sh [base|rust|kafka|cluster]...   these parts (default: all)
+#   tests/setup.sh path                           prints what to put before PATH
+#   eval "$(tests/setup.sh env)"                  exports PATH, MEANDER_CACHE, KAFKA_HOME
+#
+# Running it again is cheap: what is there is skipped. Everything but the
+# distribution's packages goes to $MEANDER_CACHE (default ~/.cache/meander).
+set -euo pipefail
+# shellcheck source=tests/cluster/versions.sh
+. "$(dirname "${BASH_SOURCE[0]}")/cluster/versions.sh"
+
+# step NAME COMMAND...: runs it and says how long it took; the output of a
+# command that fails is shown.
+step() {
+  local name=$1 start=$SECONDS output; shift
+  output=$(mktemp)
+  if "$@" >"$output" 2>&1; then
+    printf '%-45s %4d s\n' "$name" $((SECONDS - start))
+    rm -f "$output"
+  else
+    cat "$output" >&2; rm -f "$output"
+    die "$name failed"
+  fi
+}
+
+installed() { dpkg-query -W -f '${Status}\n' "$1" 2>/dev/null | grep -q '^install ok installed'; }
+
+apt_install() {
+  local policy=/usr/sbin/policy-rc.d ours='' code=0
+  # A package that brings a service starts it; this file, Debian's own means
+  # for it, says no. One that is already there is somebody else's and stays.
+  if [ ! -e $policy ]; then
+    ours=$policy
+    printf '#!/bin/sh\nexit 101\n' >$policy
+    chmod 755 $policy
+  fi
+  DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@" || {
+    apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@"
+  } || code=$?
+  [ -z "$ours" ] || rm -f "$ours"
+  return $code
+}
+
+# packages PART PACKAGE...: installs those that are missing.
+packages() {
+  local part=$1 package missing=(); shift
+  for package; do installed "$package" || missing+=("$package"); done
+  [ ${#missing[@]} -gt 0 ] || return 0
+  if ! command -v apt-get >/dev/null || [ "$(id -u)" != 0 ]; then
+    die "part $part lacks these Debian packages, and only root on Debian can have them installed: ${missing[*]}"
+  fi
+  step "$part: ${#missing[@]} packages" apt_install "${missing[@]}"
+}
+
+setup_base() {
+  local wanted=(redis-server postgresql-15 musl-tools jq curl ca-certificates openssl)
+  command -v java >/dev/null || wanted+=(default-jre-headless)
+  command -v mvn >/dev/null || wanted+=(maven)
+  packages base "${wanted[@]}"
+}
+
+setup_rust() {
+  command -v rustup >/dev/null || die "part rust needs rustup"
+  # Asked from the root of the checkout, where rust-toolchain.toml is obeyed.
+  cd "$MEANDER_TESTS/.."
+  rustup target list --installed | grep -qx "$RUST_TARGET" ||
+    step "rust: target $RUST_TARGET" rustup target add "$RUST_TARGET"
+  cd - >/dev/null
+}
+
+make_kafka() {
+  local dir=$1 tool
+  mvn -B -q -f "$MEANDER_TESTS/cluster/kafka/pom.xml" dependency:copy-dependencies \
+    -DincludeScope=runtime -DoutputDirectory="$dir/libs" || return
+  mkdir "$dir/bin" "$dir/config" || return
+  cp "$MEANDER_TESTS/cluster/kafka/run-class.sh" "$dir/bin/kafka-run-class.sh" || return
+  for tool in broker-api-versions configs console-consumer console-producer consumer-groups \
+    delete-records get-offsets server-start storage topics transactions; do
+    ln -s kafka-run-class.sh "$dir/bin/kafka-$tool.sh" || return
+  done
+  write_log_config "$dir/config/log4j2.properties" SYSTEM_OUT INFO
+  write_log_config "$dir/config/tools-log4j2.properties" SYSTEM_ERR WARN
+}
+
+write_log_config() {
+  cat >"$1" <<EOF
+appender.console.type = Console
+appender.console.name = console
+appender.console.target = $2
+appender.console.layout.type = PatternLayout
+appender.console.layout.pattern = %d{ISO8601} %p %m (%c{1})%n
+rootLogger.level = $3
+rootLogger.appenderRef.console.ref = console
+EOF
+}
+
+setup_kafka() {
+  [ ! -d "$KAFKA_HOME" ] || return 0
+  command -v java >/dev/null && command -v mvn >/dev/null || die "part kafka needs java and mvn (part base installs them)"
+  step "kafka: $KAFKA_VERSION" in_place "$KAFKA_HOME" make_kafka
+}
+
+# The machine's own Go is used as it is: fetching another one takes minutes.
+go_offline() { GOTOOLCHAIN=${GOTOOLCHAIN:-local} GOFLAGS=-buildvcs=false CGO_ENABLED=0 go "$@"; }
+
+make_kube() {
+  local dir=$1 name version=k8s.io/component-base/version
+  mkdir "$dir/bin" || return
+  (cd "$MEANDER_TESTS/cluster" &&
+    go_offline build -trimpath -o "$dir/bin/kube" \
+      -ldflags "-s -w -X $version.gitVersion=v$KUBERNETES_VERSION -X $version.gitMajor=1 -X $version.gitMinor=$(cut -d. -f2 <<<"$KUBERNETES_VERSION")" . &&
+    go_offline build -trimpath -ldflags '-s -w' -o "$dir/pause" ./pause) || return
+  for name in coredns kube-apiserver kube-controller-manager kube-proxy kube-scheduler kubectl kubelet; do
+    ln -s kube "$dir/bin/$name" || return
+  done
+}
+
+# make_go_tool PACKAGE@VERSION DIR
+make_go_tool() { GOBIN=$2/bin go_offline install -trimpath -ldflags '-s -w' "$1"; }
+
+go_tool() {
+  local name=$1 dir=$2 package=$3
+  [ -d "$dir" ] || step "cluster: $name ${package##*@v}" in_place "$dir" make_go_tool "$package"
+}
+
+setup_cluster() {
+  packages cluster etcd-server containerd runc containernetworking-plugins iptables iproute2 \
+    conntrack util-linux buildah mmdebstrap curl jq openssl ca-certificates
+  [ -d "$KUBE_DIR" ] && [ -d "$HELM_DIR" ] && [ -d "$KUBECONFORM_DIR" ] && [ -d "$GRPCURL_DIR" ] ||
+    command -v go >/dev/null || die "part cluster needs go 1.24 or later to build Kubernetes"
+  [ -d "$KUBE_DIR" ] || step "cluster: Kubernetes $KUBERNETES_VERSION, CoreDNS" in_place "$KUBE_DIR" make_kube
+  go_tool helm "$HELM_DIR" "helm.sh/helm/v3/cmd/helm@v$HELM_VERSION"
+  go_tool kubeconform "$KUBECONFORM_DIR" "github.com/yannh/kubeconform/cmd/kubeconform@v$KUBECONFORM_VERSION"
+  go_tool grpcurl "$GRPCURL_DIR" "github.com/fullstorydev/grpcurl/cmd/grpcurl@v$GRPCURL_VERSION"
+}
+
+main() {
+  local part
+  [ $# -gt 0 ] || set -- base rust kafka cluster
+  for part; do
+    case $part in
+      base | rust | kafka | cluster) "setup_$part" ;;
+      path) echo "$TOOLS_PATH:$KAFKA_HOME/bin" ;;
+      env) printf 'export MEANDER_CACHE=%q KAFKA_HOME=%q PATH=%q:"$PATH"\n' \
+        "$MEANDER_CACHE" "$KAFKA_HOME" "$TOOLS_PATH:$KAFKA_HOME/bin" ;;
+      *) die "unknown part $part; there are base, rust, kafka, cluster, path, env" ;;
+    esac
+  done
+}
+main "$@"
