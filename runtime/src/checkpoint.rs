@@ -1,0 +1,251 @@
+//! Reads the end of the log: a pipeline's checkpoint, and the last record of any partition.
+//!
+//! Everything here blocks, each call no longer than the reader's timeout: call it on a thread of its own
+//! (`tokio::task::spawn_blocking`).
+
+use std::time::{Duration, Instant};
+
+use rdkafka::{
+    ClientConfig, Message as _, Offset, TopicPartitionList,
+    consumer::{BaseConsumer, Consumer as _},
+    error::KafkaError,
+    message::{BorrowedMessage, OwnedMessage},
+    types::RDKafkaErrorCode,
+};
+
+use crate::log::Checkpoint;
+
+/// How many offsets the first look back from the end takes in, and how much further each next one goes.
+const FIRST_STEP: i64 = 16;
+const STEP_GROWTH: i64 = 8;
+/// Pause between two tries of a request that a broker could not answer.
+const RETRY_PAUSE: Duration = Duration::from_millis(100);
+
+/// The end of the log cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum TailError {
+    /// The topic or the partition does not exist.
+    #[error("the topic {topic} does not have a partition {partition}")]
+    NoSuchPartition {
+        /// The topic.
+        topic: String,
+        /// The partition.
+        partition: i32,
+    },
+    /// Kafka did not answer in time, or answered with an error until the time was over.
+    #[error("cannot read the end of partition {partition} of the topic {topic} within {timeout:?}: {source}")]
+    Unreadable {
+        /// The topic.
+        topic: String,
+        /// The partition.
+        partition: i32,
+        /// How long it was tried.
+        timeout: Duration,
+        /// The last answer.
+        source: KafkaError,
+    },
+    /// The client cannot be made from its settings.
+    #[error("cannot set up a Kafka client: {0}")]
+    Client(#[source] KafkaError),
+    /// The record is there and is no checkpoint.
+    #[error("the checkpoint at offset {offset} of the topic {topic} is not readable: {source}")]
+    NotACheckpoint {
+        /// The topic.
+        topic: String,
+        /// Where the record is.
+        offset: i64,
+        /// What is wrong with it.
+        source: serde_json::Error,
+    },
+}
+
+/// The settings that every reader of the log shares: committed records only, partitions assigned by hand, nothing committed to
+/// the group, and never a silent jump to another offset.
+pub(crate) fn client_config(bootstrap_servers: &[String], group: &str) -> ClientConfig {
+    let mut config = ClientConfig::new();
+    config
+        .set("bootstrap.servers", bootstrap_servers.join(","))
+        .set("group.id", group)
+        .set("client.id", "meander-runtime")
+        .set("isolation.level", "read_committed")
+        .set("enable.auto.commit", "false")
+        .set("enable.auto.offset.store", "false")
+        .set("auto.offset.reset", "error")
+        .set("enable.partition.eof", "true")
+        .set("allow.auto.create.topics", "false")
+        // A request for partitions that are at their end comes back after this time, and holds up the others meanwhile.
+        .set("fetch.wait.max.ms", "50");
+    config
+}
+
+/// Reads partitions from their end.
+pub struct Tail {
+    consumer: BaseConsumer,
+    timeout: Duration,
+}
+
+impl Tail {
+    /// A reader whose calls each take at most `timeout`. Connects when it is first used.
+    ///
+    /// # Errors
+    /// When the client cannot be made from its settings.
+    pub fn new(bootstrap_servers: &[String], timeout: Duration) -> Result<Self, TailError> {
+        let consumer = client_config(bootstrap_servers, "meander-tail")
+            .create()
+            .map_err(TailError::Client)?;
+        Ok(Self { consumer, timeout })
+    }
+
+    /// The last committed record of a partition; none if there is none.
+    ///
+    /// # Errors
+    /// When the partition does not exist or cannot be read in time.
+    pub fn last_record(&self, topic: &str, partition: i32) -> Result<Option<OwnedMessage>, TailError> {
+        self.find_last(topic, partition, |_| true)
+    }
+
+    /// The last committed record of a partition that is `wanted`.
+    ///
+    /// The last offsets can be control records and aborted records, which no consumer sees, and compaction leaves holes: so it
+    /// looks back by growing steps until it has found one, or has read the whole partition.
+    ///
+    /// # Errors
+    /// When the partition does not exist or cannot be read in time.
+    pub fn find_last(
+        &self,
+        topic: &str,
+        partition: i32,
+        wanted: impl Fn(&BorrowedMessage<'_>) -> bool,
+    ) -> Result<Option<OwnedMessage>, TailError> {
+        let deadline = Instant::now() + self.timeout;
+        let (low, end) = self.watermarks(topic, partition, deadline)?;
+        let mut from = end;
+        let mut step = FIRST_STEP;
+        while from > low {
+            let until = from;
+            from = low.max(until.saturating_sub(step));
+            step = step.saturating_mul(STEP_GROWTH);
+            if let Some(record) = self.last_in(topic, partition, from..until, &wanted, deadline)? {
+                return Ok(Some(record));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The last record in a stretch of a partition that ends at or before its last stable offset.
+    fn last_in(
+        &self,
+        topic: &str,
+        partition: i32,
+        stretch: std::ops::Range<i64>,
+        wanted: impl Fn(&BorrowedMessage<'_>) -> bool,
+        deadline: Instant,
+    ) -> Result<Option<OwnedMessage>, TailError> {
+        let unreadable = |source| self.unreadable(topic, partition, source);
+        let mut assignment = TopicPartitionList::new();
+        assignment
+            .add_partition_offset(topic, partition, Offset::Offset(stretch.start))
+            .and_then(|()| self.consumer.assign(&assignment))
+            .map_err(unreadable)?;
+        let mut last = None;
+        let mut failure = KafkaError::MessageConsumption(RDKafkaErrorCode::OperationTimedOut);
+        loop {
+            match self.consumer.poll(deadline.saturating_duration_since(Instant::now())) {
+                Some(Ok(record)) if record.offset() >= stretch.end => return Ok(last),
+                Some(Ok(record)) => {
+                    if record.offset() >= stretch.start && wanted(&record) {
+                        last = Some(record.detach());
+                    }
+                }
+                // It is sent at the last stable offset, which never falls, and the stretch ends at or before it.
+                Some(Err(KafkaError::PartitionEOF(_))) => return Ok(last),
+                // The client goes on by itself after every other error.
+                Some(Err(error)) => failure = error,
+                None => {}
+            }
+            if Instant::now() >= deadline {
+                return Err(unreadable(failure));
+            }
+        }
+    }
+
+    /// The first offset and the last stable offset.
+    fn watermarks(&self, topic: &str, partition: i32, deadline: Instant) -> Result<(i64, i64), TailError> {
+        self.require(topic, partition, deadline)?;
+        retry_until(deadline, |left| self.consumer.fetch_watermarks(topic, partition, left))
+            .map_err(|source| self.unreadable(topic, partition, source))
+    }
+
+    /// Asks for the topic's metadata, since a question for the offsets of an unknown topic is only answered by a timeout.
+    fn require(&self, topic: &str, partition: i32, deadline: Instant) -> Result<(), TailError> {
+        let metadata = retry_until(deadline, |left| self.consumer.fetch_metadata(Some(topic), left))
+            .map_err(|source| self.unreadable(topic, partition, source))?;
+        let known = metadata
+            .topics()
+            .iter()
+            .any(|known| known.name() == topic && known.partitions().iter().any(|known| known.id() == partition));
+        if known {
+            Ok(())
+        } else {
+            Err(TailError::NoSuchPartition {
+                topic: topic.to_owned(),
+                partition,
+            })
+        }
+    }
+
+    fn unreadable(&self, topic: &str, partition: i32, source: KafkaError) -> TailError {
+        TailError::Unreadable {
+            topic: topic.to_owned(),
+            partition,
+            timeout: self.timeout,
+            source,
+        }
+    }
+}
+
+/// Asks again after an error, until the deadline; `ask` is told how much time is left.
+pub(crate) fn retry_until<T>(
+    deadline: Instant,
+    mut ask: impl FnMut(Duration) -> Result<T, KafkaError>,
+) -> Result<T, KafkaError> {
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        match ask(left) {
+            Ok(answer) => return Ok(answer),
+            Err(error) if Instant::now() + RETRY_PAUSE >= deadline => return Err(error),
+            Err(_) => std::thread::sleep(RETRY_PAUSE),
+        }
+    }
+}
+
+/// The last committed checkpoint under `key`; none if there is none yet.
+///
+/// A topic that does not exist is an error, [`TailError::NoSuchPartition`]: whoever creates topics has just created it, and
+/// whoever does not has to say that there is no log.
+///
+/// # Errors
+/// When the topic does not exist, cannot be read within `timeout`, or holds something else.
+pub fn read_checkpoint(
+    bootstrap_servers: &[String],
+    topic: &str,
+    key: &str,
+    timeout: Duration,
+) -> Result<Option<Checkpoint>, TailError> {
+    let tail = Tail::new(bootstrap_servers, timeout)?;
+    let record = tail.find_last(topic, 0, |record| record.key() == Some(key.as_bytes()))?;
+    // A tombstone, by which somebody deleted the checkpoint on purpose, is none.
+    let Some((offset, value)) = record
+        .as_ref()
+        .and_then(|record| Some((record.offset(), record.payload()?)))
+    else {
+        return Ok(None);
+    };
+    serde_json::from_slice(value)
+        .map(Some)
+        .map_err(|source| TailError::NotACheckpoint {
+            topic: topic.to_owned(),
+            offset,
+            source,
+        })
+}
