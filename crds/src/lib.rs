@@ -1,1 +1,20 @@
-//! crds
+//! The custom resources of Meander, group `meander.dev`, version `v1alpha1`.
+//!
+//! The types here are the only source of the schema: the CRD manifests, the chart's copy of them and the reference in
+//! `docs/` are written by `cargo run -p meander-crds --bin crdgen`. The doc comments are what `kubectl explain` shows.
+
+mod common;
+pub mod generate;
+mod pipeline;
+mod replay;
+
+pub use common::{LogLevel, Resources, SecretKeyReference, SecretReference};
+pub use pipeline::{
+    CdcPipeline, CdcPipelineSpec, CdcPipelineStatus, KafkaSink, KafkaTopics, PipelinePhase, PostgresSource,
+    Publication, PublicationManagement, RedisRetention, RedisSink, Replication, Runtime, SinkPosition, SinkPositions,
+    Sinks, Slot, SlotReclaimPolicy, SlotStatus, Source, TableSelection,
+};
+pub use replay::{
+    Beginning, GrpcTarget, LogTarget, Now, PipelineReference, ReplayEnd, ReplayJob, ReplayJobSpec, ReplayJobStatus,
+    ReplayPhase, ReplayProgress, ReplayRange, ReplayRuntime, ReplayStart, ReplayTarget, Serve, Speed,
+};

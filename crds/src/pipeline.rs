@@ -1,0 +1,381 @@
+//! `CdcPipeline`: changes of one PostgreSQL database, out to Kafka and Redis.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use kube::{CustomResource, KubeSchema};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::common::{LogLevel, Resources, SecretKeyReference, SecretReference, conditions};
+
+/// Which database is captured, and where its changes go.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, CustomResource, KubeSchema)]
+#[kube(
+    group = "meander.dev",
+    version = "v1alpha1",
+    kind = "CdcPipeline",
+    plural = "cdcpipelines",
+    namespaced,
+    category = "cdc",
+    shortname = "cdcp",
+    status = "CdcPipelineStatus",
+    derive = "PartialEq",
+    doc = "A CdcPipeline captures every committed change of a PostgreSQL database from its WAL and publishes it to Kafka, the durable log, and to Redis Streams, the fast path.",
+    validation = Rule::new("self.metadata.name.size() <= 50").message("metadata.name must have at most 50 characters: the names of the pods are made from it"),
+    validation = Rule::new("!self.metadata.name.contains('.')").message("metadata.name must not contain a dot: names of labels and volumes are made from it; use a dash"),
+    printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].status"),
+    printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),
+    printcolumn(name = "Lag", type_ = "string", json_path = ".status.replication.lag", description = "Age of the oldest change that is not yet in every sink"),
+    printcolumn(name = "Events", type_ = "integer", json_path = ".status.replication.eventsTotal", description = "Changes published since the pipeline was created"),
+    printcolumn(name = "Slot", type_ = "string", json_path = ".status.slot.name", priority = 1),
+    printcolumn(name = "Confirmed LSN", type_ = "string", json_path = ".status.replication.confirmedFlushLsn", priority = 1),
+    printcolumn(name = "Reason", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].reason", priority = 1),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
+)]
+#[serde(rename_all = "camelCase")]
+pub struct CdcPipelineSpec {
+    /// The database that is captured.
+    pub source: Source,
+    /// Where changes are published.
+    pub sinks: Sinks,
+    /// Stop capturing. The slot stays, and with it the WAL that has not been read: the database's disk fills while a busy
+    /// pipeline is suspended.
+    #[serde(default)]
+    pub suspend: bool,
+    /// The pod that captures.
+    #[serde(default)]
+    pub runtime: Runtime,
+}
+
+/// The database that is captured.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Source {
+    /// A PostgreSQL database, version 14 or later, with `wal_level = logical`.
+    pub postgres: PostgresSource,
+}
+
+/// A PostgreSQL database.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PostgresSource {
+    /// Host name or address. It may change, as long as it leads to the same database.
+    #[schemars(length(min = 1, max = 253))]
+    #[x_kube(validation = Rule::new("!self.matches('[/@, ]')").message("host is a bare host name or address, such as postgres.shop.svc; the port, user and database have fields of their own"))]
+    pub host: String,
+    /// TCP port.
+    #[serde(default = "default_port")]
+    #[schemars(range(min = 1, max = 65535))]
+    pub port: u16,
+    /// Name of the database. Immutable.
+    #[schemars(length(min = 1, max = 63))]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("database is immutable: create another CdcPipeline for another database"))]
+    pub database: String,
+    /// Secret with the keys `username` and `password`. The user needs the attribute REPLICATION, SELECT on the captured tables,
+    /// and, for a managed publication, CREATE on the database and ownership of the tables.
+    pub credentials_secret_ref: SecretReference,
+    /// Which tables are captured.
+    pub tables: TableSelection,
+    /// The publication that the slot is read through. Immutable.
+    #[serde(default)]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("publication is immutable: create another CdcPipeline"))]
+    pub publication: Publication,
+    /// The replication slot.
+    #[serde(default)]
+    pub slot: Slot,
+}
+
+/// Globs over `schema.table`, where `*` stands for any characters and quoting is as in SQL.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TableSelection {
+    /// Tables to capture, such as `public.*` or `public."Order Lines"`.
+    #[schemars(length(min = 1, max = 100), inner(length(min = 3, max = 256)))]
+    #[x_kube(validation = Rule::new(GLOBS).message("each entry of include is schema.table, such as public.* or public.orders"))]
+    pub include: Vec<String>,
+    /// Tables to leave out, even when `include` names them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 100), inner(length(min = 3, max = 256)))]
+    #[x_kube(validation = Rule::new(GLOBS).message("each entry of exclude is schema.table, such as audit.* or public.sessions"))]
+    pub exclude: Vec<String>,
+}
+
+const GLOBS: &str = r#"self.all(glob, glob.matches('^("([^"]|"")+"|[^".]+)[.]("([^"]|"")+"|[^".]+)$'))"#;
+
+/// The publication that the slot is read through.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[x_kube(validation = Rule::new("self.management != 'External' || has(self.name)").message("publication.name is required when management is External: write the name of the publication that you created"))]
+#[serde(rename_all = "camelCase")]
+pub struct Publication {
+    /// Name of the publication; `meander_<namespace>_<name>` where it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 63))]
+    #[x_kube(validation = Rule::new("self.matches('^[a-z_][a-z0-9_]*$')").message("publication.name has lower-case letters, digits and underscores only, and does not start with a digit"))]
+    pub name: Option<String>,
+    /// Who creates and changes it.
+    #[serde(default)]
+    pub management: PublicationManagement,
+}
+
+/// Who creates and changes the publication.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum PublicationManagement {
+    /// The pipeline, which keeps it to the selected tables and drops it when the pipeline is deleted.
+    #[default]
+    Managed,
+    /// Somebody else; the pipeline only checks it.
+    External,
+}
+
+/// The replication slot.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[x_kube(validation = Rule::new("has(self.name) == has(oldSelf.name) && (!has(self.name) || self.name == oldSelf.name)").message("slot.name is immutable: create another CdcPipeline"))]
+#[serde(rename_all = "camelCase")]
+pub struct Slot {
+    /// Name of the slot; `meander_<namespace>_<name>` where it is left out. Immutable.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 63))]
+    #[x_kube(validation = Rule::new("self.matches('^[a-z0-9_]+$')").message("slot.name has lower-case letters, digits and underscores only"))]
+    pub name: Option<String>,
+    /// What happens to the slot, and to a managed publication, when the pipeline is deleted.
+    #[serde(default)]
+    pub reclaim_policy: SlotReclaimPolicy,
+}
+
+/// What happens to the slot when the pipeline is deleted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum SlotReclaimPolicy {
+    /// It is dropped: a slot that nobody reads keeps WAL until the database's disk is full.
+    #[default]
+    Delete,
+    /// It stays, for a pipeline of the same name to go on from, and keeps WAL until then.
+    Retain,
+}
+
+/// Where changes are published.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[x_kube(validation = Rule::new("has(self.redis) == has(oldSelf.redis)").message("the set of sinks is immutable: create another CdcPipeline to add or remove Redis"))]
+#[serde(rename_all = "camelCase")]
+pub struct Sinks {
+    /// The durable log, from which changes are replayed. Every pipeline needs it; Redis alone is not supported yet.
+    pub kafka: KafkaSink,
+    /// The fast path.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub redis: Option<RedisSink>,
+}
+
+/// A Kafka cluster.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct KafkaSink {
+    /// Brokers to start from, each `host:port`.
+    #[schemars(length(min = 1, max = 16), inner(length(min = 3, max = 260)))]
+    #[x_kube(validation = Rule::new("self.all(server, server.matches('^[^/@, ]+:[0-9]{1,5}$'))").message("each entry of bootstrapServers is host:port, such as kafka:9092"))]
+    pub bootstrap_servers: Vec<String>,
+    /// Topics are named `<topicPrefix>.<schema>.<table>`. Immutable.
+    #[schemars(length(min = 1, max = 100))]
+    #[x_kube(
+        validation = Rule::new("self.matches('^[A-Za-z0-9_-][A-Za-z0-9._-]*$')").message("topicPrefix has letters, digits, dots, underscores and dashes only, and does not start with a dot"),
+        validation = Rule::new("self == oldSelf").message("topicPrefix is immutable: create another CdcPipeline to publish elsewhere")
+    )]
+    pub topic_prefix: String,
+    /// How topics are created.
+    #[serde(default)]
+    pub topics: KafkaTopics,
+}
+
+/// How topics are created. Topics that exist already keep what they have.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct KafkaTopics {
+    /// Partitions of each topic; changes of one key are always in one partition. Immutable.
+    #[serde(default = "default_partitions")]
+    #[schemars(range(min = 1, max = 1000))]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("topics.partitions is immutable: the order of each key depends on it"))]
+    pub partitions: i32,
+    /// Replicas of each topic; the broker's default where it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 16))]
+    pub replication_factor: Option<i32>,
+}
+
+impl Default for KafkaTopics {
+    fn default() -> Self {
+        Self {
+            partitions: default_partitions(),
+            replication_factor: None,
+        }
+    }
+}
+
+/// A Redis server.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[x_kube(validation = Rule::new("has(self.urlSecretRef) != has(self.url)").message("write exactly one of redis.urlSecretRef and redis.url"))]
+#[serde(rename_all = "camelCase")]
+pub struct RedisSink {
+    /// Secret that holds the URL, `redis://user:password@host:port/database`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub url_secret_ref: Option<SecretKeyReference>,
+    /// The URL, where it holds no user and no password: `redis://host:port/database`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 512))]
+    #[x_kube(
+        validation = Rule::new("self.startsWith('redis://')").message("redis.url starts with redis://, such as redis://redis:6379/0"),
+        validation = Rule::new("!self.contains('@')").message("redis.url must not hold a user or password: put the whole URL into a Secret and name it in urlSecretRef")
+    )]
+    pub url: Option<String>,
+    /// Streams are named `<streamPrefix>.<schema>.<table>`. Immutable.
+    #[schemars(length(min = 1, max = 100))]
+    #[x_kube(
+        validation = Rule::new("self.matches('^[A-Za-z0-9._:-]+$')").message("streamPrefix has letters, digits, dots, colons, underscores and dashes only"),
+        validation = Rule::new("self == oldSelf").message("streamPrefix is immutable: create another CdcPipeline to publish elsewhere")
+    )]
+    pub stream_prefix: String,
+    /// How much each stream keeps; everything where it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retention: Option<RedisRetention>,
+}
+
+/// How much each stream keeps.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RedisRetention {
+    /// About this many entries, the newest ones.
+    #[schemars(range(min = 1, max = 1_000_000_000_000_i64))]
+    pub max_length: u64,
+}
+
+/// The pod that captures.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Runtime {
+    /// Image of `meander-runtime`; the operator's default where it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 512))]
+    pub image: Option<String>,
+    /// CPU and memory; small requests and a memory limit where it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resources: Option<Resources>,
+    /// How much the pod logs.
+    #[serde(default)]
+    pub log_level: LogLevel,
+}
+
+/// What the pipeline does, as last seen.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct CdcPipelineStatus {
+    /// The metadata.generation that this status is about.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+    /// One word for people; programs read the conditions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub phase: Option<PipelinePhase>,
+    /// Ready, SpecValid, SourceReady, SinksReady, RuntimeAvailable and Progressing; SourceGap and RedisGap while there is one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(schema_with = "conditions")]
+    pub conditions: Vec<Condition>,
+    /// How far capture has come.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replication: Option<Replication>,
+    /// The replication slot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slot: Option<SlotStatus>,
+    /// How far each sink has come.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sinks: Option<SinkPositions>,
+    /// Digest of the configuration that the runtime pod has; the pod is replaced when it changes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub config_hash: Option<String>,
+}
+
+/// The state in one word for people; programs read the conditions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum PipelinePhase {
+    /// Something that the spec refers to is missing, so nothing was started.
+    Pending,
+    /// The runtime is starting, or has not yet said how it is.
+    Starting,
+    /// Changes flow.
+    Streaming,
+    /// Changes do not flow everywhere; the Ready condition says why. It heals when the cause is gone.
+    Degraded,
+    /// `spec.suspend` is set.
+    Suspended,
+    /// It cannot go on without somebody's decision; the Ready condition says which.
+    Failed,
+    /// It is being deleted, and its slot cleaned up.
+    Terminating,
+}
+
+/// How far capture has come.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Replication {
+    /// Position in the WAL up to which changes were received, as PostgreSQL writes it (`0/16B3748`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub received_lsn: Option<String>,
+    /// Position up to which changes are in every sink.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub published_lsn: Option<String>,
+    /// Position up to which PostgreSQL may forget its WAL.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub confirmed_flush_lsn: Option<String>,
+    /// The source's WAL position less the confirmed one, in bytes.
+    #[serde(default)]
+    pub lag_bytes: u64,
+    /// Age of the oldest change that is received and not yet in every sink, in milliseconds.
+    #[serde(default)]
+    pub lag_millis: u64,
+    /// `lagMillis` for people: `0s`, `12s`, `3m`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lag: Option<String>,
+    /// Commit time of the last published change.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("format" = "date-time"))]
+    pub last_event_time: Option<String>,
+    /// Changes published since the pipeline was created.
+    #[serde(default)]
+    pub events_total: u64,
+    /// Grows whenever WAL positions stop being comparable with those before.
+    #[serde(default)]
+    pub epoch: u32,
+    /// Grows whenever another process takes the slot over.
+    #[serde(default)]
+    pub owner_generation: u64,
+}
+
+/// The replication slot.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct SlotStatus {
+    /// Its name in PostgreSQL.
+    pub name: String,
+}
+
+/// How far each sink has come.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct SinkPositions {
+    /// Kafka.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kafka: Option<SinkPosition>,
+    /// Redis.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub redis: Option<SinkPosition>,
+}
+
+/// How far a sink has come.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct SinkPosition {
+    /// `epoch:LSN:ordinal` of the last change in the sink.
+    pub position: String,
+}
+
+fn default_port() -> u16 {
+    5432
+}
+
+fn default_partitions() -> i32 {
+    1
+}

@@ -1,0 +1,332 @@
+//! `ReplayJob`: a stretch of a pipeline's log, out again at a chosen pace.
+
+use std::fmt;
+
+use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Condition, apimachinery::pkg::util::intstr::IntOrString};
+use kube::{CustomResource, KubeSchema};
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::{Deserialize, Serialize};
+
+use crate::common::{LogLevel, Resources, SecretKeyReference, conditions};
+
+/// Which stretch of which pipeline's log is replayed, how fast, and where to.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, CustomResource, KubeSchema)]
+#[kube(
+    group = "meander.dev",
+    version = "v1alpha1",
+    kind = "ReplayJob",
+    plural = "replayjobs",
+    namespaced,
+    category = "cdc",
+    shortname = "rpj",
+    status = "ReplayJobStatus",
+    derive = "PartialEq",
+    doc = "A ReplayJob takes a stretch of a CdcPipeline's log back out of Kafka, in commit order and at a chosen pace, and delivers it.",
+    validation = Rule::new("self.metadata.name.size() <= 50").message("metadata.name must have at most 50 characters: the names of the pods are made from it"),
+    validation = Rule::new("self.metadata.name.matches('^[a-z][a-z0-9-]*$')").message("metadata.name must start with a letter and have no dot: it becomes the name of a Service"),
+    printcolumn(name = "Pipeline", type_ = "string", json_path = ".spec.pipelineRef.name"),
+    printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),
+    printcolumn(name = "Speed", type_ = "string", json_path = ".spec.speed"),
+    printcolumn(name = "Progress", type_ = "string", json_path = ".status.progress.progress"),
+    printcolumn(name = "Delivered", type_ = "integer", json_path = ".status.progress.delivered"),
+    printcolumn(name = "Reason", type_ = "string", json_path = ".status.conditions[?(@.type==\"Accepted\")].reason", priority = 1),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
+)]
+#[x_kube(validation = Rule::new("!has(self.from.time) || !has(self.to.time) || self.from.time < self.to.time").message("from.time must be before to.time"))]
+#[serde(rename_all = "camelCase")]
+pub struct ReplayJobSpec {
+    /// The pipeline whose log is replayed. Immutable.
+    #[x_kube(validation = Rule::new("self == oldSelf").message("pipelineRef is immutable: create another ReplayJob"))]
+    pub pipeline_ref: PipelineReference,
+    /// The first change. Immutable.
+    #[x_kube(validation = Rule::new("self == oldSelf").message("from is immutable: create another ReplayJob"))]
+    pub from: ReplayStart,
+    /// The end. Immutable.
+    #[x_kube(validation = Rule::new("self == oldSelf").message("to is immutable: create another ReplayJob"))]
+    pub to: ReplayEnd,
+    /// How many times faster than the original: a whole number (`10`), a decimal in quotes (`"0.5"`), or `max` for as fast as the
+    /// target takes it. A change takes effect on the running replay.
+    #[serde(default)]
+    #[x_kube(validation = Rule::new("type(self) == int ? self > 0 : self == 'max' || (self.matches('^[0-9]{1,7}([.][0-9]{1,6})?$') && double(self) > 0.0)").message("speed is a positive number such as 10 or \"0.5\", or \"max\""))]
+    pub speed: Speed,
+    /// Where the changes go. Immutable.
+    #[x_kube(validation = Rule::new("self == oldSelf").message("target is immutable: create another ReplayJob"))]
+    pub target: ReplayTarget,
+    /// Hold delivery. A job that is created suspended starts when this is set to false.
+    #[serde(default)]
+    pub suspend: bool,
+    /// End the replay now, for good.
+    #[serde(default)]
+    #[x_kube(validation = Rule::new("self || !oldSelf").message("cancel cannot be taken back: create another ReplayJob"))]
+    pub cancel: bool,
+    /// Delete the finished job after this many seconds; it stays where this is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 31_536_000))]
+    pub ttl_seconds_after_finished: Option<u32>,
+    /// The pod that replays. Immutable.
+    #[serde(default)]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("runtime is immutable: create another ReplayJob"))]
+    pub runtime: ReplayRuntime,
+}
+
+/// Names a CdcPipeline in the same namespace.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PipelineReference {
+    /// Name of the CdcPipeline.
+    #[schemars(length(min = 1, max = 253))]
+    pub name: String,
+}
+
+/// Where a replay starts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[x_kube(validation = Rule::new("has(self.time) != has(self.at)").message("write exactly one of from.time and from.at"))]
+#[serde(rename_all = "camelCase")]
+pub struct ReplayStart {
+    /// With the first change committed at or after this time, such as `2026-11-20T10:00:00Z`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("format" = "date-time"), length(max = 40))]
+    pub time: Option<String>,
+    /// With the oldest change that Kafka still holds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at: Option<Beginning>,
+}
+
+/// A start that is no time: with the oldest change that Kafka still holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Beginning {
+    /// The oldest change that Kafka still holds.
+    Beginning,
+}
+
+/// Where a replay ends.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[x_kube(validation = Rule::new("has(self.time) != has(self.at)").message("write exactly one of to.time and to.at"))]
+#[serde(rename_all = "camelCase")]
+pub struct ReplayEnd {
+    /// Before the first change committed at or after this time, such as `2026-11-20T11:00:00Z`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("format" = "date-time"), length(max = 40))]
+    pub time: Option<String>,
+    /// With the last transaction that is published when the replay starts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at: Option<Now>,
+}
+
+/// An end that is no time: with the last transaction that is published when the replay starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Now {
+    /// The last transaction that is published when the replay starts.
+    Now,
+}
+
+/// An integer, or a string with a decimal or `max`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Speed(pub IntOrString);
+
+impl Default for Speed {
+    fn default() -> Self {
+        Self(IntOrString::Int(1))
+    }
+}
+
+impl fmt::Display for Speed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            IntOrString::Int(number) => write!(f, "{number}"),
+            IntOrString::String(text) => f.write_str(text),
+        }
+    }
+}
+
+impl JsonSchema for Speed {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Speed".into()
+    }
+
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "x-kubernetes-int-or-string": true,
+            "maxLength": 14,
+        })
+    }
+}
+
+/// Where the changes go.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[x_kube(validation = Rule::new("has(self.log) != has(self.grpc)").message("write exactly one of target.log and target.grpc"))]
+#[serde(rename_all = "camelCase")]
+pub struct ReplayTarget {
+    /// Into the pod's own log, one line of JSON for each change: `kubectl logs job/<name>-replay`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log: Option<LogTarget>,
+    /// Over gRPC.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub grpc: Option<GrpcTarget>,
+}
+
+/// Into the pod's own log; there is nothing to set.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+pub struct LogTarget {}
+
+/// Over gRPC, one way or the other.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[x_kube(validation = Rule::new("has(self.endpoint) != has(self.serve)").message("write exactly one of grpc.endpoint, to be called, and grpc.serve, to call"))]
+#[serde(rename_all = "camelCase")]
+pub struct GrpcTarget {
+    /// Your server of `meander.v1.ReplayReceiver`, which the replay calls: `http://host:port`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 512))]
+    #[x_kube(validation = Rule::new("self.matches('^http://[^/@ ]+:[0-9]{1,5}$')").message("endpoint is http://host:port, such as http://receiver:50051"))]
+    pub endpoint: Option<String>,
+    /// Serve `meander.v1.Replayer` at the Service `<name>-replay`, and wait for a subscriber.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serve: Option<Serve>,
+}
+
+/// A server of `meander.v1.Replayer`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Serve {
+    /// TCP port.
+    #[serde(default = "default_serve_port")]
+    #[schemars(range(min = 1024, max = 65535))]
+    #[x_kube(validation = Rule::new("self != 9464").message("port 9464 is the pod's own, for its probes and metrics: choose another"))]
+    pub port: u16,
+    /// Secret with the bearer token that subscribers must show.
+    pub token_secret_ref: SecretKeyReference,
+}
+
+/// The pod that replays.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ReplayRuntime {
+    /// CPU and memory; small requests and a memory limit where it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resources: Option<Resources>,
+    /// How much the pod logs.
+    #[serde(default)]
+    pub log_level: LogLevel,
+}
+
+/// What the replay does, as last seen.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ReplayJobStatus {
+    /// The metadata.generation that this status is about.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+    /// One word for people; programs read the conditions. Succeeded, Failed and Cancelled are final.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub phase: Option<ReplayPhase>,
+    /// When delivery was first seen to be under way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("format" = "date-time"))]
+    pub start_time: Option<String>,
+    /// When it ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("format" = "date-time"))]
+    pub completion_time: Option<String>,
+    /// What `from` and `to` came to, fixed when the replay started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resolved_range: Option<ReplayRange>,
+    /// How far delivery has come.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub progress: Option<ReplayProgress>,
+    /// Accepted, Complete, Failed, Suspended; Reconciling and Stalled for tools that read kstatus.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(schema_with = "conditions")]
+    pub conditions: Vec<Condition>,
+}
+
+/// The state in one word for people; programs read the conditions. Succeeded, Failed and Cancelled are final.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum ReplayPhase {
+    /// Not started, or waiting for a subscriber; the Accepted condition says why.
+    Pending,
+    /// Changes are delivered.
+    Running,
+    /// `spec.suspend` is set.
+    Paused,
+    /// The whole range was delivered.
+    Succeeded,
+    /// It gave up; the Failed condition says why.
+    Failed,
+    /// `spec.cancel` was set.
+    Cancelled,
+}
+
+impl ReplayPhase {
+    /// Whether it can never change again.
+    #[must_use]
+    pub fn is_terminal(self) -> bool {
+        matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled)
+    }
+}
+
+/// A resolved range.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ReplayRange {
+    /// Commit time of the start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("format" = "date-time"))]
+    pub from_time: Option<String>,
+    /// Commit time of the end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("format" = "date-time"))]
+    pub to_time: Option<String>,
+    /// The range holds no position (`epoch:LSN:ordinal`) after this one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to_position: Option<String>,
+    /// Kafka offsets in the range: an upper bound of the changes to come.
+    #[serde(default)]
+    pub offsets: u64,
+}
+
+/// How far delivery has come.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ReplayProgress {
+    /// Changes handed over and, where the target answers, answered.
+    #[serde(default)]
+    pub delivered: u64,
+    /// Between 0 and 100, by event time within the range.
+    #[serde(default)]
+    pub percent: u32,
+    /// `percent` for people: `64%`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub progress: Option<String>,
+    /// Commit time of the last delivered change.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("format" = "date-time"))]
+    pub current_time: Option<String>,
+    /// Position (`epoch:LSN:ordinal`) of the last delivered change.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub current_position: Option<String>,
+    /// Mean of the last seconds.
+    #[serde(default)]
+    pub events_per_second: u64,
+    /// How far delivery is behind its schedule; 0 at speed `max`.
+    #[serde(default)]
+    pub behind_millis: u64,
+    /// Estimate until completion.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eta_seconds: Option<u64>,
+    /// Commit time of the first delivered change.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("format" = "date-time"))]
+    pub first_event_time: Option<String>,
+    /// How long delivery took from the first change to the last.
+    #[serde(default)]
+    pub delivery_millis: u64,
+}
+
+fn default_serve_port() -> u16 {
+    50052
+}
