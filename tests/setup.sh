@@ -36,8 +36,8 @@ apt_install() {
     printf '#!/bin/sh\nexit 101\n' >$policy
     chmod 755 $policy
   fi
-  DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@" || {
-    apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@"
+  DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=120 install -y --no-install-recommends "$@" || {
+    apt-get update && DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=120 install -y --no-install-recommends "$@"
   } || code=$?
   [ -z "$ours" ] || rm -f "$ours"
   return $code
@@ -127,7 +127,7 @@ go_tool() {
 
 setup_cluster() {
   packages cluster etcd-server containerd runc containernetworking-plugins iptables iproute2 \
-    conntrack util-linux buildah mmdebstrap curl jq openssl ca-certificates
+    conntrack inotify-tools util-linux buildah mmdebstrap curl jq openssl ca-certificates
   [ -d "$KUBE_DIR" ] && [ -d "$HELM_DIR" ] && [ -d "$KUBECONFORM_DIR" ] && [ -d "$GRPCURL_DIR" ] ||
     command -v go >/dev/null || die "part cluster needs go 1.24 or later to build Kubernetes"
   [ -d "$KUBE_DIR" ] || step "cluster: Kubernetes $KUBERNETES_VERSION, CoreDNS" in_place "$KUBE_DIR" make_kube

@@ -138,13 +138,14 @@ write_keys() {
   install -m 600 "$state/etc/admin.kubeconfig" "$config"
 }
 
-# Every control group folder of this cluster, in either version of the system.
+# Every control group folder of this cluster: one in version 2 of the system, one
+# for each hierarchy in version 1.
 cgroup_roots() {
   local base
   if [ -f /sys/fs/cgroup/cgroup.controllers ]; then
     echo /sys/fs/cgroup
   else
-    findmnt -rn -t cgroup -o TARGET | sort -u
+    findmnt -rn -t cgroup,cgroup2 -o TARGET | sort -u
   fi | while read -r base; do echo "$base/meander-$name"; done
 }
 

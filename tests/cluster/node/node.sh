@@ -60,17 +60,21 @@ serve kube-apiserver kube-apiserver "${flags[@]}"
 serve containerd containerd --config=/run/state/etc/containerd.toml
 until curl -sf --max-time 2 --cacert /run/state/pki/ca.crt "https://$NODE_IP:6443/readyz" >/dev/null 2>&1; do sleep 0.1; done
 
-# Volumes have to be writable by whatever user a pod runs as.
-(umask 0000; mkdir -p /tmp/hostpath_pv)
-serve_controller_manager() {
-  umask 0000
-  exec kube-controller-manager --kubeconfig=/run/state/etc/kube-controller-manager.kubeconfig \
-    --bind-address=127.0.0.1 --leader-elect=false --use-service-account-credentials \
-    --root-ca-file=/run/state/pki/ca.crt --service-account-private-key-file=/run/state/pki/sa.key \
-    --cluster-signing-cert-file=/run/state/pki/ca.crt --cluster-signing-key-file=/run/state/pki/ca.key \
-    --cluster-cidr="$POD_CIDR" --enable-hostpath-provisioner --profiling=false
+# The controller manager makes a volume's folder for root alone, but pods run as
+# anybody; the folder is opened up before the volume is even announced.
+mkdir -p /tmp/hostpath_pv
+open_volumes() {
+  local folder
+  inotifywait -q -m -e create --format %w%f /tmp/hostpath_pv |
+    while read -r folder; do chmod 777 "$folder"; done
 }
-serve kube-controller-manager eval '(serve_controller_manager)'
+serve open-volumes open_volumes
+serve kube-controller-manager kube-controller-manager \
+  --kubeconfig=/run/state/etc/kube-controller-manager.kubeconfig \
+  --bind-address=127.0.0.1 --leader-elect=false --use-service-account-credentials \
+  --root-ca-file=/run/state/pki/ca.crt --service-account-private-key-file=/run/state/pki/sa.key \
+  --cluster-signing-cert-file=/run/state/pki/ca.crt --cluster-signing-key-file=/run/state/pki/ca.key \
+  --cluster-cidr="$POD_CIDR" --enable-hostpath-provisioner --profiling=false
 serve kube-scheduler kube-scheduler --kubeconfig=/run/state/etc/kube-scheduler.kubeconfig \
   --bind-address=127.0.0.1 --leader-elect=false --profiling=false
 serve kubelet kubelet --config=/run/state/etc/kubelet.yaml --kubeconfig=/run/state/etc/kubelet.kubeconfig \
