@@ -1,0 +1,201 @@
+//! Kafka.
+
+use std::{
+    env, fs,
+    net::TcpStream,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use rdkafka::{
+    ClientConfig,
+    consumer::{BaseConsumer, Consumer as _},
+};
+use rustix::process::Signal;
+use tempfile::TempDir;
+use tokio::sync::OnceCell;
+
+use crate::{
+    ports::free_port,
+    process::{Process, folder},
+};
+
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// For a quick start and a small footprint rather than for throughput.
+const JVM: &[&str] = &[
+    "-Xmx384m",
+    "-Xshare:auto",
+    "-XX:TieredStopAtLevel=1",
+    "-XX:+UseSerialGC",
+];
+
+/// A broker that is its own controller (KRaft), without authentication. Topics are not created by using them.
+pub struct Kafka {
+    process: Process,
+    port: u16,
+    /// Removed with the handle.
+    _folder: TempDir,
+}
+
+impl Kafka {
+    /// Starts a broker of the caller's own, which takes seconds; most tests are fine with [`Kafka::shared`].
+    pub async fn start() -> Self {
+        let folder = folder("kafka");
+        let (port, controller_port) = (free_port(), free_port());
+        let properties = folder.path().join("server.properties");
+        fs::write(&properties, server_properties(folder.path(), port, controller_port)).unwrap();
+        let home = home();
+        format_storage(&home, &properties);
+
+        let mut command = java(&home);
+        command.arg("kafka.Kafka").arg(&properties);
+        let process = Process::start("kafka", folder.path(), &command, Signal::KILL);
+        let mut kafka = Self {
+            process,
+            port,
+            _folder: folder,
+        };
+        kafka.ready().await;
+        kafka
+    }
+
+    /// The broker that the tests of this process share; they keep apart by [`unique_name`](crate::unique_name).
+    pub async fn shared() -> &'static Self {
+        static SHARED: OnceCell<Kafka> = OnceCell::const_new();
+        SHARED.get_or_init(Self::start).await
+    }
+
+    /// `127.0.0.1:port`.
+    #[must_use]
+    pub fn bootstrap(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
+    }
+
+    /// The beginning of every client's configuration.
+    #[must_use]
+    pub fn client_config(&self) -> ClientConfig {
+        let mut config = ClientConfig::new();
+        config.set("bootstrap.servers", self.bootstrap());
+        config
+    }
+
+    /// Kills the broker.
+    pub fn kill9(&mut self) {
+        self.process.kill9();
+    }
+
+    /// Starts a broker that was killed, with the same data at the same port.
+    pub async fn start_again(&mut self) {
+        self.process.start_again();
+        self.ready().await;
+    }
+
+    /// The process, for whoever wants to hurt it in other ways.
+    pub fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+
+    async fn ready(&mut self) {
+        let config = self.client_config();
+        let address = self.bootstrap();
+        self.process
+            .ready(LIMIT, async || {
+                TcpStream::connect(&address).map_err(|error| error.to_string())?;
+                let consumer: BaseConsumer = config.create().map_err(|error| error.to_string())?;
+                let metadata =
+                    tokio::task::spawn_blocking(move || consumer.fetch_metadata(None, Duration::from_secs(5)))
+                        .await
+                        .unwrap()
+                        .map_err(|error| error.to_string())?;
+                if metadata.brokers().is_empty() {
+                    Err("no broker is registered".to_owned())
+                } else {
+                    Ok(())
+                }
+            })
+            .await;
+    }
+}
+
+fn server_properties(folder: &Path, port: u16, controller_port: u16) -> String {
+    let logs = folder.join("data");
+    let logs = logs.display();
+    format!(
+        "process.roles=broker,controller
+node.id=1
+controller.quorum.voters=1@127.0.0.1:{controller_port}
+controller.listener.names=CONTROLLER
+listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
+log.dirs={logs}
+auto.create.topics.enable=false
+offsets.topic.num.partitions=1
+offsets.topic.replication.factor=1
+transaction.state.log.num.partitions=1
+transaction.state.log.replication.factor=1
+transaction.state.log.min.isr=1
+share.coordinator.state.topic.num.partitions=1
+share.coordinator.state.topic.replication.factor=1
+share.coordinator.state.topic.min.isr=1
+group.initial.rebalance.delay.ms=0
+log.cleaner.dedupe.buffer.size=4194304
+num.network.threads=2
+num.io.threads=2
+background.threads=2
+"
+    )
+}
+
+/// Writes the identity of a new cluster; the broker does not start without.
+fn format_storage(home: &Path, properties: &Path) {
+    let output = java(home)
+        .args([
+            "kafka.tools.StorageTool",
+            "format",
+            "--cluster-id",
+            "bWVhbmRlci10ZXN0LWtmaw",
+            "--config",
+        ])
+        .arg(properties)
+        .output()
+        .unwrap_or_else(|error| panic!("java: {error}: run tests/setup.sh"));
+    assert!(
+        output.status.success(),
+        "kafka.tools.StorageTool: {}\n{}{}",
+        output.status,
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
+}
+
+fn java(home: &Path) -> Command {
+    let mut command = Command::new("java");
+    command.args(JVM).arg("-cp").arg(home.join("libs/*"));
+    command.arg(format!(
+        "-Dlog4j2.configurationFile={}",
+        home.join("config/log4j2.properties").display()
+    ));
+    command
+}
+
+/// Kafka's jars: `$KAFKA_HOME`, or what `tests/setup.sh` put into the cache last.
+fn home() -> PathBuf {
+    if let Some(home) = env::var_os("KAFKA_HOME") {
+        return home.into();
+    }
+    let cache = env::var_os("MEANDER_CACHE").map(PathBuf::from).unwrap_or_else(|| {
+        let base = env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+        let base = base.or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cache")));
+        base.expect("HOME is not set").join("meander")
+    });
+    fs::read_dir(&cache)
+        .into_iter()
+        .flatten()
+        .filter_map(Result::ok)
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with("kafka-"))
+        .max_by_key(|entry| entry.metadata().and_then(|metadata| metadata.modified()).ok())
+        .map(|entry| entry.path())
+        .unwrap_or_else(|| panic!("no Kafka in {}: run tests/setup.sh kafka", cache.display()))
+}

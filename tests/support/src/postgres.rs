@@ -1,0 +1,230 @@
+//! PostgreSQL.
+
+use std::{
+    env, fs,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::OnceLock,
+    time::Duration,
+};
+
+use rustix::process::Signal;
+use tempfile::TempDir;
+use tokio_postgres::{Client, NoTls};
+
+use crate::{
+    ports::free_port,
+    process::{Process, folder, root},
+};
+
+const LIMIT: Duration = Duration::from_secs(60);
+const USER: &str = "postgres";
+const PASSWORD: &str = "meander";
+const DATABASE: &str = "postgres";
+
+/// What differs from a server as it comes: logical decoding is on, durability is off, little memory is used.
+const SETTINGS: &[(&str, &str)] = &[
+    ("wal_level", "logical"),
+    ("fsync", "off"),
+    ("synchronous_commit", "off"),
+    ("full_page_writes", "off"),
+    ("shared_buffers", "32MB"),
+    ("max_connections", "50"),
+    ("max_wal_senders", "10"),
+    ("max_replication_slots", "10"),
+    ("listen_addresses", "127.0.0.1"),
+    ("unix_socket_directories", ""),
+    // Instead of /dev/shm, where a killed server would leave files.
+    ("dynamic_shared_memory_type", "mmap"),
+    ("log_min_messages", "info"),
+];
+
+/// A PostgreSQL server with the database `postgres` and the superuser `postgres`, who has to show a password.
+pub struct Postgres {
+    process: Process,
+    port: u16,
+    folder: TempDir,
+}
+
+impl Postgres {
+    /// Starts a server with these settings besides the usual ones, for example `&[("wal_level", "replica")]`.
+    pub async fn start(settings: &[(&str, &str)]) -> Self {
+        let folder = folder("postgres");
+        let port = free_port();
+        let data = folder.path().join("data");
+        run(Command::new("cp").arg("-a").arg(template()).arg(&data));
+
+        let mut command = as_postgres(&programs().join("postgres"));
+        command.arg("-D").arg(&data).args(["-p", &port.to_string()]);
+        for (name, value) in SETTINGS.iter().chain(settings) {
+            command.arg("-c").arg(format!("{name}={value}"));
+        }
+        // SIGQUIT is the immediate shutdown: no checkpoint, but shared memory is given back.
+        let process = Process::start("postgres", folder.path(), &command, Signal::QUIT);
+        fs::write(folder.path().join("username"), USER).unwrap();
+        fs::write(folder.path().join("password"), PASSWORD).unwrap();
+        let mut postgres = Self { process, port, folder };
+        postgres.ready().await;
+        postgres
+    }
+
+    /// The port on 127.0.0.1.
+    #[must_use]
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// `postgres://…`, with user, password and database.
+    #[must_use]
+    pub fn url(&self) -> String {
+        format!("postgres://{USER}:{PASSWORD}@127.0.0.1:{}/{DATABASE}", self.port)
+    }
+
+    /// The name of the database.
+    #[must_use]
+    pub fn database(&self) -> &'static str {
+        DATABASE
+    }
+
+    /// A file that holds the user name, as the runtime's configuration names it.
+    #[must_use]
+    pub fn username_file(&self) -> PathBuf {
+        self.folder.path().join("username")
+    }
+
+    /// A file that holds the password.
+    #[must_use]
+    pub fn password_file(&self) -> PathBuf {
+        self.folder.path().join("password")
+    }
+
+    /// A connection of the superuser.
+    ///
+    /// # Panics
+    /// When the server refuses it.
+    pub async fn client(&self) -> Client {
+        connect(&self.url())
+            .await
+            .unwrap_or_else(|error| panic!("{error}\n{}", self.process.log_tail()))
+    }
+
+    /// Ends the server in good order (a fast shutdown: transactions are rolled back, WAL senders finish).
+    pub fn stop(&mut self) {
+        self.process.signal(Signal::INT);
+        self.process.wait(LIMIT);
+    }
+
+    /// Kills the server and all its backends; the next start recovers from WAL.
+    pub fn kill9(&mut self) {
+        self.process.kill9();
+    }
+
+    /// Starts a server that was ended, with the same data at the same port.
+    pub async fn start_again(&mut self) {
+        self.process.start_again();
+        self.ready().await;
+    }
+
+    /// Ends the server in good order and starts it again.
+    pub async fn restart(&mut self) {
+        self.stop();
+        self.start_again().await;
+    }
+
+    /// The process, for whoever wants to hurt it in other ways.
+    pub fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+
+    async fn ready(&mut self) {
+        let url = self.url();
+        self.process.ready(LIMIT, async || connect(&url).await).await;
+    }
+}
+
+async fn connect(url: &str) -> Result<Client, String> {
+    let (client, connection) = tokio_postgres::connect(url, NoTls).await.map_err(|error| {
+        format!(
+            "postgres: {error}: {}",
+            error.as_db_error().map_or("", |cause| cause.message())
+        )
+    })?;
+    // It ends with the client; what goes wrong before is the error of the query that meets it.
+    tokio::spawn(connection);
+    Ok(client)
+}
+
+/// A data directory as `initdb` makes it. That takes a second or two, a copy a fraction of it.
+fn template() -> &'static Path {
+    static TEMPLATE: OnceLock<PathBuf> = OnceLock::new();
+    TEMPLATE.get_or_init(|| {
+        let folder = root().join("postgres-template");
+        let data = folder.join("data");
+        let password = folder.join("password");
+        fs::create_dir(&folder).unwrap();
+        fs::write(&password, PASSWORD).unwrap();
+        if is_root() {
+            run(Command::new("chown").args(["-R", USER]).arg(&folder));
+        }
+        run(as_postgres(&programs().join("initdb"))
+            .args([
+                "--no-sync",
+                "--auth=scram-sha-256",
+                "--encoding=UTF8",
+                "--locale=C",
+                "--username",
+                USER,
+            ])
+            .arg("--pwfile")
+            .arg(&password)
+            .arg("-D")
+            .arg(&data));
+        data
+    })
+}
+
+/// The folder of the server's programs: `$MEANDER_POSTGRES_BIN`, or the newest version that Debian's packages installed.
+fn programs() -> PathBuf {
+    if let Some(folder) = env::var_os("MEANDER_POSTGRES_BIN") {
+        return folder.into();
+    }
+    let version = |path: &PathBuf| path.file_name().and_then(|name| name.to_str()?.parse::<u32>().ok());
+    fs::read_dir("/usr/lib/postgresql")
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.join("bin/initdb").exists())
+        .max_by_key(version)
+        .map(|path| path.join("bin"))
+        .expect("no PostgreSQL server in /usr/lib/postgresql: run tests/setup.sh, or set MEANDER_POSTGRES_BIN")
+}
+
+/// PostgreSQL refuses to run as root.
+fn as_postgres(program: &Path) -> Command {
+    if !is_root() {
+        return Command::new(program);
+    }
+    let mut command = Command::new("setpriv");
+    command
+        .args(["--reuid", USER, "--regid", USER, "--init-groups", "--"])
+        .arg(program);
+    command
+}
+
+fn is_root() -> bool {
+    fs::metadata("/proc/self").unwrap().uid() == 0
+}
+
+fn run(command: &mut Command) {
+    let output = command
+        .output()
+        .unwrap_or_else(|error| panic!("{command:?}: {error}: run tests/setup.sh"));
+    assert!(
+        output.status.success(),
+        "{command:?}: {}\n{}{}",
+        output.status,
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
+}

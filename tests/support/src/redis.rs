@@ -1,0 +1,115 @@
+//! Redis.
+
+use std::{fs, path::PathBuf, process::Command, time::Duration};
+
+use redis::aio::MultiplexedConnection;
+use rustix::process::Signal;
+use tempfile::TempDir;
+
+use crate::{
+    ports::free_port,
+    process::{Process, folder},
+};
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// A Redis server that keeps nothing on disk: it is empty after every start.
+pub struct Redis {
+    process: Process,
+    port: u16,
+    folder: TempDir,
+}
+
+impl Redis {
+    /// Starts a server.
+    pub async fn start() -> Self {
+        let folder = folder("redis");
+        let port = free_port();
+        let mut command = Command::new("redis-server");
+        command.args([
+            "--port",
+            &port.to_string(),
+            "--bind",
+            "127.0.0.1",
+            "--save",
+            "",
+            "--appendonly",
+            "no",
+            "--dir",
+        ]);
+        command.arg(folder.path());
+        // Nothing is saved, so the quick end loses nothing.
+        let process = Process::start("redis", folder.path(), &command, Signal::KILL);
+        fs::write(folder.path().join("url"), format!("redis://127.0.0.1:{port}/0")).unwrap();
+        let mut redis = Self { process, port, folder };
+        redis.ready().await;
+        redis
+    }
+
+    /// The port on 127.0.0.1.
+    #[must_use]
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// `redis://…`.
+    #[must_use]
+    pub fn url(&self) -> String {
+        format!("redis://127.0.0.1:{}/0", self.port)
+    }
+
+    /// A file that holds the URL, as the runtime's configuration names it.
+    #[must_use]
+    pub fn url_file(&self) -> PathBuf {
+        self.folder.path().join("url")
+    }
+
+    /// A connection.
+    ///
+    /// # Panics
+    /// When the server does not answer.
+    pub async fn connection(&self) -> MultiplexedConnection {
+        self.try_connection()
+            .await
+            .unwrap_or_else(|error| panic!("redis: {error}"))
+    }
+
+    /// Ends the server; what it held is lost.
+    pub fn stop(&mut self) {
+        self.process.kill9();
+    }
+
+    /// Starts the server, now empty, at the same port again; ends it first if it runs.
+    pub async fn restart(&mut self) {
+        self.process.kill9();
+        self.process.start_again();
+        self.ready().await;
+    }
+
+    /// The process, for whoever wants to hurt it in other ways.
+    pub fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+
+    async fn try_connection(&self) -> redis::RedisResult<MultiplexedConnection> {
+        redis::Client::open(self.url())?
+            .get_multiplexed_async_connection()
+            .await
+    }
+
+    async fn ready(&mut self) {
+        let client = redis::Client::open(self.url()).unwrap();
+        self.process
+            .ready(LIMIT, async || {
+                let mut connection = client
+                    .get_multiplexed_async_connection()
+                    .await
+                    .map_err(|error| error.to_string())?;
+                redis::cmd("PING")
+                    .query_async::<String>(&mut connection)
+                    .await
+                    .map_err(|error| error.to_string())
+            })
+            .await;
+    }
+}
