@@ -144,7 +144,9 @@ fn reference(definitions: &[Value]) -> String {
             text("/spec/names/shortNames/0"),
             schema.get("description").and_then(Value::as_str).unwrap_or_default(),
         );
-        rules(&mut out, schema);
+        let mut of_object = String::new();
+        rules(&mut of_object, schema);
+        let _ = write!(out, "\n{of_object}");
         for part in ["spec", "status"] {
             if let Some(schema) = schema.pointer(&format!("/properties/{part}")) {
                 let _ = write!(

@@ -224,7 +224,7 @@ pub struct ReplayJobStatus {
     /// One word for people; programs read the conditions. Succeeded, Failed and Cancelled are final.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub phase: Option<ReplayPhase>,
-    /// When delivery was first seen to be under way.
+    /// When the replay's pod was started.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("format" = "date-time"))]
     pub start_time: Option<String>,
