@@ -96,6 +96,18 @@ impl Tail {
         Ok(Self { consumer, timeout })
     }
 
+    /// The partitions of a topic; none if it does not exist.
+    ///
+    /// # Errors
+    /// When Kafka does not answer in time.
+    pub fn partitions(&self, topic: &str) -> Result<Vec<i32>, TailError> {
+        let deadline = Instant::now() + self.timeout;
+        let metadata = retry_until(deadline, |left| self.consumer.fetch_metadata(Some(topic), left))
+            .map_err(|source| self.unreadable(topic, 0, source))?;
+        let known = metadata.topics().iter().find(|known| known.name() == topic);
+        Ok(known.map(|known| known.partitions().iter().map(|partition| partition.id()).collect()).unwrap_or_default())
+    }
+
     /// The last committed record of a partition; none if there is none.
     ///
     /// # Errors

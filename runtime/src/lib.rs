@@ -1,1 +1,12 @@
-//! runtime
+//! The data plane of Meander.
+
+pub mod admin;
+pub mod batch;
+pub mod capture;
+pub mod checkpoint;
+pub mod encode;
+pub mod log;
+pub mod position;
+pub mod progress;
+pub mod sink;
+pub mod source;

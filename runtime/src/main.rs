@@ -1,2 +1,76 @@
-//! runtime
-fn main() {}
+//! The command line of `meander-runtime`.
+
+use std::{error::Error, io::IsTerminal as _, path::PathBuf, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+use meander_runtime::capture;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tracing_subscriber::EnvFilter;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Captures the changes of a PostgreSQL database, publishes them to Kafka and Redis, and replays them.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Capture changes until told to stop.
+    Capture(Config),
+    /// Take away the replication slot and the managed publication of a capture.
+    Cleanup(Config),
+}
+
+#[derive(clap::Args)]
+struct Config {
+    /// The configuration file, YAML.
+    #[arg(long)]
+    config: PathBuf,
+}
+
+fn main() -> ExitCode {
+    // Standard output belongs to a replay into the log.
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info")))
+        .with_writer(std::io::stderr);
+    if std::io::stderr().is_terminal() {
+        log.init();
+    } else {
+        log.json().flatten_event(true).init();
+    }
+    match run(Arguments::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(%error, "ended");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[tokio::main]
+async fn run(command: Command) -> Result<(), Box<dyn Error>> {
+    let shutdown = CancellationToken::new();
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    tokio::spawn({
+        let shutdown = shutdown.clone();
+        async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            tracing::info!("told to stop");
+            shutdown.cancel();
+        }
+    });
+    match command {
+        Command::Capture(file) => capture::run(meander_config::load(&file.config)?, shutdown).await?,
+        Command::Cleanup(file) => capture::cleanup(meander_config::load(&file.config)?).await?,
+    }
+    Ok(())
+}

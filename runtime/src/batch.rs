@@ -1,0 +1,132 @@
+//! A batch of encoded records: one piece of memory that both sinks read.
+
+use std::{ops::Range, sync::Arc};
+
+use crate::position::{Lsn, Position};
+
+/// A batch is handed on when it holds this many bytes, so a batch is at most this much and one record.
+const FULL_BYTES: usize = 512 * 1024;
+/// A batch is handed on when it holds this many records.
+const FULL_RECORDS: usize = 4096;
+
+/// Where the records of one table go: the Kafka topic and the Redis stream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Destination {
+    /// Kafka topic.
+    pub topic: String,
+    /// Redis stream; empty without a Redis sink.
+    pub stream: String,
+}
+
+/// One encoded record.
+#[derive(Clone, Debug)]
+pub struct Record {
+    /// Identity and order.
+    pub position: Position,
+    /// Tells records made of one change apart.
+    pub part: u8,
+    /// The source's commit time, in microseconds since the Unix epoch.
+    pub commit_time_micros: i64,
+    /// Timestamp of the Kafka record: the running maximum of the commit times, in milliseconds.
+    pub timestamp_millis: i64,
+    /// Where it goes.
+    pub destination: Arc<Destination>,
+    key: Option<Range<usize>>,
+    value: Range<usize>,
+}
+
+/// Records in commit order, and what is safe once they are durable.
+#[derive(Clone, Debug, Default)]
+pub struct Batch {
+    bytes: Vec<u8>,
+    records: Vec<Record>,
+    /// The last transaction that ends in this batch or before it.
+    pub complete: Option<Position>,
+    /// Everything committed before this LSN is in this batch or before it. [`Lsn::ZERO`] if that is not known.
+    pub safe: Lsn,
+    /// The running maximum of the commit times, in microseconds since the Unix epoch.
+    pub high_time_micros: i64,
+}
+
+impl Batch {
+    /// An empty batch with room for a full one.
+    #[must_use]
+    pub fn new() -> Self {
+        Self { bytes: Vec::with_capacity(16 * 1024), ..Self::default() }
+    }
+
+    /// Appends a record. `key` writes the key and says whether there is one, `value` writes the value.
+    ///
+    /// # Errors
+    /// Those of `key` and `value`; the batch is then as it was.
+    pub fn push<E>(
+        &mut self,
+        position: Position,
+        part: u8,
+        commit_time_micros: i64,
+        destination: &Arc<Destination>,
+        key: impl FnOnce(&mut Vec<u8>) -> Result<bool, E>,
+        value: impl FnOnce(&mut Vec<u8>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let start = self.bytes.len();
+        let written = key(&mut self.bytes).and_then(|has_key| {
+            let middle = self.bytes.len();
+            value(&mut self.bytes)?;
+            Ok((has_key.then_some(start..middle), middle..self.bytes.len()))
+        });
+        match written {
+            Ok((key, value)) => {
+                self.records.push(Record {
+                    position,
+                    part,
+                    commit_time_micros,
+                    timestamp_millis: self.high_time_micros.div_euclid(1000),
+                    destination: Arc::clone(destination),
+                    key,
+                    value,
+                });
+                Ok(())
+            }
+            Err(error) => {
+                self.bytes.truncate(start);
+                Err(error)
+            }
+        }
+    }
+
+    /// The records in commit order.
+    #[must_use]
+    pub fn records(&self) -> &[Record] {
+        &self.records
+    }
+
+    /// The key of a record of this batch.
+    #[must_use]
+    pub fn key(&self, record: &Record) -> Option<&[u8]> {
+        record.key.clone().map(|range| &self.bytes[range])
+    }
+
+    /// The value of a record of this batch.
+    #[must_use]
+    pub fn value(&self, record: &Record) -> &[u8] {
+        &self.bytes[record.value.clone()]
+    }
+
+    /// The position of the last record.
+    #[must_use]
+    pub fn last(&self) -> Option<Position> {
+        self.records.last().map(|record| record.position)
+    }
+
+    /// True when it should be handed on whatever else is waiting.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        self.bytes.len() >= FULL_BYTES || self.records.len() >= FULL_RECORDS
+    }
+
+    /// Bytes of keys and values.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        self.bytes.len()
+    }
+}

@@ -1,0 +1,158 @@
+//! `meander-runtime capture`: from the slot to the sinks.
+//!
+//! A capture is a sequence of sessions. A session owns the slot from its start to its end; whatever goes wrong in it, the next
+//! one starts from the checkpoint, as it does after a crash. So there is one way back, and it is used all the time.
+
+mod cleanup;
+mod observe;
+mod session;
+mod status;
+mod stream;
+
+use std::time::Duration;
+
+use backon::{BackoffBuilder as _, ExponentialBuilder};
+use meander_config::CaptureConfig;
+use meander_proto::v1::CaptureProgress;
+use prometheus::Registry;
+use tokio::{sync::watch, time::Instant};
+use tokio_util::sync::CancellationToken;
+
+pub use cleanup::cleanup;
+
+use crate::{
+    admin::{Admin, Liveness},
+    encode::EncodeError,
+    progress::{self, ConditionType, ProgressReporter},
+    sink::SinkError,
+    source::postgres::{assemble::AssembleError, pgoutput::DecodeError, preflight::SourceError, start::SourceGap},
+};
+
+/// Why a session ended.
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureError {
+    /// The source is not fit for capture, or went away.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// Changes are lost.
+    #[error(transparent)]
+    Gap(#[from] SourceGap),
+    /// A sink does not take what it is given.
+    #[error(transparent)]
+    Sink(#[from] SinkError),
+    /// The source sent what makes no sense.
+    #[error("PostgreSQL sent a message that cannot be understood: {0}; nothing after it is published; please report it")]
+    Decode(#[from] DecodeError),
+    /// The source sent messages that make no sense together.
+    #[error("PostgreSQL sent messages that do not fit together: {0}; nothing after them is published; please report it")]
+    Assemble(#[from] AssembleError),
+    /// A change that has no form in the pipeline's format.
+    #[error("a change cannot be encoded: {0}; nothing after it is published; please report it")]
+    Encode(#[from] EncodeError),
+    /// The address of the administrative server cannot be listened on.
+    #[error("cannot listen on adminAddress: {0}")]
+    Admin(#[source] std::io::Error),
+    /// A task of this process ended in a way that it never should.
+    #[error("a task failed: {0}")]
+    Task(#[from] tokio::task::JoinError),
+}
+
+impl CaptureError {
+    /// The condition that this failure makes false (or, for a gap, true), and its reason.
+    fn condition(&self) -> (ConditionType, &'static str) {
+        match self {
+            Self::Source(error) => (ConditionType::SourceReady, error.reason()),
+            Self::Gap(gap) => (ConditionType::SourceGap, gap.reason()),
+            Self::Sink(error @ SinkError::RedisGap { .. }) => (ConditionType::RedisGap, error.reason()),
+            Self::Sink(error) => (ConditionType::SinksReady, error.reason()),
+            Self::Decode(_) | Self::Assemble(_) | Self::Encode(_) => (ConditionType::SourceReady, "UnexpectedMessage"),
+            Self::Admin(_) | Self::Task(_) => (ConditionType::Progressing, "InternalError"),
+        }
+    }
+}
+
+/// Pause between two sessions: short at first, because most causes are short.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(500);
+const LONGEST_PAUSE: Duration = Duration::from_secs(15);
+/// A session that lived this long was a success, after which the pauses start short again.
+const HEALTHY_SESSION: Duration = Duration::from_secs(30);
+/// A runtime that waits for the slot asks often, because it is the one that takes over.
+const STANDBY_PAUSE: Duration = Duration::from_secs(1);
+
+/// What every session shares.
+struct Context {
+    config: CaptureConfig,
+    reporter: ProgressReporter<CaptureProgress>,
+    metrics: observe::Metrics,
+    ready: watch::Sender<bool>,
+}
+
+impl Context {
+    fn set(&self, condition: ConditionType, status: bool, reason: &str, message: impl Into<String>) {
+        let message = message.into();
+        self.reporter.update(|state| state.conditions.set(condition, status, reason, message));
+    }
+}
+
+/// Captures until `shutdown`. Whatever is wrong with the source or a sink is reported and tried again; it is no reason to end.
+///
+/// # Errors
+/// When the process cannot do its work at all.
+pub async fn run(config: CaptureConfig, shutdown: CancellationToken) -> Result<(), CaptureError> {
+    let (reporter, _directives, link) = progress::start::<CaptureProgress>(&config.pipeline, config.operator.clone());
+    let registry = Registry::new();
+    let metrics = observe::Metrics::register(&registry);
+    let (ready, is_ready) = watch::channel(false);
+    let admin = Admin { registry, liveness: Liveness::default(), ready: is_ready };
+    let server = admin.serve(config.admin_address, shutdown.clone()).await.map_err(CaptureError::Admin)?;
+    let slot_name = config.source.slot_name.clone();
+    reporter.update(|state| state.progress.slot_name = slot_name);
+    let context = Context { config, reporter, metrics, ready };
+
+    let new_pauses = || {
+        ExponentialBuilder::default()
+            .with_min_delay(SHORTEST_PAUSE)
+            .with_max_delay(LONGEST_PAUSE)
+            .with_jitter()
+            .without_max_times()
+            .build()
+    };
+    let mut pauses = new_pauses();
+    while !shutdown.is_cancelled() {
+        let started = Instant::now();
+        let ended = session::run(&context, &shutdown).await;
+        context.ready.send_replace(false);
+        let Err(error) = ended else { break };
+        if shutdown.is_cancelled() {
+            tracing::warn!(%error, "the session ended with an error during shutdown");
+            break;
+        }
+        context.report(&error);
+        let pause = if matches!(error, CaptureError::Source(SourceError::SlotActive { .. })) {
+            STANDBY_PAUSE
+        } else {
+            if started.elapsed() >= HEALTHY_SESSION {
+                pauses = new_pauses();
+            }
+            pauses.next().unwrap_or(LONGEST_PAUSE)
+        };
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = shutdown.cancelled() => {}
+        }
+    }
+    context.set(ConditionType::Progressing, false, "Stopped", "The runtime was told to stop.");
+    link.finish().await;
+    Ok(server.await?)
+}
+
+impl Context {
+    fn report(&self, error: &CaptureError) {
+        let (condition, reason) = error.condition();
+        let is_gap = matches!(condition, ConditionType::SourceGap | ConditionType::RedisGap);
+        self.metrics.failures.with_label_values(&[reason]).inc();
+        tracing::warn!(%error, reason, "the session ended");
+        self.set(condition, is_gap, reason, error.to_string());
+        self.set(ConditionType::Progressing, false, reason, "Capture does not go on; it is tried again by itself.");
+    }
+}

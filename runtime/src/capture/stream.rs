@@ -1,0 +1,223 @@
+//! The loop that turns the replication stream into batches.
+
+use std::{sync::Arc, time::{SystemTime, UNIX_EPOCH}};
+
+use meander_config::CaptureConfig;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    batch::{Batch, Destination},
+    capture::{CaptureError, observe::Inflight, status::Received},
+    encode::Encoder,
+    log::{Checkpoint, topic_name},
+    position::{Lsn, Position},
+    sink::topics::Topics,
+    source::postgres::{
+        assemble::{Assembled, Assembler},
+        pgoutput::{LogicalMessage, RelationMessage, decode},
+        preflight::{Catalog, wire_failure},
+        wire::{Frame, FrameReader},
+    },
+};
+
+/// The queues of the sinks, which all get every batch.
+pub(super) struct Queues(Vec<mpsc::Sender<Arc<Batch>>>);
+
+impl Queues {
+    pub(super) fn new(queues: Vec<mpsc::Sender<Arc<Batch>>>) -> Self {
+        Self(queues)
+    }
+
+    /// Waits until every sink has room. None when a sink has ended, which the session learns by itself.
+    async fn reserve(&self) -> Option<Vec<mpsc::Permit<'_, Arc<Batch>>>> {
+        let mut permits = Vec::with_capacity(self.0.len());
+        for queue in &self.0 {
+            permits.push(queue.reserve().await.ok()?);
+        }
+        Some(permits)
+    }
+}
+
+/// The state of the loop.
+pub(super) struct Stream<'a> {
+    config: &'a CaptureConfig,
+    assembler: Assembler,
+    encoder: Box<dyn Encoder>,
+    topics: Topics,
+    /// The last change in Kafka when the session started.
+    published: Option<Position>,
+    /// Every sink has all changes up to here.
+    resume_after: Option<Position>,
+    received: Received,
+    inflight: Inflight,
+    batch: Batch,
+    batches: u64,
+    high_time_micros: i64,
+    complete: Option<Position>,
+    safe: Lsn,
+    /// The batch says something that the one before did not.
+    news: bool,
+}
+
+impl<'a> Stream<'a> {
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn new(
+        config: &'a CaptureConfig,
+        assembler: Assembler,
+        encoder: Box<dyn Encoder>,
+        topics: Topics,
+        checkpoint: &Checkpoint,
+        resume_after: Option<Position>,
+        received: Received,
+        inflight: Inflight,
+    ) -> Self {
+        Self {
+            config,
+            assembler,
+            encoder,
+            topics,
+            published: checkpoint.published,
+            resume_after,
+            received,
+            inflight,
+            batch: Batch::new(),
+            batches: 0,
+            high_time_micros: checkpoint.high_time_micros,
+            complete: None,
+            safe: Lsn::ZERO,
+            news: false,
+        }
+    }
+
+    /// Reads until `shutdown`, or until the connection or a sink ends.
+    pub(super) async fn run(
+        &mut self,
+        mut reader: FrameReader,
+        catalog: &Catalog,
+        queues: Queues,
+        shutdown: &CancellationToken,
+    ) -> Result<(), CaptureError> {
+        let source = &self.config.source;
+        let wire = |error| wire_failure(source, "", error);
+        loop {
+            while let Some(frame) = reader.next_frame().map_err(wire)? {
+                match frame {
+                    Frame::Data { wal_end, message } => {
+                        self.received.set_server(wal_end);
+                        self.message(message, catalog).await?;
+                    }
+                    Frame::Keepalive { wal_end, reply_requested } => self.keepalive(wal_end, reply_requested),
+                }
+                if self.batch.is_full() {
+                    match queues.reserve().await {
+                        Some(permits) => self.hand_on(permits),
+                        None => return Ok(()),
+                    }
+                }
+            }
+            // What has come is handed on at once; while the sinks are busy, more of it gathers.
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return Ok(()),
+                permits = queues.reserve(), if self.news => match permits {
+                    Some(permits) => self.hand_on(permits),
+                    None => return Ok(()),
+                },
+                filled = reader.fill() => filled.map_err(wire)?,
+            }
+        }
+    }
+
+    fn hand_on(&mut self, permits: Vec<mpsc::Permit<'_, Arc<Batch>>>) {
+        let mut batch = std::mem::replace(&mut self.batch, Batch::new());
+        batch.complete = self.complete;
+        batch.safe = self.safe;
+        self.batches += 1;
+        if let Some(first) = batch.records().first() {
+            self.inflight.push(self.batches, first.commit_time_micros);
+        }
+        let batch = Arc::new(batch);
+        for permit in permits {
+            permit.send(Arc::clone(&batch));
+        }
+        self.news = false;
+    }
+
+    fn keepalive(&mut self, wal_end: Lsn, reply_requested: bool) {
+        self.received.set_server(wal_end);
+        if reply_requested {
+            self.received.reply_soon();
+        }
+        // The server has sent everything that committed before this, so it is safe once that is. In a transaction it may be a
+        // place before the transaction's own commit, and is left alone.
+        if !self.assembler.in_transaction() && wal_end > self.safe {
+            self.safe = wal_end;
+            self.received.set_received(wal_end);
+            self.news = true;
+        }
+    }
+
+    async fn message(&mut self, bytes: &[u8], catalog: &Catalog) -> Result<(), CaptureError> {
+        let message = decode(bytes)?;
+        match &message {
+            LogicalMessage::Relation(relation) => return self.relation(relation, catalog).await,
+            LogicalMessage::Begin { final_lsn, commit_time_micros, .. } => self.begin(*final_lsn, *commit_time_micros),
+            _ => {}
+        }
+        let Self { assembler, encoder, batch, high_time_micros, resume_after, news, .. } = self;
+        match assembler.take(&message)? {
+            Assembled::Nothing => {}
+            Assembled::Changes(changes) => changes.for_each(|change| {
+                if Some(change.position) > *resume_after {
+                    batch.high_time_micros = *high_time_micros;
+                    encoder.encode(&change, batch)?;
+                    *news = true;
+                }
+                Ok::<_, CaptureError>(())
+            })?,
+            Assembled::Committed { complete, end_lsn } => {
+                self.complete = Some(complete);
+                self.safe = end_lsn;
+                self.received.set_received(end_lsn);
+                self.news = true;
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves the running maximum of the commit times, clamped to our clock, which is the timestamp of the transaction's records.
+    ///
+    /// All records of a transaction share one timestamp, so that no time range ends inside it; also when a crash cut the
+    /// transaction in two. So what Kafka had seen before, wholly or in part, does not move it again.
+    fn begin(&mut self, commit_lsn: Lsn, commit_time_micros: i64) {
+        let first = Position { epoch: self.assembler.epoch(), commit_lsn, ordinal: 0 };
+        if self.published.is_none_or(|published| first > Position { ordinal: 0, ..published }) {
+            self.high_time_micros = self.high_time_micros.max(commit_time_micros.min(now_micros()));
+        }
+    }
+
+    async fn relation(&mut self, message: &RelationMessage<'_>, catalog: &Catalog) -> Result<(), CaptureError> {
+        let primary_key =
+            if message.replica_identity == b'f' { catalog.primary_key(message.oid).await? } else { Vec::new() };
+        let relation = self.assembler.describe(message, &primary_key);
+        let (schema, table) = (&relation.schema, &relation.table);
+        let topic = topic_name(&self.config.kafka.topic_prefix, schema, table);
+        self.topics.ensure_data(&topic, &format!("{schema}.{table}")).await?;
+        let stream = self
+            .config
+            .redis
+            .as_ref()
+            .map(|redis| topic_name(&redis.stream_prefix, schema, table))
+            .unwrap_or_default();
+        self.encoder.prepare(&relation, Arc::new(Destination { topic, stream }));
+        self.assembler.learn(Arc::new(relation));
+        Ok(())
+    }
+}
+
+/// Our clock, in microseconds since the Unix epoch.
+pub(super) fn now_micros() -> i64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(now.as_micros()).unwrap_or(i64::MAX)
+}

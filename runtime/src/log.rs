@@ -1,0 +1,79 @@
+//! What the log in Kafka looks like: names of topics and headers, and the checkpoint.
+//!
+//! Capture writes it and replay reads it, so both find the rules here.
+
+use serde::{Deserialize, Serialize};
+
+use crate::position::{Lsn, Position};
+
+/// Header of every data record: its [`Position`] as text.
+pub const POSITION_HEADER: &str = "meander-position";
+/// Header of the records of one change that was split, but for the first: the part number as decimal text.
+pub const PART_HEADER: &str = "meander-part";
+/// Header of every data record: the source's commit time in microseconds since the Unix epoch, as decimal text. The record's own
+/// timestamp is the running maximum of these, in milliseconds.
+pub const COMMIT_TIME_HEADER: &str = "meander-commit-time";
+
+/// Name of the topic (or Redis stream) that holds the changes of a table.
+///
+/// Characters that Kafka does not allow become `_`. Two tables whose names become one are told apart by the caller.
+#[must_use]
+pub fn topic_name(prefix: &str, schema: &str, table: &str) -> String {
+    let mut name = String::with_capacity(prefix.len() + schema.len() + table.len() + 2);
+    for (index, part) in [prefix, schema, table].into_iter().enumerate() {
+        if index > 0 {
+            name.push('.');
+        }
+        name.extend(part.chars().map(|c| match c {
+            'a'..='z' | 'A'..='Z' | '0'..='9' | '.' | '_' | '-' => c,
+            _ => '_',
+        }));
+    }
+    name
+}
+
+/// Name of the pipeline's checkpoint topic: compacted, one partition.
+#[must_use]
+pub fn checkpoint_topic(namespace: &str, pipeline: &str) -> String {
+    format!("__meander.{namespace}.{pipeline}.checkpoint")
+}
+
+/// Key of the checkpoint record, and the producer's `transactional.id`.
+///
+/// It holds names and no UID, so that a resource that was deleted and created again finds it.
+#[must_use]
+pub fn checkpoint_key(namespace: &str, pipeline: &str, slot: &str) -> String {
+    format!("{namespace}/{pipeline}/{slot}")
+}
+
+/// How far a pipeline has come, in the same Kafka transaction as the records it speaks of. Written as JSON.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Checkpoint {
+    /// The epoch that new changes get.
+    pub epoch: u8,
+    /// The server that the epoch stands for.
+    pub system_identifier: String,
+    /// The server's timeline that the epoch stands for.
+    pub timeline: u32,
+    /// Grows by one with each owner of the slot, and fences the owners before it out of Redis.
+    pub owner_generation: u64,
+    /// The last change in Kafka; all before it are there too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub published: Option<Position>,
+    /// The last transaction that is in Kafka as a whole, as its commit position. A live replay ends here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub complete: Option<Position>,
+    /// The last change known to be in Redis when this was written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub redis: Option<Position>,
+    /// What PostgreSQL may be told. The slot is never ahead of this, so a slot that is has lost changes.
+    pub acknowledged: Lsn,
+    /// The running maximum of the commit times, in microseconds since the Unix epoch: no later record has a lower timestamp.
+    pub high_time_micros: i64,
+    /// Records published since the pipeline was created.
+    pub events_total: u64,
+    /// The slot was dropped on purpose after this; a new one starts a new epoch and is no gap.
+    #[serde(default)]
+    pub released: bool,
+}

@@ -1,0 +1,345 @@
+//! The durable log: records and checkpoint in one Kafka transaction.
+//!
+//! Everything here blocks and runs on a thread of its own. Invariants:
+//! - nothing is in flight when a commit is called (a commit with deliveries in flight stalls for 100 ms), and no transaction is empty;
+//! - after any error the producer is dropped and never used again: the next one fences it, and the checkpoint tells what became of
+//!   its transaction;
+//! - what PostgreSQL may be told is in a committed checkpoint first.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use meander_config::CaptureConfig;
+use rdkafka::{
+    ClientConfig, ClientContext, Message as _,
+    error::{KafkaError, RDKafkaErrorCode},
+    message::{DeliveryResult, Header, OwnedHeaders},
+    producer::{BaseProducer, BaseRecord, Producer as _, ProducerContext},
+};
+use tokio::{
+    runtime::Handle,
+    sync::{mpsc, watch},
+    time::timeout,
+};
+
+use crate::{
+    batch::{Batch, Record},
+    log::{COMMIT_TIME_HEADER, Checkpoint, PART_HEADER, POSITION_HEADER, checkpoint_key, checkpoint_topic},
+    position::{Lsn, Position},
+    sink::{Durable, SinkError},
+};
+
+/// How long signing on as the producer may take: the broker answers only when the transaction of the producer before is settled.
+const INIT_DEADLINE: Duration = Duration::from_secs(30);
+/// How long records may take to be delivered, and a transaction to be committed.
+const COMMIT_DEADLINE: Duration = Duration::from_secs(30);
+/// The broker aborts a transaction that is open for longer. Longer than everything that one takes here.
+const TRANSACTION_TIMEOUT: Duration = Duration::from_secs(60);
+/// A transaction that begins sooner after a commit is told CONCURRENT_TRANSACTIONS, and the client waits 20 ms: the coordinator is
+/// still writing the markers of the one before.
+const PAUSE_AFTER_COMMIT: Duration = Duration::from_millis(3);
+/// A transaction is committed when it holds this much, or when nothing more is waiting.
+const TRANSACTION_BYTES: usize = 8 * 1024 * 1024;
+/// How often an acknowledgement is written when no records carry it.
+const ACKNOWLEDGE_INTERVAL: Duration = Duration::from_secs(5);
+/// How often that is looked at while nothing comes.
+const TICK: Duration = Duration::from_secs(1);
+/// How long the end waits for Redis to take what Kafka has, so that the last checkpoint can acknowledge it.
+const CLOSING_DEADLINE: Duration = Duration::from_secs(5);
+
+/// The first delivery that failed since the producer was made.
+#[derive(Default)]
+struct Deliveries(Mutex<Option<(String, KafkaError)>>);
+
+impl ClientContext for Deliveries {
+    fn error(&self, error: KafkaError, reason: &str) {
+        tracing::warn!(%error, reason, "Kafka client");
+    }
+}
+
+impl ProducerContext for Deliveries {
+    type DeliveryOpaque = ();
+
+    fn delivery(&self, result: &DeliveryResult<'_>, (): ()) {
+        if let Err((error, message)) = result {
+            self.0
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .get_or_insert_with(|| (message.topic().to_owned(), error.clone()));
+        }
+    }
+}
+
+/// A producer that has fenced every one before it.
+pub struct KafkaSink {
+    producer: BaseProducer<Deliveries>,
+    servers: String,
+    checkpoint_topic: String,
+    checkpoint_key: String,
+}
+
+impl KafkaSink {
+    /// Signs on. From here on no producer of this pipeline that was made earlier can commit anything. Blocks.
+    ///
+    /// # Errors
+    /// When Kafka does not answer in time.
+    pub fn open(config: &CaptureConfig) -> Result<Self, SinkError> {
+        let servers = config.kafka.bootstrap_servers.join(",");
+        let (namespace, name) = (&config.pipeline.namespace, &config.pipeline.name);
+        let checkpoint_key = checkpoint_key(namespace, name, &config.source.slot_name);
+        let failed = |error: KafkaError| super::topics::unreachable(&servers, &error);
+        let producer: BaseProducer<Deliveries> = ClientConfig::new()
+            .set("bootstrap.servers", &servers)
+            .set("client.id", "meander-runtime")
+            .set("transactional.id", &checkpoint_key)
+            .set("transaction.timeout.ms", TRANSACTION_TIMEOUT.as_millis().to_string())
+            .set("message.timeout.ms", COMMIT_DEADLINE.as_millis().to_string())
+            .set("acks", "all")
+            .set("enable.idempotence", "true")
+            .set("compression.type", "lz4")
+            // As Java's producers place keys, so that both can be joined.
+            .set("partitioner", "murmur2_random")
+            .set("linger.ms", "0")
+            .set("queue.buffering.max.kbytes", (2 * TRANSACTION_BYTES / 1024).to_string())
+            // The topic decides what is too large; this only lets it.
+            .set("message.max.bytes", "100000000")
+            .set("batch.size", "1000000")
+            .set("socket.nagle.disable", "true")
+            .create_with_context(Deliveries::default())
+            .map_err(failed)?;
+        producer.init_transactions(INIT_DEADLINE).map_err(failed)?;
+        Ok(Self { producer, servers, checkpoint_topic: checkpoint_topic(namespace, name), checkpoint_key })
+    }
+
+    /// Commits a checkpoint with no records. Blocks.
+    ///
+    /// # Errors
+    /// When the transaction does not succeed, or may not have.
+    pub fn commit_checkpoint(&self, checkpoint: &Checkpoint) -> Result<(), SinkError> {
+        self.begin()?;
+        self.commit(checkpoint)
+    }
+
+    fn begin(&self) -> Result<(), SinkError> {
+        self.producer.begin_transaction().map_err(|error| self.failed(&error))
+    }
+
+    fn commit(&self, checkpoint: &Checkpoint) -> Result<(), SinkError> {
+        let value = serde_json::to_vec(checkpoint).map_err(|error| SinkError::KafkaTransaction(error.to_string()))?;
+        self.send(
+            BaseRecord::to(&self.checkpoint_topic).partition(0).key(self.checkpoint_key.as_bytes()).payload(&value),
+        )?;
+        self.wait_for_deliveries()?;
+        self.producer.commit_transaction(COMMIT_DEADLINE).map_err(|error| self.failed(&error))
+    }
+
+    fn produce(&self, batch: &Batch, record: &Record) -> Result<(), SinkError> {
+        let position = record.position.to_string();
+        let commit_time = record.commit_time_micros.to_string();
+        let part = record.part.to_string();
+        let mut headers = OwnedHeaders::new_with_capacity(3)
+            .insert(Header { key: POSITION_HEADER, value: Some(position.as_str()) })
+            .insert(Header { key: COMMIT_TIME_HEADER, value: Some(commit_time.as_str()) });
+        if record.part > 0 {
+            headers = headers.insert(Header { key: PART_HEADER, value: Some(part.as_str()) });
+        }
+        let base = BaseRecord::to(&record.destination.topic)
+            .payload(batch.value(record))
+            .timestamp(record.timestamp_millis)
+            .headers(headers);
+        self.send(match batch.key(record) {
+            Some(key) => base.key(key),
+            // A record without a key keeps its order only in a partition that is always the same.
+            None => base.partition(0),
+        })
+    }
+
+    /// Queues a record, and waits while the client's own queue is full.
+    fn send(&self, mut record: BaseRecord<'_, [u8], [u8]>) -> Result<(), SinkError> {
+        let deadline = Instant::now() + COMMIT_DEADLINE;
+        loop {
+            match self.producer.send(record) {
+                Ok(()) => return Ok(()),
+                Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), returned))
+                    if Instant::now() < deadline =>
+                {
+                    record = returned;
+                    self.producer.poll(Duration::from_millis(10));
+                    self.check_deliveries()?;
+                }
+                Err((error, _)) => return Err(self.failed(&error)),
+            }
+        }
+    }
+
+    fn wait_for_deliveries(&self) -> Result<(), SinkError> {
+        let deadline = Instant::now() + COMMIT_DEADLINE;
+        while self.producer.in_flight_count() > 0 {
+            self.producer.poll(Duration::from_millis(10));
+            self.check_deliveries()?;
+            if Instant::now() > deadline {
+                return Err(SinkError::KafkaUnreachable {
+                    servers: self.servers.clone(),
+                    cause: format!("records were not acknowledged within {} s", COMMIT_DEADLINE.as_secs()),
+                });
+            }
+        }
+        self.check_deliveries()
+    }
+
+    fn check_deliveries(&self) -> Result<(), SinkError> {
+        let failure = self.producer.context().0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        match failure {
+            None => Ok(()),
+            Some((topic, error)) => Err(match error.rdkafka_error_code() {
+                Some(RDKafkaErrorCode::MessageSizeTooLarge) => SinkError::RecordTooLarge { topic },
+                _ => self.failed(&error),
+            }),
+        }
+    }
+
+    fn failed(&self, error: &KafkaError) -> SinkError {
+        match error.rdkafka_error_code() {
+            Some(
+                RDKafkaErrorCode::Fenced
+                | RDKafkaErrorCode::ProducerFenced
+                | RDKafkaErrorCode::InvalidProducerEpoch,
+            ) => SinkError::Fenced(error.to_string()),
+            Some(
+                RDKafkaErrorCode::OperationTimedOut
+                | RDKafkaErrorCode::MessageTimedOut
+                | RDKafkaErrorCode::AllBrokersDown
+                | RDKafkaErrorCode::BrokerTransportFailure,
+            ) => super::topics::unreachable(&self.servers, error),
+            _ => SinkError::KafkaTransaction(error.to_string()),
+        }
+    }
+
+    /// Publishes batches until there are no more, which is the end of the capture. Blocks.
+    ///
+    /// `redis` is how far Redis has come, if there is one: until it can be refilled from Kafka, PostgreSQL is acknowledged on the
+    /// lesser of both.
+    ///
+    /// # Errors
+    /// When a transaction does not succeed, or may not have.
+    pub fn publish(
+        self,
+        runtime: &Handle,
+        mut checkpoint: Checkpoint,
+        mut batches: mpsc::Receiver<Arc<Batch>>,
+        mut redis: Option<watch::Receiver<Durable>>,
+        durable: &watch::Sender<Durable>,
+        acknowledged: &watch::Sender<Checkpoint>,
+    ) -> Result<(), SinkError> {
+        let mut last_commit = Instant::now();
+        loop {
+            let first = match runtime.block_on(timeout(TICK, batches.recv())) {
+                Ok(Some(batch)) => Some(batch),
+                Ok(None) => break,
+                Err(_) => None,
+            };
+            let mut transaction = Transaction::default();
+            if let Some(first) = first {
+                // Work gathers meanwhile, so this costs no throughput.
+                thread::sleep(PAUSE_AFTER_COMMIT.saturating_sub(last_commit.elapsed()));
+                transaction.take(&self, &checkpoint, &first)?;
+                while transaction.bytes < TRANSACTION_BYTES {
+                    let Ok(next) = batches.try_recv() else { break };
+                    transaction.take(&self, &checkpoint, &next)?;
+                }
+            }
+            let mut state = *durable.borrow();
+            transaction.advance(&mut state, &mut checkpoint);
+            checkpoint.redis = redis.as_ref().and_then(|redis| redis.borrow().position).max(checkpoint.redis);
+            let safe = redis.as_ref().map_or(state.safe, |redis| redis.borrow().safe.min(state.safe));
+            let acknowledges = safe > checkpoint.acknowledged && last_commit.elapsed() >= ACKNOWLEDGE_INTERVAL;
+            if transaction.open || acknowledges {
+                if !transaction.open {
+                    self.begin()?;
+                }
+                checkpoint.acknowledged = checkpoint.acknowledged.max(safe);
+                self.commit(&checkpoint)?;
+                last_commit = Instant::now();
+                acknowledged.send_replace(checkpoint.clone());
+            }
+            durable.send_replace(state);
+        }
+        self.close(runtime, checkpoint, redis.as_mut(), durable, acknowledged)
+    }
+
+    /// The last acknowledgement, so that a restart has nothing to read again.
+    fn close(
+        &self,
+        runtime: &Handle,
+        mut checkpoint: Checkpoint,
+        redis: Option<&mut watch::Receiver<Durable>>,
+        durable: &watch::Sender<Durable>,
+        acknowledged: &watch::Sender<Checkpoint>,
+    ) -> Result<(), SinkError> {
+        let mut safe = durable.borrow().safe;
+        if let Some(redis) = redis {
+            // An error of this means that Redis has taken all it will, which is just as well.
+            let caught_up = redis.wait_for(|redis| redis.safe >= safe);
+            let _ = runtime.block_on(timeout(CLOSING_DEADLINE, caught_up));
+            let redis = *redis.borrow();
+            checkpoint.redis = redis.position.max(checkpoint.redis);
+            safe = safe.min(redis.safe);
+        }
+        if safe > checkpoint.acknowledged {
+            checkpoint.acknowledged = safe;
+            self.commit_checkpoint(&checkpoint)?;
+            acknowledged.send_replace(checkpoint);
+        }
+        Ok(())
+    }
+}
+
+/// What the next transaction holds.
+#[derive(Default)]
+struct Transaction {
+    open: bool,
+    bytes: usize,
+    events: u64,
+    batches: u64,
+    last: Option<Position>,
+    complete: Option<Position>,
+    safe: Lsn,
+    high_time_micros: i64,
+}
+
+impl Transaction {
+    /// Queues the records of a batch that Kafka does not have yet.
+    fn take(&mut self, sink: &KafkaSink, checkpoint: &Checkpoint, batch: &Batch) -> Result<(), SinkError> {
+        for record in batch.records().iter().filter(|record| Some(record.position) > checkpoint.published) {
+            if !self.open {
+                sink.begin()?;
+                self.open = true;
+            }
+            sink.produce(batch, record)?;
+            self.events += u64::from(record.part == 0);
+            self.last = Some(record.position);
+        }
+        // Serves delivery reports, which would pile up otherwise.
+        sink.producer.poll(Duration::ZERO);
+        self.bytes += batch.size();
+        self.batches += 1;
+        self.complete = batch.complete.max(self.complete);
+        self.safe = self.safe.max(batch.safe);
+        self.high_time_micros = self.high_time_micros.max(batch.high_time_micros);
+        Ok(())
+    }
+
+    /// What is true once this is committed.
+    fn advance(&self, durable: &mut Durable, checkpoint: &mut Checkpoint) {
+        durable.position = self.last.max(durable.position);
+        durable.safe = self.safe.max(durable.safe);
+        durable.batches += self.batches;
+        checkpoint.published = durable.position.max(checkpoint.published);
+        checkpoint.complete = self.complete.max(checkpoint.complete);
+        checkpoint.events_total += self.events;
+        checkpoint.high_time_micros = checkpoint.high_time_micros.max(self.high_time_micros);
+    }
+}

@@ -1,0 +1,142 @@
+//! Where records go. Each sink keeps its own place, so that after a crash each one drops exactly what it already has.
+
+pub mod kafka;
+pub mod redis;
+pub mod topics;
+
+use crate::position::{Lsn, Position};
+
+/// Batches that wait for one sink. With a batch's size this bounds the memory between the source and the sinks.
+pub const QUEUED_BATCHES: usize = 8;
+
+/// How far a sink has come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Durable {
+    /// The last change that is in the sink; all before it are too.
+    pub position: Option<Position>,
+    /// Everything that committed before this is in the sink.
+    pub safe: Lsn,
+    /// Batches taken since the start.
+    pub batches: u64,
+}
+
+/// Why a sink stopped. The capture then starts anew from its checkpoint, as it does after a crash: there is one way back.
+#[derive(Debug, thiserror::Error)]
+pub enum SinkError {
+    /// Kafka does not answer.
+    #[error("cannot reach Kafka at {servers}: {cause}; check sinks.kafka.bootstrapServers, and that the brokers run and admit this pod")]
+    KafkaUnreachable {
+        /// Bootstrap servers.
+        servers: String,
+        /// Why.
+        cause: String,
+    },
+    /// A topic cannot be made or does not fit.
+    #[error("topic {topic:?}: {cause}")]
+    Topic {
+        /// Its name.
+        topic: String,
+        /// What is wrong, and what to do.
+        cause: String,
+    },
+    /// Two tables whose names become the same topic.
+    #[error("tables {first} and {second} would both go to topic {topic:?}; exclude one of them")]
+    TopicCollision {
+        /// Name of the topic.
+        topic: String,
+        /// One table.
+        first: String,
+        /// The other.
+        second: String,
+    },
+    /// A record is larger than the topic takes.
+    #[error("a record for topic {topic:?} is larger than the topic takes; raise its max.message.bytes: kafka-configs.sh --alter --topic {topic} --add-config max.message.bytes=10485760")]
+    RecordTooLarge {
+        /// The topic.
+        topic: String,
+    },
+    /// A transaction failed, or its outcome is not known. The checkpoint tells.
+    #[error("a Kafka transaction did not succeed: {0}")]
+    KafkaTransaction(String),
+    /// Another runtime took over.
+    #[error("another runtime publishes this pipeline: {0}")]
+    Fenced(String),
+    /// The checkpoint cannot be read.
+    #[error("{0}")]
+    Checkpoint(#[from] crate::checkpoint::TailError),
+    /// The log is ahead of the checkpoint that should describe it.
+    #[error("topic {topic:?} holds {found}, past the checkpoint at {checkpoint}: the checkpoint was lost or the topic belongs to another pipeline; choose another topicPrefix, or restore the topic {checkpoint_topic:?}")]
+    LogAhead {
+        /// A data topic.
+        topic: String,
+        /// Its last position.
+        found: String,
+        /// That of the checkpoint.
+        checkpoint: String,
+        /// Where the checkpoint is kept.
+        checkpoint_topic: String,
+    },
+    /// The URL of Redis cannot be read or parsed.
+    #[error("cannot use the Redis URL: {0}; the Secret that sinks.redis.urlSecretRef names must hold redis://user:password@host:port")]
+    RedisUrl(String),
+    /// Redis does not answer, or refuses.
+    #[error("cannot use Redis at {address}: {cause}; check that it runs and admits this pod with the user of its URL")]
+    Redis {
+        /// `host:port`.
+        address: String,
+        /// Why.
+        cause: String,
+    },
+    /// Redis would throw entries away by itself.
+    #[error("Redis at {address} evicts keys (maxmemory-policy {policy}), and would lose whole streams; run CONFIG SET maxmemory-policy noeviction")]
+    RedisEvicts {
+        /// `host:port`.
+        address: String,
+        /// The policy.
+        policy: String,
+    },
+    /// A cluster spreads streams over hash slots, each with a mark of its own.
+    #[error("Redis at {0} is a cluster, which is not supported yet; name a single server")]
+    RedisCluster(String),
+    /// Redis has no memory left.
+    #[error("Redis at {0} is out of memory; raise maxmemory, or set sinks.redis.retention.maxLength")]
+    RedisFull(String),
+    /// Somebody else writes to a stream.
+    #[error("stream {stream:?} holds entries that this pipeline did not write; delete them or choose another streamPrefix")]
+    ForeignWriter {
+        /// Name of the stream.
+        stream: String,
+    },
+    /// Redis lost entries that it had acknowledged, and PostgreSQL may no longer send them.
+    #[error("Redis lost entries: it is complete up to {found}, and had acknowledged {expected}; the changes between are in Kafka only")]
+    RedisGap {
+        /// What the mark says now.
+        found: String,
+        /// What it had said.
+        expected: String,
+    },
+}
+
+impl SinkError {
+    /// One word for conditions and metrics.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::KafkaUnreachable { .. } => "KafkaUnreachable",
+            Self::Topic { .. } => "TopicNotUsable",
+            Self::TopicCollision { .. } => "TopicCollision",
+            Self::RecordTooLarge { .. } => "RecordTooLarge",
+            Self::KafkaTransaction(_) => "KafkaTransactionFailed",
+            Self::Fenced(_) => "Fenced",
+            Self::Checkpoint(_) => "CheckpointUnreadable",
+            Self::LogAhead { .. } => "LogAheadOfCheckpoint",
+            Self::RedisUrl(_) => "RedisUrlInvalid",
+            Self::Redis { .. } => "RedisUnreachable",
+            Self::RedisEvicts { .. } => "RedisEvicts",
+            Self::RedisCluster(_) => "RedisClusterUnsupported",
+            Self::RedisFull(_) => "RedisOutOfMemory",
+            Self::ForeignWriter { .. } => "ForeignWriter",
+            Self::RedisGap { .. } => "EntriesLost",
+        }
+    }
+}

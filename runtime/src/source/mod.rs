@@ -1,0 +1,80 @@
+//! Where changes come from.
+//!
+//! A source gives every change its [`Position`] and hands it on as a [`Change`], whose values still borrow from the source's own
+//! buffer: nothing is copied before it is encoded. A new kind of database is a new folder here.
+
+pub mod postgres;
+
+use std::sync::Arc;
+
+use crate::{
+    position::Position,
+    source::postgres::pgoutput::{OldTuple, Tuple},
+};
+
+/// A table, as it is at some point of the log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Relation {
+    /// The source's own identifier of the table.
+    pub oid: u32,
+    /// Schema.
+    pub schema: String,
+    /// Name.
+    pub table: String,
+    /// Published columns in their order.
+    pub columns: Vec<Column>,
+}
+
+/// A column of a [`Relation`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Column {
+    /// Name.
+    pub name: String,
+    /// OID of the type.
+    pub type_oid: u32,
+    /// Name of the type: bare for a built-in one, `schema.name` for others.
+    pub type_name: String,
+    /// `atttypmod`.
+    pub type_modifier: i32,
+    /// Part of the key under which changes are published.
+    pub key: bool,
+}
+
+/// One change of one table.
+#[derive(Clone, Debug)]
+pub struct Change<'a> {
+    /// The table.
+    pub relation: &'a Arc<Relation>,
+    /// What happened.
+    pub operation: Operation<'a>,
+    /// Identity and order.
+    pub position: Position,
+    /// The source's commit time, in microseconds since 1970-01-01T00:00:00Z.
+    pub commit_time_micros: i64,
+    /// The source's transaction id.
+    pub transaction_id: u32,
+}
+
+/// What happened.
+#[derive(Clone, Copy, Debug)]
+pub enum Operation<'a> {
+    /// A new row.
+    Insert {
+        /// The row.
+        new: Tuple<'a>,
+    },
+    /// A changed row.
+    Update {
+        /// The row before, as far as the source tells it.
+        old: Option<OldTuple<'a>>,
+        /// The row after.
+        new: Tuple<'a>,
+    },
+    /// A deleted row.
+    Delete {
+        /// The row before, as far as the source tells it.
+        old: OldTuple<'a>,
+    },
+    /// The table was emptied.
+    Truncate,
+}

@@ -1,0 +1,306 @@
+//! Turns the messages of `pgoutput` into changes with coordinates.
+
+use std::{collections::HashMap, sync::Arc};
+
+use tokio_postgres::types::Type;
+
+use crate::{
+    position::{Epoch, Lsn, Position},
+    source::{
+        Change, Column, Operation, Relation,
+        postgres::pgoutput::{LogicalMessage, RelationMessage, Tuple},
+    },
+};
+
+/// The messages make no sense together. Nothing may be published after that.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AssembleError {
+    /// A change of a table whose shape was never sent.
+    #[error("a change of relation {0}, which the server never described")]
+    UnknownRelation(u32),
+    /// A row that does not fit its table.
+    #[error("a row of {table} has {values} values, but the table {columns} columns")]
+    WrongWidth {
+        /// The table.
+        table: String,
+        /// Values of the row.
+        values: usize,
+        /// Columns of the table.
+        columns: usize,
+    },
+    /// A change outside of a transaction, or a Begin or Commit where none belongs.
+    #[error("{0} where it does not belong")]
+    OutOfOrder(&'static str),
+}
+
+/// What a message amounts to.
+pub enum Assembled<'a> {
+    /// Nothing that concerns a consumer.
+    Nothing,
+    /// Changes at consecutive ordinals: one, or as many as there are tables in a TRUNCATE.
+    Changes(Changes<'a>),
+    /// The transaction is complete.
+    Committed {
+        /// After every change of the transaction.
+        complete: Position,
+        /// What may be acknowledged once the transaction is durable.
+        end_lsn: Lsn,
+    },
+}
+
+/// The changes that one message stands for.
+pub struct Changes<'a> {
+    relations: &'a HashMap<u32, Arc<Relation>>,
+    transaction: Transaction,
+    first: Position,
+    kind: Kind<'a>,
+}
+
+enum Kind<'a> {
+    Row(u32, Operation<'a>),
+    Truncate(crate::source::postgres::pgoutput::Oids<'a>),
+}
+
+impl Changes<'_> {
+    /// Calls `take` for each change in order.
+    ///
+    /// # Errors
+    /// The first error of `take`, or that of a change that does not fit its table.
+    pub fn for_each<E: From<AssembleError>>(self, mut take: impl FnMut(Change<'_>) -> Result<(), E>) -> Result<(), E> {
+        let mut one = |oid: u32, index: u64, operation: Operation<'_>| {
+            let relation = self.relations.get(&oid).ok_or(AssembleError::UnknownRelation(oid))?;
+            check_width(relation, &operation)?;
+            take(Change {
+                relation,
+                operation,
+                position: Position { ordinal: self.first.ordinal + index, ..self.first },
+                commit_time_micros: self.transaction.commit_time_micros,
+                transaction_id: self.transaction.xid,
+            })
+        };
+        match self.kind {
+            Kind::Row(oid, operation) => one(oid, 0, operation),
+            Kind::Truncate(oids) => {
+                (0..).zip(oids.iter()).try_for_each(|(index, oid)| one(oid, index, Operation::Truncate))
+            }
+        }
+    }
+}
+
+fn check_width(relation: &Relation, operation: &Operation<'_>) -> Result<(), AssembleError> {
+    let check = |tuple: Tuple<'_>| {
+        if tuple.len() == relation.columns.len() {
+            return Ok(());
+        }
+        Err(AssembleError::WrongWidth {
+            table: format!("{}.{}", relation.schema, relation.table),
+            values: tuple.len(),
+            columns: relation.columns.len(),
+        })
+    };
+    match operation {
+        Operation::Insert { new } => check(*new),
+        Operation::Update { old, new } => {
+            old.as_ref().map_or(Ok(()), |old| check(old.tuple()))?;
+            check(*new)
+        }
+        Operation::Delete { old } => check(old.tuple()),
+        Operation::Truncate => Ok(()),
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Transaction {
+    commit_lsn: Lsn,
+    commit_time_micros: i64,
+    xid: u32,
+    next_ordinal: u64,
+}
+
+/// Keeps the shape of every table and the place within the open transaction.
+pub struct Assembler {
+    epoch: Epoch,
+    relations: HashMap<u32, Arc<Relation>>,
+    type_names: HashMap<u32, String>,
+    transaction: Option<Transaction>,
+}
+
+impl Assembler {
+    /// An assembler at the start of a replication stream.
+    #[must_use]
+    pub fn new(epoch: Epoch) -> Self {
+        Self { epoch, relations: HashMap::new(), type_names: HashMap::new(), transaction: None }
+    }
+
+    /// The epoch that changes get.
+    #[must_use]
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    /// True between Begin and Commit, when no position of the server may be acknowledged.
+    #[must_use]
+    pub fn in_transaction(&self) -> bool {
+        self.transaction.is_some()
+    }
+
+    /// The table of a Relation message, with the key columns that its changes are published under.
+    ///
+    /// `primary_key` is asked only under REPLICA IDENTITY FULL, where the message flags every column.
+    #[must_use]
+    pub fn describe(&self, message: &RelationMessage<'_>, primary_key: &[String]) -> Relation {
+        let full = message.replica_identity == b'f';
+        Relation {
+            oid: message.oid,
+            schema: message.schema.to_owned(),
+            table: message.table.to_owned(),
+            columns: message
+                .columns
+                .iter()
+                .map(|column| Column {
+                    name: column.name.to_owned(),
+                    type_oid: column.type_oid,
+                    type_name: self.type_name(column.type_oid),
+                    type_modifier: column.type_modifier,
+                    key: if full { primary_key.iter().any(|key| key == column.name) } else { column.key },
+                })
+                .collect(),
+        }
+    }
+
+    fn type_name(&self, oid: u32) -> String {
+        match (Type::from_oid(oid), self.type_names.get(&oid)) {
+            (Some(builtin), _) => builtin.name().to_owned(),
+            (None, Some(name)) => name.clone(),
+            // The server names every type that is not built in before it uses it.
+            (None, None) => format!("oid {oid}"),
+        }
+    }
+
+    /// Makes later changes of the table use this shape.
+    pub fn learn(&mut self, relation: Arc<Relation>) {
+        self.relations.insert(relation.oid, relation);
+    }
+
+    /// Takes the next message, other than a Relation, which goes through [`describe`](Self::describe) and [`learn`](Self::learn).
+    ///
+    /// # Errors
+    /// When the message does not fit those before it.
+    pub fn take<'a>(&'a mut self, message: &LogicalMessage<'a>) -> Result<Assembled<'a>, AssembleError> {
+        match *message {
+            LogicalMessage::Begin { final_lsn, commit_time_micros, xid } => {
+                if self.transaction.is_some() {
+                    return Err(AssembleError::OutOfOrder("Begin"));
+                }
+                self.transaction = Some(Transaction {
+                    commit_lsn: final_lsn,
+                    commit_time_micros,
+                    xid,
+                    next_ordinal: 0,
+                });
+                Ok(Assembled::Nothing)
+            }
+            LogicalMessage::Commit { commit_lsn, end_lsn } => match self.transaction.take() {
+                Some(transaction) if transaction.commit_lsn == commit_lsn => Ok(Assembled::Committed {
+                    complete: Position::end_of_transaction(self.epoch, commit_lsn),
+                    end_lsn,
+                }),
+                _ => Err(AssembleError::OutOfOrder("Commit")),
+            },
+            LogicalMessage::Type { oid, schema, name } => {
+                self.type_names.insert(oid, format!("{schema}.{name}"));
+                Ok(Assembled::Nothing)
+            }
+            LogicalMessage::Origin => Ok(Assembled::Nothing),
+            LogicalMessage::Relation(_) => Err(AssembleError::OutOfOrder("Relation")),
+            LogicalMessage::Insert { relation, new } => self.changes(Kind::Row(relation, Operation::Insert { new }), 1),
+            LogicalMessage::Update { relation, old, new } => {
+                self.changes(Kind::Row(relation, Operation::Update { old, new }), 1)
+            }
+            LogicalMessage::Delete { relation, old } => self.changes(Kind::Row(relation, Operation::Delete { old }), 1),
+            LogicalMessage::Truncate { relations } => {
+                self.changes(Kind::Truncate(relations), relations.iter().count() as u64)
+            }
+        }
+    }
+
+    fn changes<'a>(&'a mut self, kind: Kind<'a>, count: u64) -> Result<Assembled<'a>, AssembleError> {
+        let transaction = self.transaction.as_mut().ok_or(AssembleError::OutOfOrder("a change"))?;
+        let first = Position {
+            epoch: self.epoch,
+            commit_lsn: transaction.commit_lsn,
+            ordinal: transaction.next_ordinal,
+        };
+        transaction.next_ordinal += count;
+        Ok(Assembled::Changes(Changes { relations: &self.relations, transaction: *transaction, first, kind }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::source::postgres::pgoutput::decode;
+
+    fn assembler() -> Assembler {
+        let mut assembler = Assembler::new(Epoch::FIRST);
+        for oid in [1, 2] {
+            assembler.learn(Arc::new(Relation {
+                oid,
+                schema: "public".to_owned(),
+                table: format!("t{oid}"),
+                columns: vec![Column {
+                    name: "id".to_owned(),
+                    type_oid: 23,
+                    type_name: "int4".to_owned(),
+                    type_modifier: -1,
+                    key: true,
+                }],
+            }));
+        }
+        assembler
+    }
+
+    fn positions(assembler: &mut Assembler, message: &[u8]) -> Result<Vec<String>, AssembleError> {
+        let mut seen = Vec::new();
+        if let Assembled::Changes(changes) = assembler.take(&decode(message).unwrap())? {
+            changes.for_each(|change| {
+                seen.push(format!("{} {}", change.position, change.relation.table));
+                Ok::<_, AssembleError>(())
+            })?;
+        }
+        Ok(seen)
+    }
+
+    const BEGIN: &[u8] = b"B\0\0\0\0\0\0\0\x10\0\0\0\0\0\0\0\0\0\0\0\x05";
+    const COMMIT: &[u8] = b"C\0\0\0\0\0\0\0\0\x10\0\0\0\0\0\0\0\x20\0\0\0\0\0\0\0\0";
+    const INSERT: &[u8] = b"I\0\0\0\x01N\0\x01t\0\0\0\x017";
+    const TRUNCATE_BOTH: &[u8] = b"T\0\0\0\x02\0\0\0\0\x01\0\0\0\x02";
+
+    #[test]
+    fn ordinals_count_every_change_and_every_truncated_table() {
+        let mut assembler = assembler();
+        assert!(positions(&mut assembler, BEGIN).unwrap().is_empty());
+        assert_eq!(positions(&mut assembler, INSERT).unwrap(), ["1:0/10:0 t1"]);
+        assert_eq!(positions(&mut assembler, TRUNCATE_BOTH).unwrap(), ["1:0/10:1 t1", "1:0/10:2 t2"]);
+        assert_eq!(positions(&mut assembler, INSERT).unwrap(), ["1:0/10:3 t1"]);
+        let Assembled::Committed { complete, end_lsn } = assembler.take(&decode(COMMIT).unwrap()).unwrap() else {
+            panic!("not committed");
+        };
+        assert_eq!((complete, end_lsn), (Position::end_of_transaction(Epoch::FIRST, Lsn(0x10)), Lsn(0x20)));
+        assert!(!assembler.in_transaction());
+    }
+
+    #[test]
+    fn a_change_that_nothing_explains_stops_the_stream() {
+        assert_eq!(positions(&mut assembler(), INSERT), Err(AssembleError::OutOfOrder("a change")));
+        assert_eq!(positions(&mut assembler(), COMMIT), Err(AssembleError::OutOfOrder("Commit")));
+        let mut assembler = assembler();
+        positions(&mut assembler, BEGIN).unwrap();
+        assert_eq!(positions(&mut assembler, BEGIN), Err(AssembleError::OutOfOrder("Begin")));
+        let unknown = b"I\0\0\0\x09N\0\x01t\0\0\0\x017";
+        assert_eq!(positions(&mut assembler, unknown), Err(AssembleError::UnknownRelation(9)));
+        let wide = b"I\0\0\0\x01N\0\x02t\0\0\0\x017n";
+        assert!(matches!(positions(&mut assembler, wide), Err(AssembleError::WrongWidth { values: 2, columns: 1, .. })));
+    }
+}
