@@ -98,27 +98,35 @@ EOF
 
 setup_kafka() {
   [ ! -d "$KAFKA_HOME" ] || return 0
-  command -v java >/dev/null && command -v mvn >/dev/null || die "part kafka needs java and mvn (part base installs them)"
+  if ! command -v java >/dev/null || ! command -v mvn >/dev/null; then
+    die "part kafka needs java and mvn (part base installs them)"
+  fi
   step "kafka: $KAFKA_VERSION" in_place "$KAFKA_HOME" make_kafka
 }
 
-# The machine's own Go is used as it is: fetching another one takes minutes.
-go_offline() { GOTOOLCHAIN=${GOTOOLCHAIN:-local} GOFLAGS=-buildvcs=false CGO_ENABLED=0 go "$@"; }
+# build_go ARGUMENT...: the machine's own Go as it is where it is new enough,
+# since fetching another one takes minutes.
+build_go() {
+  local minor toolchain=${GOTOOLCHAIN:-}
+  minor=$(go env GOVERSION | sed -n 's/^go1\.\([0-9]*\).*/\1/p')
+  [ "${minor:-0}" -lt "$GO_MINOR" ] || toolchain=local
+  GOTOOLCHAIN=${toolchain:-auto} GOFLAGS=-buildvcs=false CGO_ENABLED=0 go "$@"
+}
 
 make_kube() {
   local dir=$1 name version=k8s.io/component-base/version
   mkdir "$dir/bin" || return
   (cd "$MEANDER_TESTS/cluster" &&
-    go_offline build -trimpath -o "$dir/bin/kube" \
+    build_go build -trimpath -o "$dir/bin/kube" \
       -ldflags "-s -w -X $version.gitVersion=v$KUBERNETES_VERSION -X $version.gitMajor=1 -X $version.gitMinor=$(cut -d. -f2 <<<"$KUBERNETES_VERSION")" . &&
-    go_offline build -trimpath -ldflags '-s -w' -o "$dir/pause" ./pause) || return
+    build_go build -trimpath -ldflags '-s -w' -o "$dir/pause" ./pause) || return
   for name in coredns kube-apiserver kube-controller-manager kube-proxy kube-scheduler kubectl kubelet; do
     ln -s kube "$dir/bin/$name" || return
   done
 }
 
 # make_go_tool PACKAGE@VERSION DIR
-make_go_tool() { GOBIN=$2/bin go_offline install -trimpath -ldflags '-s -w' "$1"; }
+make_go_tool() { GOBIN=$2/bin build_go install -trimpath -ldflags '-s -w' "$1"; }
 
 go_tool() {
   local name=$1 dir=$2 package=$3
@@ -126,10 +134,12 @@ go_tool() {
 }
 
 setup_cluster() {
+  local dir
   packages cluster etcd-server containerd runc containernetworking-plugins iptables iproute2 \
     conntrack inotify-tools util-linux buildah mmdebstrap curl jq openssl ca-certificates
-  [ -d "$KUBE_DIR" ] && [ -d "$HELM_DIR" ] && [ -d "$KUBECONFORM_DIR" ] && [ -d "$GRPCURL_DIR" ] ||
-    command -v go >/dev/null || die "part cluster needs go 1.24 or later to build Kubernetes"
+  for dir in "$KUBE_DIR" "$HELM_DIR" "$KUBECONFORM_DIR" "$GRPCURL_DIR"; do
+    [ -d "$dir" ] || command -v go >/dev/null || die "part cluster needs Go (1.$GO_MINOR, or 1.21 and the means to fetch that) to build Kubernetes and its tools"
+  done
   [ -d "$KUBE_DIR" ] || step "cluster: Kubernetes $KUBERNETES_VERSION, CoreDNS" in_place "$KUBE_DIR" make_kube
   go_tool helm "$HELM_DIR" "helm.sh/helm/v3/cmd/helm@v$HELM_VERSION"
   go_tool kubeconform "$KUBECONFORM_DIR" "github.com/yannh/kubeconform/cmd/kubeconform@v$KUBECONFORM_VERSION"
@@ -143,6 +153,7 @@ main() {
     case $part in
       base | rust | kafka | cluster) "setup_$part" ;;
       path) echo "$TOOLS_PATH:$KAFKA_HOME/bin" ;;
+      # shellcheck disable=SC2016 # the reader's shell expands it
       env) printf 'export MEANDER_CACHE=%q KAFKA_HOME=%q PATH=%q:"$PATH"\n' \
         "$MEANDER_CACHE" "$KAFKA_HOME" "$TOOLS_PATH:$KAFKA_HOME/bin" ;;
       *) die "unknown part $part; there are base, rust, kafka, cluster, path, env" ;;

@@ -73,7 +73,9 @@ up() {
   if [ -e "$dir" ] && [ ! -f "$dir/processes" ] && [ -n "$(ls -A "$dir")" ]; then
     die "$dir is not empty and was not made here"
   fi
-  [ -x "$KUBE_DIR/bin/kube-apiserver" ] && command -v etcd >/dev/null || "$MEANDER_TESTS/setup.sh" cluster >&2
+  if [ ! -x "$KUBE_DIR/bin/kube-apiserver" ] || ! command -v etcd >/dev/null; then
+    "$MEANDER_TESTS/setup.sh" cluster >&2
+  fi
   end_all
   rm -rf "$dir/pki" "$dir/kubeconfig"
   mkdir -p "$dir/pki"

@@ -10,7 +10,10 @@
 #   cluster.sh env                  shell lines that export KUBECONFIG and the tools' PATH
 #   cluster.sh exec COMMAND...      runs a command with these, and with the
 #                                   cluster's names resolvable (local node only)
+#   cluster.sh node COMMAND...      runs a command inside the node, among its
+#                                   processes and mounts
 #   cluster.sh logs [NAME]          the programs of the local node, or one's log
+#   cluster.sh backend              prints kind or node
 #
 # MEANDER_CLUSTER names it (default: meander); several can exist side by side.
 set -euo pipefail
@@ -41,11 +44,12 @@ backend() {
 kind_up() {
   if ! kind get clusters 2>/dev/null | grep -qx "$name"; then
     mkdir -p "$state"
-    kind create cluster --name "$name" --config "$here/../../kind-config.yaml" --kubeconfig "$config" --wait 120s >&2
     echo kind >"$state/backend"
+    kind create cluster --name "$name" --config "$here/../../kind-config.yaml" --kubeconfig "$config" --wait 120s >&2
   elif [ ! -f "$state/backend" ]; then
     die "there is a kind cluster named $name that was not made here; set MEANDER_CLUSTER to another name"
   fi
+  log "cluster $name is up: export KUBECONFIG=$config"
 }
 
 kind_down() { kind delete cluster --name "$name" --kubeconfig "$config" >&2; rm -rf "$state"; }
@@ -61,6 +65,7 @@ kind_load_image() {
 
 kind_status() { kubectl --kubeconfig "$config" get nodes -o wide; }
 kind_exec() { KUBECONFIG=$config exec "$@"; }
+kind_node() { exec docker exec -i "$name-control-plane" "$@"; }
 kind_logs() { docker exec "$name-control-plane" journalctl --no-pager ${1:+-u "$1"}; }
 
 # --- the local node -----------------------------------------------------------
@@ -210,9 +215,15 @@ check_tools() {
   "$MEANDER_TESTS/setup.sh" cluster >&2
 }
 
+node_server() {
+  # shellcheck source=/dev/null
+  . "$state/etc/node.env"
+  echo "https://$NODE_IP:6443"
+}
+
 node_up() {
   local start=$SECONDS net server
-  if node_alive && api_ready "https://$(. "$state/etc/node.env" && echo "$NODE_IP"):6443" "$state/pki" >/dev/null; then
+  if node_alive && api_ready "$(node_server)" "$state/pki" >/dev/null; then
     log "cluster $name is up"
     return
   fi
@@ -289,9 +300,12 @@ node_status() {
 
 node_exec() {
   node_alive || die "cluster $name is not up"
+  # shellcheck disable=SC2016 # the inner shell expands it
   KUBECONFIG=$config exec unshare --mount --propagation private bash -c \
     'mount --bind "$0" /etc/resolv.conf && exec "$@"' "$state/etc/cluster-resolv.conf" "$@"
 }
+
+node_node() { in_node "$@"; }
 
 node_logs() {
   if [ $# -gt 0 ]; then cat "$state/var/log/node/$1.log"; else (cd "$state/var/log/node" && ls); fi
@@ -316,8 +330,10 @@ main() {
     up) locked "$(backend)_up" ;;
     down) if exists; then locked "$(backend)_down"; log "cluster $name is gone"; fi ;;
     kubeconfig) echo "$config" ;;
+    # shellcheck disable=SC2016 # the reader's shell expands it
     env) printf 'export KUBECONFIG=%q PATH=%q:"$PATH"\n' "$config" "$TOOLS_PATH" ;;
-    load-image | status | exec | logs)
+    backend) backend ;;
+    load-image | status | exec | node | logs)
       exists || die "cluster $name is not up"
       "$(backend)_${command/-/_}" "$@"
       ;;

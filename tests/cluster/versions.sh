@@ -3,8 +3,10 @@
 # tests/ and deploy/. A tool's folder carries its version, so a new version is
 # built beside the old one and an interrupted build is never taken for a good
 # one (folders are filled elsewhere and moved into place).
+# shellcheck disable=SC2034 # used by those that source this
 
 RUST_TARGET=x86_64-unknown-linux-musl
+GO_MINOR=26                 # what the newest of the tools below asks for
 KUBERNETES_VERSION=1.34.4   # also in go.mod, whose replaced modules follow it
 HELM_VERSION=3.22.0
 KUBECONFORM_VERSION=0.8.0

@@ -7,6 +7,7 @@
 #   deploy/dev/images/build.sh [postgres|redis|kafka]...   prints an archive each
 #
 # Archives stay in $MEANDER_CACHE/images and are rebuilt when an input changes.
+# shellcheck disable=SC2016 # hooks are expanded by the shell that runs them
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=tests/cluster/versions.sh
@@ -36,7 +37,9 @@ image() {
   local buildah=(buildah --root "$work/storage" --runroot "$work/run" --storage-driver vfs)
   container=$("${buildah[@]}" from scratch)
   "${buildah[@]}" add -q "$container" "$rootfs" /
-  "${buildah[@]}" add -q "$container" "$folder" /
+  # As an archive, since a folder's content would all become root's.
+  tar -C "$folder" --numeric-owner -cf "$work/folder.tar" .
+  "${buildah[@]}" add -q "$container" "$work/folder.tar" /
   "${buildah[@]}" config "$@" "$container"
   "${buildah[@]}" commit -q "$container" "$name" >/dev/null
   "${buildah[@]}" push -q "$name" "docker-archive:$archive:$name"
@@ -88,9 +91,9 @@ build_kafka() {
 
 # archive_of SERVICE: where its archive lies, by what goes into it.
 archive_of() {
-  local inputs=("$here/build.sh" "$here/$1"/*)
+  local inputs=("$here/$1"/*)
   [ "$1" != kafka ] || inputs+=("$MEANDER_TESTS"/cluster/kafka/*)
-  echo "$MEANDER_CACHE/images/$1-$(digest_of "${inputs[@]}").tar"
+  echo "$MEANDER_CACHE/images/$1-$( (declare -f root_fs image "build_$1"; cat "${inputs[@]}") | digest_of -).tar"
 }
 
 build() {

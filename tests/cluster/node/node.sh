@@ -26,6 +26,9 @@ mount --rbind "$state/run" /run
 mount --bind "$state/tmp" /tmp
 mount --bind "$state/var" /var
 mount -t proc proc /proc
+# An image that was not loaded is asked for at its registry: here that is a
+# clear no from the cluster's own name server, not a wait for an outer one.
+mount --bind /run/state/etc/cluster-resolv.conf /etc/resolv.conf || true
 cd /
 export PATH=/run/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/var/tmp
 mkdir -p /var/lib/{etcd,containerd,kubelet,cni} /var/log/{pods,containers,node}

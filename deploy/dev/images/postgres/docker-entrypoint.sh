@@ -9,6 +9,7 @@ POSTGRES_DB=${POSTGRES_DB:-$POSTGRES_USER}
 export POSTGRES_USER POSTGRES_DB
 
 run_script() {
+  # shellcheck source=/dev/null
   case $1 in
     *.sh) if [ -x "$1" ]; then "$1"; else . "$1"; fi ;;
     *.sql) psql -v ON_ERROR_STOP=1 --no-psqlrc -U "$POSTGRES_USER" -d "$POSTGRES_DB" -f "$1" ;;
