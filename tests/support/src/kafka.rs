@@ -11,6 +11,7 @@ use std::{
 use rdkafka::{
     ClientConfig,
     consumer::{BaseConsumer, Consumer as _},
+    metadata::MetadataTopic,
 };
 use rustix::process::Signal;
 use tempfile::TempDir;
@@ -109,8 +110,12 @@ impl Kafka {
                         .await
                         .unwrap()
                         .map_err(|error| error.to_string())?;
+                // A broker that comes back after a crash has no leaders for a while, and clients that meet that wait long.
+                let mut partitions = metadata.topics().iter().flat_map(MetadataTopic::partitions);
                 if metadata.brokers().is_empty() {
                     Err("no broker is registered".to_owned())
+                } else if partitions.any(|partition| partition.leader() < 0) {
+                    Err("a partition has no leader".to_owned())
                 } else {
                     Ok(())
                 }
@@ -140,6 +145,8 @@ share.coordinator.state.topic.num.partitions=1
 share.coordinator.state.topic.replication.factor=1
 share.coordinator.state.topic.min.isr=1
 group.initial.rebalance.delay.ms=0
+broker.heartbeat.interval.ms=500
+broker.session.timeout.ms=4000
 log.cleaner.dedupe.buffer.size=4194304
 num.network.threads=2
 num.io.threads=2
