@@ -42,11 +42,11 @@ pub enum TailError {
         /// How long it was tried.
         timeout: Duration,
         /// The last answer.
-        source: KafkaError,
+        source: Box<KafkaError>,
     },
     /// The client cannot be made from its settings.
     #[error("cannot set up a Kafka client: {0}")]
-    Client(#[source] KafkaError),
+    Client(#[source] Box<KafkaError>),
     /// The record is there and is no checkpoint.
     #[error("the checkpoint at offset {offset} of the topic {topic} is not readable: {source}")]
     NotACheckpoint {
@@ -92,7 +92,7 @@ impl Tail {
     pub fn new(bootstrap_servers: &[String], timeout: Duration) -> Result<Self, TailError> {
         let consumer = client_config(bootstrap_servers, "meander-tail")
             .create()
-            .map_err(TailError::Client)?;
+            .map_err(|error| TailError::Client(Box::new(error)))?;
         Ok(Self { consumer, timeout })
     }
 
@@ -105,7 +105,9 @@ impl Tail {
         let metadata = retry_until(deadline, |left| self.consumer.fetch_metadata(Some(topic), left))
             .map_err(|source| self.unreadable(topic, 0, source))?;
         let known = metadata.topics().iter().find(|known| known.name() == topic);
-        Ok(known.map(|known| known.partitions().iter().map(|partition| partition.id()).collect()).unwrap_or_default())
+        Ok(known
+            .map(|known| known.partitions().iter().map(|partition| partition.id()).collect())
+            .unwrap_or_default())
     }
 
     /// The last committed record of a partition; none if there is none.
@@ -164,11 +166,8 @@ impl Tail {
         loop {
             match self.consumer.poll(deadline.saturating_duration_since(Instant::now())) {
                 Some(Ok(record)) if record.offset() >= stretch.end => return Ok(last),
-                Some(Ok(record)) => {
-                    if record.offset() >= stretch.start && wanted(&record) {
-                        last = Some(record.detach());
-                    }
-                }
+                Some(Ok(record)) if record.offset() >= stretch.start && wanted(&record) => last = Some(record.detach()),
+                Some(Ok(_)) => {}
                 // It is sent at the last stable offset, which never falls, and the stretch ends at or before it.
                 Some(Err(KafkaError::PartitionEOF(_))) => return Ok(last),
                 // The client goes on by itself after every other error.
@@ -211,7 +210,7 @@ impl Tail {
             topic: topic.to_owned(),
             partition,
             timeout: self.timeout,
-            source,
+            source: Box::new(source),
         }
     }
 }

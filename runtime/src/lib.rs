@@ -8,5 +8,6 @@ pub mod encode;
 pub mod log;
 pub mod position;
 pub mod progress;
+pub mod replay;
 pub mod sink;
 pub mod source;

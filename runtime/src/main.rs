@@ -1,15 +1,18 @@
 //! The command line of `meander-runtime`.
 
-use std::{error::Error, io::IsTerminal as _, path::PathBuf, process::ExitCode};
+use std::{error::Error, io::IsTerminal as _, path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Parser, Subcommand};
-use meander_runtime::capture;
+use meander_runtime::{capture, replay};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// How long the process waits at its end for calls that block, such as a write to a pipe that nobody reads.
+const PARTING: Duration = Duration::from_secs(1);
 
 /// Captures the changes of a PostgreSQL database, publishes them to Kafka and Redis, and replays them.
 #[derive(Parser)]
@@ -23,6 +26,8 @@ struct Arguments {
 enum Command {
     /// Capture changes until told to stop.
     Capture(Config),
+    /// Replay a stretch of the log, and end.
+    Replay(Config),
     /// Take away the replication slot and the managed publication of a capture.
     Cleanup(Config),
 }
@@ -44,16 +49,25 @@ fn main() -> ExitCode {
     } else {
         log.json().flatten_event(true).init();
     }
-    match run(Arguments::parse().command) {
+    let command = Arguments::parse().command;
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            tracing::error!(%error, "cannot start");
+            return ExitCode::FAILURE;
+        }
+    };
+    let result = runtime.block_on(run(command));
+    runtime.shutdown_timeout(PARTING);
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            tracing::error!(%error, "ended");
+            tracing::error!(error = chain(error.as_ref()), "ended");
             ExitCode::FAILURE
         }
     }
 }
 
-#[tokio::main]
 async fn run(command: Command) -> Result<(), Box<dyn Error>> {
     let shutdown = CancellationToken::new();
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
@@ -70,7 +84,22 @@ async fn run(command: Command) -> Result<(), Box<dyn Error>> {
     });
     match command {
         Command::Capture(file) => capture::run(meander_config::load(&file.config)?, shutdown).await?,
+        Command::Replay(file) => {
+            replay::run(meander_config::load(&file.config)?, shutdown).await?;
+        }
         Command::Cleanup(file) => capture::cleanup(meander_config::load(&file.config)?).await?,
     }
     Ok(())
+}
+
+/// An error with those of its causes that its text does not tell already.
+fn chain(error: &dyn Error) -> String {
+    std::iter::successors(error.source(), |error| (*error).source()).fold(error.to_string(), |text, source| {
+        let source = source.to_string();
+        if text.contains(&source) {
+            text
+        } else {
+            format!("{text}: {source}")
+        }
+    })
 }

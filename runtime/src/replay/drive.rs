@@ -1,0 +1,220 @@
+//! The loop that joins reader, clock and target.
+
+use std::{collections::VecDeque, time::Duration};
+
+use meander_proto::v1::{ReplayProgress, replay_progress::Phase};
+use tokio::{
+    sync::mpsc,
+    task::JoinHandle,
+    time::{Instant, MissedTickBehavior, interval, sleep_until},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    End,
+    error::ReplayError,
+    meter::Meter,
+    orders::Orders,
+    pace::{Clock, Due},
+    reader::Read,
+    record::Record,
+    target::{Batch, Mark, Target, TargetError},
+};
+
+/// Bounds of one message to the target.
+const BATCH_RECORDS: usize = 512;
+const BATCH_BYTES: usize = 1 << 20;
+const REPORT_INTERVAL: Duration = Duration::from_millis(250);
+
+/// Who hears how a delivery goes.
+pub trait Report {
+    /// How far it is.
+    fn progress(&self, progress: ReplayProgress);
+
+    /// The start of the range is gone; from this timestamp on, in milliseconds, it is whole.
+    fn truncated(&self, earliest: i64);
+}
+
+/// What the loop waits for.
+enum Waiting {
+    /// The target to be opened.
+    Open,
+    /// Something to deliver.
+    Read,
+    /// The next change to be due.
+    Until(Instant),
+    /// The target to have room.
+    Room,
+    /// The order to go on.
+    Order,
+    /// The target to have delivered the rest.
+    Finish,
+}
+
+/// Delivers what is read to a target, each change when it is due.
+///
+/// # Errors
+/// When the log or the target cannot go on, or the process is asked to end.
+pub async fn drive(
+    mut reads: mpsc::Receiver<Result<Read, ReplayError>>,
+    target: impl Target,
+    mut orders: Orders,
+    mut meter: Meter,
+    report: &(impl Report + Sync),
+    shutdown: &CancellationToken,
+) -> Result<End, ReplayError> {
+    let order = orders.current();
+    if order.cancel {
+        return Ok(End::Cancelled);
+    }
+    let mut clock = Clock::new(order.speed);
+    clock.hold(order.paused, Instant::now());
+    let mut paused = order.paused;
+
+    let mut opened = meter.tally.opened();
+    // One batch may wait, so that a target never does and a pause comes soon enough.
+    let (batches, taken) = mpsc::channel(1);
+    let mut batches = Some(batches);
+    let mut running = Running(tokio::spawn(target.run(taken, meter.tally.clone())));
+    let mut queue = Queue::default();
+    let mut read_all = false;
+    let mut reporting = interval(REPORT_INTERVAL);
+    reporting.set_missed_tick_behavior(MissedTickBehavior::Delay);
+
+    loop {
+        let is_open = *opened.borrow();
+        let waiting = match queue.next() {
+            _ if !is_open => Waiting::Open,
+            Some(time) => match clock.due(time, Instant::now()) {
+                Due::Now => Waiting::Room,
+                Due::At(at) => Waiting::Until(at),
+                Due::Held => Waiting::Order,
+            },
+            None if !read_all => Waiting::Read,
+            None => {
+                // The end of the batches, which tells the target to finish.
+                batches = None;
+                Waiting::Finish
+            }
+        };
+        tokio::select! {
+            biased;
+            () = shutdown.cancelled() => return Err(ReplayError::Interrupted),
+            order = orders.changed() => {
+                if order.cancel {
+                    return Ok(End::Cancelled);
+                }
+                let now = Instant::now();
+                clock.set_speed(order.speed, queue.next(), now);
+                clock.hold(order.paused, now);
+                paused = order.paused;
+                reporting.reset_immediately();
+            }
+            result = &mut running.0 => {
+                result.map_err(|_| ReplayError::TaskStopped("the target"))??;
+                if !matches!(waiting, Waiting::Finish) {
+                    return Err(ReplayError::TaskStopped("the target"));
+                }
+                report.progress(meter.report(Phase::Succeeded, Duration::ZERO, clock.factor(), Instant::now()));
+                return Ok(End::Complete);
+            }
+            _ = reporting.tick() => {
+                let phase = match (paused, is_open) {
+                    (true, _) => Phase::Paused,
+                    (false, false) => Phase::Pending,
+                    (false, true) => Phase::Running,
+                };
+                let now = Instant::now();
+                let behind = queue.next().map_or(Duration::ZERO, |next| clock.behind(next, now));
+                report.progress(meter.report(phase, behind, clock.factor(), now));
+            }
+            _ = opened.changed(), if matches!(waiting, Waiting::Open) => reporting.reset_immediately(),
+            read = reads.recv(), if matches!(waiting, Waiting::Read) => match read {
+                Some(Ok(Read::Records(records))) => queue.extend(records),
+                Some(Ok(Read::Truncated(earliest))) => report.truncated(earliest),
+                Some(Ok(Read::End)) => read_all = true,
+                Some(Err(error)) => return Err(error),
+                None => return Err(ReplayError::TaskStopped("the reader")),
+            },
+            () = until(&waiting) => {}
+            permit = room(batches.as_ref()), if matches!(waiting, Waiting::Room) => {
+                // If there is no room because the target has ended, its result comes next.
+                if let (Some(permit), Some(batch)) = (permit, queue.batch(&mut clock)) {
+                    permit.send(batch);
+                }
+            }
+        }
+    }
+}
+
+async fn until(waiting: &Waiting) {
+    match waiting {
+        Waiting::Until(at) => sleep_until(*at).await,
+        _ => std::future::pending().await,
+    }
+}
+
+async fn room(batches: Option<&mpsc::Sender<Batch>>) -> Option<mpsc::Permit<'_, Batch>> {
+    match batches {
+        Some(batches) => match batches.reserve().await {
+            Ok(permit) => Some(permit),
+            Err(_) => std::future::pending().await,
+        },
+        None => None,
+    }
+}
+
+/// The target's task, which ends with the delivery, however that ends.
+struct Running(JoinHandle<Result<(), TargetError>>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// What is read and not yet due, with the event time that each is paced by: the running maximum.
+#[derive(Default)]
+struct Queue {
+    records: VecDeque<(i64, Record)>,
+    high_time: i64,
+}
+
+impl Queue {
+    fn extend(&mut self, records: Vec<Record>) {
+        for record in records {
+            self.high_time = self.high_time.max(record.event_time());
+            self.records.push_back((self.high_time, record));
+        }
+    }
+
+    /// Event time of the next record.
+    fn next(&self) -> Option<i64> {
+        self.records.front().map(|(time, _)| *time)
+    }
+
+    /// Everything that is due, within bounds; none if nothing is.
+    fn batch(&mut self, clock: &mut Clock) -> Option<Batch> {
+        let now = Instant::now();
+        let first_time = self.next()?;
+        let mut last_time = first_time;
+        let mut records = Vec::new();
+        let mut bytes = 0;
+        while records.len() < BATCH_RECORDS && bytes < BATCH_BYTES {
+            let Some((time, record)) = self.records.pop_front_if(|(time, _)| clock.due(*time, now) == Due::Now) else {
+                break;
+            };
+            last_time = time;
+            bytes += record.size();
+            records.push(record);
+        }
+        let mark = Mark {
+            records: u64::try_from(records.len()).unwrap_or(u64::MAX),
+            first_time,
+            last_time,
+            resume: records.last()?.into(),
+            handed: now,
+        };
+        Some(Batch { records, mark })
+    }
+}

@@ -1,0 +1,173 @@
+//! Why a replay ended without being complete.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use rdkafka::error::KafkaError;
+
+use super::{
+    record::{Coordinate, InvalidHeader},
+    target::TargetError,
+};
+use crate::checkpoint::TailError;
+
+/// A replay cannot go on. Each message says the cause and what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum ReplayError {
+    /// A time in the configuration cannot be understood.
+    #[error("`{field}` is {text:?}, which is not a time: write it as in 2026-11-20T10:00:00Z: {source}")]
+    InvalidTime {
+        /// `from` or `to`.
+        field: &'static str,
+        /// What was written.
+        text: String,
+        /// What is wrong with it.
+        source: jiff::Error,
+    },
+    /// The range ends before it starts.
+    #[error("the range would end before it starts: set `to` to a time after `from`")]
+    EmptyRange,
+    /// The pipeline has not written a log.
+    #[error(
+        "there is no checkpoint of this pipeline in the Kafka topic {topic}: replay needs a pipeline with a Kafka sink that has \
+         published; check the pipeline's name, its slot and the Kafka address"
+    )]
+    NoDurableLog {
+        /// Where the checkpoint would be.
+        topic: String,
+    },
+    /// The checkpoint cannot be read.
+    #[error("{0}; check that Kafka is up and that this client may read the topic")]
+    CheckpointUnreadable(#[source] TailError),
+    /// Kafka does not answer.
+    #[error(
+        "Kafka cannot be used while {doing}: {source}; check that it is up and that this client may read the topics"
+    )]
+    KafkaUnreachable {
+        /// What was tried.
+        doing: &'static str,
+        /// What it said.
+        source: KafkaError,
+    },
+    /// Nothing comes from a partition that is not at its end.
+    #[error(
+        "partition {partition} of {topic} has delivered nothing for {silence:?}{}; check that its leader is up",
+        .source.as_ref().map(|source| format!(" ({source})")).unwrap_or_default()
+    )]
+    LogStalled {
+        /// The topic.
+        topic: String,
+        /// The partition.
+        partition: i32,
+        /// How long.
+        silence: Duration,
+        /// What the client said last.
+        source: Option<KafkaError>,
+    },
+    /// A transaction in the range stays open.
+    #[error(
+        "a transaction in partition {partition} of {topic} has been open for more than {waited:?}, so nobody can read past it; \
+         find it with `kafka-transactions.sh --bootstrap-server … find-hanging` and abort it"
+    )]
+    HangingTransaction {
+        /// The topic.
+        topic: String,
+        /// The partition.
+        partition: i32,
+        /// How long it was waited for.
+        waited: Duration,
+    },
+    /// Retention took away what was still to be replayed.
+    #[error(
+        "Kafka has deleted records of partition {partition} of {topic} that were still to be replayed; give the topics a longer \
+         retention, or replay a later range"
+    )]
+    LogTruncated {
+        /// The topic.
+        topic: String,
+        /// The partition.
+        partition: i32,
+    },
+    /// A record does not say what it is.
+    #[error(
+        "the record at offset {offset} of partition {partition} of {topic} is not from a pipeline: {source}; find out who writes there"
+    )]
+    ForeignRecord {
+        /// The topic.
+        topic: String,
+        /// The partition.
+        partition: i32,
+        /// The offset.
+        offset: i64,
+        /// What is wrong with it.
+        source: InvalidHeader,
+    },
+    /// The log is not in order.
+    #[error(
+        "the log is not in commit order: {found}, at offset {offset} of partition {partition} of {topic}, comes after {previous}; \
+         something else wrote to the topic, or two pipelines share the prefix"
+    )]
+    Disorder {
+        /// The topic.
+        topic: String,
+        /// The partition.
+        partition: i32,
+        /// The offset.
+        offset: i64,
+        /// The record that was replayed before.
+        previous: Coordinate,
+        /// The record that should have come earlier.
+        found: Coordinate,
+    },
+    /// A part of the replay ended without a word.
+    #[error("{0} ended unexpectedly; this is a fault of Meander's, its cause is in the log")]
+    TaskStopped(&'static str),
+    /// The target cannot go on.
+    #[error(transparent)]
+    Target(#[from] TargetError),
+    /// The token that subscribers have to show is not there.
+    #[error("cannot read the token that subscribers have to show from {path}: {source}; without one nothing is served")]
+    NoToken {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The address cannot be listened on.
+    #[error("cannot listen on {address}: {source}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The server for subscribers ended.
+    #[error("the server for subscribers ended: {0}")]
+    Server(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The process was asked to end.
+    #[error("the process was asked to end before the replay was complete; start it again to replay the range")]
+    Interrupted,
+}
+
+impl ReplayError {
+    /// The reason, in PascalCase, as it stands in conditions and events.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::InvalidTime { .. } => "InvalidTime",
+            Self::EmptyRange => "EmptyRange",
+            Self::NoDurableLog { .. } => "NoDurableLog",
+            Self::CheckpointUnreadable(TailError::NotACheckpoint { .. }) => "CheckpointUnreadable",
+            Self::CheckpointUnreadable(_) | Self::KafkaUnreachable { .. } => "KafkaUnreachable",
+            Self::LogStalled { .. } => "LogStalled",
+            Self::HangingTransaction { .. } => "HangingTransaction",
+            Self::LogTruncated { .. } => "LogTruncated",
+            Self::ForeignRecord { .. } => "ForeignRecord",
+            Self::Disorder { .. } => "LogOutOfOrder",
+            Self::TaskStopped(_) => "TaskStopped",
+            Self::Target(error) => error.reason(),
+            Self::NoToken { .. } => "NoToken",
+            Self::Listen { .. } | Self::Server(_) => "ServerFailed",
+            Self::Interrupted => "Interrupted",
+        }
+    }
+}

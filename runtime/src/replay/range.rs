@@ -1,0 +1,373 @@
+//! Which records a replay holds: resolved once, at its start, and frozen.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use jiff::Timestamp;
+use meander_config::{KafkaLog, ReplayConfig, ReplayEnd, ReplayStart};
+use rdkafka::{
+    Offset, TopicPartitionList,
+    consumer::{BaseConsumer, Consumer as _},
+    error::KafkaError,
+    types::RDKafkaErrorCode,
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{error::ReplayError, record::ResumeToken};
+use crate::{
+    checkpoint::{TailError, client_config, read_checkpoint, retry_until},
+    log::{checkpoint_key, checkpoint_topic},
+    position::Position,
+};
+
+/// How long Kafka may take for each question.
+const TIMEOUT: Duration = Duration::from_secs(30);
+/// Brokers let no transaction stay open for longer than `transaction.max.timeout.ms`, 15 minutes unless changed.
+const LONGEST_TRANSACTION: Duration = Duration::from_secs(16 * 60);
+const SETTLE_PAUSE: Duration = Duration::from_millis(20);
+
+/// The frozen range.
+///
+/// A record belongs to it if its timestamp is in `[from, to)` and its change is not after `end`. Timestamps are the running
+/// maximum of the commit times in commit order, in milliseconds, and all changes of a transaction have the same: so the range is
+/// one stretch of commit order, holds whole transactions only, and ranges that touch share nothing and leave nothing out.
+#[derive(Clone, Debug)]
+pub struct Range {
+    /// Timestamp of the first records; none: whatever is the oldest.
+    pub from: Option<i64>,
+    /// Timestamp before which the last records are; none: bounded by `end` alone.
+    pub to: Option<i64>,
+    /// The last whole transaction in the log when the range was resolved; none in an empty log.
+    pub end: Option<Position>,
+    /// The greatest commit time in the log when the range was resolved, in microseconds.
+    pub high_time: i64,
+    /// The partitions that may hold something of it.
+    pub partitions: Vec<Stretch>,
+    /// Partitions of which everything was deleted, so that nobody can say whether some of it was in the range.
+    pub emptied: Vec<(Arc<str>, i32)>,
+}
+
+/// A stretch of a partition.
+#[derive(Clone, Debug)]
+pub struct Stretch {
+    /// The topic.
+    pub topic: Arc<str>,
+    /// The partition.
+    pub partition: i32,
+    /// No record of the range is before this offset.
+    pub start: i64,
+    /// The high watermark when the range was resolved: no record of the range is at or after it.
+    pub end: i64,
+    /// Something before `start` was deleted, and the range would start there.
+    pub truncated: bool,
+}
+
+/// Where a record is with regard to a range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Before it starts.
+    Before,
+    /// In it.
+    Inside,
+    /// After its end, as is everything that follows in the same partition.
+    Beyond,
+}
+
+impl Range {
+    /// Where a record is.
+    #[must_use]
+    pub fn place(&self, timestamp: i64, position: Position) -> Place {
+        let whole = self
+            .end
+            .is_some_and(|end| (position.epoch, position.commit_lsn) <= (end.epoch, end.commit_lsn));
+        if !whole || self.to.is_some_and(|to| timestamp >= to) {
+            Place::Beyond
+        } else if self.from.is_some_and(|from| timestamp < from) {
+            Place::Before
+        } else {
+            Place::Inside
+        }
+    }
+
+    /// An upper bound of the records to come.
+    #[must_use]
+    pub fn offsets(&self) -> u64 {
+        self.partitions
+            .iter()
+            .map(|stretch| stretch.end.abs_diff(stretch.start))
+            .sum()
+    }
+
+    /// The event time that it ends at, in microseconds.
+    #[must_use]
+    pub fn end_time(&self) -> i64 {
+        self.to
+            .map_or(self.high_time, |to| self.high_time.min(to.saturating_mul(1000)))
+    }
+}
+
+/// Resolves the range of a replay. Blocks; ends early when `stop` is cancelled.
+///
+/// The order is what makes it exact. The checkpoint is read first: every change up to its last whole transaction is in a
+/// transaction that is decided, in a topic that exists, at an offset below a high watermark that is read afterwards.
+///
+/// # Errors
+/// When the range makes no sense, there is no log, or Kafka cannot say where it is.
+pub fn resolve(config: &ReplayConfig, stop: &CancellationToken) -> Result<Range, ReplayError> {
+    let from = match &config.from {
+        ReplayStart::Time(text) => Some(milliseconds("from", text)?),
+        ReplayStart::Beginning => None,
+    };
+    let to = match &config.to {
+        ReplayEnd::Time(text) => Some(milliseconds("to", text)?),
+        ReplayEnd::Now => None,
+    };
+    if from.zip(to).is_some_and(|(from, to)| to < from) {
+        return Err(ReplayError::EmptyRange);
+    }
+
+    let pipeline = &config.pipeline;
+    let checkpoint_topic = checkpoint_topic(&pipeline.namespace, &pipeline.name);
+    let key = checkpoint_key(&pipeline.namespace, &pipeline.name, &config.slot_name);
+    let checkpoint = match read_checkpoint(&config.kafka.bootstrap_servers, &checkpoint_topic, &key, TIMEOUT) {
+        Ok(Some(checkpoint)) => checkpoint,
+        Ok(None) | Err(TailError::NoSuchPartition { .. }) => {
+            return Err(ReplayError::NoDurableLog {
+                topic: checkpoint_topic,
+            });
+        }
+        Err(error) => return Err(ReplayError::CheckpointUnreadable(error)),
+    };
+    let mut range = Range {
+        from,
+        to,
+        end: checkpoint.complete,
+        high_time: checkpoint.high_time_micros,
+        partitions: Vec::new(),
+        emptied: Vec::new(),
+    };
+    if range.end.is_none() {
+        return Ok(range);
+    }
+
+    let committed = Offsets::connect(&config.kafka, "read_committed")?;
+    let partitions = committed.partitions(&config.kafka.topic_prefix, &checkpoint_topic)?;
+    let ends = Offsets::connect(&config.kafka, "read_uncommitted")?.list(&partitions, Offset::End)?;
+    settle(&committed, &partitions, &ends, stop)?;
+
+    // Only now, since neither question sees what is at or after the last stable offset.
+    let lows = committed.list(&partitions, Offset::Beginning)?;
+    let starts = match range.from {
+        Some(from) => committed.list(&partitions, Offset::Offset(from))?,
+        None => lows.clone(),
+    };
+    for (index, (topic, partition)) in partitions.into_iter().enumerate() {
+        let (low, end) = (lows[index].unwrap_or(0), ends[index].unwrap_or(0));
+        let start = starts[index].unwrap_or(end).max(low);
+        if low > 0 && low >= end && range.from.is_some() {
+            range.emptied.push((topic, partition));
+        } else if start < end {
+            let truncated = range.from.is_some() && low > 0 && start == low;
+            range.partitions.push(Stretch {
+                topic,
+                partition,
+                start,
+                end,
+                truncated,
+            });
+        }
+    }
+    Ok(range)
+}
+
+/// The range as a subscriber takes it who goes on after `token`. Blocks.
+///
+/// # Errors
+/// When Kafka cannot say where that is.
+pub fn resume(range: &Range, kafka: &KafkaLog, token: ResumeToken) -> Result<Range, ReplayError> {
+    let partitions: Vec<_> = range
+        .partitions
+        .iter()
+        .map(|stretch| (Arc::clone(&stretch.topic), stretch.partition))
+        .collect();
+    let starts =
+        Offsets::connect(kafka, "read_committed")?.list(&partitions, Offset::Offset(token.timestamp.max(0)))?;
+    let mut rest = range.clone();
+    rest.partitions = std::mem::take(&mut rest.partitions)
+        .into_iter()
+        .zip(starts)
+        .filter_map(|(stretch, start)| {
+            let start = stretch.start.max(start?);
+            (start < stretch.end).then_some(Stretch {
+                start,
+                truncated: false,
+                ..stretch
+            })
+        })
+        .collect();
+    Ok(rest)
+}
+
+/// Waits until every transaction that has records below the frozen ends is decided and marked.
+///
+/// Invariant for the reader: from here on the last stable offset of each partition is at or after its frozen end, and it never
+/// falls. A consumer of committed records is told of the end of a partition only at the last stable offset. So whenever it is
+/// told so, it has been given every committed record before the frozen end, whatever control records and aborted records stand
+/// there. This wait is usually the rest of one of the pipeline's short transactions; at most it is the transaction timeout of
+/// a pipeline that died.
+fn settle(
+    committed: &Offsets,
+    partitions: &[(Arc<str>, i32)],
+    ends: &[Option<i64>],
+    stop: &CancellationToken,
+) -> Result<(), ReplayError> {
+    let started = Instant::now();
+    loop {
+        let stable = committed.list(partitions, Offset::End)?;
+        let open = stable.iter().zip(ends).position(|(stable, end)| stable < end);
+        let Some(open) = open else { return Ok(()) };
+        if stop.is_cancelled() {
+            return Err(ReplayError::Interrupted);
+        }
+        if started.elapsed() > LONGEST_TRANSACTION {
+            let (topic, partition) = &partitions[open];
+            return Err(ReplayError::HangingTransaction {
+                topic: topic.to_string(),
+                partition: *partition,
+                waited: LONGEST_TRANSACTION,
+            });
+        }
+        std::thread::sleep(SETTLE_PAUSE);
+    }
+}
+
+/// Asks brokers for offsets.
+struct Offsets(BaseConsumer);
+
+impl Offsets {
+    fn connect(kafka: &KafkaLog, isolation: &str) -> Result<Self, ReplayError> {
+        client_config(&kafka.bootstrap_servers, "meander-replay")
+            .set("isolation.level", isolation)
+            .create()
+            .map(Self)
+            .map_err(unreachable("setting up a client"))
+    }
+
+    /// The partitions of every topic of the pipeline.
+    ///
+    /// A topic whose leader is being elected is there and shows no partitions, so an error of one topic is an error.
+    fn partitions(&self, prefix: &str, checkpoint_topic: &str) -> Result<Vec<(Arc<str>, i32)>, ReplayError> {
+        let prefix = format!("{prefix}.");
+        retry_until(Instant::now() + TIMEOUT, |left| {
+            let metadata = self.0.fetch_metadata(None, left)?;
+            let mut partitions = Vec::new();
+            for topic in metadata.topics() {
+                if !topic.name().starts_with(&prefix) || topic.name() == checkpoint_topic {
+                    continue;
+                }
+                if let Some(error) = topic.error() {
+                    return Err(KafkaError::MetadataFetch(error.into()));
+                }
+                let name: Arc<str> = topic.name().into();
+                for partition in topic.partitions() {
+                    partitions.push((Arc::clone(&name), partition.id()));
+                }
+            }
+            Ok(partitions)
+        })
+        .map_err(unreachable("listing the pipeline's topics"))
+    }
+
+    /// An offset of each partition, in the same order: its first, its end, or the first one at or after a timestamp (then none if
+    /// there is none).
+    ///
+    /// The answer for a timestamp takes control records into account, whose timestamps are the broker's own time. So it can be too
+    /// early, never too late, and it cannot say where a range ends.
+    fn list(&self, partitions: &[(Arc<str>, i32)], which: Offset) -> Result<Vec<Option<i64>>, ReplayError> {
+        if partitions.is_empty() {
+            return Ok(Vec::new());
+        }
+        retry_until(Instant::now() + TIMEOUT, |left| {
+            let mut query = TopicPartitionList::with_capacity(partitions.len());
+            for (topic, partition) in partitions {
+                query.add_partition_offset(topic, *partition, which)?;
+            }
+            let answer = self.0.offsets_for_times(query, left)?;
+            partitions
+                .iter()
+                .map(|(topic, partition)| {
+                    let element = answer
+                        .find_partition(topic, *partition)
+                        .ok_or(KafkaError::OffsetFetch(RDKafkaErrorCode::UnknownPartition))?;
+                    element.error()?;
+                    Ok(match element.offset() {
+                        Offset::Offset(offset) => Some(offset),
+                        _ => None,
+                    })
+                })
+                .collect()
+        })
+        .map_err(unreachable("asking for offsets"))
+    }
+}
+
+fn unreachable(doing: &'static str) -> impl FnOnce(KafkaError) -> ReplayError {
+    move |source| ReplayError::KafkaUnreachable { doing, source }
+}
+
+/// Parses a time to the granularity of Kafka's timestamps.
+fn milliseconds(field: &'static str, text: &str) -> Result<i64, ReplayError> {
+    text.parse::<Timestamp>()
+        // Kafka gives negative timestamps meanings of their own, and no database committed anything before 1970.
+        .map(|time| time.as_millisecond().max(0))
+        .map_err(|source| ReplayError::InvalidTime {
+            field,
+            text: text.to_owned(),
+            source,
+        })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn range(from: Option<i64>, to: Option<i64>, end: &str) -> Range {
+        Range {
+            from,
+            to,
+            end: Some(end.parse().unwrap()),
+            high_time: 0,
+            partitions: Vec::new(),
+            emptied: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_record_is_placed_by_its_timestamp_and_its_transaction() {
+        let range = range(Some(100), Some(200), "1:0/50:7");
+        let place = |timestamp, position: &str| range.place(timestamp, position.parse().unwrap());
+        assert_eq!(place(99, "1:0/10:0"), Place::Before);
+        assert_eq!(place(100, "1:0/10:0"), Place::Inside);
+        assert_eq!(
+            place(199, "1:0/50:9"),
+            Place::Inside,
+            "the last transaction is taken as a whole"
+        );
+        assert_eq!(place(200, "1:0/20:0"), Place::Beyond);
+        assert_eq!(place(150, "1:0/51:0"), Place::Beyond);
+        assert_eq!(place(99, "2:0/1:0"), Place::Beyond);
+    }
+
+    #[test]
+    fn times_are_cut_to_milliseconds() {
+        assert_eq!(milliseconds("from", "2026-11-20T10:00:00.123456Z").unwrap() % 1000, 123);
+        assert_eq!(milliseconds("from", "1960-01-01T00:00:00Z").unwrap(), 0);
+        assert!(matches!(
+            milliseconds("to", "yesterday"),
+            Err(ReplayError::InvalidTime { field: "to", .. })
+        ));
+    }
+}

@@ -1,0 +1,325 @@
+//! Reads the partitions of a range and merges them into commit order, in bounded memory.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use meander_config::{KafkaLog, ResourceIdentity};
+use rdkafka::{
+    Message as _, Offset, TopicPartitionList,
+    consumer::{BaseConsumer, Consumer as _, DefaultConsumerContext, base_consumer::PartitionQueue},
+    error::KafkaError,
+    types::RDKafkaErrorCode,
+};
+use tokio::sync::mpsc;
+
+use super::{
+    error::ReplayError,
+    merge::{Merge, Step},
+    range::{Place, Range, Stretch},
+    record::{Coordinate, Record},
+};
+use crate::checkpoint::client_config;
+
+/// Memory for what is fetched ahead, over all partitions.
+const PREFETCH_BYTES: usize = 64 << 20;
+/// Bounds of one partition's share of it.
+const PARTITION_BYTES: std::ops::RangeInclusive<usize> = (256 << 10)..=(8 << 20);
+/// Bounds of one chunk, and how many may wait to be delivered.
+const CHUNK_RECORDS: usize = 512;
+const CHUNK_BYTES: usize = 1 << 20;
+const CHUNKS: usize = 4;
+/// How long the reader waits before it looks whether anybody still listens.
+const POLL: Duration = Duration::from_millis(100);
+/// A partition that is not at its end always has something to say; if it does not for this long, something is broken.
+const LONGEST_SILENCE: Duration = Duration::from_secs(300);
+
+/// What a reader gives.
+#[derive(Debug)]
+pub enum Read {
+    /// Records in commit order, at least one.
+    Records(Vec<Record>),
+    /// The range starts before what Kafka still holds; from this timestamp on it is whole.
+    Truncated(i64),
+    /// The range is at its end. Without this the reader broke off.
+    End,
+}
+
+/// Starts to read a range, after the record `after` if there is one.
+///
+/// The thread ends with the range, with an error, or soon after the receiver is dropped.
+pub fn start(
+    kafka: &KafkaLog,
+    job: &ResourceIdentity,
+    range: Range,
+    after: Option<Coordinate>,
+) -> mpsc::Receiver<Result<Read, ReplayError>> {
+    let (out, reads) = mpsc::channel(CHUNKS);
+    let kafka = kafka.clone();
+    // Nothing is ever committed to the group and nobody joins it; the name shows up in quotas and in the brokers' logs.
+    let group = format!("meander-replay.{}.{}", job.namespace, job.name);
+    let failed = out.clone();
+    let read = move || {
+        let result = Reader::connect(&kafka, &group, range, after, out.clone()).and_then(Reader::run);
+        match result {
+            Ok(()) | Err(Stop::Unheard) => {}
+            Err(Stop::Failed(error)) => {
+                let _ = out.blocking_send(Err(*error));
+            }
+        }
+    };
+    if let Err(error) = std::thread::Builder::new().name("replay-reader".to_owned()).spawn(read) {
+        tracing::error!(%error, "cannot start the reader");
+        let _ = failed.try_send(Err(ReplayError::TaskStopped("the reader")));
+    }
+    reads
+}
+
+/// Why a reader ended before its range.
+enum Stop {
+    /// Nobody listens any more.
+    Unheard,
+    Failed(Box<ReplayError>),
+}
+
+impl From<ReplayError> for Stop {
+    fn from(error: ReplayError) -> Self {
+        Self::Failed(Box::new(error))
+    }
+}
+
+struct Reader {
+    consumer: Arc<BaseConsumer>,
+    range: Range,
+    after: Option<Coordinate>,
+    sources: Vec<Source>,
+    merge: Merge<Coordinate, Record>,
+    /// Timestamps of the first records of partitions whose start was deleted.
+    truncated: Option<i64>,
+    chunk: Vec<Record>,
+    chunk_bytes: usize,
+    out: mpsc::Sender<Result<Read, ReplayError>>,
+}
+
+struct Source {
+    stretch: Stretch,
+    /// The partition's own queue. Its size is bounded by the client for each partition by itself, which a queue shared by all is
+    /// not: there one partition could fill the queue while the merge waits for another.
+    queue: PartitionQueue<DefaultConsumerContext>,
+}
+
+impl Reader {
+    fn connect(
+        kafka: &KafkaLog,
+        group: &str,
+        range: Range,
+        after: Option<Coordinate>,
+        out: mpsc::Sender<Result<Read, ReplayError>>,
+    ) -> Result<Self, Stop> {
+        let unreachable = |source| ReplayError::KafkaUnreachable {
+            doing: "starting to read the log",
+            source,
+        };
+        let share =
+            (PREFETCH_BYTES / range.partitions.len().max(1)).clamp(*PARTITION_BYTES.start(), *PARTITION_BYTES.end());
+        let consumer: Arc<BaseConsumer> = Arc::new(
+            client_config(&kafka.bootstrap_servers, group)
+                .set("queued.max.messages.kbytes", (share / 1024).to_string())
+                .set("fetch.message.max.bytes", share.min(1 << 20).to_string())
+                // How long a partition whose queue was full waits for its next fetch; the default is a second.
+                .set("fetch.queue.backoff.ms", "2")
+                .create()
+                .map_err(unreachable)?,
+        );
+        let mut assignment = TopicPartitionList::with_capacity(range.partitions.len());
+        let mut sources = Vec::with_capacity(range.partitions.len());
+        for stretch in &range.partitions {
+            assignment
+                .add_partition_offset(&stretch.topic, stretch.partition, Offset::Offset(stretch.start))
+                .map_err(unreachable)?;
+            // Before the assignment, so that nothing goes into the shared queue first.
+            let queue = consumer
+                .split_partition_queue(&stretch.topic, stretch.partition)
+                .ok_or_else(|| unreachable(KafkaError::Subscription(stretch.topic.to_string())))?;
+            sources.push(Source {
+                stretch: stretch.clone(),
+                queue,
+            });
+        }
+        consumer.assign(&assignment).map_err(unreachable)?;
+        Ok(Self {
+            consumer,
+            merge: Merge::new(sources.len()),
+            range,
+            after,
+            sources,
+            truncated: None,
+            chunk: Vec::new(),
+            chunk_bytes: 0,
+            out,
+        })
+    }
+
+    fn run(mut self) -> Result<(), Stop> {
+        loop {
+            match self.merge.step() {
+                Step::Want(source) => match self.next(source)? {
+                    Some(record) => self.merge.offer(source, record.coordinate, record),
+                    None => {
+                        self.merge.finish(source);
+                        self.release(source);
+                    }
+                },
+                Step::Item(record) => self.give(record)?,
+                Step::Disorder { previous, item } => {
+                    return Err(ReplayError::Disorder {
+                        topic: item.topic.to_string(),
+                        partition: item.partition,
+                        offset: item.offset,
+                        previous,
+                        found: item.coordinate,
+                    }
+                    .into());
+                }
+                Step::End => {
+                    self.announce_truncation()?;
+                    self.flush()?;
+                    return self.send(Read::End);
+                }
+            }
+        }
+    }
+
+    /// The next record of a partition that is in the range; none at the end of its stretch.
+    ///
+    /// The end is a record beyond the range, a record at or after the frozen end (it was written later, and what is later is
+    /// after the range), or the end of the partition: see `range::settle` for why that proves that nothing is missing.
+    fn next(&mut self, source: usize) -> Result<Option<Record>, Stop> {
+        let asked = Instant::now();
+        let mut failure = None;
+        loop {
+            let Source { stretch, queue } = &mut self.sources[source];
+            // What can be had at once is taken at once; before the reader waits, it hands on what it has.
+            let polled = match queue.poll(Duration::ZERO) {
+                None if self.chunk.is_empty() => queue.poll(POLL),
+                polled => polled,
+            };
+            match polled {
+                Some(Ok(message)) if message.offset() >= stretch.end => return Ok(None),
+                Some(Ok(message)) => {
+                    let record =
+                        Record::read(&stretch.topic, &message).map_err(|error| ReplayError::ForeignRecord {
+                            topic: stretch.topic.to_string(),
+                            partition: stretch.partition,
+                            offset: message.offset(),
+                            source: error,
+                        })?;
+                    let first_of_truncated = std::mem::take(&mut stretch.truncated);
+                    if first_of_truncated && self.range.from.is_some_and(|from| record.timestamp > from) {
+                        self.truncated = self.truncated.max(Some(record.timestamp));
+                    }
+                    match self.range.place(record.timestamp, record.coordinate.position) {
+                        Place::Beyond => return Ok(None),
+                        Place::Inside if self.after.is_none_or(|after| record.coordinate > after) => {
+                            return Ok(Some(record));
+                        }
+                        Place::Inside | Place::Before => {}
+                    }
+                }
+                Some(Err(KafkaError::PartitionEOF(_))) => return Ok(None),
+                Some(Err(error)) => {
+                    if let Some(error) = fatal(&error, stretch) {
+                        return Err(error.into());
+                    }
+                    failure = Some(error);
+                }
+                None => {
+                    self.flush()?;
+                    // Errors that concern no partition come here; the client goes on by itself after them.
+                    if let Some(Err(error)) = self.consumer.poll(Duration::ZERO) {
+                        tracing::warn!(%error, "Kafka");
+                        failure = Some(error);
+                    }
+                    if self.out.is_closed() {
+                        return Err(Stop::Unheard);
+                    }
+                    let stretch = &self.sources[source].stretch;
+                    if asked.elapsed() > LONGEST_SILENCE {
+                        return Err(ReplayError::LogStalled {
+                            topic: stretch.topic.to_string(),
+                            partition: stretch.partition,
+                            silence: LONGEST_SILENCE,
+                            source: failure,
+                        }
+                        .into());
+                    }
+                }
+            }
+        }
+    }
+
+    /// Stops fetching a partition: at its end, its requests would be the ones that brokers hold back, and the others with them.
+    fn release(&mut self, source: usize) {
+        let stretch = &self.sources[source].stretch;
+        let mut partition = TopicPartitionList::new();
+        partition.add_partition(&stretch.topic, stretch.partition);
+        if let Err(error) = self.consumer.pause(&partition) {
+            tracing::debug!(%error, topic = %stretch.topic, partition = stretch.partition, "cannot pause");
+        }
+    }
+
+    fn give(&mut self, record: Record) -> Result<(), Stop> {
+        self.announce_truncation()?;
+        self.chunk_bytes += record.size();
+        self.chunk.push(record);
+        if self.chunk.len() >= CHUNK_RECORDS || self.chunk_bytes >= CHUNK_BYTES {
+            self.flush()?;
+        }
+        Ok(())
+    }
+
+    /// Says that the start of the range is gone. By the time that the first record is given, every partition has shown its own.
+    fn announce_truncation(&mut self) -> Result<(), Stop> {
+        match self.truncated.take() {
+            Some(earliest) => self.send(Read::Truncated(earliest)),
+            None => Ok(()),
+        }
+    }
+
+    fn flush(&mut self) -> Result<(), Stop> {
+        if self.chunk.is_empty() {
+            return Ok(());
+        }
+        self.chunk_bytes = 0;
+        let chunk = std::mem::take(&mut self.chunk);
+        self.send(Read::Records(chunk))
+    }
+
+    fn send(&self, read: Read) -> Result<(), Stop> {
+        self.out.blocking_send(Ok(read)).map_err(|_| Stop::Unheard)
+    }
+}
+
+/// Errors that time does not heal.
+fn fatal(error: &KafkaError, stretch: &Stretch) -> Option<ReplayError> {
+    let KafkaError::MessageConsumption(code) = error else {
+        return matches!(error, KafkaError::MessageConsumptionFatal(_)).then(|| ReplayError::KafkaUnreachable {
+            doing: "reading the log",
+            source: error.clone(),
+        });
+    };
+    match code {
+        RDKafkaErrorCode::AutoOffsetReset | RDKafkaErrorCode::OffsetOutOfRange => Some(ReplayError::LogTruncated {
+            topic: stretch.topic.to_string(),
+            partition: stretch.partition,
+        }),
+        RDKafkaErrorCode::TopicAuthorizationFailed
+        | RDKafkaErrorCode::UnknownTopic
+        | RDKafkaErrorCode::UnknownPartition => Some(ReplayError::KafkaUnreachable {
+            doing: "reading the log",
+            source: error.clone(),
+        }),
+        _ => None,
+    }
+}

@@ -1,0 +1,210 @@
+//! One record of the log, as a replay carries it.
+
+use std::{fmt, str::FromStr, sync::Arc};
+
+use bytes::Bytes;
+use meander_proto::v1::ReplayedRecord;
+use rdkafka::{
+    Message,
+    message::{BorrowedMessage, Headers as _},
+};
+
+use crate::{
+    log::{COMMIT_TIME_HEADER, PART_HEADER, POSITION_HEADER},
+    position::Position,
+};
+
+/// The place of a record in commit order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Coordinate {
+    /// The change.
+    pub position: Position,
+    /// Tells the records of one change apart.
+    pub part: u32,
+}
+
+impl fmt::Display for Coordinate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}#{}", self.position, self.part)
+    }
+}
+
+/// A record as it is stored in Kafka, with what its headers say.
+#[derive(Clone, Debug)]
+pub struct Record {
+    /// Its place in commit order.
+    pub coordinate: Coordinate,
+    /// The record's own timestamp in milliseconds, which never falls in commit order.
+    pub timestamp: i64,
+    /// The source's commit time in microseconds, which can run backwards by a little.
+    pub commit_time: i64,
+    /// Its topic.
+    pub topic: Arc<str>,
+    /// Its partition.
+    pub partition: i32,
+    /// Its offset.
+    pub offset: i64,
+    /// Its key.
+    pub key: Bytes,
+    /// Its value.
+    pub value: Bytes,
+}
+
+/// A header is missing or says nothing that can be understood.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidHeader {
+    /// It is not there.
+    #[error("it has no header {0}")]
+    Missing(&'static str),
+    /// It cannot be understood.
+    #[error("its header {name} is {value:?}")]
+    Unreadable {
+        /// The header.
+        name: &'static str,
+        /// What it holds.
+        value: String,
+    },
+    /// The record carries no timestamp.
+    #[error("it has no timestamp")]
+    NoTimestamp,
+}
+
+impl Record {
+    /// Copies a record out of the client's buffer.
+    ///
+    /// # Errors
+    /// When its headers do not say what it is.
+    pub fn read(topic: &Arc<str>, message: &BorrowedMessage<'_>) -> Result<Self, InvalidHeader> {
+        let position = header(message, POSITION_HEADER)?.ok_or(InvalidHeader::Missing(POSITION_HEADER))?;
+        let commit_time = header(message, COMMIT_TIME_HEADER)?.ok_or(InvalidHeader::Missing(COMMIT_TIME_HEADER))?;
+        let part = header(message, PART_HEADER)?.unwrap_or(0);
+        Ok(Self {
+            coordinate: Coordinate { position, part },
+            timestamp: message.timestamp().to_millis().ok_or(InvalidHeader::NoTimestamp)?,
+            commit_time,
+            topic: Arc::clone(topic),
+            partition: message.partition(),
+            offset: message.offset(),
+            key: Bytes::copy_from_slice(message.key().unwrap_or_default()),
+            value: Bytes::copy_from_slice(message.payload().unwrap_or_default()),
+        })
+    }
+
+    /// The time that the replay is paced by: the commit time to the microsecond, kept within the millisecond of the timestamp,
+    /// which is the running maximum and was bounded by the clock of whoever captured it.
+    #[must_use]
+    pub fn event_time(&self) -> i64 {
+        let millisecond = self.timestamp.saturating_mul(1000);
+        self.commit_time.clamp(millisecond, millisecond.saturating_add(999))
+    }
+
+    /// About how much memory it takes.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        self.key.len() + self.value.len() + 128
+    }
+}
+
+impl From<Record> for ReplayedRecord {
+    fn from(record: Record) -> Self {
+        Self {
+            position: record.coordinate.position.to_string(),
+            part: record.coordinate.part,
+            commit_time_micros: record.commit_time,
+            topic: record.topic.to_string(),
+            partition: record.partition,
+            offset: record.offset,
+            key: record.key,
+            value: record.value,
+        }
+    }
+}
+
+fn header<T: FromStr>(message: &BorrowedMessage<'_>, name: &'static str) -> Result<Option<T>, InvalidHeader> {
+    let Some(value) = message
+        .headers()
+        .and_then(|headers| headers.iter().find(|header| header.key == name))
+        .map(|header| header.value.unwrap_or_default())
+    else {
+        return Ok(None);
+    };
+    std::str::from_utf8(value)
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .map(Some)
+        .ok_or_else(|| InvalidHeader::Unreadable {
+            name,
+            value: String::from_utf8_lossy(value).into_owned(),
+        })
+}
+
+/// Where a subscriber goes on: after this record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ResumeToken {
+    /// The last record that was taken.
+    pub coordinate: Coordinate,
+    /// Its timestamp, by which its neighbours are found without reading everything before them.
+    pub timestamp: i64,
+}
+
+/// `position#part@timestamp`, for example `1:0/16B3748:3#0@1763632800000`.
+impl fmt::Display for ResumeToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}@{}", self.coordinate, self.timestamp)
+    }
+}
+
+/// The text is not a resume token.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not a resume token: send one that a message of this replay carried, or none")]
+pub struct InvalidResumeToken(String);
+
+impl FromStr for ResumeToken {
+    type Err = InvalidResumeToken;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let parse = || {
+            let (coordinate, timestamp) = text.split_once('@')?;
+            let (position, part) = coordinate.split_once('#')?;
+            Some(Self {
+                coordinate: Coordinate {
+                    position: position.parse().ok()?,
+                    part: part.parse().ok()?,
+                },
+                timestamp: timestamp.parse().ok()?,
+            })
+        };
+        parse().ok_or_else(|| InvalidResumeToken(text.to_owned()))
+    }
+}
+
+impl From<&Record> for ResumeToken {
+    fn from(record: &Record) -> Self {
+        Self {
+            coordinate: record.coordinate,
+            timestamp: record.timestamp,
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_resume_token_reads_back_as_it_was_written() {
+        let token = "1:0/16B3748:3#1@1763632800000";
+        assert_eq!(token.parse::<ResumeToken>().unwrap().to_string(), token);
+        for wrong in [
+            "",
+            "1:0/16B3748:3",
+            "1:0/16B3748:3#1",
+            "1:0/16B3748:3@1",
+            "x#1@1",
+            "1:0/1:1#-1@1",
+        ] {
+            assert!(wrong.parse::<ResumeToken>().is_err(), "{wrong}");
+        }
+    }
+}

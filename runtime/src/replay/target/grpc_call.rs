@@ -1,0 +1,218 @@
+//! Calls the user's `ReplayReceiver`.
+
+use std::{collections::VecDeque, future::pending, pin::pin, time::Duration};
+
+use backon::{BackoffBuilder as _, ExponentialBuilder};
+use meander_proto::v1::{DeliverAck, ReplayEvent, replay_receiver_client::ReplayReceiverClient};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, sleep, sleep_until, timeout},
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Status, Streaming, transport::Endpoint};
+
+use super::{Batch, Mark, Tally, Target, TargetError};
+
+/// Messages that may be without an answer.
+const WINDOW: usize = 8;
+/// How long it is tried to deliver anything at all.
+const PATIENCE: Duration = Duration::from_secs(120);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+const LONGEST_BACKOFF: Duration = Duration::from_secs(5);
+/// How long the receiver may take to end its half of the stream after its last answer.
+const PARTING: Duration = Duration::from_secs(5);
+
+/// Delivers to a server of the user, at least once: a message that was not answered when a stream broke is sent again.
+pub struct GrpcCall {
+    endpoint: String,
+    unanswered: VecDeque<(ReplayEvent, Mark)>,
+    /// The batches have not ended.
+    more: bool,
+    /// Since when nothing has succeeded.
+    failing_since: Option<Instant>,
+}
+
+/// Why a stream ended too early.
+enum Broken {
+    /// Another may work.
+    Retry(String),
+    Fatal(TargetError),
+}
+
+impl GrpcCall {
+    /// A target that calls `endpoint`, `http://host:port`.
+    #[must_use]
+    pub fn new(endpoint: String) -> Self {
+        Self {
+            endpoint,
+            unanswered: VecDeque::with_capacity(WINDOW),
+            more: true,
+            failing_since: None,
+        }
+    }
+}
+
+impl Target for GrpcCall {
+    async fn run(mut self, mut batches: mpsc::Receiver<Batch>, tally: Tally) -> Result<(), TargetError> {
+        let endpoint = Endpoint::from_shared(self.endpoint.clone())
+            .map_err(|source| TargetError::InvalidEndpoint {
+                endpoint: self.endpoint.clone(),
+                source,
+            })?
+            .connect_timeout(CONNECT_TIMEOUT)
+            .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
+            .keep_alive_timeout(KEEPALIVE_TIMEOUT)
+            .keep_alive_while_idle(true)
+            .tcp_nodelay(true);
+        let backoff = ExponentialBuilder::default()
+            .with_min_delay(Duration::from_millis(200))
+            .with_max_delay(LONGEST_BACKOFF)
+            .without_max_times()
+            .with_jitter();
+        let mut delays = backoff.build();
+        loop {
+            let cause = match self.stream(&endpoint, &mut batches, &tally).await {
+                Ok(()) => return Ok(()),
+                Err(Broken::Fatal(error)) => return Err(error),
+                Err(Broken::Retry(cause)) => cause,
+            };
+            let since = match self.failing_since {
+                Some(since) => since,
+                None => {
+                    delays = backoff.build();
+                    *self.failing_since.insert(Instant::now())
+                }
+            };
+            if since.elapsed() >= PATIENCE {
+                return Err(TargetError::ReceiverUnreachable {
+                    endpoint: self.endpoint,
+                    tried: PATIENCE,
+                    cause,
+                });
+            }
+            tracing::warn!(
+                cause,
+                unanswered = self.unanswered.len(),
+                "the stream to the receiver broke; opening another"
+            );
+            sleep(delays.next().unwrap_or(LONGEST_BACKOFF)).await;
+        }
+    }
+}
+
+impl GrpcCall {
+    /// One stream, up to its end or that of the batches. What is unanswered from the stream before is sent first.
+    async fn stream(
+        &mut self,
+        endpoint: &Endpoint,
+        batches: &mut mpsc::Receiver<Batch>,
+        tally: &Tally,
+    ) -> Result<(), Broken> {
+        let channel = endpoint.connect().await.map_err(|error| Broken::Retry(chain(&error)))?;
+        tally.open();
+        if self.unanswered.is_empty() {
+            self.failing_since = None;
+        }
+
+        // Holds all that may be unanswered, so that sending never waits: what waits is the next batch.
+        let (events, sent) = mpsc::channel(WINDOW);
+        for (event, _) in &self.unanswered {
+            let _ = events.try_send(event.clone());
+        }
+        let mut client = ReplayReceiverClient::new(channel);
+        // A receiver may begin its answer only with its first message, so the call is not waited for before sending.
+        let mut call = pin!(client.deliver(ReceiverStream::new(sent)));
+        let mut answers: Option<Streaming<DeliverAck>> = None;
+        let mut progress = Instant::now();
+
+        while self.more || !self.unanswered.is_empty() {
+            tokio::select! {
+                result = &mut call, if answers.is_none() => {
+                    answers = Some(result.map_err(|status| self.broken(status))?.into_inner());
+                }
+                answer = next(&mut answers) => {
+                    let answer = answer
+                        .map_err(|status| self.broken(status))?
+                        .ok_or_else(|| Broken::Retry("it ended the stream before the replay was over".to_owned()))?;
+                    self.answered(&answer, tally)?;
+                    progress = Instant::now();
+                }
+                batch = batches.recv(), if self.more && self.unanswered.len() < WINDOW => match batch {
+                    Some(batch) => {
+                        if self.unanswered.is_empty() {
+                            progress = Instant::now();
+                        }
+                        let mark = batch.mark;
+                        let event = batch.into_event();
+                        // If the stream is broken, its answers say so.
+                        let _ = events.try_send(event.clone());
+                        self.unanswered.push_back((event, mark));
+                    }
+                    None => self.more = false,
+                },
+                () = sleep_until(progress + PATIENCE), if !self.unanswered.is_empty() => {
+                    return Err(Broken::Fatal(TargetError::ReceiverSilent {
+                        endpoint: self.endpoint.clone(),
+                        waited: PATIENCE,
+                    }));
+                }
+            }
+        }
+
+        // Everything is answered. Part in good order, if the receiver does too.
+        drop(events);
+        let _ = timeout(PARTING, async {
+            if answers.is_none() {
+                answers = call.await.ok().map(tonic::Response::into_inner);
+            }
+            if let Some(answers) = &mut answers {
+                while let Ok(Some(_)) = answers.message().await {}
+            }
+        })
+        .await;
+        Ok(())
+    }
+
+    fn answered(&mut self, answer: &DeliverAck, tally: &Tally) -> Result<(), Broken> {
+        let expected = self.unanswered.front().map(|(event, _)| event.resume_token.as_str());
+        if expected != Some(answer.resume_token.as_str()) {
+            return Err(Broken::Fatal(TargetError::ReceiverConfused {
+                endpoint: self.endpoint.clone(),
+                answer: answer.resume_token.clone(),
+                expected: expected.unwrap_or("no answer").to_owned(),
+            }));
+        }
+        if let Some((_, mark)) = self.unanswered.pop_front() {
+            tally.credit(&mark);
+        }
+        self.failing_since = None;
+        Ok(())
+    }
+
+    fn broken(&self, status: Status) -> Broken {
+        match status.code() {
+            Code::Unimplemented | Code::Unauthenticated | Code::PermissionDenied | Code::InvalidArgument => {
+                Broken::Fatal(TargetError::ReceiverRefused {
+                    endpoint: self.endpoint.clone(),
+                    status: Box::new(status),
+                })
+            }
+            _ => Broken::Retry(chain(&status)),
+        }
+    }
+}
+
+async fn next(answers: &mut Option<Streaming<DeliverAck>>) -> Result<Option<DeliverAck>, Status> {
+    match answers {
+        Some(answers) => answers.message().await,
+        None => pending().await,
+    }
+}
+
+/// An error with its causes, which tonic leaves out of its own text.
+fn chain(error: &dyn std::error::Error) -> String {
+    std::iter::successors(error.source(), |error| error.source())
+        .fold(error.to_string(), |text, source| format!("{text}: {source}"))
+}
