@@ -146,6 +146,12 @@ setup_cluster() {
   go_tool grpcurl "$GRPCURL_DIR" "github.com/fullstorydev/grpcurl/cmd/grpcurl@v$GRPCURL_VERSION"
 }
 
+environment() {
+  # shellcheck disable=SC2016 # the reader's shell expands it
+  printf 'export MEANDER_CACHE=%q KAFKA_HOME=%q PATH=%q:"$PATH"\n' \
+    "$MEANDER_CACHE" "$KAFKA_HOME" "$TOOLS_PATH:$KAFKA_HOME/bin"
+}
+
 main() {
   local part
   [ $# -gt 0 ] || set -- base rust kafka cluster
@@ -153,9 +159,7 @@ main() {
     case $part in
       base | rust | kafka | cluster) "setup_$part" ;;
       path) echo "$TOOLS_PATH:$KAFKA_HOME/bin" ;;
-      # shellcheck disable=SC2016 # the reader's shell expands it
-      env) printf 'export MEANDER_CACHE=%q KAFKA_HOME=%q PATH=%q:"$PATH"\n' \
-        "$MEANDER_CACHE" "$KAFKA_HOME" "$TOOLS_PATH:$KAFKA_HOME/bin" ;;
+      env) environment ;;
       *) die "unknown part $part; there are base, rust, kafka, cluster, path, env" ;;
     esac
   done

@@ -324,14 +324,18 @@ locked() {
   "$@" 9>&-
 }
 
+environment() {
+  # shellcheck disable=SC2016 # the reader's shell expands it
+  printf 'export KUBECONFIG=%q PATH=%q:"$PATH"\n' "$config" "$TOOLS_PATH"
+}
+
 main() {
   local command=${1:-}; shift || true
   case $command in
     up) locked "$(backend)_up" ;;
     down) if exists; then locked "$(backend)_down"; log "cluster $name is gone"; fi ;;
     kubeconfig) echo "$config" ;;
-    # shellcheck disable=SC2016 # the reader's shell expands it
-    env) printf 'export KUBECONFIG=%q PATH=%q:"$PATH"\n' "$config" "$TOOLS_PATH" ;;
+    env) environment ;;
     backend) backend ;;
     load-image | status | exec | node | logs)
       exists || die "cluster $name is not up"
