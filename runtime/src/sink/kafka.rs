@@ -253,8 +253,12 @@ impl KafkaSink {
             }
             let mut state = *durable.borrow();
             transaction.advance(&mut state, &mut checkpoint);
-            checkpoint.redis = redis.as_ref().and_then(|redis| redis.borrow().position).max(checkpoint.redis);
-            let safe = redis.as_ref().map_or(state.safe, |redis| redis.borrow().safe.min(state.safe));
+            let mut safe = state.safe;
+            if let Some(redis) = &redis {
+                let redis = *redis.borrow();
+                checkpoint.redis = redis.position.max(checkpoint.redis);
+                safe = safe.min(redis.safe);
+            }
             let acknowledges = safe > checkpoint.acknowledged && last_commit.elapsed() >= ACKNOWLEDGE_INTERVAL;
             if transaction.open || acknowledges {
                 if !transaction.open {

@@ -29,7 +29,9 @@ mod wait;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-pub use crate::{kafka::Kafka, postgres::Postgres, redis::Redis, runtime::Runtime, wait::eventually};
+pub use crate::{
+    kafka::Kafka, ports::free_address, postgres::Postgres, redis::Redis, runtime::Runtime, wait::eventually,
+};
 
 /// A name that no other test uses, of characters that topics, streams, slots and publications all allow.
 #[must_use]

@@ -1,7 +1,7 @@
 //! Free TCP ports on loopback.
 
 use std::{
-    net::{Ipv4Addr, TcpListener},
+    net::{Ipv4Addr, SocketAddr, TcpListener},
     sync::atomic::{AtomicU16, Ordering},
 };
 
@@ -19,4 +19,10 @@ pub(crate) fn free_port() -> u16 {
         .map(|_| RANGE.start + (first + NEXT.fetch_add(1, Ordering::Relaxed) % size) % size)
         .find(|port| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok())
         .expect("a free port on loopback")
+}
+
+/// An address on loopback that nobody listens on, for servers that the test starts itself.
+#[must_use]
+pub fn free_address() -> SocketAddr {
+    (Ipv4Addr::LOCALHOST, free_port()).into()
 }

@@ -20,7 +20,7 @@ use crate::{
 
 const LIMIT: Duration = Duration::from_secs(60);
 const USER: &str = "postgres";
-const PASSWORD: &str = "meander";
+const PASSWORD: &str = "s3cret-of-the-tests";
 const DATABASE: &str = "postgres";
 
 /// What differs from a server as it comes: logical decoding is on, durability is off, little memory is used.

@@ -16,10 +16,7 @@ use tokio::{
     net::TcpStream,
 };
 
-use crate::{
-    ports::free_port,
-    process::{Process, folder},
-};
+use crate::process::{Process, folder};
 
 /// `meander-runtime` with a configuration file of its own.
 pub struct Runtime {
@@ -30,12 +27,6 @@ pub struct Runtime {
 }
 
 impl Runtime {
-    /// An address for `adminAddress` that nobody uses.
-    #[must_use]
-    pub fn free_address() -> SocketAddr {
-        SocketAddr::from(([127, 0, 0, 1], free_port()))
-    }
-
     /// Starts `meander-runtime capture`; returns before it is ready.
     #[must_use]
     pub fn capture(config: &CaptureConfig) -> Self {
@@ -79,12 +70,10 @@ impl Runtime {
 
     /// Asks the admin server, for example for `/metrics`: status and body.
     ///
-    /// # Panics
-    /// When there is no answer.
-    pub async fn get(&self, path: &str) -> (u16, String) {
-        get(self.admin, path)
-            .await
-            .unwrap_or_else(|error| panic!("{path}: {error}\n{}", self.process.log_tail()))
+    /// # Errors
+    /// When there is no answer, as in the first moments after a start.
+    pub async fn get(&self, path: &str) -> std::io::Result<(u16, String)> {
+        get(self.admin, path).await
     }
 
     /// Kills it, as a crash would.

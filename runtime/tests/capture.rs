@@ -1,0 +1,401 @@
+//! Capture against a real PostgreSQL, Kafka and Redis.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::{collections::BTreeMap, time::Duration};
+
+use meander_config::{
+    CaptureConfig, KafkaSink, PostgresSource, Publication, PublicationManagement, RedisSink, ResourceIdentity,
+    TableSelection,
+};
+use meander_proto::v1::{ChangeRecord, Operation, value::Kind};
+use meander_runtime::{
+    checkpoint::{Tail, read_checkpoint},
+    log::{Checkpoint, POSITION_HEADER, checkpoint_key, checkpoint_topic},
+};
+use meander_test_support::{Kafka, Postgres, Redis, Runtime, eventually, unique_name};
+use prost::Message as _;
+use rdkafka::{
+    Message as _, Offset, TopicPartitionList,
+    consumer::{BaseConsumer, Consumer as _},
+    message::Headers as _,
+};
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> CaptureConfig {
+    let name = unique_name("shop");
+    CaptureConfig {
+        pipeline: ResourceIdentity { namespace: "test".to_owned(), name: name.clone(), uid: String::new() },
+        source: PostgresSource {
+            host: "127.0.0.1".to_owned(),
+            port: postgres.port(),
+            database: postgres.database().to_owned(),
+            username_file: postgres.username_file(),
+            password_file: postgres.password_file(),
+            tables: TableSelection { include: vec!["public.*".to_owned()], exclude: vec![] },
+            publication: Publication { name: name.clone(), management: PublicationManagement::Managed },
+            slot_name: name.clone(),
+        },
+        kafka: KafkaSink {
+            bootstrap_servers: vec![kafka.bootstrap()],
+            topic_prefix: name.clone(),
+            partitions: 3,
+            replication_factor: None,
+        },
+        redis: redis.map(|redis| RedisSink { url_file: redis.url_file(), stream_prefix: name, max_length: None }),
+        operator: None,
+        admin_address: Runtime::free_address(),
+    }
+}
+
+async fn execute(postgres: &Postgres, sql: &str) {
+    postgres.client().await.batch_execute(sql).await.unwrap();
+}
+
+/// Everything that a `read_committed` consumer sees of a topic, in position order: position, key, record.
+fn read_topic(kafka: &Kafka, topic: &str) -> Vec<(String, Option<String>, ChangeRecord)> {
+    let consumer: BaseConsumer = kafka
+        .client_config()
+        .set("group.id", "test")
+        .set("isolation.level", "read_committed")
+        .set("enable.partition.eof", "true")
+        .set("enable.auto.commit", "false")
+        .create()
+        .unwrap();
+    let partitions = Tail::new(&[kafka.bootstrap()], LIMIT).unwrap().partitions(topic).unwrap();
+    let mut assignment = TopicPartitionList::new();
+    for partition in &partitions {
+        assignment.add_partition_offset(topic, *partition, Offset::Beginning).unwrap();
+    }
+    consumer.assign(&assignment).unwrap();
+    let mut records = Vec::new();
+    let mut ends = 0;
+    while ends < partitions.len() {
+        match consumer.poll(LIMIT).expect("kafka answers in time") {
+            Ok(message) => {
+                let header = message.headers().unwrap().iter().find(|header| header.key == POSITION_HEADER).unwrap();
+                records.push((
+                    String::from_utf8(header.value.unwrap().to_vec()).unwrap(),
+                    message.key().map(|key| String::from_utf8(key.to_vec()).unwrap()),
+                    ChangeRecord::decode(message.payload().unwrap()).unwrap(),
+                ));
+            }
+            Err(rdkafka::error::KafkaError::PartitionEOF(_)) => ends += 1,
+            Err(error) => panic!("{error}"),
+        }
+    }
+    records.sort_by_key(|(_, _, record)| {
+        let at = record.coordinate.unwrap();
+        (at.epoch, at.commit_lsn, at.ordinal, at.part)
+    });
+    records
+}
+
+/// Reads the topic until it holds this many records.
+async fn wait_for_records(kafka: &Kafka, topic: &str, count: usize) -> Vec<(String, Option<String>, ChangeRecord)> {
+    eventually("the records are in Kafka", LIMIT, async || {
+        let records = tokio::task::block_in_place(|| read_topic(kafka, topic));
+        if records.len() >= count { Ok(records) } else { Err(format!("{} of {count}", records.len())) }
+    })
+    .await
+}
+
+/// Waits until a session has ended for this reason.
+async fn wait_for_failure(runtime: &Runtime, reason: &str) {
+    let wanted = format!("meander_capture_failures_total{{reason=\"{reason}\"}}");
+    eventually(&wanted, LIMIT, async || {
+        let (_, metrics) = runtime.get("/metrics").await.map_err(|error| error.to_string())?;
+        if metrics.contains(&wanted) { Ok(()) } else { Err(metrics) }
+    })
+    .await;
+}
+
+fn checkpoint(config: &CaptureConfig) -> Option<Checkpoint> {
+    let (namespace, name) = (&config.pipeline.namespace, &config.pipeline.name);
+    tokio::task::block_in_place(|| {
+        read_checkpoint(
+            &config.kafka.bootstrap_servers,
+            &checkpoint_topic(namespace, name),
+            &checkpoint_key(namespace, name, &config.source.slot_name),
+            LIMIT,
+        )
+        .unwrap()
+    })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_change_is_once_in_kafka_and_in_redis_under_the_same_coordinate() {
+    let (postgres, redis, kafka) = (Postgres::start(&[]).await, Redis::start().await, Kafka::shared().await);
+    execute(
+        &postgres,
+        "CREATE TABLE trades (id int PRIMARY KEY, price numeric(12,2), at timestamptz, note jsonb, raw bytea);
+         CREATE TABLE keyed_whole (id int PRIMARY KEY, note text); ALTER TABLE keyed_whole REPLICA IDENTITY FULL",
+    )
+    .await;
+    let config = config(&postgres, kafka, Some(&redis));
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    execute(
+        &postgres,
+        r#"BEGIN;
+           INSERT INTO trades VALUES (1, 1.50, '2026-11-21 07:00:00.123456+02', '{"a": 1}', '\xff00'), (2, 'NaN', 'infinity', NULL, '');
+           SAVEPOINT s; INSERT INTO trades VALUES (3); ROLLBACK TO s;
+           UPDATE trades SET price = 2 WHERE id = 1;
+           UPDATE trades SET id = 4 WHERE id = 2;
+           INSERT INTO keyed_whole VALUES (1, 'a'); UPDATE keyed_whole SET note = 'b'; DELETE FROM keyed_whole;
+           COMMIT;
+           BEGIN; INSERT INTO trades VALUES (9); ROLLBACK;
+           DELETE FROM trades WHERE id = 1"#,
+    )
+    .await;
+    execute(&postgres, "TRUNCATE trades").await;
+    let topic = format!("{}.public.trades", config.kafka.topic_prefix);
+    let records = wait_for_records(kafka, &topic, 7).await;
+    let seen: Vec<_> = records
+        .iter()
+        .map(|(position, key, record)| {
+            let at = record.coordinate.unwrap();
+            let ordinal = position.rsplit(':').next().unwrap().parse::<u64>().unwrap();
+            assert_eq!((at.epoch, at.ordinal), (1, ordinal), "header and record agree");
+            (record.operation(), ordinal, at.part, key.clone().unwrap_or_default())
+        })
+        .collect();
+    let key = |id: u32| format!("{{\"id\":\"{id}\"}}");
+    assert_eq!(
+        seen,
+        [
+            (Operation::Insert, 0, 0, key(1)),
+            (Operation::Insert, 1, 0, key(2)),
+            (Operation::Update, 2, 0, key(1)),
+            (Operation::Delete, 3, 0, key(2)),
+            (Operation::Update, 3, 1, key(4)),
+            (Operation::Delete, 0, 0, key(1)),
+            (Operation::Truncate, 0, 0, String::new()),
+        ]
+    );
+    let first = &records[0].2.after.as_ref().unwrap().values;
+    let kinds: Vec<_> = first.iter().map(|value| value.kind.clone().unwrap()).collect();
+    assert_eq!(
+        kinds,
+        [
+            Kind::Integer(1),
+            Kind::Text("1.50".to_owned()),
+            Kind::Text("2026-11-21 05:00:00.123456+00".to_owned()),
+            Kind::Text("{\"a\": 1}".to_owned()),
+            Kind::Binary(vec![0xFF, 0]),
+        ]
+    );
+    let whole = wait_for_records(kafka, &format!("{}.public.keyed_whole", config.kafka.topic_prefix), 3).await;
+    let keys: Vec<_> = whole.iter().map(|(_, key, _)| key.clone().unwrap()).collect();
+    assert_eq!(keys, [key(1), key(1), key(1)], "under REPLICA IDENTITY FULL the key is the primary key");
+    assert_eq!(whole[1].2.before.as_ref().unwrap().values[1].kind, Some(Kind::Text("a".to_owned())));
+
+    // Redis holds the same bytes under ids made of the same coordinates.
+    let mut connection = redis.connection().await;
+    let entries = eventually("the entries are in Redis", LIMIT, async || {
+        let entries: Vec<(String, BTreeMap<String, Vec<u8>>)> =
+            redis::cmd("XRANGE").arg(&topic).arg("-").arg("+").query_async(&mut connection).await.unwrap();
+        if entries.len() >= 7 { Ok(entries) } else { Err(format!("{} of 7", entries.len())) }
+    })
+    .await;
+    assert_eq!(entries.len(), 7);
+    for ((id, fields), (position, _, record)) in entries.iter().zip(&records) {
+        let at = record.coordinate.unwrap();
+        let derived = format!("{}-{}", u64::from(at.epoch) << 56 | at.commit_lsn, at.ordinal << 8 | u64::from(at.part));
+        assert_eq!(*id, derived);
+        assert_eq!(fields["position"], position.as_bytes());
+        assert_eq!(fields["value"], record.encode_to_vec());
+    }
+
+    // A clean end acknowledges everything: a restart has nothing to read again, and nothing is doubled.
+    assert!(runtime.terminate(LIMIT).success(), "{}", runtime.process().log_tail());
+    runtime.start_again();
+    runtime.ready(LIMIT).await;
+    execute(&postgres, "INSERT INTO trades VALUES (10)").await;
+    let after = wait_for_records(kafka, &topic, 8).await;
+    assert_eq!(after.len(), 8);
+    assert_eq!(after[..7], records[..]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idle_database_lets_postgresql_forget_its_wal() {
+    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    execute(&postgres, "CREATE TABLE t (id int PRIMARY KEY); CREATE TABLE other (id int)").await;
+    let mut config = config(&postgres, kafka, None);
+    config.source.tables.include = vec!["public.t".to_owned()];
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    // Nothing of this is captured, and still the slot must move past it.
+    execute(&postgres, "INSERT INTO other SELECT generate_series(1, 1000)").await;
+    let client = postgres.client().await;
+    let written: String = client.query_one("SELECT pg_current_wal_insert_lsn()::text", &[]).await.unwrap().get(0);
+    let confirmed: String = eventually("the slot moves past what nobody captures", LIMIT, async || {
+        let row = client
+            .query_one(
+                "SELECT confirmed_flush_lsn >= $1::text::pg_lsn, confirmed_flush_lsn::text FROM pg_replication_slots",
+                &[&written],
+            )
+            .await
+            .unwrap();
+        if row.get(0) { Ok(row.get(1)) } else { Err(row.get::<_, String>(1)) }
+    })
+    .await;
+    // It was persisted before PostgreSQL was told.
+    assert!(checkpoint(&config).unwrap().acknowledged >= confirmed.parse().unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slot_that_lost_changes_stops_the_capture_before_a_byte_is_read() {
+    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    execute(&postgres, "CREATE TABLE t (id int PRIMARY KEY)").await;
+    let config = config(&postgres, kafka, None);
+    let topic = format!("{}.public.t", config.kafka.topic_prefix);
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    execute(&postgres, "INSERT INTO t VALUES (1)").await;
+    wait_for_records(kafka, &topic, 1).await;
+    assert!(runtime.terminate(LIMIT).success());
+
+    // Somebody moves the slot past changes that were not captured.
+    execute(&postgres, "INSERT INTO t VALUES (2)").await;
+    execute(&postgres, "SELECT pg_replication_slot_advance(slot_name, pg_current_wal_lsn()) FROM pg_replication_slots").await;
+    runtime.start_again();
+    wait_for_failure(&runtime, "SlotAhead").await;
+    assert!(runtime.terminate(LIMIT).success());
+
+    // Somebody drops it.
+    execute(&postgres, "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots").await;
+    runtime.start_again();
+    wait_for_failure(&runtime, "SlotMissing").await;
+    assert_eq!(tokio::task::block_in_place(|| read_topic(kafka, &topic)).len(), 1, "nothing is published past a gap");
+    let slots = postgres.client().await.query("SELECT FROM pg_replication_slots", &[]).await.unwrap();
+    assert!(slots.is_empty(), "no new slot hides the gap");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cleanup_takes_slot_and_publication_away_and_a_new_life_begins_a_new_epoch() {
+    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    execute(&postgres, "CREATE TABLE t (id int PRIMARY KEY)").await;
+    let config = config(&postgres, kafka, None);
+    let topic = format!("{}.public.t", config.kafka.topic_prefix);
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    execute(&postgres, "INSERT INTO t VALUES (1)").await;
+    wait_for_records(kafka, &topic, 1).await;
+    assert!(runtime.terminate(LIMIT).success());
+
+    meander_runtime::capture::cleanup(config.clone()).await.unwrap();
+    let client = postgres.client().await;
+    assert!(client.query("SELECT FROM pg_replication_slots", &[]).await.unwrap().is_empty());
+    assert!(client.query("SELECT FROM pg_publication", &[]).await.unwrap().is_empty());
+    // Twice is as good as once: the operator may have to try again.
+    meander_runtime::capture::cleanup(config.clone()).await.unwrap();
+
+    runtime.start_again();
+    runtime.ready(LIMIT).await;
+    execute(&postgres, "INSERT INTO t VALUES (2)").await;
+    let records = wait_for_records(kafka, &topic, 2).await;
+    let epochs: Vec<_> = records.iter().map(|(_, _, record)| record.coordinate.unwrap().epoch).collect();
+    assert_eq!(epochs, [1, 2]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_missing_is_said_and_heals_when_it_is_there() {
+    let (mut postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    execute(&postgres, "CREATE TABLE keyless (id int)").await;
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = config(&postgres, kafka, None);
+    let good = std::fs::read_to_string(&config.source.password_file).unwrap();
+    config.source.password_file = folder.path().join("password");
+
+    let mut runtime = Runtime::capture(&config);
+    wait_for_failure(&runtime, "CredentialsUnreadable").await;
+    std::fs::write(&config.source.password_file, "wrong").unwrap();
+    wait_for_failure(&runtime, "AuthenticationFailed").await;
+    postgres.stop();
+    wait_for_failure(&runtime, "DatabaseUnreachable").await;
+    postgres.start_again().await;
+    std::fs::write(&config.source.password_file, &good).unwrap();
+    wait_for_failure(&runtime, "TableWithoutReplicaIdentity").await;
+    execute(&postgres, "DROP TABLE keyless").await;
+    wait_for_failure(&runtime, "NoTablesMatch").await;
+    execute(&postgres, "CREATE TABLE t (id int PRIMARY KEY, n int)").await;
+    runtime.ready(LIMIT).await;
+    execute(&postgres, "INSERT INTO t VALUES (1); UPDATE t SET n = 2").await;
+    wait_for_records(kafka, &format!("{}.public.t", config.kafka.topic_prefix), 2).await;
+    let log = std::fs::read_to_string(runtime.process().log()).unwrap();
+    assert!(!log.contains(good.trim()), "the password is in the log");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_without_logical_decoding_is_told_from_any_other() {
+    let (postgres, kafka) = (Postgres::start(&[("wal_level", "replica")]).await, Kafka::shared().await);
+    execute(&postgres, "CREATE TABLE t (id int PRIMARY KEY)").await;
+    let runtime = Runtime::capture(&config(&postgres, kafka, None));
+    wait_for_failure(&runtime, "WalLevelNotLogical").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn entries_of_somebody_else_in_a_stream_stop_the_capture_with_a_reason() {
+    let (postgres, redis, kafka) = (Postgres::start(&[]).await, Redis::start().await, Kafka::shared().await);
+    execute(&postgres, "CREATE TABLE t (id int PRIMARY KEY)").await;
+    let config = config(&postgres, kafka, Some(&redis));
+    let stream = format!("{}.public.t", config.kafka.topic_prefix);
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    let mut connection = redis.connection().await;
+    // A later id than any of ours.
+    let foreign = format!("{}-0", u64::MAX);
+    let _: String =
+        redis::cmd("XADD").arg(&stream).arg(&foreign).arg(&["a", "b"]).query_async(&mut connection).await.unwrap();
+    execute(&postgres, "INSERT INTO t VALUES (1)").await;
+    wait_for_failure(&runtime, "ForeignWriter").await;
+    // Deleting the stream mends it, and nothing was lost.
+    let _: i64 = redis::cmd("DEL").arg(&stream).query_async(&mut connection).await.unwrap();
+    eventually("the entry is in Redis", LIMIT, async || {
+        let length: i64 = redis::cmd("XLEN").arg(&stream).query_async(&mut connection).await.unwrap();
+        if length == 1 { Ok(()) } else { Err(length.to_string()) }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_redis_that_forgot_what_it_acknowledged_is_a_gap() {
+    let (postgres, redis, kafka) = (Postgres::start(&[]).await, Redis::start().await, Kafka::shared().await);
+    execute(&postgres, "CREATE TABLE t (id int PRIMARY KEY)").await;
+    let config = config(&postgres, kafka, Some(&redis));
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    execute(&postgres, "INSERT INTO t VALUES (1)").await;
+    eventually("the checkpoint knows what Redis has", LIMIT, async || {
+        checkpoint(&config).and_then(|checkpoint| checkpoint.redis).ok_or("nothing yet")
+    })
+    .await;
+    let mut connection = redis.connection().await;
+    let () = redis::cmd("FLUSHALL").query_async(&mut connection).await.unwrap();
+    runtime.kill9();
+    runtime.start_again();
+    wait_for_failure(&runtime, "EntriesLost").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_runtime_waits_for_the_slot_and_takes_over_without_loss_or_double() {
+    let (postgres, redis, kafka) = (Postgres::start(&[]).await, Redis::start().await, Kafka::shared().await);
+    execute(&postgres, "CREATE TABLE t (id int PRIMARY KEY)").await;
+    let config = config(&postgres, kafka, Some(&redis));
+    let topic = format!("{}.public.t", config.kafka.topic_prefix);
+    let mut first = Runtime::capture(&config);
+    first.ready(LIMIT).await;
+    let second = Runtime::capture(&CaptureConfig { admin_address: Runtime::free_address(), ..config.clone() });
+    wait_for_failure(&second, "SlotActive").await;
+    execute(&postgres, "INSERT INTO t SELECT generate_series(1, 1000)").await;
+    first.kill9();
+    execute(&postgres, "INSERT INTO t SELECT generate_series(1001, 2000)").await;
+    let records = wait_for_records(kafka, &topic, 2000).await;
+    let ids: Vec<_> = records
+        .iter()
+        .map(|(_, _, record)| record.after.as_ref().unwrap().values[0].kind.clone().unwrap())
+        .collect();
+    assert_eq!(ids, (1..=2000).map(Kind::Integer).collect::<Vec<_>>());
+    assert_eq!(checkpoint(&config).unwrap().owner_generation, 2);
+}
