@@ -1,0 +1,49 @@
+# Every habit of the project, as a short target. `make` lists them.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+MEANDER_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/meander
+export MEANDER_CACHE
+# Outside of the clone, so that a fresh clone builds in seconds what another one has built.
+export CARGO_TARGET_DIR ?= $(MEANDER_CACHE)/target
+MUSL := x86_64-unknown-linux-musl
+export CC_x86_64_unknown_linux_musl ?= musl-gcc
+
+.PHONY: help demo demo-down test lint fmt crds binaries images bench clean
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: ## From nothing to a running pipeline and a replay, on a cluster of its own
+	@deploy/demo/demo.sh
+
+demo-down: ## Take away what the demo made
+	@tests/cluster/cluster.sh down
+
+test: ## Everything that must hold before a change lands
+	@tests/run.sh
+
+lint: ## Formatting, clippy, dependency rules, generated files
+	@tests/run.sh lint
+
+fmt: ## Format all sources
+	cargo fmt --all
+	gofmt -w tests/verifier tests/cluster
+
+crds: ## Write the CRDs and their reference anew from the Rust types
+	cargo run -q -p meander-crds --bin crdgen
+
+binaries: ## Static binaries for the images, in dist/
+	@tests/setup.sh base rust
+	cargo build --release --locked --target $(MUSL) -p meander-operator -p meander-runtime -p meander-workload
+	@mkdir -p dist
+	@for binary in operator runtime workload; do \
+	  cp --update "$(CARGO_TARGET_DIR)/$(MUSL)/release/meander-$$binary" dist/; done
+	cd tests/verifier && CGO_ENABLED=0 go build -trimpath -ldflags='-s -w' -o ../../dist/meander-verify .
+	@cp proto/meander/v1/change.proto dist/
+
+images: binaries ## Container images; sizes are printed
+	@tests/setup.sh cluster
+	@deploy/build-images.sh
+
+bench: ## Pacing of a replay, and speed of a capture, measured
+	@bench/run.sh
