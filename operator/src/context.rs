@@ -1,0 +1,177 @@
+//! What every reconcile shares.
+
+use std::{
+    collections::HashMap,
+    future::Future,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
+use k8s_openapi::NamespaceResourceScope;
+use kube::{Api, Client, Resource, runtime::controller::Action};
+use tokio::time::{Instant, timeout};
+use tracing::{info, warn};
+
+use crate::{
+    error::{Error, Reason},
+    events::Events,
+    lease::Claim,
+    metrics::Metrics,
+    progress::{ResourceKey, Tracker},
+};
+
+/// Reconciles of one kind that run at once.
+pub const CONCURRENCY: u16 = 8;
+/// A reconcile that takes longer is given up.
+const DEADLINE: Duration = Duration::from_secs(30);
+/// A missing dependency is looked for at least this often.
+const WAITING_AT_MOST: Duration = Duration::from_secs(8);
+/// A cluster in trouble is left alone for up to this long.
+const TRANSIENT_AT_MOST: Duration = Duration::from_secs(60);
+
+/// What the operator was started with.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Namespace that is watched; all of them where it is none.
+    pub namespace: Option<String>,
+    /// Image of runtime pods whose spec names none.
+    pub runtime_image: String,
+    /// Pull policy of runtime pods.
+    pub runtime_image_pull_policy: String,
+    /// Where runtime pods report: `http://host:port`.
+    pub progress_endpoint: String,
+}
+
+/// What every reconcile shares.
+#[derive(Clone)]
+pub struct Context {
+    /// The API server.
+    pub client: Client,
+    /// What the operator was started with.
+    pub settings: Arc<Settings>,
+    /// What runtime pods report, and what they are told.
+    pub tracker: Arc<Tracker>,
+    /// Asked before every write.
+    pub claim: Claim,
+    /// The one recorder.
+    pub events: Events,
+    /// What the operator counts.
+    pub metrics: Arc<Metrics>,
+    backoffs: Arc<Mutex<HashMap<ResourceKey, ExponentialBackoff>>>,
+}
+
+impl Context {
+    /// A context in which nothing has failed yet.
+    pub fn new(
+        client: Client,
+        settings: Settings,
+        tracker: Arc<Tracker>,
+        claim: Claim,
+        events: Events,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        Self {
+            client,
+            settings: Arc::new(settings),
+            tracker,
+            claim,
+            events,
+            metrics,
+            backoffs: Arc::default(),
+        }
+    }
+
+    /// Refuses to go on when another operator may lead.
+    ///
+    /// # Errors
+    /// When the lease is not held.
+    pub fn may_write(&self, condition: &'static str) -> Result<(), Error> {
+        if self.claim.is_held() {
+            Ok(())
+        } else {
+            Err(Error::transient(
+                condition,
+                Reason::LeaseLost,
+                "another operator may hold the lease",
+            ))
+        }
+    }
+
+    /// Runs a reconcile under the deadline, and counts it. What it returns, or why it failed, decides when the next one is.
+    pub async fn reconcile(&self, key: &ResourceKey, work: impl Future<Output = Result<Action, Error>>) -> Action {
+        let kind = key.kind.as_str();
+        let started = Instant::now();
+        let result = timeout(DEADLINE, work).await.unwrap_or_else(|_| {
+            let seconds = DEADLINE.as_secs();
+            let message = format!("the reconcile took longer than {seconds} s");
+            Err(Error::transient(
+                crate::conditions::READY,
+                Reason::DeadlineExceeded,
+                message,
+            ))
+        });
+        self.metrics
+            .reconcile_seconds
+            .with_label_values(&[kind])
+            .observe(started.elapsed().as_secs_f64());
+        let label = result
+            .as_ref()
+            .err()
+            .map_or_else(|| "Ok".to_owned(), |error| error.problem().reason.to_string());
+        self.metrics.reconciles.with_label_values(&[kind, &label]).inc();
+        let mut backoffs = self.backoffs.lock().unwrap_or_else(PoisonError::into_inner);
+        match result {
+            Ok(action) => {
+                backoffs.remove(key);
+                action
+            }
+            Err(Error::Invalid(problem)) => {
+                // Nothing but a change of the spec helps, and that is watched.
+                info!(kind, namespace = key.namespace, name = key.name, %problem, "invalid");
+                Action::requeue(Duration::from_secs(300))
+            }
+            Err(error) => {
+                let longest = if matches!(error, Error::Waiting(_)) {
+                    WAITING_AT_MOST
+                } else {
+                    TRANSIENT_AT_MOST
+                };
+                let delay = backoffs
+                    .entry(key.clone())
+                    .or_insert_with(backoff)
+                    .next()
+                    .unwrap_or(longest)
+                    .min(longest);
+                warn!(kind, namespace = key.namespace, name = key.name, %error, ?delay, "cannot finish");
+                Action::requeue(delay)
+            }
+        }
+    }
+
+    /// Forgets everything about a resource that is gone.
+    pub fn forget(&self, key: &ResourceKey) {
+        self.tracker.forget(key);
+        self.backoffs.lock().unwrap_or_else(PoisonError::into_inner).remove(key);
+    }
+}
+
+/// The API of a kind in the namespace that is watched, or in all of them.
+pub fn api_of<K>(context: &Context) -> Api<K>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope>,
+{
+    match &context.settings.namespace {
+        Some(namespace) => Api::namespaced(context.client.clone(), namespace),
+        None => Api::all(context.client.clone()),
+    }
+}
+
+fn backoff() -> ExponentialBackoff {
+    ExponentialBuilder::default()
+        .with_min_delay(Duration::from_secs(1))
+        .with_max_delay(TRANSIENT_AT_MOST)
+        .with_jitter()
+        .without_max_times()
+        .build()
+}

@@ -1,0 +1,198 @@
+//! Leader election by a Lease, with an expiry that writers check.
+//!
+//! The algorithm is that of client-go: the holder renews with the resource version that it read, so that two can never both
+//! succeed; others take over once they have *seen* the Lease unchanged for its whole duration, by their own clock. The holder
+//! counts its time from before the renewing request was sent: whatever the network does, it stops before another can start.
+
+use std::time::Duration;
+
+use anyhow::bail;
+use jiff::Timestamp;
+use k8s_openapi::{
+    api::coordination::v1::{Lease, LeaseSpec},
+    apimachinery::pkg::apis::meta::v1::MicroTime,
+};
+use kube::{
+    Api, Client,
+    api::{ObjectMeta, PostParams},
+};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+const DURATION: Duration = Duration::from_secs(15);
+const RETRY: Duration = Duration::from_secs(2);
+/// A writer may still be busy with a request when it looks; others take over only after this much more.
+const MARGIN: Duration = Duration::from_secs(3);
+
+/// What a writer asks before it writes.
+#[derive(Clone, Debug)]
+pub struct Claim(watch::Receiver<Option<Instant>>);
+
+impl Claim {
+    /// A claim that never ends, for tests and for one-off tools.
+    pub fn forever() -> Self {
+        let far = Instant::now() + Duration::from_secs(86_400 * 365);
+        Self(watch::channel(Some(far)).1)
+    }
+
+    /// A claim that is never held.
+    pub fn never() -> Self {
+        Self(watch::channel(None).1)
+    }
+
+    /// Whether this process leads now.
+    pub fn is_held(&self) -> bool {
+        self.0.borrow().is_some_and(|until| Instant::now() < until)
+    }
+
+    /// Waits until this process leads; for ever if it never does.
+    pub async fn held(&mut self) {
+        if self.0.wait_for(Option::is_some).await.is_err() {
+            std::future::pending().await
+        }
+    }
+}
+
+/// Competes for a Lease.
+pub struct Elector {
+    api: Api<Lease>,
+    name: String,
+    identity: String,
+    claim: watch::Sender<Option<Instant>>,
+    /// The Lease of somebody else as last seen to change, and when.
+    seen: Option<(String, Instant)>,
+}
+
+impl Elector {
+    /// Competes for the Lease `name` as `identity`, which must be unique to this process.
+    pub fn new(client: Client, namespace: &str, name: &str, identity: &str) -> (Self, Claim) {
+        let (claim, watch) = watch::channel(None);
+        let api = Api::namespaced(client, namespace);
+        (
+            Self {
+                api,
+                name: name.to_owned(),
+                identity: identity.to_owned(),
+                claim,
+                seen: None,
+            },
+            Claim(watch),
+        )
+    }
+
+    /// Competes until `shutdown`, then gives the Lease back.
+    ///
+    /// # Errors
+    /// When the Lease was held and is lost. The process must end: whatever it still does, it does as nobody.
+    pub async fn run(mut self, shutdown: CancellationToken) -> anyhow::Result<()> {
+        loop {
+            let asked = Instant::now();
+            let attempt = shutdown
+                .run_until_cancelled(timeout(DURATION - MARGIN, self.acquire()))
+                .await;
+            let held_until = *self.claim.borrow();
+            match attempt {
+                None => break,
+                Some(Ok(Ok(true))) => {
+                    if held_until.is_none() {
+                        info!(identity = self.identity, "this operator leads");
+                    }
+                    self.claim.send_replace(Some(asked + DURATION - MARGIN));
+                }
+                Some(Ok(Ok(false))) if held_until.is_some() => bail!("another operator holds the lease {}", self.name),
+                Some(Ok(Ok(false))) => {}
+                Some(Ok(Err(error))) => warn!(%error, "cannot renew the lease"),
+                Some(Err(_)) => warn!("cannot renew the lease: the API server does not answer"),
+            }
+            if self.claim.borrow().is_some_and(|until| Instant::now() >= until) {
+                bail!("the lease {} could not be renewed in time", self.name);
+            }
+            if shutdown.run_until_cancelled(sleep(RETRY)).await.is_none() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives the Lease back, so that the next leader need not wait for it to expire. To be called when nothing writes any more.
+    pub async fn release(api: Api<Lease>, name: &str, identity: &str) -> kube::Result<()> {
+        let Some(mut lease) = api.get_opt(name).await? else {
+            return Ok(());
+        };
+        if let Some(spec) = lease
+            .spec
+            .as_mut()
+            .filter(|spec| spec.holder_identity.as_deref() == Some(identity))
+        {
+            spec.holder_identity = Some(String::new());
+            api.replace(name, &PostParams::default(), &lease).await?;
+        }
+        Ok(())
+    }
+
+    /// Whether the Lease is ours after this attempt.
+    async fn acquire(&mut self) -> kube::Result<bool> {
+        let now = MicroTime(Timestamp::now());
+        let Some(mut lease) = self.api.get_opt(&self.name).await? else {
+            let lease = Lease {
+                metadata: ObjectMeta {
+                    name: Some(self.name.clone()),
+                    ..ObjectMeta::default()
+                },
+                spec: Some(self.spec(now, 0)),
+            };
+            return written(self.api.create(&PostParams::default(), &lease).await);
+        };
+        let spec = lease.spec.clone().unwrap_or_default();
+        let holder = spec.holder_identity.as_deref().unwrap_or_default();
+        if holder != self.identity && !holder.is_empty() && !self.expired(&lease) {
+            return Ok(false);
+        }
+        let transitions = spec.lease_transitions.unwrap_or(0);
+        lease.spec = Some(if holder == self.identity {
+            LeaseSpec {
+                renew_time: Some(now),
+                ..spec
+            }
+        } else {
+            self.spec(now, transitions + 1)
+        });
+        // The resource version in `lease` makes this fail if anybody wrote since.
+        written(self.api.replace(&self.name, &PostParams::default(), &lease).await)
+    }
+
+    fn spec(&self, now: MicroTime, transitions: i32) -> LeaseSpec {
+        LeaseSpec {
+            holder_identity: Some(self.identity.clone()),
+            lease_duration_seconds: i32::try_from(DURATION.as_secs()).ok(),
+            acquire_time: Some(now.clone()),
+            renew_time: Some(now),
+            lease_transitions: Some(transitions),
+            ..LeaseSpec::default()
+        }
+    }
+
+    fn expired(&mut self, lease: &Lease) -> bool {
+        let version = lease.metadata.resource_version.clone().unwrap_or_default();
+        match &self.seen {
+            Some((seen, since)) if *seen == version => since.elapsed() > DURATION,
+            _ => {
+                self.seen = Some((version, Instant::now()));
+                false
+            }
+        }
+    }
+}
+
+/// A conflict is an answer: somebody else was first.
+fn written(result: kube::Result<Lease>) -> kube::Result<bool> {
+    match result {
+        Ok(_) => Ok(true),
+        Err(kube::Error::Api(status)) if status.code == 409 => Ok(false),
+        Err(error) => Err(error),
+    }
+}

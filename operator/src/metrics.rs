@@ -1,0 +1,73 @@
+//! What the operator counts about itself.
+
+use prometheus::{Encoder as _, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, Opts, Registry, TextEncoder};
+
+/// The operator's metrics.
+#[derive(Clone, Debug)]
+pub struct Metrics {
+    registry: Registry,
+    /// Reconciles by `kind` and `result`: `Ok`, or the reason of what went wrong.
+    pub reconciles: IntCounterVec,
+    /// How long a reconcile took, by `kind`.
+    pub reconcile_seconds: HistogramVec,
+    /// Objects by `outcome`: `written` or `unchanged`.
+    pub applies: IntCounterVec,
+    /// Statuses by `kind` and `outcome`: `written`, `unchanged`, `deferred` or `failed`.
+    pub statuses: IntCounterVec,
+    /// Open streams of runtime pods.
+    pub progress_streams: IntGauge,
+    /// 1 while this process leads.
+    pub leader: IntGauge,
+}
+
+impl Metrics {
+    /// Registers everything.
+    ///
+    /// # Errors
+    /// When two metrics have one name, which would be a bug here.
+    pub fn new() -> prometheus::Result<Self> {
+        let opts = |name: &str, help: &str| Opts::new(format!("meander_operator_{name}"), help);
+        let metrics = Self {
+            registry: Registry::new(),
+            reconciles: IntCounterVec::new(
+                opts(
+                    "reconciles_total",
+                    "Reconciles by result: Ok, or the reason of what went wrong.",
+                ),
+                &["kind", "result"],
+            )?,
+            reconcile_seconds: HistogramVec::new(
+                HistogramOpts::new("meander_operator_reconcile_seconds", "How long a reconcile took."),
+                &["kind"],
+            )?,
+            applies: IntCounterVec::new(
+                opts("applies_total", "Objects looked at, by what was done."),
+                &["outcome"],
+            )?,
+            statuses: IntCounterVec::new(
+                opts("status_updates_total", "Statuses computed, by what was done with them."),
+                &["kind", "outcome"],
+            )?,
+            progress_streams: IntGauge::with_opts(opts("progress_streams", "Open streams of runtime pods."))?,
+            leader: IntGauge::with_opts(opts("leader", "1 while this process leads."))?,
+        };
+        let registry = &metrics.registry;
+        registry.register(Box::new(metrics.reconciles.clone()))?;
+        registry.register(Box::new(metrics.reconcile_seconds.clone()))?;
+        registry.register(Box::new(metrics.applies.clone()))?;
+        registry.register(Box::new(metrics.statuses.clone()))?;
+        registry.register(Box::new(metrics.progress_streams.clone()))?;
+        registry.register(Box::new(metrics.leader.clone()))?;
+        Ok(metrics)
+    }
+
+    /// Everything, as Prometheus reads it.
+    ///
+    /// # Errors
+    /// When a metric cannot be written as text, which would be a bug in the library.
+    pub fn text(&self) -> prometheus::Result<String> {
+        let mut out = Vec::new();
+        TextEncoder::new().encode(&self.registry.gather(), &mut out)?;
+        Ok(String::from_utf8_lossy(&out).into_owned())
+    }
+}

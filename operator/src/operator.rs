@@ -1,0 +1,218 @@
+//! The process: what is started, and how it all ends.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use clap::Parser;
+use futures::FutureExt as _;
+use kube::{Api, Client, Config};
+use meander_proto::{FILE_DESCRIPTOR_SET, v1::progress_tracker_server::ProgressTrackerServer};
+use tokio::{net::TcpListener, signal::unix, task::JoinSet, time::timeout};
+use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Server;
+use tracing::{error, info};
+
+use crate::{
+    admin::{self, Readiness},
+    context::{Context, Settings},
+    events::Events,
+    lease::{Claim, Elector},
+    metrics::Metrics,
+    pipeline,
+    progress::{Authenticator, Pokes, ProgressTrackerService, Tracker},
+    replay,
+};
+
+/// Everything has this long to end.
+const GRACE: Duration = Duration::from_secs(20);
+
+/// What the operator is started with.
+#[derive(Clone, Debug, Parser)]
+#[command(version, about = "The Kubernetes operator of Meander")]
+pub struct Options {
+    /// Namespace to watch; all of them where it is left out.
+    #[arg(long, env = "WATCH_NAMESPACE", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    pub namespace: Option<String>,
+    /// Image of runtime pods whose resource names none.
+    #[arg(long, env = "RUNTIME_IMAGE")]
+    pub runtime_image: String,
+    /// Pull policy of runtime pods.
+    #[arg(long, env = "RUNTIME_IMAGE_PULL_POLICY", default_value = "IfNotPresent")]
+    pub runtime_image_pull_policy: String,
+    /// Where runtime pods reach this operator's gRPC server, such as http://meander-operator.meander.svc:50051.
+    #[arg(long, env = "PROGRESS_ENDPOINT")]
+    pub progress_endpoint: String,
+    /// Namespace of the lease.
+    #[arg(long, env = "LEASE_NAMESPACE")]
+    pub lease_namespace: String,
+    /// Name of the lease.
+    #[arg(long, env = "LEASE_NAME", default_value = "meander-operator")]
+    pub lease_name: String,
+    /// Name of this process among others, such as its pod's name.
+    #[arg(long, env = "POD_NAME")]
+    pub identity: String,
+    /// Address of the gRPC server.
+    #[arg(long, env = "GRPC_ADDRESS", default_value = "0.0.0.0:50051")]
+    pub grpc_address: SocketAddr,
+    /// Address of /livez, /readyz and /metrics.
+    #[arg(long, env = "ADMIN_ADDRESS", default_value = "0.0.0.0:9464")]
+    pub admin_address: SocketAddr,
+}
+
+/// Runs until SIGTERM or SIGINT, or until a part of it fails.
+///
+/// # Errors
+/// When something cannot be started, fails, or does not end in time; and when the lease is lost.
+pub async fn run(options: Options) -> anyhow::Result<()> {
+    let shutdown = CancellationToken::new();
+    let client = Client::try_from(Config::infer().await.context("finding the cluster")?)?;
+    let metrics = Arc::new(Metrics::new()?);
+    let readiness = Readiness::default();
+    let (tracker, pokes) = Tracker::new();
+    let tracker = Arc::new(tracker);
+    let identity = options.identity.clone();
+    let (elector, claim) = Elector::new(client.clone(), &options.lease_namespace, &options.lease_name, &identity);
+    let settings = Settings {
+        namespace: options.namespace.clone(),
+        runtime_image: options.runtime_image.clone(),
+        runtime_image_pull_policy: options.runtime_image_pull_policy.clone(),
+        progress_endpoint: options.progress_endpoint.clone(),
+    };
+    let events = Events::new(client.clone(), &identity);
+    let context = Arc::new(Context::new(
+        client.clone(),
+        settings,
+        tracker.clone(),
+        claim.clone(),
+        events,
+        metrics.clone(),
+    ));
+    let service = ProgressTrackerService {
+        tracker,
+        authenticator: Authenticator::new(client.clone()),
+        claim: claim.clone(),
+        streams: metrics.progress_streams.clone(),
+        shutdown: shutdown.clone(),
+    };
+    let grpc = bind(options.grpc_address).await?;
+    let admin = bind(options.admin_address).await?;
+
+    let mut parts = JoinSet::new();
+    parts.spawn(stop_on_signal(shutdown.clone())?.map(|()| ("signals", Ok(()))));
+    parts.spawn(admin::serve(admin, readiness.clone(), metrics.clone(), shutdown.clone()).map(|r| ("admin", r)));
+    parts.spawn(serve_grpc(grpc, service, shutdown.clone()).map(|r| ("grpc", r)));
+    // The lease is kept until nothing writes any more: it has an end of its own.
+    let release = CancellationToken::new();
+    let election = tokio::spawn(elector.run(release.clone()).inspect({
+        let shutdown = shutdown.clone();
+        move |_| shutdown.cancel()
+    }));
+    parts.spawn(control(context, claim, pokes, readiness, metrics, shutdown.clone()).map(|()| ("controllers", Ok(()))));
+
+    shutdown.cancelled().await;
+    info!("ending");
+    let mut failure = None;
+    let all = async {
+        while let Some(part) = parts.join_next().await {
+            let (name, result) = part.context("a task panicked")?;
+            if let Err(cause) = result {
+                error!(part = name, error = %cause, "failed");
+                failure.get_or_insert(cause.context(name));
+            }
+        }
+        anyhow::Ok(())
+    };
+    timeout(GRACE, all).await.context("not everything ended in time")??;
+    release.cancel();
+    timeout(GRACE, election)
+        .await
+        .context("the election did not end in time")???;
+    let leases = Api::namespaced(client, &options.lease_namespace);
+    timeout(GRACE, Elector::release(leases, &options.lease_name, &identity))
+        .await
+        .context("the lease could not be given back in time")??;
+    failure.map_or(Ok(()), Err)
+}
+
+async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address)
+        .await
+        .with_context(|| format!("listening on {address}"))
+}
+
+fn stop_on_signal(shutdown: CancellationToken) -> anyhow::Result<impl Future<Output = ()>> {
+    let mut terminate = unix::signal(unix::SignalKind::terminate())?;
+    let mut interrupt = unix::signal(unix::SignalKind::interrupt())?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => shutdown.cancel(),
+            _ = interrupt.recv() => shutdown.cancel(),
+            () = shutdown.cancelled() => {}
+        }
+    })
+}
+
+/// Waits for the lease, then runs both controllers.
+async fn control(
+    context: Arc<Context>,
+    mut claim: Claim,
+    pokes: Pokes,
+    readiness: Readiness,
+    metrics: Arc<Metrics>,
+    shutdown: CancellationToken,
+) {
+    // One that stands by is ready to take over.
+    readiness.set(true);
+    if shutdown.run_until_cancelled(claim.held()).await.is_none() {
+        return;
+    }
+    metrics.leader.set(1);
+    readiness.set(false);
+    let (pipelines_known, replays_known) = (CancellationToken::new(), CancellationToken::new());
+    let pipelines = {
+        let known = pipelines_known.clone();
+        pipeline::run(context.clone(), pokes.pipelines, shutdown.clone(), move || {
+            known.cancel()
+        })
+    };
+    let replays = {
+        let known = replays_known.clone();
+        replay::run(context, pokes.replays, shutdown.clone(), move || known.cancel())
+    };
+    let ready = shutdown.run_until_cancelled(async {
+        pipelines_known.cancelled().await;
+        replays_known.cancelled().await;
+        info!("every resource is known");
+        readiness.set(true);
+    });
+    futures::join!(Box::pin(pipelines), Box::pin(replays), ready);
+    readiness.set(false);
+    // A controller ends only when it is told to; should one ever end by itself, a restart is better than half an operator.
+    shutdown.cancel();
+}
+
+async fn serve_grpc(
+    listener: TcpListener,
+    service: ProgressTrackerService,
+    shutdown: CancellationToken,
+) -> anyhow::Result<()> {
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health
+        .set_serving::<ProgressTrackerServer<ProgressTrackerService>>()
+        .await;
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()?;
+    Server::builder()
+        // A pod that vanished without a word is noticed.
+        .http2_keepalive_interval(Some(Duration::from_secs(10)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+        .add_service(health_service)
+        .add_service(reflection)
+        .add_service(ProgressTrackerServer::new(service))
+        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), shutdown.cancelled_owned())
+        .await?;
+    Ok(())
+}

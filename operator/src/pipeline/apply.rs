@@ -1,0 +1,60 @@
+//! Applies the objects, in an order in which each finds what it needs.
+
+use k8s_openapi::api::{apps::v1::Deployment, batch::v1::Job, core::v1::ConfigMap, core::v1::ServiceAccount};
+use kube::{Resource as _, ResourceExt as _};
+use meander_crds::CdcPipeline;
+
+use super::build::{CleanupObjects, Objects, capture_name, selector};
+use crate::{
+    apply::Applier,
+    conditions::RUNTIME_AVAILABLE,
+    context::Context,
+    error::{Error, Reason},
+};
+
+/// Applies what a running pipeline needs, and deletes what it no longer needs. Returns the Deployment.
+pub async fn apply(context: &Context, pipeline: &CdcPipeline, objects: Objects) -> Result<Deployment, Error> {
+    let namespace = pipeline.namespace().unwrap_or_default();
+    let owner = owner(pipeline)?;
+    let applier = Applier {
+        context,
+        namespace: &namespace,
+        owner: &owner,
+        condition: RUNTIME_AVAILABLE,
+    };
+    let (_, account) = applier.apply(objects.service_account).await?;
+    let (_, config) = applier.apply(objects.config_map).await?;
+    let (deployment, pod) = applier.apply(objects.deployment).await?;
+    // Orphans can only come from a change of what is built.
+    if account || config || pod {
+        let selector = selector(pipeline);
+        let name = capture_name(pipeline);
+        applier.sweep::<Deployment>(&selector, &[&name]).await?;
+        applier.sweep::<Job>(&selector, &[]).await?;
+        applier.sweep::<ConfigMap>(&selector, &[&name]).await?;
+        applier.sweep::<ServiceAccount>(&selector, &[&name]).await?;
+    }
+    Ok(deployment)
+}
+
+/// Applies what a deleted pipeline needs. Returns the Job.
+pub async fn apply_cleanup(context: &Context, pipeline: &CdcPipeline, objects: CleanupObjects) -> Result<Job, Error> {
+    let namespace = pipeline.namespace().unwrap_or_default();
+    let owner = owner(pipeline)?;
+    let applier = Applier {
+        context,
+        namespace: &namespace,
+        owner: &owner,
+        condition: RUNTIME_AVAILABLE,
+    };
+    applier.apply(objects.service_account).await?;
+    applier.apply(objects.config_map).await?;
+    let (job, _) = applier.create(objects.job).await?;
+    Ok(job)
+}
+
+fn owner(pipeline: &CdcPipeline) -> Result<k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference, Error> {
+    pipeline
+        .controller_owner_ref(&())
+        .ok_or_else(|| Error::transient(RUNTIME_AVAILABLE, Reason::Rejected, "the pipeline has no uid"))
+}

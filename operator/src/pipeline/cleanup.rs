@@ -1,0 +1,123 @@
+//! What happens to the slot when its pipeline is deleted. It always ends: a finalizer must never keep a resource for ever.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use k8s_openapi::api::{apps::v1::Deployment, batch::v1::Job};
+use kube::{Api, ResourceExt as _, api::DeleteParams};
+use meander_crds::{CdcPipeline, PublicationManagement, SlotReclaimPolicy};
+
+use super::{
+    apply::apply_cleanup,
+    build::{build_cleanup, capture_name},
+    dereference::{Facts, pods},
+    validate::{ValidPipeline, slot_of},
+};
+use crate::{
+    conditions::RUNTIME_AVAILABLE,
+    context::Context,
+    error::{Error, Reason},
+    job,
+    naming::slot_name,
+};
+
+/// After this long the resource goes, whatever has become of the slot.
+pub const PATIENCE: Duration = Duration::from_secs(180);
+
+/// How cleaning up ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// The slot, and a managed publication, are gone.
+    Dropped,
+    /// The spec asks for the slot to stay.
+    Retained,
+    /// The slot may still be there, because of this.
+    LeftBehind(String),
+}
+
+/// Goes one step further. None while there is something to wait for.
+pub async fn cleanup(
+    context: &Context,
+    pipeline: &CdcPipeline,
+    facts: &Facts,
+    valid: &Result<ValidPipeline, Error>,
+) -> Result<Option<Ending>, Error> {
+    if pipeline.spec.source.postgres.slot.reclaim_policy == SlotReclaimPolicy::Retain {
+        return Ok(Some(Ending::Retained));
+    }
+    if is_overdue(pipeline, Timestamp::now()) {
+        return Ok(Some(Ending::LeftBehind(format!(
+            "cleaning up took longer than {} s",
+            PATIENCE.as_secs()
+        ))));
+    }
+    // The capture goes first: it owns the slot, and would make it anew.
+    stop_capture(context, pipeline, facts).await?;
+    if !pods(context, pipeline).await?.is_empty() {
+        return Ok(None);
+    }
+    let valid = match valid {
+        Ok(valid) => valid,
+        Err(error) => return Ok(Some(Ending::LeftBehind(error.problem().message.clone()))),
+    };
+    let objects = build_cleanup(pipeline, valid, &context.settings);
+    let job = match Box::pin(apply_cleanup(context, pipeline, objects)).await {
+        Ok(job) => job,
+        // Nothing can be created in a namespace that is being deleted.
+        Err(error) if error.problem().reason == Reason::Forbidden => {
+            return Ok(Some(Ending::LeftBehind(error.problem().message.clone())));
+        }
+        Err(error) => return Err(error),
+    };
+    Ok(ending_of(&job))
+}
+
+fn ending_of(job: &Job) -> Option<Ending> {
+    if job::condition(job, "Complete").is_some() {
+        return Some(Ending::Dropped);
+    }
+    job::condition(job, "Failed")
+        .map(|failed| Ending::LeftBehind(format!("the Job {} failed: {failed}", job.name_any())))
+}
+
+fn is_overdue(pipeline: &CdcPipeline, now: Timestamp) -> bool {
+    let deleted = pipeline.metadata.deletion_timestamp.as_ref();
+    deleted.is_some_and(|deleted| now.as_second() - deleted.0.as_second() > PATIENCE.as_secs() as i64)
+}
+
+async fn stop_capture(context: &Context, pipeline: &CdcPipeline, facts: &Facts) -> Result<(), Error> {
+    let Some(deployment) = &facts.deployment else {
+        return Ok(());
+    };
+    let owned = deployment
+        .owner_references()
+        .iter()
+        .any(|owner| Some(&owner.uid) == pipeline.metadata.uid.as_ref());
+    if !owned || deployment.metadata.deletion_timestamp.is_some() {
+        return Ok(());
+    }
+    context.may_write(RUNTIME_AVAILABLE)?;
+    let api: Api<Deployment> = Api::namespaced(context.client.clone(), &pipeline.namespace().unwrap_or_default());
+    match api.delete(&capture_name(pipeline), &DeleteParams::background()).await {
+        Ok(_) => Ok(()),
+        Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+        Err(error) => Err(Error::from_api(RUNTIME_AVAILABLE, "deleting the Deployment", &error)),
+    }
+}
+
+/// The SQL that does by hand what could not be done.
+pub fn remedy(pipeline: &CdcPipeline) -> String {
+    let postgres = &pipeline.spec.source.postgres;
+    let slot = slot_of(pipeline);
+    let mut sql =
+        format!("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = '{slot}';");
+    if postgres.publication.management == PublicationManagement::Managed {
+        let default = || slot_name(&pipeline.namespace().unwrap_or_default(), &pipeline.name_any());
+        let publication = postgres.publication.name.clone().unwrap_or_else(default);
+        sql.push_str(&format!(" DROP PUBLICATION IF EXISTS \"{publication}\";"));
+    }
+    format!(
+        "The replication slot {slot} may be left behind, and then fills the disk of {}. Run in the database {}: {sql}",
+        postgres.host, postgres.database
+    )
+}

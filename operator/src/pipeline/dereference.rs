@@ -1,0 +1,75 @@
+//! Reads what the spec refers to, and what there is of the pipeline already.
+
+use k8s_openapi::api::{apps::v1::Deployment, core::v1::Pod};
+use kube::{Api, ResourceExt as _, api::ListParams};
+use meander_crds::CdcPipeline;
+
+use super::build::{capture_name, capture_selector};
+use crate::{
+    conditions::{RUNTIME_AVAILABLE, SINKS_READY, SOURCE_READY},
+    context::Context,
+    error::Error,
+    secrets::{self, Keys},
+};
+
+/// What the cluster holds.
+#[derive(Clone, Debug, Default)]
+pub struct Facts {
+    /// Keys of the Secret with the database's credentials.
+    pub credentials: Keys,
+    /// Keys of the Secret with the Redis URL; none too where the spec names no Secret.
+    pub redis_url: Keys,
+    /// The Deployment that captures.
+    pub deployment: Option<Deployment>,
+    /// Its pods, where they are needed to say why it is not available.
+    pub pods: Vec<Pod>,
+}
+
+/// Reads the facts.
+pub async fn dereference(context: &Context, pipeline: &CdcPipeline) -> Result<Facts, Error> {
+    let namespace = pipeline.namespace().unwrap_or_default();
+    let credentials = &pipeline.spec.source.postgres.credentials_secret_ref.name;
+    let redis_url = pipeline
+        .spec
+        .sinks
+        .redis
+        .as_ref()
+        .and_then(|redis| redis.url_secret_ref.as_ref());
+    let deployments: Api<Deployment> = Api::namespaced(context.client.clone(), &namespace);
+    let deployment = deployments
+        .get_opt(&capture_name(pipeline))
+        .await
+        .map_err(|error| Error::from_api(RUNTIME_AVAILABLE, "reading the Deployment", &error))?;
+    let pods = match &deployment {
+        Some(deployment) if !is_available(deployment) => pods(context, pipeline).await?,
+        _ => Vec::new(),
+    };
+    Ok(Facts {
+        credentials: secrets::keys(context, &namespace, credentials, SOURCE_READY).await?,
+        redis_url: match redis_url {
+            Some(reference) => secrets::keys(context, &namespace, &reference.name, SINKS_READY).await?,
+            None => None,
+        },
+        deployment,
+        pods,
+    })
+}
+
+/// The pods that capture.
+pub async fn pods(context: &Context, pipeline: &CdcPipeline) -> Result<Vec<Pod>, Error> {
+    let api: Api<Pod> = Api::namespaced(context.client.clone(), &pipeline.namespace().unwrap_or_default());
+    let params = ListParams::default().labels(&capture_selector(pipeline));
+    let list = api
+        .list(&params)
+        .await
+        .map_err(|error| Error::from_api(RUNTIME_AVAILABLE, "listing pods", &error))?;
+    Ok(list.items)
+}
+
+/// Whether the pod of the newest template is ready.
+pub fn is_available(deployment: &Deployment) -> bool {
+    let Some(status) = &deployment.status else { return false };
+    status.observed_generation == deployment.metadata.generation
+        && status.updated_replicas.unwrap_or(0) >= 1
+        && status.ready_replicas.unwrap_or(0) >= 1
+}

@@ -1,0 +1,287 @@
+//! The status that a reconcile comes to: a value computed from the old one, from what was seen, and from what was done.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use meander_crds::{
+    CdcPipeline, CdcPipelineStatus, PipelinePhase, Replication, SinkPosition, SinkPositions, SlotStatus,
+};
+use meander_proto::v1::{CaptureProgress, ProgressUpdate, progress_update::Progress};
+
+use super::{
+    dereference::{Facts, is_available},
+    validate::{ValidPipeline, slot_of},
+};
+use crate::{
+    conditions::{
+        Judgement, PROGRESSING, READY, REDIS_GAP, RUNTIME_AVAILABLE, SINKS_READY, SOURCE_GAP, SOURCE_READY, SPEC_VALID,
+        Status, conditions,
+    },
+    error::Error,
+    format,
+    pod::trouble,
+    progress::Observation,
+};
+
+/// After this long without a report nothing is known of the source and the sinks.
+pub const SILENCE: Duration = Duration::from_secs(30);
+
+/// What a status is computed from.
+#[derive(Debug)]
+pub struct Inputs<'a> {
+    /// The resource, with its old status.
+    pub pipeline: &'a CdcPipeline,
+    /// What the cluster holds, if it could be read.
+    pub facts: Option<&'a Facts>,
+    /// What came of validating and applying.
+    pub outcome: Result<&'a ValidPipeline, &'a Error>,
+    /// What the runtime reports.
+    pub observation: &'a Observation,
+    /// Now.
+    pub now: Timestamp,
+}
+
+/// The status.
+pub fn status(inputs: &Inputs<'_>) -> CdcPipelineStatus {
+    let old = inputs.pipeline.status.clone().unwrap_or_default();
+    let generation = inputs.pipeline.metadata.generation.unwrap_or(0);
+    let mut judgements = judge(inputs, &old.conditions);
+    judgements.insert(0, ready(inputs, &judgements));
+    let phase = phase(inputs, &judgements, old.phase);
+    let progress = match inputs
+        .observation
+        .report
+        .as_ref()
+        .and_then(|report| report.progress.as_ref())
+    {
+        Some(Progress::Capture(progress)) => Some(progress),
+        _ => None,
+    };
+    CdcPipelineStatus {
+        observed_generation: Some(generation),
+        phase: Some(phase),
+        conditions: conditions(&old.conditions, judgements, generation, inputs.now),
+        replication: progress.map(replication).or(old.replication),
+        slot: Some(SlotStatus {
+            name: slot_of(inputs.pipeline),
+        }),
+        sinks: progress.map(sinks).or(old.sinks),
+        config_hash: inputs
+            .outcome
+            .ok()
+            .map(|valid| valid.config_hash.clone())
+            .or(old.config_hash),
+    }
+}
+
+/// What must be written at once; the rest may wait for its turn.
+pub fn significant(status: &CdcPipelineStatus) -> impl PartialEq + '_ {
+    (
+        status.observed_generation,
+        status.phase,
+        &status.conditions,
+        &status.slot,
+        &status.config_hash,
+    )
+}
+
+fn judge(inputs: &Inputs<'_>, old: &[Condition]) -> Vec<Judgement> {
+    let problem = inputs.outcome.err().map(Error::problem);
+    let failed = |type_: &'static str| {
+        problem
+            .filter(|problem| problem.condition == type_ && !problem.reason.is_passing())
+            .map(|problem| Judgement::new(type_, Status::False, problem.reason, &problem.message))
+    };
+    let mut judgements = vec![
+        failed(SPEC_VALID).unwrap_or_else(|| Judgement::new(SPEC_VALID, Status::True, "Valid", "The spec is valid.")),
+        failed(SOURCE_READY).unwrap_or_else(|| reported(inputs, SOURCE_READY, old)),
+        failed(SINKS_READY).unwrap_or_else(|| reported(inputs, SINKS_READY, old)),
+        failed(RUNTIME_AVAILABLE).unwrap_or_else(|| available(inputs, old)),
+    ];
+    if inputs.pipeline.spec.suspend {
+        let message = "spec.suspend is set; set it to false to go on.";
+        judgements.push(Judgement::new(PROGRESSING, Status::False, "Suspended", message));
+    } else if let Some(report) = &inputs.observation.report {
+        judgements.extend(said(report, PROGRESSING));
+    } else {
+        judgements.extend(Judgement::remembered(PROGRESSING, old));
+    }
+    for type_ in [SOURCE_GAP, REDIS_GAP] {
+        let gap = match &inputs.observation.report {
+            Some(report) => said(report, type_),
+            // A gap does not close because the one who found it is silent.
+            None => Judgement::remembered(type_, old),
+        };
+        judgements.extend(gap.filter(|gap| gap.status == Status::True));
+    }
+    judgements
+}
+
+/// What the runtime said of a condition.
+fn said(report: &ProgressUpdate, type_: &'static str) -> Option<Judgement> {
+    let condition = report.conditions.iter().find(|condition| condition.r#type == type_)?;
+    Some(Judgement::new(
+        type_,
+        condition.status.into(),
+        &condition.reason,
+        &condition.message,
+    ))
+}
+
+fn reported(inputs: &Inputs<'_>, type_: &'static str, old: &[Condition]) -> Judgement {
+    if inputs.pipeline.spec.suspend {
+        let message = "The pipeline is suspended, so nothing looks at this.";
+        return Judgement::new(type_, Status::Unknown, "Suspended", message);
+    }
+    let silent = inputs.observation.silence > SILENCE;
+    let now = inputs
+        .observation
+        .report
+        .as_ref()
+        .and_then(|report| said(report, type_));
+    match now {
+        Some(judgement) if !silent => judgement,
+        // An operator that has just started goes on from what the last one wrote.
+        None if !silent => Judgement::remembered(type_, old)
+            .filter(|judgement| judgement.reason != "Suspended")
+            .unwrap_or_else(|| {
+                let message = "The runtime has not reported yet.";
+                Judgement::new(type_, Status::Unknown, "RuntimeStarting", message)
+            }),
+        _ => {
+            let message = format!(
+                "The runtime has not reported for {} s; see the condition {RUNTIME_AVAILABLE} and the log of the pod.",
+                SILENCE.as_secs()
+            );
+            Judgement::new(type_, Status::Unknown, "RuntimeSilent", message)
+        }
+    }
+}
+
+fn available(inputs: &Inputs<'_>, old: &[Condition]) -> Judgement {
+    if inputs.pipeline.spec.suspend {
+        let message = "spec.suspend is set; set it to false to go on.";
+        return Judgement::new(RUNTIME_AVAILABLE, Status::False, "Suspended", message);
+    }
+    let Some(facts) = inputs.facts else {
+        return Judgement::remembered(RUNTIME_AVAILABLE, old).unwrap_or_else(|| {
+            Judgement::new(
+                RUNTIME_AVAILABLE,
+                Status::Unknown,
+                "NotLooked",
+                "The cluster could not be read.",
+            )
+        });
+    };
+    match &facts.deployment {
+        None if inputs.outcome.is_err() => Judgement::new(
+            RUNTIME_AVAILABLE,
+            Status::False,
+            "NotStarted",
+            "Nothing was started yet.",
+        ),
+        Some(deployment) if is_available(deployment) => Judgement::new(
+            RUNTIME_AVAILABLE,
+            Status::True,
+            "PodReady",
+            "The runtime's pod is ready.",
+        ),
+        _ => match trouble(&facts.pods) {
+            Some(trouble) => Judgement::new(RUNTIME_AVAILABLE, Status::False, "PodFailing", trouble),
+            None => Judgement::new(
+                RUNTIME_AVAILABLE,
+                Status::False,
+                "PodNotReady",
+                "The runtime's pod is not ready yet.",
+            ),
+        },
+    }
+}
+
+/// True if everything is; otherwise the first thing that is not.
+fn ready(inputs: &Inputs<'_>, judgements: &[Judgement]) -> Judgement {
+    if inputs.pipeline.metadata.deletion_timestamp.is_some() {
+        return Judgement::new(READY, Status::False, "Terminating", "The pipeline is being deleted.");
+    }
+    if inputs.pipeline.spec.suspend {
+        let message = "spec.suspend is set; set it to false to go on.";
+        return Judgement::new(READY, Status::False, "Suspended", message);
+    }
+    let gap = judgements
+        .iter()
+        .find(|judgement| matches!(judgement.type_, SOURCE_GAP | REDIS_GAP));
+    let wanting = || {
+        judgements.iter().find(|judgement| {
+            matches!(
+                judgement.type_,
+                SPEC_VALID | SOURCE_READY | SINKS_READY | RUNTIME_AVAILABLE
+            ) && judgement.status != Status::True
+        })
+    };
+    // A problem that belongs to no condition of its own, such as a reconcile that took too long, leaves what is known as it is.
+    match (gap, wanting()) {
+        (Some(gap), _) => Judgement::new(READY, Status::False, &gap.reason, &gap.message),
+        (None, Some(wanting)) => Judgement::new(READY, wanting.status, &wanting.reason, &wanting.message),
+        (None, None) => Judgement::new(
+            READY,
+            Status::True,
+            "Streaming",
+            "Changes flow from the source to every sink.",
+        ),
+    }
+}
+
+fn phase(inputs: &Inputs<'_>, judgements: &[Judgement], old: Option<PipelinePhase>) -> PipelinePhase {
+    let is = |type_: &str, status: Status| {
+        judgements
+            .iter()
+            .any(|judgement| judgement.type_ == type_ && judgement.status == status)
+    };
+    if inputs.pipeline.metadata.deletion_timestamp.is_some() {
+        PipelinePhase::Terminating
+    } else if is(SPEC_VALID, Status::False) || is(SOURCE_GAP, Status::True) {
+        PipelinePhase::Failed
+    } else if inputs.pipeline.spec.suspend {
+        PipelinePhase::Suspended
+    } else if is(READY, Status::True) {
+        PipelinePhase::Streaming
+    } else if inputs.outcome.is_err() && inputs.facts.is_some_and(|facts| facts.deployment.is_none()) {
+        PipelinePhase::Pending
+    } else if is(SOURCE_READY, Status::False)
+        || is(SINKS_READY, Status::False)
+        || is(REDIS_GAP, Status::True)
+        || matches!(old, Some(PipelinePhase::Streaming | PipelinePhase::Degraded))
+    {
+        PipelinePhase::Degraded
+    } else {
+        PipelinePhase::Starting
+    }
+}
+
+fn replication(progress: &CaptureProgress) -> Replication {
+    Replication {
+        received_lsn: format::lsn(progress.received_lsn),
+        published_lsn: format::lsn(progress.published_lsn),
+        confirmed_flush_lsn: format::lsn(progress.confirmed_flush_lsn),
+        lag_bytes: progress.lag_bytes,
+        lag_millis: progress.lag_millis,
+        lag: Some(format::short_duration(Duration::from_millis(progress.lag_millis))),
+        last_event_time: format::time_of_micros(progress.last_event_time_micros),
+        events_total: progress.events_total,
+        epoch: progress.epoch,
+        owner_generation: progress.owner_generation,
+    }
+}
+
+fn sinks(progress: &CaptureProgress) -> SinkPositions {
+    let at = |position: &str| {
+        (!position.is_empty()).then(|| SinkPosition {
+            position: position.to_owned(),
+        })
+    };
+    SinkPositions {
+        kafka: at(&progress.kafka_position),
+        redis: at(&progress.redis_position),
+    }
+}

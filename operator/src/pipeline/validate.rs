@@ -1,0 +1,181 @@
+//! From a spec and facts to a pipeline that can be built, or the reason why not.
+
+use kube::ResourceExt as _;
+use meander_config::{
+    CaptureConfig, KafkaSink, PostgresSource, Publication, PublicationManagement, RedisSink, ResourceIdentity,
+    TableSelection,
+};
+use meander_crds::{CdcPipeline, LogLevel, PublicationManagement as Management, Resources, SlotReclaimPolicy};
+
+use super::dereference::Facts;
+use crate::{
+    conditions::{SINKS_READY, SOURCE_READY, SPEC_VALID},
+    context::Settings,
+    error::{Error, Reason},
+    naming::{digest, slot_name},
+    pod::{self, CONFIG_FOLDER, SecretFiles},
+    secrets,
+};
+
+/// A pipeline that can be built.
+#[derive(Clone, Debug)]
+pub struct ValidPipeline {
+    /// What the runtime reads.
+    pub config: CaptureConfig,
+    /// The same as YAML.
+    pub config_yaml: String,
+    /// The Redis URL, where it is no secret.
+    pub redis_url: Option<String>,
+    /// Digest of all configuration.
+    pub config_hash: String,
+    /// Secrets that the pod mounts.
+    pub secrets: Vec<SecretFiles>,
+    /// Image of the pod.
+    pub image: String,
+    /// CPU and memory of the pod.
+    pub resources: Option<Resources>,
+    /// How much the pod logs.
+    pub log_level: LogLevel,
+    /// Whether the pod is not wanted.
+    pub suspend: bool,
+    /// Whether the slot goes with the pipeline.
+    pub reclaim_policy: SlotReclaimPolicy,
+}
+
+/// The name of a pipeline's slot.
+pub fn slot_of(pipeline: &CdcPipeline) -> String {
+    let default = || slot_name(&pipeline.namespace().unwrap_or_default(), &pipeline.name_any());
+    pipeline.spec.source.postgres.slot.name.clone().unwrap_or_else(default)
+}
+
+/// Who the resource is, to the runtime.
+pub fn identity_of(pipeline: &CdcPipeline) -> ResourceIdentity {
+    ResourceIdentity {
+        namespace: pipeline.namespace().unwrap_or_default(),
+        name: pipeline.name_any(),
+        uid: pipeline.uid().unwrap_or_default(),
+    }
+}
+
+/// Judges the spec by the facts.
+///
+/// # Errors
+/// Waiting when a Secret is missing.
+pub fn validate(pipeline: &CdcPipeline, facts: &Facts, settings: &Settings) -> Result<ValidPipeline, Error> {
+    let namespace = pipeline.namespace().unwrap_or_default();
+    let spec = &pipeline.spec;
+    let postgres = &spec.source.postgres;
+    let credentials = &postgres.credentials_secret_ref.name;
+    secrets::require(
+        &facts.credentials,
+        &namespace,
+        credentials,
+        &["username", "password"],
+        SOURCE_READY,
+    )?;
+
+    let mut mounted = vec![SecretFiles {
+        folder: "postgres",
+        secret: credentials.clone(),
+        files: vec![("username".to_owned(), "username"), ("password".to_owned(), "password")],
+    }];
+    let mut redis_url = None;
+    let redis = match &spec.sinks.redis {
+        None => None,
+        Some(redis) => {
+            let url_file = match (&redis.url_secret_ref, &redis.url) {
+                (Some(reference), _) => {
+                    secrets::require(
+                        &facts.redis_url,
+                        &namespace,
+                        &reference.name,
+                        &[&reference.key],
+                        SINKS_READY,
+                    )?;
+                    mounted.push(SecretFiles {
+                        folder: "redis",
+                        secret: reference.name.clone(),
+                        files: vec![(reference.key.clone(), "url")],
+                    });
+                    pod::secret_file("redis", "url")
+                }
+                (None, Some(url)) => {
+                    redis_url = Some(url.clone());
+                    format!("{CONFIG_FOLDER}/redis-url").into()
+                }
+                (None, None) => {
+                    let message = "write exactly one of redis.urlSecretRef and redis.url";
+                    return Err(Error::invalid(SPEC_VALID, Reason::InvalidValue, message));
+                }
+            };
+            Some(RedisSink {
+                url_file,
+                stream_prefix: redis.stream_prefix.clone(),
+                max_length: redis.retention.as_ref().map(|retention| retention.max_length),
+            })
+        }
+    };
+    let kafka = &spec.sinks.kafka;
+    let config = CaptureConfig {
+        pipeline: identity_of(pipeline),
+        source: PostgresSource {
+            host: postgres.host.clone(),
+            port: postgres.port,
+            database: postgres.database.clone(),
+            username_file: pod::secret_file("postgres", "username"),
+            password_file: pod::secret_file("postgres", "password"),
+            tables: TableSelection {
+                include: postgres.tables.include.clone(),
+                exclude: postgres.tables.exclude.clone(),
+            },
+            publication: Publication {
+                name: postgres
+                    .publication
+                    .name
+                    .clone()
+                    .unwrap_or_else(|| slot_name(&namespace, &pipeline.name_any())),
+                management: match postgres.publication.management {
+                    Management::Managed => PublicationManagement::Managed,
+                    Management::External => PublicationManagement::External,
+                },
+            },
+            slot_name: slot_of(pipeline),
+        },
+        kafka: KafkaSink {
+            bootstrap_servers: kafka.bootstrap_servers.clone(),
+            topic_prefix: kafka.topic_prefix.clone(),
+            partitions: kafka.topics.partitions,
+            replication_factor: kafka.topics.replication_factor,
+        },
+        redis,
+        operator: Some(pod::operator_link(settings)),
+        admin_address: ([0, 0, 0, 0], 9464).into(),
+    };
+    let config_yaml = meander_config::to_yaml(&config).map_err(|error| {
+        Error::invalid(
+            SPEC_VALID,
+            Reason::InvalidValue,
+            format!("the spec has no form in YAML: {error}"),
+        )
+    })?;
+    let config_hash = digest(
+        &format!("{config_yaml}\n{}", redis_url.as_deref().unwrap_or_default()),
+        16,
+    );
+    Ok(ValidPipeline {
+        config,
+        config_yaml,
+        redis_url,
+        config_hash,
+        secrets: mounted,
+        image: spec
+            .runtime
+            .image
+            .clone()
+            .unwrap_or_else(|| settings.runtime_image.clone()),
+        resources: spec.runtime.resources.clone(),
+        log_level: spec.runtime.log_level,
+        suspend: spec.suspend,
+        reclaim_policy: postgres.slot.reclaim_policy,
+    })
+}

@@ -1,0 +1,302 @@
+//! What all runtime pods have in common.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::{
+    api::core::v1::{
+        Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EnvVar, HTTPGetAction, KeyToPath, Pod,
+        PodSecurityContext, PodSpec, PodTemplateSpec, Probe, ProjectedVolumeSource, ResourceRequirements,
+        SeccompProfile, SecretVolumeSource, SecurityContext, ServiceAccountTokenProjection, Volume, VolumeMount,
+        VolumeProjection,
+    },
+    apimachinery::pkg::{api::resource::Quantity, apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
+};
+use meander_config::OperatorLink;
+use meander_crds::{LogLevel, Resources};
+
+use crate::{context::Settings, naming::AUDIENCE};
+
+/// Where a pod finds its configuration.
+pub const CONFIG_FOLDER: &str = "/etc/meander";
+/// Where a pod finds its Secrets, each in a folder of its own.
+pub const SECRETS_FOLDER: &str = "/var/run/secrets/meander.dev";
+/// The one user of the runtime's image.
+const USER: i64 = 65532;
+const ADMIN_PORT: &str = "admin";
+
+/// A file that comes from a key of a Secret.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SecretFiles {
+    /// The volume's name, and its folder.
+    pub folder: &'static str,
+    /// The Secret's name.
+    pub secret: String,
+    /// (key, file name).
+    pub files: Vec<(String, &'static str)>,
+}
+
+/// A pod that runs one command of `meander-runtime`.
+#[derive(Clone, Debug)]
+pub struct RuntimePod<'a> {
+    /// `capture`, `replay` or `cleanup`: the command, the container's name and the component.
+    pub command: &'static str,
+    /// The image.
+    pub image: &'a str,
+    /// CPU and memory.
+    pub resources: Option<&'a Resources>,
+    /// How much it logs.
+    pub log_level: LogLevel,
+    /// Name of the ServiceAccount.
+    pub service_account: &'a str,
+    /// Name of the ConfigMap.
+    pub config_map: &'a str,
+    /// Secrets.
+    pub secrets: &'a [SecretFiles],
+    /// Whether it serves `/livez` and `/readyz`, and is killed and waited for accordingly.
+    pub probes: bool,
+    /// `Always` for a Deployment, `Never` for a Job.
+    pub restart_policy: &'static str,
+    /// A port beside the admin port, by name.
+    pub port: Option<(&'static str, u16)>,
+}
+
+/// Where a pod with the projected token reports.
+pub fn operator_link(settings: &Settings) -> OperatorLink {
+    OperatorLink {
+        endpoint: settings.progress_endpoint.clone(),
+        token_file: format!("{SECRETS_FOLDER}/operator/token").into(),
+    }
+}
+
+/// The file of a Secret in the pod.
+pub fn secret_file(folder: &str, file: &str) -> std::path::PathBuf {
+    format!("{SECRETS_FOLDER}/{folder}/{file}").into()
+}
+
+impl RuntimePod<'_> {
+    /// The template of a Deployment or a Job.
+    pub fn template(
+        &self,
+        settings: &Settings,
+        labels: BTreeMap<String, String>,
+        annotations: BTreeMap<String, String>,
+    ) -> PodTemplateSpec {
+        PodTemplateSpec {
+            metadata: Some(ObjectMeta {
+                labels: Some(labels),
+                annotations: (!annotations.is_empty()).then_some(annotations),
+                ..ObjectMeta::default()
+            }),
+            spec: Some(PodSpec {
+                service_account_name: Some(self.service_account.to_owned()),
+                // The token below is the only one: this pod has nothing to say to the API server.
+                automount_service_account_token: Some(false),
+                enable_service_links: Some(false),
+                restart_policy: Some(self.restart_policy.to_owned()),
+                termination_grace_period_seconds: Some(30),
+                security_context: Some(PodSecurityContext {
+                    run_as_non_root: Some(true),
+                    run_as_user: Some(USER),
+                    run_as_group: Some(USER),
+                    // Projected tokens are readable by their group only.
+                    fs_group: Some(USER),
+                    seccomp_profile: Some(SeccompProfile {
+                        type_: "RuntimeDefault".to_owned(),
+                        ..SeccompProfile::default()
+                    }),
+                    ..PodSecurityContext::default()
+                }),
+                containers: vec![self.container(settings)],
+                volumes: Some(self.volumes()),
+                ..PodSpec::default()
+            }),
+        }
+    }
+
+    fn container(&self, settings: &Settings) -> Container {
+        let probe = |path: &str, period_seconds, failure_threshold| {
+            self.probes.then(|| Probe {
+                http_get: Some(HTTPGetAction {
+                    path: Some(path.to_owned()),
+                    port: IntOrString::String(ADMIN_PORT.to_owned()),
+                    ..HTTPGetAction::default()
+                }),
+                period_seconds: Some(period_seconds),
+                timeout_seconds: Some(3),
+                failure_threshold: Some(failure_threshold),
+                ..Probe::default()
+            })
+        };
+        let admin = self.probes.then_some((ADMIN_PORT, 9464));
+        let ports: Vec<ContainerPort> = admin
+            .into_iter()
+            .chain(self.port)
+            .map(|(name, port)| ContainerPort {
+                name: Some(name.to_owned()),
+                container_port: i32::from(port),
+                protocol: Some("TCP".to_owned()),
+                ..ContainerPort::default()
+            })
+            .collect();
+        Container {
+            name: self.command.to_owned(),
+            image: Some(self.image.to_owned()),
+            image_pull_policy: Some(settings.runtime_image_pull_policy.clone()),
+            args: Some(
+                [self.command, "--config", &format!("{CONFIG_FOLDER}/config.yaml")]
+                    .map(str::to_owned)
+                    .to_vec(),
+            ),
+            env: Some(vec![EnvVar {
+                name: "RUST_LOG".to_owned(),
+                value: Some(self.log_level.to_string()),
+                ..EnvVar::default()
+            }]),
+            ports: (!ports.is_empty()).then_some(ports),
+            liveness_probe: probe("/livez", 10, 6),
+            readiness_probe: probe("/readyz", 2, 3),
+            resources: Some(requirements(self.resources)),
+            security_context: Some(SecurityContext {
+                allow_privilege_escalation: Some(false),
+                read_only_root_filesystem: Some(true),
+                capabilities: Some(Capabilities {
+                    drop: Some(vec!["ALL".to_owned()]),
+                    ..Capabilities::default()
+                }),
+                ..SecurityContext::default()
+            }),
+            volume_mounts: Some(self.mounts()),
+            ..Container::default()
+        }
+    }
+
+    fn volumes(&self) -> Vec<Volume> {
+        let config = Volume {
+            name: "config".to_owned(),
+            config_map: Some(ConfigMapVolumeSource {
+                name: self.config_map.to_owned(),
+                ..ConfigMapVolumeSource::default()
+            }),
+            ..Volume::default()
+        };
+        let token = Volume {
+            name: "operator".to_owned(),
+            projected: Some(ProjectedVolumeSource {
+                sources: Some(vec![VolumeProjection {
+                    service_account_token: Some(ServiceAccountTokenProjection {
+                        audience: Some(AUDIENCE.to_owned()),
+                        expiration_seconds: Some(3600),
+                        path: "token".to_owned(),
+                    }),
+                    ..VolumeProjection::default()
+                }]),
+                ..ProjectedVolumeSource::default()
+            }),
+            ..Volume::default()
+        };
+        let secrets = self.secrets.iter().map(|files| Volume {
+            name: files.folder.to_owned(),
+            secret: Some(SecretVolumeSource {
+                secret_name: Some(files.secret.clone()),
+                items: Some(
+                    files
+                        .files
+                        .iter()
+                        .map(|(key, file)| KeyToPath {
+                            key: key.clone(),
+                            path: (*file).to_owned(),
+                            ..KeyToPath::default()
+                        })
+                        .collect(),
+                ),
+                ..SecretVolumeSource::default()
+            }),
+            ..Volume::default()
+        });
+        [config, token].into_iter().chain(secrets).collect()
+    }
+
+    fn mounts(&self) -> Vec<VolumeMount> {
+        let mount = |name: &str, path: String| VolumeMount {
+            name: name.to_owned(),
+            mount_path: path,
+            read_only: Some(true),
+            ..VolumeMount::default()
+        };
+        let secret = |folder: &str| mount(folder, format!("{SECRETS_FOLDER}/{folder}"));
+        [mount("config", CONFIG_FOLDER.to_owned()), secret("operator")]
+            .into_iter()
+            .chain(self.secrets.iter().map(|files| secret(files.folder)))
+            .collect()
+    }
+}
+
+fn requirements(resources: Option<&Resources>) -> ResourceRequirements {
+    let quantities = |pairs: &[(&str, &str)]| -> BTreeMap<String, Quantity> {
+        pairs
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), Quantity((*value).to_owned())))
+            .collect()
+    };
+    match resources {
+        Some(resources) => ResourceRequirements {
+            requests: (!resources.requests.is_empty()).then(|| resources.requests.clone()),
+            limits: (!resources.limits.is_empty()).then(|| resources.limits.clone()),
+            ..ResourceRequirements::default()
+        },
+        None => ResourceRequirements {
+            requests: Some(quantities(&[("cpu", "50m"), ("memory", "64Mi")])),
+            limits: Some(quantities(&[("memory", "512Mi")])),
+            ..ResourceRequirements::default()
+        },
+    }
+}
+
+/// Why the newest of these pods does not run, in the kubelet's or the scheduler's own words.
+pub fn trouble(pods: &[Pod]) -> Option<String> {
+    let pod = newest(pods)?;
+    let status = pod.status.as_ref()?;
+    let name = pod.metadata.name.as_deref().unwrap_or_default();
+    for container in status.container_statuses.iter().flatten() {
+        let Some(state) = &container.state else { continue };
+        if let Some(waiting) = &state.waiting {
+            let reason = waiting.reason.as_deref().unwrap_or_default();
+            if reason.is_empty() || reason == "ContainerCreating" || reason == "PodInitializing" {
+                continue;
+            }
+            let last = container.last_state.as_ref().and_then(|last| last.terminated.as_ref());
+            let detail = last
+                .map(|last| format!("the last attempt ended with exit code {}", last.exit_code))
+                .or_else(|| waiting.message.clone())
+                .unwrap_or_default();
+            return Some(format!(
+                "pod {name}: {reason}: {detail}; see kubectl logs {name} --previous"
+            ));
+        }
+        if let Some(terminated) = &state.terminated
+            && terminated.exit_code != 0
+        {
+            let code = terminated.exit_code;
+            return Some(format!(
+                "pod {name} ended with exit code {code}; see kubectl logs {name}"
+            ));
+        }
+    }
+    status
+        .conditions
+        .iter()
+        .flatten()
+        .find(|condition| condition.type_ == "PodScheduled" && condition.status == "False")
+        .map(|condition| {
+            format!(
+                "pod {name} is not scheduled: {}",
+                condition.message.as_deref().unwrap_or_default()
+            )
+        })
+}
+
+/// The pod that was created last.
+pub fn newest(pods: &[Pod]) -> Option<&Pod> {
+    pods.iter()
+        .max_by_key(|pod| pod.metadata.creation_timestamp.as_ref().map(|time| time.0))
+}

@@ -1,0 +1,9 @@
+//! What runtime pods report, and what they are told.
+
+mod auth;
+mod service;
+mod tracker;
+
+pub use auth::Authenticator;
+pub use service::ProgressTrackerService;
+pub use tracker::{Kind, Observation, Pokes, ResourceKey, Tracker};

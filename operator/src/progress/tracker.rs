@@ -1,0 +1,320 @@
+//! The latest report of each resource, in memory.
+//!
+//! Only resources that a controller has seen have an entry, so memory is bounded by what is in the cluster.
+
+use std::{
+    collections::HashMap,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use kube::runtime::reflector::ObjectRef;
+use meander_crds::{CdcPipeline, ReplayJob};
+use meander_proto::v1::{Directive, ProgressUpdate, progress_update::Progress};
+use tokio::{
+    sync::{mpsc, watch},
+    time::Instant,
+};
+
+/// Reports lead to a reconcile at most this often, unless they say that a condition or a phase has changed.
+const POKE_INTERVAL: Duration = Duration::from_secs(5);
+const POKES: usize = 1024;
+
+/// The kinds that report.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// A `CdcPipeline`.
+    CdcPipeline,
+    /// A `ReplayJob`.
+    ReplayJob,
+}
+
+impl Kind {
+    /// As Kubernetes has it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::CdcPipeline => "CdcPipeline",
+            Self::ReplayJob => "ReplayJob",
+        }
+    }
+
+    /// The kind of that name.
+    pub fn parse(name: &str) -> Option<Self> {
+        [Self::CdcPipeline, Self::ReplayJob]
+            .into_iter()
+            .find(|kind| kind.as_str() == name)
+    }
+}
+
+/// Names a resource.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ResourceKey {
+    /// Its kind.
+    pub kind: Kind,
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+}
+
+/// What is known of a resource's runtime.
+#[derive(Clone, Debug)]
+pub struct Observation {
+    /// The latest report.
+    pub report: Option<ProgressUpdate>,
+    /// Time since the latest report or, before the first, since this operator first saw the resource.
+    pub silence: Duration,
+    /// Whether a runtime is connected.
+    pub connected: bool,
+    /// Time since the status was last written.
+    pub since_written: Option<Duration>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    uid: String,
+    first_seen: Instant,
+    report: watch::Sender<Option<ProgressUpdate>>,
+    reported: Option<Instant>,
+    directive: watch::Sender<Option<Directive>>,
+    streams: usize,
+    poked: Option<Instant>,
+    written: Option<Instant>,
+}
+
+/// The latest report of each resource.
+#[derive(Debug)]
+pub struct Tracker {
+    entries: Mutex<HashMap<ResourceKey, Entry>>,
+    pipelines: mpsc::Sender<ObjectRef<CdcPipeline>>,
+    replays: mpsc::Sender<ObjectRef<ReplayJob>>,
+}
+
+/// The resources that should be reconciled because of what their runtime reported.
+#[derive(Debug)]
+pub struct Pokes {
+    /// Pipelines.
+    pub pipelines: mpsc::Receiver<ObjectRef<CdcPipeline>>,
+    /// Replays.
+    pub replays: mpsc::Receiver<ObjectRef<ReplayJob>>,
+}
+
+impl Tracker {
+    /// A tracker that knows nothing, and what it will ask to be reconciled.
+    pub fn new() -> (Self, Pokes) {
+        let (pipelines, pipeline_pokes) = mpsc::channel(POKES);
+        let (replays, replay_pokes) = mpsc::channel(POKES);
+        let tracker = Self {
+            entries: Mutex::default(),
+            pipelines,
+            replays,
+        };
+        (
+            tracker,
+            Pokes {
+                pipelines: pipeline_pokes,
+                replays: replay_pokes,
+            },
+        )
+    }
+
+    /// A controller has seen the resource; says what is known of its runtime.
+    pub fn observe(&self, key: &ResourceKey, uid: &str) -> Observation {
+        let mut entries = self.lock();
+        if entries.get(key).is_some_and(|entry| entry.uid != uid) {
+            entries.remove(key);
+        }
+        let entry = entries.entry(key.clone()).or_insert_with(|| Entry {
+            uid: uid.to_owned(),
+            first_seen: Instant::now(),
+            report: watch::channel(None).0,
+            reported: None,
+            directive: watch::channel(None).0,
+            streams: 0,
+            poked: None,
+            written: None,
+        });
+        Observation {
+            report: entry.report.borrow().clone(),
+            silence: entry.reported.unwrap_or(entry.first_seen).elapsed(),
+            connected: entry.streams > 0,
+            since_written: entry.written.map(|written| written.elapsed()),
+        }
+    }
+
+    /// What the resource's spec asks of its runtime now.
+    pub fn direct(&self, key: &ResourceKey, directive: Directive) {
+        if let Some(entry) = self.lock().get(key) {
+            entry.directive.send_if_modified(|current| {
+                let changed = current.as_ref() != Some(&directive);
+                if changed {
+                    *current = Some(directive);
+                }
+                changed
+            });
+        }
+    }
+
+    /// The resource's status has just been written.
+    pub fn written(&self, key: &ResourceKey) {
+        if let Some(entry) = self.lock().get_mut(key) {
+            entry.written = Some(Instant::now());
+        }
+    }
+
+    /// The resource is gone; its streams end.
+    pub fn forget(&self, key: &ResourceKey) {
+        self.lock().remove(key);
+    }
+
+    /// A runtime has connected; what it is to be told. None for a resource that no controller has seen.
+    pub(super) fn connect(&self, key: &ResourceKey) -> Option<watch::Receiver<Option<Directive>>> {
+        let mut entries = self.lock();
+        let entry = entries.get_mut(key)?;
+        entry.streams += 1;
+        Some(entry.directive.subscribe())
+    }
+
+    /// A runtime has gone.
+    pub(super) fn disconnect(&self, key: &ResourceKey) {
+        if let Some(entry) = self.lock().get_mut(key) {
+            entry.streams = entry.streams.saturating_sub(1);
+        }
+    }
+
+    /// Follows the reports of a resource.
+    pub(super) fn follow(&self, key: &ResourceKey) -> Option<watch::Receiver<Option<ProgressUpdate>>> {
+        self.lock().get(key).map(|entry| entry.report.subscribe())
+    }
+
+    /// Keeps a report, and has the resource reconciled if that is due. False for a resource that is gone.
+    pub(super) fn accept(&self, key: &ResourceKey, update: ProgressUpdate) -> bool {
+        let mut entries = self.lock();
+        let Some(entry) = entries.get_mut(key) else {
+            return false;
+        };
+        let now = Instant::now();
+        let news = entry
+            .report
+            .borrow()
+            .as_ref()
+            .is_none_or(|last| significant(last) != significant(&update));
+        entry.report.send_replace(Some(update));
+        entry.reported = Some(now);
+        if news || entry.poked.is_none_or(|poked| now - poked >= POKE_INTERVAL) {
+            // A full channel means that reconciles are behind already; the next report asks again.
+            let sent = match key.kind {
+                Kind::CdcPipeline => self
+                    .pipelines
+                    .try_send(ObjectRef::new(&key.name).within(&key.namespace))
+                    .is_ok(),
+                Kind::ReplayJob => self
+                    .replays
+                    .try_send(ObjectRef::new(&key.name).within(&key.namespace))
+                    .is_ok(),
+            };
+            if sent {
+                entry.poked = Some(now);
+            }
+        }
+        true
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<ResourceKey, Entry>> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What of a report must be in the status at once.
+fn significant(update: &ProgressUpdate) -> (Vec<(&str, bool, &str)>, i32) {
+    let conditions = update
+        .conditions
+        .iter()
+        .map(|c| (c.r#type.as_str(), c.status, c.reason.as_str()))
+        .collect();
+    let phase = match &update.progress {
+        Some(Progress::Replay(replay)) => replay.phase,
+        _ => 0,
+    };
+    (conditions, phase)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use meander_proto::v1::Condition;
+
+    fn report(reason: &str) -> ProgressUpdate {
+        let condition = Condition {
+            reason: reason.to_owned(),
+            ..Condition::default()
+        };
+        ProgressUpdate {
+            conditions: vec![condition],
+            ..ProgressUpdate::default()
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_report_asks_for_a_reconcile_when_it_is_news_or_five_seconds_have_passed() {
+        let (tracker, mut pokes) = Tracker::new();
+        let key = ResourceKey {
+            kind: Kind::CdcPipeline,
+            namespace: "ns".into(),
+            name: "p".into(),
+        };
+        assert!(!tracker.accept(&key, report("A")), "no controller has seen it");
+        tracker.observe(&key, "uid");
+        let mut poked = |reason| {
+            assert!(tracker.accept(&key, report(reason)));
+            pokes.pipelines.try_recv().is_ok()
+        };
+        assert!(poked("A"));
+        assert!(!poked("A"));
+        assert!(poked("B"));
+        tokio::time::advance(POKE_INTERVAL).await;
+        assert!(poked("B"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn silence_counts_from_the_last_report_and_a_new_uid_starts_anew() {
+        let (tracker, _pokes) = Tracker::new();
+        let key = ResourceKey {
+            kind: Kind::ReplayJob,
+            namespace: "ns".into(),
+            name: "r".into(),
+        };
+        tracker.observe(&key, "one");
+        tokio::time::advance(Duration::from_secs(40)).await;
+        assert_eq!(tracker.observe(&key, "one").silence, Duration::from_secs(40));
+        tracker.accept(&key, report("A"));
+        let seen = tracker.observe(&key, "one");
+        assert_eq!(seen.silence, Duration::ZERO);
+        assert!(seen.report.is_some());
+        assert!(tracker.observe(&key, "two").report.is_none());
+    }
+
+    #[tokio::test]
+    async fn a_directive_is_sent_when_it_changes() {
+        let (tracker, _pokes) = Tracker::new();
+        let key = ResourceKey {
+            kind: Kind::ReplayJob,
+            namespace: "ns".into(),
+            name: "r".into(),
+        };
+        tracker.observe(&key, "uid");
+        let mut told = tracker.connect(&key).unwrap();
+        let directive = Directive {
+            speed: "10".into(),
+            ..Directive::default()
+        };
+        tracker.direct(&key, directive.clone());
+        assert_eq!(told.borrow_and_update().clone(), Some(directive.clone()));
+        tracker.direct(&key, directive);
+        assert!(!told.has_changed().unwrap());
+        assert!(tracker.observe(&key, "uid").connected);
+        tracker.disconnect(&key);
+        assert!(!tracker.observe(&key, "uid").connected);
+    }
+}

@@ -1,0 +1,99 @@
+//! Reads what the spec refers to, and what there is of the replay already.
+
+use k8s_openapi::api::{batch::v1::Job, core::v1::Pod};
+use kube::{Api, ResourceExt as _, api::ListParams};
+use meander_crds::{CdcPipeline, ReplayJob};
+use serde::Deserialize;
+
+use super::build::{replay_name, selector};
+use crate::{
+    conditions::ACCEPTED,
+    context::Context,
+    error::Error,
+    pod,
+    secrets::{self, Keys},
+};
+
+/// What the cluster holds.
+#[derive(Clone, Debug, Default)]
+pub struct Facts {
+    /// The pipeline whose log is replayed.
+    pub pipeline: Option<CdcPipeline>,
+    /// Keys of the Secret with the subscribers' token; none too where the spec names no Secret.
+    pub token: Keys,
+    /// The Job that replays.
+    pub job: Option<Job>,
+    /// Its pods.
+    pub pods: Vec<Pod>,
+}
+
+/// The last word of the runtime, which Kubernetes keeps as the container's termination message: it survives an operator that
+/// was away.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct FinalWord {
+    /// `Succeeded`, `Failed` or `Cancelled`.
+    pub phase: String,
+    /// Changes handed over.
+    pub delivered: u64,
+    /// Position of the last one.
+    pub current_position: String,
+    /// Commit time of the first one.
+    pub first_event_time_micros: i64,
+    /// Commit time of the last one.
+    pub current_time_micros: i64,
+    /// Time between delivering the first and the last one.
+    pub delivery_micros: i64,
+    /// Why it failed, in one word.
+    pub reason: String,
+    /// Why it failed, in one sentence.
+    pub message: String,
+}
+
+impl Facts {
+    /// The last word of the newest pod, if it has spoken it.
+    pub fn final_word(&self) -> Option<FinalWord> {
+        let status = pod::newest(&self.pods)?.status.as_ref()?;
+        let terminated = status
+            .container_statuses
+            .iter()
+            .flatten()
+            .find_map(|c| c.state.as_ref()?.terminated.as_ref());
+        serde_json::from_str(terminated?.message.as_deref()?).ok()
+    }
+}
+
+/// Reads the facts.
+pub async fn dereference(context: &Context, replay: &ReplayJob) -> Result<Facts, Error> {
+    let namespace = replay.namespace().unwrap_or_default();
+    let api_error = |what: &'static str| move |error| Error::from_api(ACCEPTED, what, &error);
+    let pipelines: Api<CdcPipeline> = Api::namespaced(context.client.clone(), &namespace);
+    let pipeline = pipelines
+        .get_opt(&replay.spec.pipeline_ref.name)
+        .await
+        .map_err(api_error("reading the pipeline"))?;
+    let jobs: Api<Job> = Api::namespaced(context.client.clone(), &namespace);
+    let job = jobs
+        .get_opt(&replay_name(replay))
+        .await
+        .map_err(api_error("reading the Job"))?;
+    let pods = match &job {
+        Some(_) => {
+            let pods: Api<Pod> = Api::namespaced(context.client.clone(), &namespace);
+            let params = ListParams::default().labels(&selector(replay));
+            pods.list(&params).await.map_err(api_error("listing pods"))?.items
+        }
+        None => Vec::new(),
+    };
+    let serve = replay.spec.target.grpc.as_ref().and_then(|grpc| grpc.serve.as_ref());
+    let token = match serve {
+        Some(serve) => secrets::keys(context, &namespace, &serve.token_secret_ref.name, ACCEPTED).await?,
+        None => None,
+    };
+    Ok(Facts {
+        pipeline,
+        token,
+        job,
+        pods,
+    })
+}

@@ -1,0 +1,227 @@
+//! The controller of `ReplayJob`.
+//!
+//! A resource passes five stages: [`dereference`] reads what it refers to, [`validate`] judges it, [`build`] makes the objects that
+//! it needs, [`apply`] makes them so, [`status`] says what came of it.
+
+mod apply;
+pub mod build;
+pub mod dereference;
+pub mod status;
+pub mod validate;
+
+use std::{convert::Infallible, sync::Arc, time::Duration};
+
+use futures::StreamExt as _;
+use jiff::Timestamp;
+use k8s_openapi::api::batch::v1::Job;
+use kube::{
+    Api, ResourceExt as _,
+    api::{DeleteParams, Preconditions},
+    runtime::{
+        Controller, WatchStreamExt as _,
+        controller::{Action, Config},
+        predicates,
+        reflector::{self, ObjectRef},
+        utils::Predicate as _,
+        watcher,
+    },
+};
+use meander_crds::{ReplayJob, ReplayJobStatus, ReplayPhase};
+use meander_proto::v1::Directive;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+
+use self::{
+    dereference::Facts,
+    status::{Inputs, Outcome, is_final},
+};
+use crate::{
+    conditions::{self, ACCEPTED, COMPLETE, FAILED},
+    context::{CONCURRENCY, Context, api_of},
+    error::Error,
+    naming::MANAGED_SELECTOR,
+    pipeline::status::SILENCE,
+    progress::{Kind, Observation, ResourceKey},
+};
+
+/// Reconciles replays until `shutdown`, and says when all of them are known.
+pub async fn run(
+    context: Arc<Context>,
+    pokes: mpsc::Receiver<ObjectRef<ReplayJob>>,
+    shutdown: CancellationToken,
+    ready: impl FnOnce() + Send,
+) {
+    let (store, writer) = reflector::store();
+    let changes = predicates::generation.combine(predicates::finalizers);
+    let replays = watcher(api_of(&context), watcher::Config::default())
+        .default_backoff()
+        .reflect(writer)
+        .applied_objects()
+        .predicate_filter(changes, Default::default());
+    let owned = watcher::Config::default().labels(MANAGED_SELECTOR);
+    let known = store.clone();
+    let controller = Controller::for_stream(replays, store)
+        .with_config(Config::default().concurrency(CONCURRENCY))
+        .owns(api_of::<Job>(&context), owned)
+        .reconcile_on(ReceiverStream::new(pokes))
+        .graceful_shutdown_on(shutdown.cancelled_owned())
+        .run(reconcile, |_, never: &Infallible, _| match *never {}, context)
+        .for_each(|_| std::future::ready(()));
+    let known = async {
+        if known.wait_until_ready().await.is_ok() {
+            ready();
+        }
+    };
+    futures::join!(controller, known);
+}
+
+/// One reconcile of one replay. It never fails: an error is in the status, and decides when the next one is.
+pub async fn reconcile(replay: Arc<ReplayJob>, context: Arc<Context>) -> Result<Action, Infallible> {
+    let key = ResourceKey {
+        kind: Kind::ReplayJob,
+        namespace: replay.namespace().unwrap_or_default(),
+        name: replay.name_any(),
+    };
+    let work = Box::pin(reconcile_key(&key, &context));
+    Ok(context.reconcile(&key, work).await)
+}
+
+async fn reconcile_key(key: &ResourceKey, context: &Context) -> Result<Action, Error> {
+    let api: Api<ReplayJob> = Api::namespaced(context.client.clone(), &key.namespace);
+    let found = api
+        .get_opt(&key.name)
+        .await
+        .map_err(|error| Error::from_api(ACCEPTED, "reading the replay", &error))?;
+    let Some(mut replay) = found.filter(|replay| replay.metadata.deletion_timestamp.is_none()) else {
+        // What it owns goes with it.
+        context.forget(key);
+        return Ok(Action::await_change());
+    };
+    if let Some(status) = &mut replay.status {
+        conditions::keep_ours(&mut status.conditions);
+    }
+    let observation = context.tracker.observe(key, &replay.uid().unwrap_or_default());
+    context.tracker.direct(key, directive(&replay));
+    let old = replay.status.clone().unwrap_or_default();
+
+    let mut facts = None;
+    let outcome = if is_final(&old) {
+        Ok(Outcome::Started)
+    } else {
+        stages(context, &replay, &observation, &mut facts).await
+    };
+    let inputs = Inputs {
+        replay: &replay,
+        facts: facts.as_ref(),
+        outcome: outcome.as_ref().copied(),
+        observation: &observation,
+        now: Timestamp::now(),
+    };
+    let new = status::status(&inputs);
+    let significant = status::significant(&old) != status::significant(&new);
+    let deferred = crate::status::write(context, &replay, key, &observation, (&old, &new), significant).await?;
+    for type_ in [ACCEPTED, COMPLETE, FAILED] {
+        context
+            .events
+            .transition(&replay, type_, &old.conditions, &new.conditions)
+            .await;
+    }
+    if is_final(&new) {
+        return expire(context, &api, &replay, &new).await;
+    }
+    outcome?;
+    let next = match new.phase {
+        Some(ReplayPhase::Running | ReplayPhase::Paused) if !replay.spec.cancel => SILENCE,
+        // What a pod waits for changes without the Job changing.
+        _ => Duration::from_secs(3),
+    };
+    Ok(Action::requeue(deferred.unwrap_or(next).min(next)))
+}
+
+fn directive(replay: &ReplayJob) -> Directive {
+    Directive {
+        generation: replay.metadata.generation.unwrap_or(0),
+        paused: replay.spec.suspend,
+        speed: replay.spec.speed.to_string(),
+        cancel: replay.spec.cancel,
+    }
+}
+
+/// From the spec to objects.
+async fn stages(
+    context: &Context,
+    replay: &ReplayJob,
+    observation: &Observation,
+    facts: &mut Option<Facts>,
+) -> Result<Outcome, Error> {
+    let facts = facts.insert(dereference::dereference(context, replay).await?);
+    if replay.spec.cancel {
+        return cancel(context, replay, observation, facts).await;
+    }
+    let valid = validate::validate(replay, facts, &context.settings)?;
+    if replay.spec.suspend && facts.job.is_none() {
+        return Ok(Outcome::Saved);
+    }
+    let objects = build::build(replay, &valid, &context.settings);
+    facts.job = Some(Box::pin(apply::apply(context, replay, objects)).await?);
+    Ok(Outcome::Started)
+}
+
+/// A runtime that hears the directive ends by itself and says how far it came; where there is none, the Job is deleted.
+async fn cancel(
+    context: &Context,
+    replay: &ReplayJob,
+    observation: &Observation,
+    facts: &Facts,
+) -> Result<Outcome, Error> {
+    let Some(job) = &facts.job else {
+        return Ok(Outcome::Cancelled);
+    };
+    let ended = crate::job::condition(job, "Complete").or_else(|| crate::job::condition(job, "Failed"));
+    let hears = observation.connected && observation.silence < SILENCE;
+    if ended.is_some() || hears || facts.final_word().is_some() {
+        return Ok(Outcome::Started);
+    }
+    context.may_write(ACCEPTED)?;
+    let jobs: Api<Job> = Api::namespaced(context.client.clone(), &replay.namespace().unwrap_or_default());
+    let params = DeleteParams::background().preconditions(Preconditions {
+        uid: job.uid(),
+        resource_version: None,
+    });
+    match jobs.delete(&job.name_any(), &params).await {
+        Ok(_) => Ok(Outcome::Cancelled),
+        Err(kube::Error::Api(status)) if status.code == 404 => Ok(Outcome::Cancelled),
+        Err(error) => Err(Error::from_api(ACCEPTED, "deleting the Job", &error)),
+    }
+}
+
+/// Deletes a replay that has ended long enough ago.
+async fn expire(
+    context: &Context,
+    api: &Api<ReplayJob>,
+    replay: &ReplayJob,
+    status: &ReplayJobStatus,
+) -> Result<Action, Error> {
+    let ended = status
+        .completion_time
+        .as_deref()
+        .and_then(|time| time.parse::<Timestamp>().ok());
+    let (Some(ttl), Some(ended)) = (replay.spec.ttl_seconds_after_finished, ended) else {
+        return Ok(Action::await_change());
+    };
+    let left = ended.as_second() + i64::from(ttl) - Timestamp::now().as_second();
+    if let Ok(left @ 1..) = u64::try_from(left) {
+        return Ok(Action::requeue(Duration::from_secs(left)));
+    }
+    context.may_write(ACCEPTED)?;
+    let params = DeleteParams::background().preconditions(Preconditions {
+        uid: replay.uid(),
+        resource_version: None,
+    });
+    match api.delete(&replay.name_any(), &params).await {
+        Ok(_) => Ok(Action::await_change()),
+        Err(kube::Error::Api(status)) if status.code == 404 => Ok(Action::await_change()),
+        Err(error) => Err(Error::from_api(ACCEPTED, "deleting the finished replay", &error)),
+    }
+}

@@ -1,0 +1,308 @@
+//! The status that a reconcile comes to: a value computed from the old one, from what was seen, and from what was done.
+
+use jiff::Timestamp;
+use kube::ResourceExt as _;
+use meander_crds::{ReplayJob, ReplayJobStatus, ReplayPhase, ReplayProgress, ReplayRange};
+use meander_proto::v1::{self, progress_update::Progress, replay_progress::Phase};
+
+use super::dereference::{Facts, FinalWord};
+use crate::{
+    conditions::{
+        ACCEPTED, COMPLETE, FAILED, Judgement, PROGRESSING, RECONCILING, STALLED, SUSPENDED, Status, TRUNCATED_RANGE,
+        conditions,
+    },
+    error::Error,
+    format, job,
+    pod::trouble,
+    progress::Observation,
+};
+
+/// What came of validating and applying.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// There is a Job.
+    Started,
+    /// `spec.suspend` is set, and there is no Job yet.
+    Saved,
+    /// `spec.cancel` is set, and there is no Job, or nobody in it to hear of it.
+    Cancelled,
+}
+
+/// What a status is computed from.
+#[derive(Debug)]
+pub struct Inputs<'a> {
+    /// The resource, with its old status.
+    pub replay: &'a ReplayJob,
+    /// What the cluster holds, if it could be read.
+    pub facts: Option<&'a Facts>,
+    /// What came of validating and applying.
+    pub outcome: Result<Outcome, &'a Error>,
+    /// What the runtime reports.
+    pub observation: &'a Observation,
+    /// Now.
+    pub now: Timestamp,
+}
+
+/// Why a replay has ended.
+struct End {
+    phase: ReplayPhase,
+    reason: String,
+    message: String,
+}
+
+/// The status. One that is final stays as it is.
+pub fn status(inputs: &Inputs<'_>) -> ReplayJobStatus {
+    let old = inputs.replay.status.clone().unwrap_or_default();
+    let generation = inputs.replay.metadata.generation.unwrap_or(0);
+    if is_final(&old) {
+        return ReplayJobStatus {
+            observed_generation: Some(generation),
+            ..old
+        };
+    }
+    let report = match inputs
+        .observation
+        .report
+        .as_ref()
+        .and_then(|report| report.progress.as_ref())
+    {
+        Some(Progress::Replay(report)) => Some(report),
+        _ => None,
+    };
+    let word = inputs.facts.and_then(Facts::final_word);
+    let end = end(inputs, word.as_ref());
+    let phase = end
+        .as_ref()
+        .map_or_else(|| phase(inputs, report, old.phase), |end| end.phase);
+    let mut progress = report.map(progress_of_report).or(old.progress);
+    if let Some(word) = word.as_ref().filter(|_| end.is_some()) {
+        progress = Some(progress_of_word(word, progress.unwrap_or_default()));
+    }
+    if let (Some(end), Some(progress)) = (&end, &mut progress) {
+        conclude(end.phase, progress);
+    }
+    let job_status = inputs
+        .facts
+        .and_then(|facts| facts.job.as_ref())
+        .and_then(|job| job.status.as_ref());
+    let started = job_status
+        .and_then(|status| status.start_time.as_ref())
+        .map(|time| format::time(time.0));
+    let completed = job_status
+        .and_then(|status| status.completion_time.as_ref())
+        .map(|time| format::time(time.0));
+    let judgements = judge(inputs, phase, end.as_ref());
+    ReplayJobStatus {
+        observed_generation: Some(generation),
+        phase: Some(phase),
+        start_time: old.start_time.or(started),
+        completion_time: end
+            .is_some()
+            .then(|| completed.unwrap_or_else(|| format::time(inputs.now))),
+        resolved_range: report
+            .and_then(|report| report.resolved_range.as_ref())
+            .map(range)
+            .or(old.resolved_range),
+        progress,
+        conditions: conditions(&old.conditions, judgements, generation, inputs.now),
+    }
+}
+
+/// Whether a status can never change again.
+pub fn is_final(status: &ReplayJobStatus) -> bool {
+    status.phase.is_some_and(ReplayPhase::is_terminal)
+}
+
+/// What must be written at once; the rest may wait for its turn.
+pub fn significant(status: &ReplayJobStatus) -> impl PartialEq + '_ {
+    (
+        status.observed_generation,
+        status.phase,
+        &status.conditions,
+        &status.start_time,
+        &status.resolved_range,
+    )
+}
+
+fn end(inputs: &Inputs<'_>, word: Option<&FinalWord>) -> Option<End> {
+    let said = word.map(|word| word.phase.as_str());
+    let cancelled = || End {
+        phase: ReplayPhase::Cancelled,
+        reason: "Cancelled".to_owned(),
+        message: "The replay was cancelled by spec.cancel.".to_owned(),
+    };
+    if inputs.outcome == Ok(Outcome::Cancelled) {
+        return Some(cancelled());
+    }
+    let job = inputs.facts?.job.as_ref()?;
+    if said == Some("Cancelled") {
+        return Some(cancelled());
+    }
+    if job::condition(job, "Complete").is_some() {
+        return Some(End {
+            phase: ReplayPhase::Succeeded,
+            reason: "Delivered".to_owned(),
+            message: "The whole range was delivered.".to_owned(),
+        });
+    }
+    let failed = job::condition(job, "Failed")?;
+    // A pod that was killed leaves no word, and then the Job's own reason is all there is.
+    let (reason, message) = match word {
+        Some(word) if !word.reason.is_empty() => (word.reason.clone(), word.message.clone()),
+        _ => (
+            "JobFailed".to_owned(),
+            format!("{failed}; see kubectl logs job/{}", job.name_any()),
+        ),
+    };
+    Some(End {
+        phase: ReplayPhase::Failed,
+        reason,
+        message,
+    })
+}
+
+fn phase(inputs: &Inputs<'_>, report: Option<&v1::ReplayProgress>, old: Option<ReplayPhase>) -> ReplayPhase {
+    match inputs.outcome {
+        Ok(Outcome::Saved) => return ReplayPhase::Paused,
+        Err(_) if inputs.facts.is_some_and(|facts| facts.job.is_none()) => return ReplayPhase::Pending,
+        _ => {}
+    }
+    match report.map(v1::ReplayProgress::phase) {
+        // What the runtime calls its end is final only when its pod has ended.
+        Some(Phase::Running | Phase::Succeeded | Phase::Failed | Phase::Cancelled) => ReplayPhase::Running,
+        Some(Phase::Paused) => ReplayPhase::Paused,
+        Some(Phase::Pending | Phase::Unspecified) => ReplayPhase::Pending,
+        None => old.unwrap_or(ReplayPhase::Pending),
+    }
+}
+
+fn judge(inputs: &Inputs<'_>, phase: ReplayPhase, end: Option<&End>) -> Vec<Judgement> {
+    let old = inputs
+        .replay
+        .status
+        .as_ref()
+        .map(|status| status.conditions.as_slice())
+        .unwrap_or_default();
+    let mut judgements = vec![accepted(inputs).unwrap_or_else(|| {
+        Judgement::remembered(ACCEPTED, old)
+            .unwrap_or_else(|| Judgement::new(ACCEPTED, Status::Unknown, "NotLooked", "The cluster could not be read."))
+    })];
+    if phase == ReplayPhase::Paused {
+        let message = "spec.suspend is set; set it to false to go on.";
+        judgements.push(Judgement::new(SUSPENDED, Status::True, "Suspended", message));
+    }
+    if let Some(report) = &inputs.observation.report {
+        let said = |type_: &'static str| {
+            let condition = report.conditions.iter().find(|condition| condition.r#type == type_)?;
+            Some(Judgement::new(
+                type_,
+                condition.status.into(),
+                &condition.reason,
+                &condition.message,
+            ))
+        };
+        judgements.extend(said(TRUNCATED_RANGE).filter(|truncated| truncated.status == Status::True));
+        if end.is_none() {
+            judgements.extend(said(PROGRESSING));
+        }
+    }
+    let invalid = match inputs.outcome {
+        Err(Error::Invalid(problem)) => Some(problem),
+        _ => None,
+    };
+    match (end, invalid) {
+        (Some(end), _) => match end.phase {
+            ReplayPhase::Succeeded => {
+                judgements.push(Judgement::new(COMPLETE, Status::True, &end.reason, &end.message));
+            }
+            ReplayPhase::Failed => {
+                judgements.push(Judgement::new(FAILED, Status::True, &end.reason, &end.message));
+                judgements.push(Judgement::new(STALLED, Status::True, &end.reason, &end.message));
+            }
+            _ => judgements.push(Judgement::new(COMPLETE, Status::False, &end.reason, &end.message)),
+        },
+        (None, Some(problem)) => {
+            judgements.push(Judgement::new(STALLED, Status::True, problem.reason, &problem.message));
+        }
+        // A saved replay is as its spec wants it.
+        (None, None) if phase == ReplayPhase::Paused => {}
+        (None, None) => {
+            let message = "The replay has not ended yet.";
+            judgements.push(Judgement::new(RECONCILING, Status::True, "Replaying", message));
+        }
+    }
+    judgements
+}
+
+fn accepted(inputs: &Inputs<'_>) -> Option<Judgement> {
+    if let Err(error) = inputs.outcome {
+        let problem = error.problem();
+        return (!problem.reason.is_passing())
+            .then(|| Judgement::new(ACCEPTED, Status::False, problem.reason, &problem.message));
+    }
+    let trouble = inputs.facts.and_then(|facts| trouble(&facts.pods));
+    Some(match trouble {
+        Some(trouble) if inputs.observation.report.is_none() => Judgement::new(
+            ACCEPTED,
+            Status::True,
+            "PodFailing",
+            format!("The replay was accepted; {trouble}"),
+        ),
+        _ => Judgement::new(ACCEPTED, Status::True, "Accepted", "The replay was accepted."),
+    })
+}
+
+fn conclude(phase: ReplayPhase, progress: &mut ReplayProgress) {
+    if phase == ReplayPhase::Succeeded {
+        progress.percent = 100;
+    }
+    progress.progress = Some(format!("{}%", progress.percent));
+    progress.events_per_second = 0;
+    progress.behind_millis = 0;
+    progress.eta_seconds = None;
+}
+
+fn progress_of_report(report: &v1::ReplayProgress) -> ReplayProgress {
+    // 100 is for what is complete; a cast of a float saturates.
+    let percent = report.percent.clamp(0.0, 100.0).floor() as u32;
+    ReplayProgress {
+        delivered: report.delivered,
+        percent,
+        progress: Some(format!("{percent}%")),
+        current_time: format::time_of_micros(report.current_time_micros),
+        current_position: text(&report.current_position),
+        events_per_second: report.events_per_second.round() as u64,
+        behind_millis: report.behind_millis,
+        eta_seconds: (report.eta_seconds != 0).then_some(report.eta_seconds),
+        first_event_time: format::time_of_micros(report.first_event_time_micros),
+        delivery_millis: millis(report.delivery_micros),
+    }
+}
+
+fn progress_of_word(word: &FinalWord, last: ReplayProgress) -> ReplayProgress {
+    ReplayProgress {
+        delivered: word.delivered,
+        current_time: format::time_of_micros(word.current_time_micros).or(last.current_time),
+        current_position: text(&word.current_position).or(last.current_position),
+        first_event_time: format::time_of_micros(word.first_event_time_micros).or(last.first_event_time),
+        delivery_millis: millis(word.delivery_micros),
+        ..last
+    }
+}
+
+fn range(range: &v1::ResolvedRange) -> ReplayRange {
+    ReplayRange {
+        from_time: format::time_of_micros(range.from_time_micros),
+        to_time: format::time_of_micros(range.to_time_micros),
+        to_position: text(&range.to_position),
+        offsets: range.offsets,
+    }
+}
+
+fn text(text: &str) -> Option<String> {
+    (!text.is_empty()).then(|| text.to_owned())
+}
+
+fn millis(micros: i64) -> u64 {
+    u64::try_from(micros / 1000).unwrap_or(0)
+}

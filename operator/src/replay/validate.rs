@@ -1,0 +1,153 @@
+//! From a spec and facts to a replay that can be built, or the reason why not.
+
+use jiff::Timestamp;
+use kube::ResourceExt as _;
+use meander_config::{KafkaLog, ReplayConfig, ReplayEnd, ReplayStart, ReplayTarget, ResourceIdentity, Speed};
+use meander_crds::{LogLevel, ReplayJob, Resources};
+
+use super::dereference::Facts;
+use crate::{
+    conditions::ACCEPTED,
+    context::Settings,
+    error::{Error, Reason},
+    pipeline::validate::{identity_of, slot_of},
+    pod::{self, SecretFiles},
+    secrets,
+};
+
+/// A replay that can be built.
+#[derive(Clone, Debug)]
+pub struct ValidReplay {
+    /// What the runtime reads.
+    pub config: ReplayConfig,
+    /// The same as YAML.
+    pub config_yaml: String,
+    /// Secrets that the pod mounts.
+    pub secrets: Vec<SecretFiles>,
+    /// Port for subscribers, if the replay serves.
+    pub serve_port: Option<u16>,
+    /// Image of the pod: the pipeline's, so that who wrote the log reads it.
+    pub image: String,
+    /// CPU and memory of the pod.
+    pub resources: Option<Resources>,
+    /// How much the pod logs.
+    pub log_level: LogLevel,
+}
+
+/// Judges the spec by the facts.
+///
+/// # Errors
+/// Invalid when a value means nothing; Waiting when the pipeline or a Secret is not as it must be.
+pub fn validate(replay: &ReplayJob, facts: &Facts, settings: &Settings) -> Result<ValidReplay, Error> {
+    let namespace = replay.namespace().unwrap_or_default();
+    let spec = &replay.spec;
+    let invalid = |message: String| Error::invalid(ACCEPTED, Reason::InvalidValue, message);
+    let name = &spec.pipeline_ref.name;
+    let Some(pipeline) = &facts.pipeline else {
+        let message =
+            format!("CdcPipeline {name} does not exist in the namespace {namespace}; create it, or name another");
+        return Err(Error::waiting(ACCEPTED, Reason::PipelineNotFound, message));
+    };
+    // A replay that runs goes on, whatever becomes of its pipeline: the log is still there.
+    if facts.job.is_none() {
+        if pipeline.metadata.deletion_timestamp.is_some() {
+            let message = format!("CdcPipeline {name} is being deleted");
+            return Err(Error::waiting(ACCEPTED, Reason::PipelineTerminating, message));
+        }
+        if pipeline.spec.suspend {
+            let message = format!(
+                "CdcPipeline {name} is suspended, so its log may not reach the end of the range; go on with it: \
+                 kubectl -n {namespace} patch cdcp {name} --type merge -p '{{\"spec\":{{\"suspend\":false}}}}'"
+            );
+            return Err(Error::waiting(ACCEPTED, Reason::PipelineSuspended, message));
+        }
+    }
+    let time = |field: &str, time: &str| {
+        time.parse::<Timestamp>()
+            .map(|_| time.to_owned())
+            .map_err(|_| invalid(format!("{field} is not a time; write it like 2026-11-20T10:00:00Z")))
+    };
+    let from = match (&spec.from.time, spec.from.at) {
+        (Some(from), _) => ReplayStart::Time(time("from.time", from)?),
+        (None, Some(_)) => ReplayStart::Beginning,
+        (None, None) => return Err(invalid("write exactly one of from.time and from.at".to_owned())),
+    };
+    let to = match (&spec.to.time, spec.to.at) {
+        (Some(to), _) => ReplayEnd::Time(time("to.time", to)?),
+        (None, Some(_)) => ReplayEnd::Now,
+        (None, None) => return Err(invalid("write exactly one of to.time and to.at".to_owned())),
+    };
+    let speed: Speed = spec
+        .speed
+        .to_string()
+        .parse()
+        .map_err(|error| invalid(format!("speed: {error}")))?;
+
+    let mut mounted = Vec::new();
+    let mut serve_port = None;
+    let grpc = spec.target.grpc.as_ref();
+    let target = match (
+        &spec.target.log,
+        grpc.and_then(|grpc| grpc.endpoint.as_ref()),
+        grpc.and_then(|g| g.serve.as_ref()),
+    ) {
+        (Some(_), _, _) => ReplayTarget::Log,
+        (None, Some(endpoint), _) => ReplayTarget::GrpcCall {
+            endpoint: endpoint.clone(),
+        },
+        (None, None, Some(serve)) => {
+            let token = &serve.token_secret_ref;
+            secrets::require(&facts.token, &namespace, &token.name, &[&token.key], ACCEPTED)?;
+            mounted.push(SecretFiles {
+                folder: "subscribers",
+                secret: token.name.clone(),
+                files: vec![(token.key.clone(), "token")],
+            });
+            serve_port = Some(serve.port);
+            ReplayTarget::GrpcServe {
+                address: ([0, 0, 0, 0], serve.port).into(),
+                token_file: pod::secret_file("subscribers", "token"),
+            }
+        }
+        (None, None, None) => return Err(invalid("write exactly one of target.log and target.grpc".to_owned())),
+    };
+    let kafka = &pipeline.spec.sinks.kafka;
+    let config = ReplayConfig {
+        job: ResourceIdentity {
+            namespace,
+            name: replay.name_any(),
+            uid: replay.uid().unwrap_or_default(),
+        },
+        pipeline: identity_of(pipeline),
+        slot_name: slot_of(pipeline),
+        kafka: KafkaLog {
+            bootstrap_servers: kafka.bootstrap_servers.clone(),
+            topic_prefix: kafka.topic_prefix.clone(),
+        },
+        from,
+        to,
+        speed,
+        suspended: spec.suspend,
+        target,
+        operator: Some(pod::operator_link(settings)),
+        admin_address: ([0, 0, 0, 0], 9464).into(),
+        termination_message_file: Some("/dev/termination-log".into()),
+    };
+    let config_yaml =
+        meander_config::to_yaml(&config).map_err(|error| invalid(format!("the spec has no form in YAML: {error}")))?;
+    let image = pipeline
+        .spec
+        .runtime
+        .image
+        .clone()
+        .unwrap_or_else(|| settings.runtime_image.clone());
+    Ok(ValidReplay {
+        config,
+        config_yaml,
+        secrets: mounted,
+        serve_port,
+        image,
+        resources: spec.runtime.resources.clone(),
+        log_level: spec.runtime.log_level,
+    })
+}
