@@ -1,0 +1,68 @@
+{{/* Name of everything that the chart installs: the release's, with `meander` in it once. */}}
+{{- define "meander.name" -}}
+{{- if contains "meander" .Release.Name -}}
+{{- printf "%s-operator" .Release.Name | trunc 53 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-meander-operator" .Release.Name | trunc 53 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "meander.selector" -}}
+app.kubernetes.io/name: meander-operator
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "meander.labels" -}}
+{{ include "meander.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/component: operator
+app.kubernetes.io/part-of: meander
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+{{- end -}}
+
+{{/* What the operator may do with the resources and their objects, in all namespaces or in one. */}}
+{{- define "meander.rules" -}}
+# The resources it looks after. `update` on finalizers lets its objects block the deletion of their owner.
+- apiGroups: [meander.dev]
+  resources: [cdcpipelines, replayjobs]
+  verbs: [get, list, watch]
+# A pipeline gets a finalizer, so that its slot goes with it.
+- apiGroups: [meander.dev]
+  resources: [cdcpipelines]
+  verbs: [patch]
+# A finished replay is deleted after its ttlSecondsAfterFinished.
+- apiGroups: [meander.dev]
+  resources: [replayjobs]
+  verbs: [delete]
+- apiGroups: [meander.dev]
+  resources: [cdcpipelines/status, replayjobs/status]
+  verbs: [patch]
+- apiGroups: [meander.dev]
+  resources: [cdcpipelines/finalizers, replayjobs/finalizers]
+  verbs: [update]
+# The pod that captures; it is watched to tell whether it is available.
+- apiGroups: [apps]
+  resources: [deployments]
+  verbs: [get, list, watch, create, patch, delete]
+# The pods that replay and clean up; they are watched to tell how they ended.
+- apiGroups: [batch]
+  resources: [jobs]
+  verbs: [get, list, watch, create, patch, delete]
+# What those pods need: their configuration, an identity, and a Service for a replay that serves.
+- apiGroups: [""]
+  resources: [configmaps, serviceaccounts, services]
+  verbs: [get, list, create, patch, delete]
+# Why a pod does not run, the last word of a replay, and whose pod a caller is.
+- apiGroups: [""]
+  resources: [pods]
+  verbs: [get, list]
+# Whether a Secret that a resource names is there and has its keys. Secrets are never listed or watched.
+- apiGroups: [""]
+  resources: [secrets]
+  verbs: [get]
+# What happened, for kubectl describe.
+- apiGroups: [events.k8s.io]
+  resources: [events]
+  verbs: [create, patch]
+{{- end -}}
