@@ -16,6 +16,8 @@
 #   cluster.sh backend              prints kind or node
 #
 # MEANDER_CLUSTER names it (default: meander); several can exist side by side.
+# MEANDER_CLUSTER_IMAGES=memory or disk says where the local node keeps images
+# (default: memory if 12 GiB are free).
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=tests/cluster/versions.sh
@@ -97,7 +99,10 @@ choose_network() {
 }
 
 write_settings() {
-  local net=$1 file snapshotter=overlayfs
+  local net=$1 file snapshotter=overlayfs images=disk
+  # Images are synced to disk as they are loaded, which beside a build takes a
+  # minute and not seconds; they can be had again, so memory is good enough.
+  [ "$(awk '/^MemAvailable/ {print int($2 / 1048576)}' /proc/meminfo)" -lt 12 ] || images=memory
   # An overlay cannot lie on an overlay, as the disk of a container is one.
   [ "$(stat -f -c %T "$state")" != overlayfs ] || snapshotter=native
   mkdir -p "$state/etc"
@@ -108,6 +113,7 @@ GATEWAY=$net.0.1
 POD_CIDR=$net.64.0/18
 SERVICE_CIDR=$net.128.0/18
 CGROUP=/meander-$name
+IMAGES=${MEANDER_CLUSTER_IMAGES:-$images}
 EOF
   cp -r "$here"/node/. "$state/etc/"
   for file in containerd.toml kubelet.yaml kube-proxy.yaml Corefile objects.yaml cni/10-pods.conflist; do

@@ -32,6 +32,7 @@ mount --bind /run/state/etc/cluster-resolv.conf /etc/resolv.conf || true
 cd /
 export PATH=/run/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/var/tmp
 mkdir -p /var/lib/{etcd,containerd,kubelet,cni} /var/log/{pods,containers,node}
+[ "$IMAGES" != memory ] || mount -t tmpfs -o size=8g,mode=711 images /var/lib/containerd
 
 ip link set lo up
 echo "${me[0]} ${me[21]}" >/run/state/init.new
