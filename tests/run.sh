@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# Runs every check and every test, and closes with how many passed and failed.
+#
+#   tests/run.sh              everything
+#   tests/run.sh lint         formatting, clippy, dependency rules, charts
+#   tests/run.sh unit         the Rust and Go tests, with real services and a real API server
+#   tests/run.sh e2e          on a cluster of its own
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+: "${MEANDER_CACHE:=${XDG_CACHE_HOME:-$HOME/.cache}/meander}"
+export MEANDER_CACHE CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$MEANDER_CACHE/target}
+passed=0 failed=0
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+
+# check TITLE COMMAND...: one check, by its exit status.
+check() {
+  local title=$1 start=$SECONDS; shift
+  printf '\n== %s\n' "$title"
+  if "$@"; then
+    passed=$((passed + 1))
+    printf 'ok - %s (%d s)\n' "$title" $((SECONDS - start))
+  else
+    failed=$((failed + 1))
+    printf 'not ok - %s (%d s)\n' "$title" $((SECONDS - start))
+  fi
+}
+
+# counted TITLE PATTERN COMMAND...: a runner of many tests. Lines that match PATTERN, an awk program that adds to p and f, are
+# counted; a runner that fails without having said so counts as one failure.
+counted() {
+  local title=$1 pattern=$2 start=$SECONDS status=0 p=0 f=0; shift 2
+  printf '\n== %s\n' "$title"
+  "$@" 2>&1 | tee "$log" || status=$?
+  read -r p f < <(awk "$pattern"' END { print p + 0, f + 0 }' "$log")
+  [ "$status" = 0 ] || [ "$f" -gt 0 ] || f=1
+  [ "$status" != 0 ] || [ "$p" -gt 0 ] || { echo "no test ran"; f=1; }
+  passed=$((passed + p)) failed=$((failed + f))
+  printf '%s: %d passed, %d failed (%d s)\n' "$title" "$p" "$f" $((SECONDS - start))
+}
+
+lint() {
+  check "Rust is formatted" cargo fmt --all --check
+  check "Go is formatted" test -z "$(gofmt -l tests/verifier tests/cluster)"
+  check "clippy" cargo clippy -q --locked --workspace --all-targets -- -D warnings
+  check "go vet" env -C tests/verifier go vet ./...
+  check "licences, bans and sources of the dependencies" cargo deny --log-level error check licenses bans sources
+  check "helm lint" helm lint --strict charts/meander
+  check "shell scripts" shellcheck tests/*.sh tests/cluster/*.sh tests/e2e/*.sh deploy/*.sh deploy/*/*.sh bench/*.sh
+}
+
+unit() {
+  # The order matters: the tests start the runtime that lies beside them.
+  check "build" cargo build -q --locked --workspace
+  counted "Rust tests" '/^test result:/ { p += $4; f += $6 }' env RUST_BACKTRACE=0 cargo test --locked --workspace --no-fail-fast
+  counted "Go tests" '/^ *--- PASS/ { p++ } /^ *--- FAIL/ { f++ }' env -C tests/verifier go test -v ./...
+}
+
+e2e() {
+  counted "end to end" '/^ok - / { p++ } /^not ok - / { f++ }' tests/e2e/run.sh
+}
+
+tests/setup.sh
+eval "$(tests/setup.sh env)"
+for part in ${*:-lint unit e2e}; do "$part"; done
+printf '\n%d passed, %d failed\n' "$passed" "$failed"
+[ "$failed" = 0 ]
