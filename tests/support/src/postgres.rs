@@ -23,11 +23,10 @@ const USER: &str = "postgres";
 const PASSWORD: &str = "s3cret-of-the-tests";
 const DATABASE: &str = "postgres";
 
-/// What differs from a server as it comes: logical decoding is on, durability is off, little memory is used.
+/// What differs from a server as it comes: logical decoding is on, nothing waits for the disk, little memory is used.
 const SETTINGS: &[(&str, &str)] = &[
     ("wal_level", "logical"),
     ("fsync", "off"),
-    ("synchronous_commit", "off"),
     ("full_page_writes", "off"),
     ("shared_buffers", "32MB"),
     ("max_connections", "50"),

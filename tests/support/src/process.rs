@@ -10,7 +10,7 @@ use std::{
     io::{Read as _, Seek as _, SeekFrom},
     os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
     path::{Path, PathBuf},
-    process::{Child, ChildStdin, Command, ExitStatus, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     sync::OnceLock,
     thread,
     time::{Duration, Instant},
@@ -37,8 +37,8 @@ const TAIL_BYTES: i64 = 16 * 1024;
 
 struct Guarded {
     root: PathBuf,
-    /// The guard waits for its end.
-    _alive: ChildStdin,
+    /// It waits for the end of its standard input, which is held here.
+    _guard: Child,
 }
 
 /// The folder that holds all files of this test process.
@@ -54,7 +54,7 @@ pub(crate) fn root() -> &'static Path {
             // PostgreSQL runs as another user when the tests run as root, and has to pass through.
             fs::set_permissions(&root, fs::Permissions::from_mode(0o755)).unwrap();
             fs::create_dir(root.join("pids")).unwrap();
-            let mut guard = Command::new("sh")
+            let guard = Command::new("sh")
                 .args(["-c", GUARD])
                 .arg(&root)
                 .stdin(Stdio::piped())
@@ -63,10 +63,7 @@ pub(crate) fn root() -> &'static Path {
                 .process_group(0)
                 .spawn()
                 .expect("sh");
-            Guarded {
-                root,
-                _alive: guard.stdin.take().unwrap(),
-            }
+            Guarded { root, _guard: guard }
         })
         .root
 }
