@@ -35,8 +35,8 @@ die() { log "error: $*"; exit 1; }
 in_place() {
   local target=$1 work; shift
   [ ! -d "$target" ] || return 0
-  mkdir -p "$(dirname "$target")"
-  work=$(mktemp -d "$(dirname "$target")/.making-XXXXXX")
+  mkdir -p "$(dirname "$target")" || return
+  work=$(mktemp -d "$(dirname "$target")/.making-XXXXXX") || return
   if ! "$@" "$work"; then rm -rf "$work"; return 1; fi
   chmod 755 "$work"
   mv -T "$work" "$target" 2>/dev/null || { rm -rf "$work"; [ -d "$target" ]; }
