@@ -35,9 +35,9 @@ pub enum ReplayError {
         /// Where the checkpoint would be.
         topic: String,
     },
-    /// The checkpoint cannot be read.
+    /// The checkpoint, or the end of a partition, cannot be read.
     #[error("{0}; check that Kafka is up and that this client may read the topic")]
-    CheckpointUnreadable(#[source] TailError),
+    TailUnreadable(#[source] TailError),
     /// Kafka does not answer.
     #[error(
         "Kafka cannot be used while {doing}: {source}; check that it is up and that this client may read the topics"
@@ -156,8 +156,8 @@ impl ReplayError {
             Self::InvalidTime { .. } => "InvalidTime",
             Self::EmptyRange => "EmptyRange",
             Self::NoDurableLog { .. } => "NoDurableLog",
-            Self::CheckpointUnreadable(TailError::NotACheckpoint { .. }) => "CheckpointUnreadable",
-            Self::CheckpointUnreadable(_) | Self::KafkaUnreachable { .. } => "KafkaUnreachable",
+            Self::TailUnreadable(TailError::NotACheckpoint { .. }) => "CheckpointUnreadable",
+            Self::TailUnreadable(_) | Self::KafkaUnreachable { .. } => "KafkaUnreachable",
             Self::LogStalled { .. } => "LogStalled",
             Self::HangingTransaction { .. } => "HangingTransaction",
             Self::LogTruncated { .. } => "LogTruncated",

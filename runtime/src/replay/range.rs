@@ -8,7 +8,7 @@ use std::{
 use jiff::Timestamp;
 use meander_config::{KafkaLog, ReplayConfig, ReplayEnd, ReplayStart};
 use rdkafka::{
-    Offset, TopicPartitionList,
+    Message as _, Offset, TopicPartitionList,
     consumer::{BaseConsumer, Consumer as _},
     error::KafkaError,
     types::RDKafkaErrorCode,
@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{error::ReplayError, record::ResumeToken};
 use crate::{
-    checkpoint::{TailError, client_config, read_checkpoint, retry_until},
+    checkpoint::{Tail, TailError, client_config, read_checkpoint, retry_until},
     log::{checkpoint_key, checkpoint_topic},
     position::Position,
 };
@@ -138,7 +138,7 @@ pub fn resolve(config: &ReplayConfig, stop: &CancellationToken) -> Result<Range,
                 topic: checkpoint_topic,
             });
         }
-        Err(error) => return Err(ReplayError::CheckpointUnreadable(error)),
+        Err(error) => return Err(ReplayError::TailUnreadable(error)),
     };
     let mut range = Range {
         from,
@@ -163,19 +163,33 @@ pub fn resolve(config: &ReplayConfig, stop: &CancellationToken) -> Result<Range,
         Some(from) => committed.list(&partitions, Offset::Offset(from))?,
         None => lows.clone(),
     };
+    let tail = Tail::new(&config.kafka.bootstrap_servers, TIMEOUT).map_err(ReplayError::TailUnreadable)?;
     for (index, (topic, partition)) in partitions.into_iter().enumerate() {
         let (low, end) = (lows[index].unwrap_or(0), ends[index].unwrap_or(0));
-        let start = starts[index].unwrap_or(end).max(low);
-        if low > 0 && low >= end && range.from.is_some() {
+        if low > 0 && low >= end && from.is_some() {
             range.emptied.push((topic, partition));
-        } else if start < end {
-            let truncated = range.from.is_some() && low > 0 && start == low;
+            continue;
+        }
+        let start = match (starts[index], from) {
+            (Some(start), _) => start.max(low),
+            // Brokers also say that there is nothing from a timestamp on when the first such record was deleted, whatever
+            // comes after it. Only the last record tells the two apart.
+            (None, Some(from)) if low > 0 => {
+                let last = tail
+                    .last_record(&topic, partition)
+                    .map_err(ReplayError::TailUnreadable)?;
+                let reached = last.is_some_and(|last| last.timestamp().to_millis() >= Some(from));
+                if reached { low } else { end }
+            }
+            (None, _) => end,
+        };
+        if start < end {
             range.partitions.push(Stretch {
                 topic,
                 partition,
                 start,
                 end,
-                truncated,
+                truncated: from.is_some() && low > 0 && start == low,
             });
         }
     }
@@ -198,13 +212,14 @@ pub fn resume(range: &Range, kafka: &KafkaLog, token: ResumeToken) -> Result<Ran
     rest.partitions = std::mem::take(&mut rest.partitions)
         .into_iter()
         .zip(starts)
-        .filter_map(|(stretch, start)| {
-            let start = stretch.start.max(start?);
-            (start < stretch.end).then_some(Stretch {
+        .map(|(stretch, start)| {
+            // An answer of nothing can be wrong (see `resolve`); then what was taken is read again and passed over.
+            let start = stretch.start.max(start.unwrap_or(stretch.start));
+            Stretch {
                 start,
                 truncated: false,
                 ..stretch
-            })
+            }
         })
         .collect();
     Ok(rest)

@@ -89,13 +89,13 @@ pub async fn serve(
 
     let (results, mut ended) = mpsc::channel(1);
     let slots = Arc::new(Semaphore::new(SUBSCRIBERS as usize));
-    let full = Arc::new(AtomicBool::new(false));
+    let closed = Arc::new(AtomicBool::new(false));
     let stop = CancellationToken::new();
     let _stop_on_return = stop.clone().drop_guard();
     let subscriptions = Subscriptions {
         offer: Arc::new(offer),
         slots: Arc::clone(&slots),
-        closed: Arc::clone(&full),
+        closed: Arc::clone(&closed),
         lead: Arc::new(Lead {
             report: report.clone(),
             times: Mutex::default(),
@@ -144,16 +144,14 @@ pub async fn serve(
                     report.waiting(order.paused);
                 }
             }
-            result = ended.recv() => match result {
-                Some(Ok(())) => {
-                    full.store(true, Ordering::Relaxed);
-                    ended.close();
+            // Nobody else can be the first to end the job; the others are let finish.
+            Some(result) = ended.recv(), if !closed.load(Ordering::Relaxed) => {
+                if let Err(error) = result {
+                    break Err(error);
                 }
-                Some(Err(error)) => break Err(error),
-                // Nobody can be the first any more; the others are let finish.
-                None => {}
-            },
-            all = slots.acquire_many(SUBSCRIBERS), if full.load(Ordering::Relaxed) => {
+                closed.store(true, Ordering::Relaxed);
+            }
+            all = slots.acquire_many(SUBSCRIBERS), if closed.load(Ordering::Relaxed) => {
                 drop(all);
                 break Ok(End::Complete);
             }

@@ -1,0 +1,1025 @@
+//! Replays against a real Kafka, with a receiver, a subscriber and an operator that stand in for the user's.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use meander_config::{
+    KafkaLog, OperatorLink, ReplayConfig, ReplayEnd, ReplayStart, ReplayTarget, ResourceIdentity, Speed,
+};
+use meander_proto::v1::{
+    DeliverAck, Directive, ProgressUpdate, ReplayEvent, ReplayProgress, ReplayRequest, ReplayedRecord,
+    StreamProgressRequest,
+    progress_tracker_server::{ProgressTracker, ProgressTrackerServer},
+    progress_update,
+    replay_progress::Phase,
+    replay_receiver_server::{ReplayReceiver, ReplayReceiverServer},
+    replayer_client::ReplayerClient,
+};
+use meander_runtime::{
+    checkpoint::{Tail, read_checkpoint},
+    log::{COMMIT_TIME_HEADER, Checkpoint, PART_HEADER, POSITION_HEADER, checkpoint_key, checkpoint_topic, topic_name},
+    position::{Epoch, Lsn, Position},
+    replay::{self, End, error::ReplayError},
+};
+use meander_test_support::{Kafka, free_address, unique_name};
+use rdkafka::{
+    Message as _, Offset, TopicPartitionList,
+    admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
+    client::DefaultClientContext,
+    message::{Header, OwnedHeaders},
+    producer::{BaseProducer, BaseRecord, Producer as _},
+};
+use tokio::{
+    net::TcpListener,
+    sync::{Semaphore, mpsc, watch},
+    task::JoinHandle,
+    time::timeout,
+};
+use tokio_stream::{
+    StreamExt as _,
+    wrappers::{ReceiverStream, TcpListenerStream},
+};
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming, transport::Server};
+
+/// Whatever is waited for either comes well before this, or never.
+const LIMIT: Duration = Duration::from_secs(60);
+const SECOND: i64 = 1_000_000;
+/// The commit time of the first transaction: 2025-11-20T10:00:00Z.
+const START: i64 = 1_763_632_800 * SECOND;
+const SLOT: &str = "meander_test";
+
+/// One record, as a test writes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Change {
+    position: Position,
+    part: u32,
+    commit_time: i64,
+    table: &'static str,
+    partition: i32,
+}
+
+fn change(lsn: u64, ordinal: u64, commit_time: i64, table: &'static str, partition: i32) -> Change {
+    let position = Position {
+        epoch: Epoch::FIRST,
+        commit_lsn: Lsn(lsn),
+        ordinal,
+    };
+    Change {
+        position,
+        part: 0,
+        commit_time,
+        table,
+        partition,
+    }
+}
+
+/// A log as a pipeline writes it, by other means: one producer, transactions, a checkpoint in each.
+struct Log {
+    kafka: &'static Kafka,
+    pipeline: ResourceIdentity,
+    prefix: String,
+    producer: BaseProducer,
+    /// The running maximum of the commit times.
+    high_time: i64,
+    complete: Option<Position>,
+    events: u64,
+}
+
+/// Topics of every test's pipeline and their partitions. Nothing is ever written to `empty`.
+const TABLES: [(&str, i32); 3] = [("trades", 3), ("orders", 1), ("empty", 2)];
+
+impl Log {
+    async fn new() -> Self {
+        let kafka = Kafka::shared().await;
+        let prefix = unique_name("shop");
+        let pipeline = ResourceIdentity {
+            namespace: "default".to_owned(),
+            name: prefix.clone(),
+            uid: String::new(),
+        };
+        let admin: AdminClient<DefaultClientContext> = kafka.client_config().create().unwrap();
+        let data: Vec<_> = TABLES
+            .iter()
+            .map(|(table, partitions)| (topic_name(&prefix, "public", table), *partitions))
+            .collect();
+        let checkpoints = checkpoint_topic(&pipeline.namespace, &pipeline.name);
+        let mut topics: Vec<_> = data
+            .iter()
+            .map(|(name, partitions)| {
+                NewTopic::new(name, *partitions, TopicReplication::Fixed(1)).set("retention.ms", "-1")
+            })
+            .collect();
+        topics.push(NewTopic::new(&checkpoints, 1, TopicReplication::Fixed(1)).set("cleanup.policy", "compact"));
+        for created in admin.create_topics(&topics, &AdminOptions::new()).await.unwrap() {
+            created.unwrap();
+        }
+        let producer = producer(kafka, &checkpoint_key(&pipeline.namespace, &pipeline.name, SLOT));
+        Self {
+            kafka,
+            pipeline,
+            prefix,
+            producer,
+            high_time: 0,
+            complete: None,
+            events: 0,
+        }
+    }
+
+    fn topic(&self, table: &str) -> String {
+        topic_name(&self.prefix, "public", table)
+    }
+
+    /// Commits the changes of one source transaction, with the checkpoint.
+    fn commit(&mut self, changes: &[Change]) {
+        self.producer.begin_transaction().unwrap();
+        for change in changes {
+            self.high_time = self.high_time.max(change.commit_time);
+            self.send(&self.producer, change);
+        }
+        let last = changes.last().unwrap().position;
+        self.complete = Some(Position::end_of_transaction(last.epoch, last.commit_lsn));
+        self.events += u64::try_from(changes.len()).unwrap();
+        self.send_checkpoint(&self.key(), last);
+        self.producer.commit_transaction(LIMIT).unwrap();
+    }
+
+    /// Writes changes that never were, as a pipeline does whose transaction fails.
+    fn abort(&self, changes: &[Change]) {
+        self.producer.begin_transaction().unwrap();
+        for change in changes {
+            self.send(&self.producer, change);
+        }
+        self.producer.flush(LIMIT).unwrap();
+        self.producer.abort_transaction(LIMIT).unwrap();
+    }
+
+    fn send(&self, producer: &BaseProducer, change: &Change) {
+        let (position, part, commit_time) = (
+            change.position.to_string(),
+            change.part.to_string(),
+            change.commit_time.to_string(),
+        );
+        let mut headers = OwnedHeaders::new()
+            .insert(Header {
+                key: POSITION_HEADER,
+                value: Some(&position),
+            })
+            .insert(Header {
+                key: COMMIT_TIME_HEADER,
+                value: Some(&commit_time),
+            });
+        if change.part > 0 {
+            headers = headers.insert(Header {
+                key: PART_HEADER,
+                value: Some(&part),
+            });
+        }
+        let (topic, payload) = (self.topic(change.table), format!("value of {position}"));
+        let record = BaseRecord::to(&topic)
+            .partition(change.partition)
+            .key("key")
+            .payload(&payload)
+            .timestamp(self.high_time.max(change.commit_time) / 1000)
+            .headers(headers);
+        producer.send(record).map_err(|(error, _)| error).unwrap();
+    }
+
+    fn send_checkpoint(&self, key: &str, published: Position) {
+        let checkpoint = Checkpoint {
+            epoch: 1,
+            system_identifier: "7".to_owned(),
+            timeline: 1,
+            owner_generation: 1,
+            published: Some(published),
+            complete: self.complete,
+            redis: None,
+            acknowledged: published.commit_lsn,
+            high_time_micros: self.high_time,
+            events_total: self.events,
+            released: false,
+        };
+        let topic = checkpoint_topic(&self.pipeline.namespace, &self.pipeline.name);
+        let value = serde_json::to_vec(&checkpoint).unwrap();
+        self.producer
+            .send(BaseRecord::to(&topic).partition(0).key(key).payload(&value))
+            .map_err(|(error, _)| error)
+            .unwrap();
+    }
+
+    fn key(&self) -> String {
+        checkpoint_key(&self.pipeline.namespace, &self.pipeline.name, SLOT)
+    }
+
+    fn config(&self, target: ReplayTarget) -> ReplayConfig {
+        ReplayConfig {
+            job: ResourceIdentity {
+                namespace: "default".to_owned(),
+                name: unique_name("job"),
+                uid: "42".to_owned(),
+            },
+            pipeline: self.pipeline.clone(),
+            slot_name: SLOT.to_owned(),
+            kafka: KafkaLog {
+                bootstrap_servers: vec![self.kafka.bootstrap()],
+                topic_prefix: self.prefix.clone(),
+            },
+            from: ReplayStart::Beginning,
+            to: ReplayEnd::Now,
+            speed: Speed::Max,
+            suspended: false,
+            target,
+            operator: None,
+            admin_address: SocketAddr::from(([127, 0, 0, 1], 0)),
+            termination_message_file: None,
+        }
+    }
+
+    /// Deletes the records of a partition before an offset, as retention does.
+    async fn truncate(&self, table: &str, partition: i32, before: i64) {
+        let admin: AdminClient<DefaultClientContext> = self.kafka.client_config().create().unwrap();
+        let mut offsets = TopicPartitionList::new();
+        offsets
+            .add_partition_offset(&self.topic(table), partition, Offset::Offset(before))
+            .unwrap();
+        admin.delete_records(&offsets, &AdminOptions::new()).await.unwrap();
+    }
+}
+
+fn producer(kafka: &Kafka, transactional_id: &str) -> BaseProducer {
+    let producer: BaseProducer = kafka
+        .client_config()
+        .set("transactional.id", transactional_id)
+        .create()
+        .unwrap();
+    producer.init_transactions(LIMIT).unwrap();
+    producer
+}
+
+/// Thirty transactions, each a minute after the other but for some whose commit times run backwards; with idle partitions, a
+/// key change, transactions over several topics, and some that were tried, aborted and written again.
+fn history() -> Vec<Vec<Change>> {
+    let mut transactions = Vec::new();
+    for number in 0..30_u64 {
+        let lsn = 0x100 + number * 0x10;
+        let minute = START + i64::try_from(number).unwrap() * 60 * SECOND;
+        let commit_time = if number % 4 == 3 { minute - 90 * SECOND } else { minute };
+        let mut transaction = Vec::new();
+        for ordinal in 0..=number % 5 {
+            // Partition 2 of the trades is idle after the beginning.
+            let (table, partition) = match (number + ordinal) % 4 {
+                0 => ("orders", 0),
+                1 if number < 5 => ("trades", 2),
+                n => ("trades", i32::try_from(n % 2).unwrap()),
+            };
+            transaction.push(change(lsn, ordinal, commit_time + 123, table, partition));
+        }
+        if number % 7 == 0 {
+            let mut second = transaction.last().unwrap().clone();
+            second.part = 1;
+            second.partition = 0;
+            second.table = "orders";
+            transaction.push(second);
+        }
+        transactions.push(transaction);
+    }
+    transactions
+}
+
+async fn log_with_history() -> (Log, Vec<Change>) {
+    let mut log = Log::new().await;
+    let history = history();
+    for (number, transaction) in history.iter().enumerate() {
+        if number % 6 == 1 {
+            log.abort(transaction);
+        }
+        log.commit(transaction);
+    }
+    (log, history.concat())
+}
+
+/// What a test compares: a delivered record without where it was stored.
+fn change_of(record: &ReplayedRecord) -> (String, u32, i64) {
+    assert_eq!(record.value, format!("value of {}", record.position));
+    assert_eq!(record.key, "key");
+    (record.position.clone(), record.part, record.commit_time_micros)
+}
+
+fn expected<'a>(changes: impl IntoIterator<Item = &'a Change>) -> Vec<(String, u32, i64)> {
+    changes
+        .into_iter()
+        .map(|change| (change.position.to_string(), change.part, change.commit_time))
+        .collect()
+}
+
+/// A user's server that remembers what it was given.
+#[derive(Clone)]
+struct Receiver {
+    address: SocketAddr,
+    received: Arc<Mutex<Vec<ReplayedRecord>>>,
+    /// One is used up by each answer.
+    answers: Arc<Semaphore>,
+    /// Streams that end with an error instead of an answer.
+    breaks: Arc<AtomicUsize>,
+    arrivals: watch::Sender<usize>,
+}
+
+impl Receiver {
+    async fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let receiver = Self {
+            address: listener.local_addr().unwrap(),
+            received: Arc::default(),
+            answers: Arc::new(Semaphore::new(Semaphore::MAX_PERMITS)),
+            breaks: Arc::default(),
+            arrivals: watch::channel(0).0,
+        };
+        let server = Server::builder()
+            .add_service(ReplayReceiverServer::new(receiver.clone()))
+            .serve_with_incoming(TcpListenerStream::new(listener));
+        tokio::spawn(server);
+        receiver
+    }
+
+    fn target(&self) -> ReplayTarget {
+        ReplayTarget::GrpcCall {
+            endpoint: format!("http://{}", self.address),
+        }
+    }
+
+    fn changes(&self) -> Vec<(String, u32, i64)> {
+        self.received.lock().unwrap().iter().map(change_of).collect()
+    }
+
+    async fn until(&self, records: usize) {
+        timeout(LIMIT, self.arrivals.subscribe().wait_for(|arrived| *arrived >= records))
+            .await
+            .unwrap()
+            .unwrap();
+    }
+}
+
+#[tonic::async_trait]
+impl ReplayReceiver for Receiver {
+    type DeliverStream = ReceiverStream<Result<DeliverAck, Status>>;
+
+    async fn deliver(&self, request: Request<Streaming<ReplayEvent>>) -> Result<Response<Self::DeliverStream>, Status> {
+        let mut events = request.into_inner();
+        let (answer, answers) = mpsc::channel(1);
+        let receiver = self.clone();
+        tokio::spawn(async move {
+            while let Some(Ok(event)) = events.next().await {
+                let arrived = {
+                    let mut received = receiver.received.lock().unwrap();
+                    received.extend(event.records);
+                    received.len()
+                };
+                receiver.arrivals.send_replace(arrived);
+                if receiver.breaks.load(Ordering::Relaxed) > 0 {
+                    receiver.breaks.fetch_sub(1, Ordering::Relaxed);
+                    let _ = answer.send(Err(Status::unavailable("restarting"))).await;
+                    return;
+                }
+                receiver.answers.acquire().await.unwrap().forget();
+                let token = event.resume_token;
+                if answer.send(Ok(DeliverAck { resume_token: token })).await.is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(answers)))
+    }
+}
+
+/// An operator that shows what was reported and directs what it is told.
+#[derive(Clone)]
+struct Operator {
+    address: SocketAddr,
+    directive: watch::Sender<Directive>,
+    update: watch::Sender<ProgressUpdate>,
+}
+
+const OPERATOR_TOKEN: &str = "a-projected-token";
+
+impl Operator {
+    async fn start(directive: Directive) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let operator = Self {
+            address: listener.local_addr().unwrap(),
+            directive: watch::channel(directive).0,
+            update: watch::channel(ProgressUpdate::default()).0,
+        };
+        let server = Server::builder()
+            .add_service(ProgressTrackerServer::new(operator.clone()))
+            .serve_with_incoming(TcpListenerStream::new(listener));
+        tokio::spawn(server);
+        operator
+    }
+
+    fn link(&self, folder: &tempfile::TempDir) -> Option<OperatorLink> {
+        let token_file = folder.path().join("token");
+        std::fs::write(&token_file, format!("{OPERATOR_TOKEN}\n")).unwrap();
+        Some(OperatorLink {
+            endpoint: format!("http://{}", self.address),
+            token_file,
+        })
+    }
+
+    /// The first report, from now on, that is as wanted.
+    async fn reported(&self, wanted: impl Fn(&ReplayProgress) -> bool) -> ReplayProgress {
+        let mut updates = self.update.subscribe();
+        let update = timeout(
+            LIMIT,
+            updates.wait_for(|update| replay_progress(update).is_some_and(&wanted)),
+        )
+        .await;
+        replay_progress(&update.unwrap().unwrap()).unwrap().clone()
+    }
+
+    /// True conditions of the last report, with their reasons.
+    fn conditions(&self) -> BTreeMap<String, String> {
+        let update = self.update.borrow();
+        let set = update.conditions.iter().filter(|condition| condition.status);
+        set.map(|condition| (condition.r#type.clone(), condition.reason.clone()))
+            .collect()
+    }
+}
+
+fn replay_progress(update: &ProgressUpdate) -> Option<&ReplayProgress> {
+    match &update.progress {
+        Some(progress_update::Progress::Replay(progress)) => Some(progress),
+        _ => None,
+    }
+}
+
+#[tonic::async_trait]
+impl ProgressTracker for Operator {
+    type ReportProgressStream = ReceiverStream<Result<Directive, Status>>;
+    type StreamProgressStream = ReceiverStream<Result<ProgressUpdate, Status>>;
+
+    async fn report_progress(
+        &self,
+        request: Request<Streaming<ProgressUpdate>>,
+    ) -> Result<Response<Self::ReportProgressStream>, Status> {
+        let token = request.metadata().get("authorization").unwrap().to_str().unwrap();
+        assert_eq!(token, format!("Bearer {OPERATOR_TOKEN}"));
+        let mut updates = request.into_inner();
+        let (directives, answer) = mpsc::channel(1);
+        let operator = self.clone();
+        tokio::spawn(async move {
+            let mut directive = operator.directive.subscribe();
+            directive.mark_changed();
+            loop {
+                tokio::select! {
+                    update = updates.next() => match update {
+                        Some(Ok(update)) => {
+                            operator.update.send_replace(update);
+                        }
+                        _ => return,
+                    },
+                    _ = directive.changed() => {
+                        let newest = directive.borrow_and_update().clone();
+                        let _ = directives.send(Ok(newest)).await;
+                    }
+                }
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(answer)))
+    }
+
+    async fn stream_progress(
+        &self,
+        _: Request<StreamProgressRequest>,
+    ) -> Result<Response<Self::StreamProgressStream>, Status> {
+        Err(Status::unimplemented("not here"))
+    }
+}
+
+async fn replay(config: ReplayConfig) -> Result<End, ReplayError> {
+    timeout(LIMIT, replay::run(config, CancellationToken::new()))
+        .await
+        .expect("the replay does not end")
+}
+
+fn start(config: ReplayConfig) -> JoinHandle<Result<End, ReplayError>> {
+    tokio::spawn(replay(config))
+}
+
+fn time(micros: i64) -> String {
+    jiff::Timestamp::from_microsecond(micros).unwrap().to_string()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_whole_log_comes_once_in_commit_order_and_its_end_is_told() {
+    let (log, changes) = log_with_history().await;
+    let receiver = Receiver::start().await;
+    let operator = Operator::start(Directive::default()).await;
+    let folder = tempfile::tempdir().unwrap();
+    let word = folder.path().join("termination-log");
+    let config = ReplayConfig {
+        operator: operator.link(&folder),
+        termination_message_file: Some(word.clone()),
+        ..log.config(receiver.target())
+    };
+    assert_eq!(replay(config).await.unwrap(), End::Complete);
+    assert_eq!(receiver.changes(), expected(&changes));
+
+    let last = changes.last().unwrap();
+    let delivered = u64::try_from(changes.len()).unwrap();
+    let progress = operator.reported(|progress| progress.phase() == Phase::Succeeded).await;
+    assert_eq!((progress.delivered, progress.percent), (delivered, 100.0));
+    assert_eq!(progress.current_position, last.position.to_string());
+    assert_eq!(progress.first_event_time_micros, START + 123);
+    let range = progress.resolved_range.unwrap();
+    assert!(range.offsets >= delivered);
+    assert_eq!(range.to_time_micros, log.high_time);
+    assert_eq!(
+        operator.conditions(),
+        BTreeMap::from([("Complete".to_owned(), "Complete".to_owned())])
+    );
+
+    let word: serde_json::Value = serde_json::from_slice(&std::fs::read(word).unwrap()).unwrap();
+    assert_eq!(word["phase"], "Succeeded");
+    assert_eq!(word["delivered"], delivered);
+    assert_eq!(word["currentPosition"], last.position.to_string());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ranges_that_touch_share_nothing_leave_nothing_out_and_split_no_transaction() {
+    let (log, changes) = log_with_history().await;
+    // The last one is later than everything that is published.
+    let cuts = [0, 1, 60, 61, 9 * 60 + 30, 20 * 60, 400 * 60].map(|seconds| START + seconds * SECOND);
+    let mut high_time = 0;
+    let timed: Vec<(i64, &Change)> = changes
+        .iter()
+        .map(|change| {
+            high_time = high_time.max(change.commit_time);
+            (high_time / 1000 * 1000, change)
+        })
+        .collect();
+    let mut all = Vec::new();
+    for pair in cuts.windows(2) {
+        let receiver = Receiver::start().await;
+        let config = ReplayConfig {
+            from: ReplayStart::Time(time(pair[0])),
+            to: ReplayEnd::Time(time(pair[1])),
+            ..log.config(receiver.target())
+        };
+        assert_eq!(replay(config).await.unwrap(), End::Complete);
+        let inside = timed
+            .iter()
+            .filter(|(time, _)| (pair[0]..pair[1]).contains(time))
+            .map(|(_, change)| *change);
+        assert_eq!(
+            receiver.changes(),
+            expected(inside),
+            "from {} to {}",
+            time(pair[0]),
+            time(pair[1])
+        );
+        all.extend(receiver.changes());
+    }
+    assert_eq!(all, expected(&changes));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_range_that_holds_nothing_succeeds_with_nothing() {
+    let (log, _) = log_with_history().await;
+    for (from, to) in [
+        (START + SECOND, START + 2 * SECOND),
+        (START + 1000 * 60 * SECOND, START + 2000 * 60 * SECOND),
+    ] {
+        let receiver = Receiver::start().await;
+        let config = ReplayConfig {
+            from: ReplayStart::Time(time(from)),
+            to: ReplayEnd::Time(time(to)),
+            ..log.config(receiver.target())
+        };
+        assert_eq!(replay(config).await.unwrap(), End::Complete);
+        assert_eq!(receiver.changes(), []);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_written_after_the_start_and_what_is_not_decided_is_not_in_it() {
+    let (mut log, changes) = log_with_history().await;
+    // Another owner's transaction is open in a partition of the range, and holds up everybody who reads there.
+    let other = producer(log.kafka, &unique_name("other"));
+    other.begin_transaction().unwrap();
+    log.send(&other, &change(0x5000, 0, START + 9000 * SECOND, "orders", 0));
+    other.flush(LIMIT).unwrap();
+
+    let receiver = Receiver::start().await;
+    let operator = Operator::start(Directive::default()).await;
+    let folder = tempfile::tempdir().unwrap();
+    let config = ReplayConfig {
+        operator: operator.link(&folder),
+        ..log.config(receiver.target())
+    };
+    let replay = start(config);
+    operator.reported(|progress| progress.phase() == Phase::Pending).await;
+    other.abort_transaction(LIMIT).unwrap();
+    // The range is frozen once it is resolved; this one is after it, wherever the replay is by now.
+    operator.reported(|progress| progress.resolved_range.is_some()).await;
+    log.commit(&[change(0x6000, 0, START + 9001 * SECOND, "orders", 0)]);
+    assert_eq!(replay.await.unwrap().unwrap(), End::Complete);
+    assert_eq!(receiver.changes(), expected(&changes));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn it_is_paused_let_go_and_hurried_while_it_runs() {
+    let (log, changes) = log_with_history().await;
+    let receiver = Receiver::start().await;
+    let held = Directive {
+        paused: true,
+        speed: "1".to_owned(),
+        ..Directive::default()
+    };
+    let operator = Operator::start(held.clone()).await;
+    let folder = tempfile::tempdir().unwrap();
+    let config = ReplayConfig {
+        speed: Speed::Original,
+        suspended: true,
+        operator: operator.link(&folder),
+        ..log.config(receiver.target())
+    };
+    let replay = start(config);
+    let progress = operator
+        .reported(|progress| progress.phase() == Phase::Paused && progress.resolved_range.is_some())
+        .await;
+    assert_eq!(progress.delivered, 0);
+
+    // At its original pace the second minute's changes are a minute away.
+    let first = changes
+        .iter()
+        .filter(|change| change.commit_time == START + 123)
+        .count();
+    operator.directive.send_replace(Directive {
+        paused: false,
+        ..held.clone()
+    });
+    let progress = operator
+        .reported(|progress| progress.phase() == Phase::Running && progress.delivered > 0)
+        .await;
+    assert_eq!(progress.delivered, u64::try_from(first).unwrap());
+    assert!(progress.percent < 1.0 && progress.eta_seconds > 20 * 60, "{progress:?}");
+
+    operator.directive.send_replace(held);
+    let progress = operator.reported(|progress| progress.phase() == Phase::Paused).await;
+    assert_eq!(progress.delivered, u64::try_from(first).unwrap());
+
+    operator.directive.send_replace(Directive {
+        speed: "max".to_owned(),
+        ..Directive::default()
+    });
+    assert_eq!(replay.await.unwrap().unwrap(), End::Complete);
+    assert_eq!(receiver.changes(), expected(&changes));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn it_is_cancelled_or_interrupted_while_it_waits() {
+    let (log, changes) = log_with_history().await;
+    let folder = tempfile::tempdir().unwrap();
+    let receiver = Receiver::start().await;
+    let operator = Operator::start(Directive::default()).await;
+    let config = ReplayConfig {
+        speed: Speed::Original,
+        operator: operator.link(&folder),
+        ..log.config(receiver.target())
+    };
+    let replay = start(config.clone());
+    operator
+        .reported(|progress| progress.phase() == Phase::Running && progress.delivered > 0)
+        .await;
+    operator.directive.send_replace(Directive {
+        cancel: true,
+        ..Directive::default()
+    });
+    assert_eq!(replay.await.unwrap().unwrap(), End::Cancelled);
+    operator.reported(|progress| progress.phase() == Phase::Cancelled).await;
+    assert!(receiver.changes().len() < changes.len());
+
+    let shutdown = CancellationToken::new();
+    let word = folder.path().join("termination-log");
+    let config = ReplayConfig {
+        operator: None,
+        termination_message_file: Some(word.clone()),
+        ..config
+    };
+    let before = receiver.changes().len();
+    let replay = tokio::spawn(replay::run(config, shutdown.clone()));
+    receiver.until(before + 1).await;
+    shutdown.cancel();
+    let result = timeout(LIMIT, replay).await.unwrap().unwrap();
+    assert!(matches!(result, Err(ReplayError::Interrupted)), "{result:?}");
+    let word: serde_json::Value = serde_json::from_slice(&std::fs::read(word).unwrap()).unwrap();
+    assert_eq!(word["reason"], "Interrupted");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_answered_records_count_as_delivered() {
+    let (log, changes) = log_with_history().await;
+    let receiver = Receiver::start().await;
+    receiver.answers.forget_permits(Semaphore::MAX_PERMITS);
+    let operator = Operator::start(Directive::default()).await;
+    let folder = tempfile::tempdir().unwrap();
+    let config = ReplayConfig {
+        operator: operator.link(&folder),
+        ..log.config(receiver.target())
+    };
+    let replay = start(config);
+    receiver.until(1).await;
+    let progress = operator.reported(|progress| progress.phase() == Phase::Running).await;
+    assert_eq!(progress.delivered, 0);
+    receiver.answers.add_permits(1000);
+    assert_eq!(replay.await.unwrap().unwrap(), End::Complete);
+    let progress = operator.reported(|progress| progress.phase() == Phase::Succeeded).await;
+    assert_eq!(progress.delivered, u64::try_from(changes.len()).unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_receiver_that_breaks_off_gets_everything_at_least_once_and_in_order() {
+    let (log, changes) = log_with_history().await;
+    let receiver = Receiver::start().await;
+    receiver.breaks.store(2, Ordering::Relaxed);
+    assert_eq!(replay(log.config(receiver.target())).await.unwrap(), End::Complete);
+
+    let mut received = receiver.changes();
+    let all = expected(&changes);
+    assert!(received.len() > all.len(), "nothing was sent again");
+    assert_eq!(received.split_off(received.len() - all.len()), all);
+    assert!(received.iter().all(|change| all.contains(change)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_receiver_that_is_none_is_refused() {
+    let (log, _) = log_with_history().await;
+    let operator = Operator::start(Directive::default()).await;
+    let folder = tempfile::tempdir().unwrap();
+    let config = ReplayConfig {
+        operator: operator.link(&folder),
+        // It serves something else.
+        ..log.config(ReplayTarget::GrpcCall {
+            endpoint: format!("http://{}", operator.address),
+        })
+    };
+    let error = replay(config).await.unwrap_err();
+    assert_eq!(error.reason(), "ReceiverRefused");
+    operator.reported(|progress| progress.phase() == Phase::Failed).await;
+    assert_eq!(
+        operator.conditions(),
+        BTreeMap::from([("Failed".to_owned(), "ReceiverRefused".to_owned())])
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pipeline_without_a_checkpoint_has_no_log() {
+    let log = Log::new().await;
+    let receiver = Receiver::start().await;
+    let config = log.config(receiver.target());
+    assert_eq!(replay(config.clone()).await.unwrap_err().reason(), "NoDurableLog");
+    let missing = ReplayConfig {
+        pipeline: ResourceIdentity {
+            name: "missing".to_owned(),
+            ..config.pipeline
+        },
+        ..log.config(receiver.target())
+    };
+    assert_eq!(replay(missing).await.unwrap_err().reason(), "NoDurableLog");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_start_that_kafka_no_longer_holds_is_said() {
+    let (log, changes) = log_with_history().await;
+    let cut = 6;
+    log.truncate("orders", 0, cut).await;
+    let operator = Operator::start(Directive::default()).await;
+    let folder = tempfile::tempdir().unwrap();
+    let receiver = Receiver::start().await;
+    let config = ReplayConfig {
+        from: ReplayStart::Time(time(START)),
+        operator: operator.link(&folder),
+        ..log.config(receiver.target())
+    };
+    assert_eq!(replay(config).await.unwrap(), End::Complete);
+    operator.reported(|progress| progress.phase() == Phase::Succeeded).await;
+    assert!(
+        operator.conditions().contains_key("TruncatedRange"),
+        "{:?}",
+        operator.conditions()
+    );
+    // The first transactions take one offset of the orders for each change and one for each end.
+    let kept = |change: &&Change| change.table != "orders" || change.commit_time > START + 4 * 60 * SECOND;
+    assert_eq!(receiver.changes(), expected(changes.iter().filter(kept)));
+
+    // A range that starts after what was deleted is whole.
+    let receiver = Receiver::start().await;
+    let config = ReplayConfig {
+        from: ReplayStart::Time(time(START + 20 * 60 * SECOND)),
+        operator: operator.link(&folder),
+        ..log.config(receiver.target())
+    };
+    operator.update.send_replace(ProgressUpdate::default());
+    assert_eq!(replay(config).await.unwrap(), End::Complete);
+    operator.reported(|progress| progress.phase() == Phase::Succeeded).await;
+    assert!(
+        !operator.conditions().contains_key("TruncatedRange"),
+        "{:?}",
+        operator.conditions()
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_is_not_in_order_or_not_a_pipelines_fails_the_replay() {
+    let mut log = Log::new().await;
+    log.commit(&[change(0x200, 0, START, "orders", 0)]);
+    log.commit(&[change(0x100, 0, START, "orders", 0)]);
+    log.commit(&[change(0x300, 0, START, "orders", 0)]);
+    let receiver = Receiver::start().await;
+    let error = replay(log.config(receiver.target())).await.unwrap_err();
+    assert_eq!(error.reason(), "LogOutOfOrder", "{error}");
+
+    let mut log = Log::new().await;
+    log.commit(&[change(0x100, 0, START, "orders", 0)]);
+    let topic = log.topic("orders");
+    log.producer.begin_transaction().unwrap();
+    log.producer
+        .send(BaseRecord::<(), _>::to(&topic).partition(0).payload("foreign"))
+        .unwrap();
+    log.producer.commit_transaction(LIMIT).unwrap();
+    log.commit(&[change(0x200, 0, START, "orders", 0)]);
+    let error = replay(log.config(receiver.target())).await.unwrap_err();
+    assert_eq!(error.reason(), "ForeignRecord", "{error}");
+    assert!(error.to_string().contains(&topic), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn subscribers_show_a_token_and_go_on_where_they_left() {
+    let (log, changes) = log_with_history().await;
+    let folder = tempfile::tempdir().unwrap();
+    let token_file = folder.path().join("subscribers");
+    std::fs::write(&token_file, "let-me-in\n").unwrap();
+    let address = free_address();
+    let operator = Operator::start(Directive {
+        speed: "1".to_owned(),
+        ..Directive::default()
+    })
+    .await;
+    let config = ReplayConfig {
+        operator: operator.link(&folder),
+        ..log.config(ReplayTarget::GrpcServe { address, token_file })
+    };
+    let replay = start(config);
+    let channel = meander_test_support::eventually("the replay serves", LIMIT, async || {
+        tonic::transport::Endpoint::from_shared(format!("http://{address}"))
+            .unwrap()
+            .connect()
+            .await
+    })
+    .await;
+    let mut client = ReplayerClient::new(channel);
+    let request = |resume_token: &str, authorization: &'static str| {
+        let mut request = Request::new(ReplayRequest {
+            resume_token: resume_token.to_owned(),
+        });
+        request
+            .metadata_mut()
+            .insert("authorization", authorization.parse().unwrap());
+        request
+    };
+
+    let refused = client.replay_event(ReplayRequest::default()).await.unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::Unauthenticated);
+    let refused = client.replay_event(request("", "Bearer let-me-on")).await.unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::Unauthenticated);
+    let refused = client
+        .replay_event(request("nonsense", "Bearer let-me-in"))
+        .await
+        .unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::InvalidArgument);
+
+    // It takes the first message, which at the original pace is the first transaction, and leaves.
+    let mut events = client
+        .replay_event(request("", "Bearer let-me-in"))
+        .await
+        .unwrap()
+        .into_inner();
+    let first = timeout(LIMIT, events.message()).await.unwrap().unwrap().unwrap();
+    drop(events);
+    operator.reported(|progress| progress.phase() == Phase::Pending).await;
+
+    operator.directive.send_replace(Directive {
+        speed: "max".to_owned(),
+        ..Directive::default()
+    });
+    let mut taken: Vec<_> = first.records.iter().map(change_of).collect();
+    assert!(taken.len() < changes.len());
+    let mut events = client
+        .replay_event(request(&first.resume_token, "Bearer let-me-in"))
+        .await
+        .unwrap()
+        .into_inner();
+    while let Some(event) = timeout(LIMIT, events.message()).await.unwrap().unwrap() {
+        taken.extend(event.records.iter().map(change_of));
+    }
+    assert_eq!(taken, expected(&changes));
+    assert_eq!(replay.await.unwrap().unwrap(), End::Complete);
+    let progress = operator.reported(|progress| progress.phase() == Phase::Succeeded).await;
+    assert_eq!(progress.current_position, changes.last().unwrap().position.to_string());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancelled_subscription_does_not_end_as_if_it_were_complete() {
+    let (log, _) = log_with_history().await;
+    let folder = tempfile::tempdir().unwrap();
+    let token_file = folder.path().join("subscribers");
+    std::fs::write(&token_file, "let-me-in").unwrap();
+    let address = free_address();
+    let operator = Operator::start(Directive::default()).await;
+    let config = ReplayConfig {
+        speed: Speed::Original,
+        operator: operator.link(&folder),
+        ..log.config(ReplayTarget::GrpcServe { address, token_file })
+    };
+    let replay = start(config);
+    let channel = meander_test_support::eventually("the replay serves", LIMIT, async || {
+        tonic::transport::Endpoint::from_shared(format!("http://{address}"))
+            .unwrap()
+            .connect()
+            .await
+    })
+    .await;
+    let mut request = Request::new(ReplayRequest::default());
+    request
+        .metadata_mut()
+        .insert("authorization", "Bearer let-me-in".parse().unwrap());
+    let mut events = ReplayerClient::new(channel)
+        .replay_event(request)
+        .await
+        .unwrap()
+        .into_inner();
+    timeout(LIMIT, events.message()).await.unwrap().unwrap().unwrap();
+    operator.directive.send_replace(Directive {
+        cancel: true,
+        ..Directive::default()
+    });
+    let status = timeout(LIMIT, events.message()).await.unwrap().unwrap_err();
+    assert_eq!(status.code(), tonic::Code::Cancelled, "{status}");
+    assert_eq!(replay.await.unwrap().unwrap(), End::Cancelled);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_last_committed_record_is_found_behind_what_nobody_sees() {
+    let mut log = Log::new().await;
+    let bootstrap = vec![log.kafka.bootstrap()];
+    let topic = log.topic("orders");
+    assert!(
+        Tail::new(&bootstrap, LIMIT)
+            .unwrap()
+            .last_record(&topic, 0)
+            .unwrap()
+            .is_none()
+    );
+
+    log.commit(&[
+        change(0x100, 0, START, "orders", 0),
+        change(0x100, 1, START, "orders", 0),
+    ]);
+    // More than the first look back takes in, each with its control record.
+    for _ in 0..20 {
+        log.abort(&[change(0x200, 0, START, "orders", 0)]);
+    }
+    let last = Tail::new(&bootstrap, LIMIT)
+        .unwrap()
+        .last_record(&topic, 0)
+        .unwrap()
+        .unwrap();
+    assert_eq!(last.payload().unwrap(), b"value of 1:0/100:1");
+
+    // The checkpoints of another slot of the pipeline are in the same topic.
+    log.producer.begin_transaction().unwrap();
+    for _ in 0..40 {
+        log.send_checkpoint("default/other/slot", change(0x900, 0, START, "orders", 0).position);
+    }
+    log.producer.commit_transaction(LIMIT).unwrap();
+    let checkpoints = checkpoint_topic(&log.pipeline.namespace, &log.pipeline.name);
+    let checkpoint = read_checkpoint(&bootstrap, &checkpoints, &log.key(), LIMIT)
+        .unwrap()
+        .unwrap();
+    assert_eq!(checkpoint.complete, log.complete);
+    assert_eq!(checkpoint.events_total, 2);
+    assert!(
+        read_checkpoint(&bootstrap, &checkpoints, "no such key", LIMIT)
+            .unwrap()
+            .is_none()
+    );
+}
