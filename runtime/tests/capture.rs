@@ -12,7 +12,7 @@ use meander_runtime::{
     checkpoint::{Tail, read_checkpoint},
     log::{Checkpoint, POSITION_HEADER, checkpoint_key, checkpoint_topic},
 };
-use meander_test_support::{Kafka, Postgres, Redis, Runtime, eventually, unique_name};
+use meander_test_support::{Kafka, Postgres, Redis, Runtime, eventually, free_address, unique_name};
 use prost::Message as _;
 use rdkafka::{
     Message as _, Offset, TopicPartitionList,
@@ -44,7 +44,7 @@ fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> CaptureC
         },
         redis: redis.map(|redis| RedisSink { url_file: redis.url_file(), stream_prefix: name, max_length: None }),
         operator: None,
-        admin_address: Runtime::free_address(),
+        admin_address: free_address(),
     }
 }
 
@@ -386,7 +386,7 @@ async fn a_second_runtime_waits_for_the_slot_and_takes_over_without_loss_or_doub
     let topic = format!("{}.public.t", config.kafka.topic_prefix);
     let mut first = Runtime::capture(&config);
     first.ready(LIMIT).await;
-    let second = Runtime::capture(&CaptureConfig { admin_address: Runtime::free_address(), ..config.clone() });
+    let second = Runtime::capture(&CaptureConfig { admin_address: free_address(), ..config.clone() });
     wait_for_failure(&second, "SlotActive").await;
     execute(&postgres, "INSERT INTO t SELECT generate_series(1, 1000)").await;
     first.kill9();

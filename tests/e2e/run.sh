@@ -87,7 +87,7 @@ replay_to_receiver() {
   local records delivered
   delivered=$(k get rpj last-seconds -o jsonpath='{.status.progress.delivered}')
   k logs deployment/receiver --tail=1
-  records=$(k logs deployment/receiver --tail=1 | jq -er 'select(.ordered and .duplicates == 0) | .records')
+  records=$(k logs deployment/receiver --tail=1 | jq -er 'select(.order_ok and .duplicates == 0) | .records')
   [ "$records" = "$delivered" ] && [ "$delivered" -gt 0 ]
   [ "$(k get rpj last-seconds -o jsonpath='{.status.phase} {.status.progress.percent}')" = "Succeeded 100" ]
 }

@@ -1,0 +1,77 @@
+//! Measures Meander against real services on loopback, which it starts itself.
+//!
+//! `bench/run.sh` builds and runs it. Each measurement ends with one line of JSON; `docs/benchmarks.md` says what was measured where.
+
+// A failure here is the measurement's failure.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod capture;
+mod pacing;
+
+use clap::{Parser, Subcommand};
+use meander_config::{
+    CaptureConfig, KafkaSink, PostgresSource, Publication, PublicationManagement, RedisSink, ResourceIdentity,
+    TableSelection,
+};
+use meander_test_support::{Kafka, Postgres, Redis, Runtime, free_address, unique_name};
+
+#[derive(Parser)]
+struct Arguments {
+    #[command(subcommand)]
+    measurement: Measurement,
+}
+
+#[derive(Subcommand)]
+enum Measurement {
+    /// Catch-up with rows that were inserted before the capture started
+    Capture {
+        #[arg(long, default_value_t = 1_000_000)]
+        rows: u64,
+        #[arg(long, default_value_t = 5)]
+        rounds: u32,
+    },
+    /// Replay of a recorded load at several speeds, and how far each delivery is from its due time
+    Pacing {
+        #[arg(long, default_value_t = 10_000)]
+        changes: u64,
+        #[arg(long, default_value_t = 250.0)]
+        rate: f64,
+        #[arg(long, value_delimiter = ',', default_value = "1,10,100")]
+        speeds: Vec<f64>,
+    },
+}
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    match Arguments::parse().measurement {
+        Measurement::Capture { rows, rounds } => capture::measure(rows, rounds).await,
+        Measurement::Pacing { changes, rate, speeds } => pacing::measure(changes, rate, &speeds).await,
+    }
+}
+
+/// A capture of `public.trades` under names that nobody else uses.
+fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> CaptureConfig {
+    let name = unique_name("bench");
+    CaptureConfig {
+        pipeline: ResourceIdentity { namespace: "bench".to_owned(), name: name.clone(), uid: String::new() },
+        source: PostgresSource {
+            host: "127.0.0.1".to_owned(),
+            port: postgres.port(),
+            database: postgres.database().to_owned(),
+            username_file: postgres.username_file(),
+            password_file: postgres.password_file(),
+            tables: TableSelection { include: vec!["public.trades".to_owned()], exclude: vec![] },
+            publication: Publication { name: name.clone(), management: PublicationManagement::Managed },
+            slot_name: name.clone(),
+        },
+        kafka: KafkaSink {
+            bootstrap_servers: vec![kafka.bootstrap()],
+            topic_prefix: name.clone(),
+            partitions: 1,
+            replication_factor: None,
+        },
+        redis: redis.map(|redis| RedisSink { url_file: redis.url_file(), stream_prefix: name, max_length: None }),
+        operator: None,
+        admin_address: free_address(),
+    }
+}
