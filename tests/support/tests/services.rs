@@ -63,8 +63,10 @@ async fn postgres_takes_settings_and_refuses_a_wrong_password() {
         .unwrap()
         .get(0);
     assert_eq!(wal_level, "replica");
-    let url = postgres.url().replace(":meander@", ":wrong@");
-    let error = tokio_postgres::connect(&url, tokio_postgres::NoTls)
+    let mut config: tokio_postgres::Config = postgres.url().parse().unwrap();
+    let error = config
+        .password("wrong")
+        .connect(tokio_postgres::NoTls)
         .await
         .err()
         .unwrap();
