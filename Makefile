@@ -39,7 +39,7 @@ binaries: ## Static binaries for the images, in dist/
 	@for binary in operator runtime workload; do \
 	  cp --update "$(CARGO_TARGET_DIR)/$(MUSL)/release/meander-$$binary" dist/; done
 	cd tests/verifier && CGO_ENABLED=0 go build -trimpath -ldflags='-s -w' -o ../../dist/meander-verify .
-	@cp proto/meander/v1/change.proto dist/
+	@mkdir -p dist/proto/meander/v1 && cp proto/meander/v1/change.proto dist/proto/meander/v1/
 
 images: binaries ## Container images; sizes are printed
 	@tests/setup.sh cluster

@@ -18,10 +18,11 @@ tag=${MEANDER_TAG:-dev}
 die() { echo "error: $*" >&2; exit 1; }
 has_docker() { command -v docker >/dev/null && docker info >/dev/null 2>&1; }
 
-binary_of() {
+# What the image takes from dist/, the program itself first.
+files_of() {
   case $1 in
     operator | runtime) echo "meander-$1" ;;
-    demo) echo meander-workload ;;
+    demo) echo "meander-workload meander-verify proto" ;;
     *) die "unknown image $1; there are operator, runtime, demo" ;;
   esac
 }
@@ -56,16 +57,17 @@ with_buildah() {
 report() { awk -v name="$1" '{ printf "%s: %.1f MB\n", name, $1 / 1e6 }' >&2; }
 
 build() {
-  local target=$1 binary context
-  binary=$dist/$(binary_of "$target")
-  [ -f "$binary" ] || die "$binary is missing; build it first"
+  local target=$1 context file
   # Only what the image takes is sent, not the whole checkout.
   mkdir "$work/$target" && context=$work/$target
   mkdir "$context/dist"
-  cp --reflink=auto "$binary" "$context/dist/"
+  for file in $(files_of "$target"); do
+    [ -e "$dist/$file" ] || die "$dist/$file is missing; build it first (make binaries)"
+    cp -r --reflink=auto "$dist/$file" "$context/dist/"
+  done
   cp "$(certificates)" "$context/dist/ca-certificates.crt"
   # An umask must not make an image that only root can run.
-  chmod 755 "$context/dist/$(basename "$binary")"; chmod 644 "$context/dist/ca-certificates.crt"
+  chmod -R u=rwX,go=rX "$context/dist"
   "$engine" "$target" "$registry/meander-$target:$tag" "$context"
 }
 
@@ -79,7 +81,8 @@ while [ $# -gt 0 ]; do
 done
 if [ ${#targets[@]} = 0 ]; then
   for target in operator runtime demo; do
-    [ ! -f "$dist/$(binary_of "$target")" ] || targets+=("$target")
+    read -r program _ < <(files_of "$target")
+    [ ! -f "$dist/$program" ] || targets+=("$target")
   done
 fi
 [ ${#targets[@]} -gt 0 ] || die "no binary in $dist"

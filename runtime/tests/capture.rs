@@ -1,52 +1,21 @@
 //! Capture against a real PostgreSQL, Kafka and Redis.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use std::{collections::BTreeMap, time::Duration};
+mod common;
 
-use meander_config::{
-    CaptureConfig, KafkaSink, PostgresSource, Publication, PublicationManagement, RedisSink, ResourceIdentity,
-    TableSelection,
-};
+use std::collections::BTreeMap;
+
+use common::{LIMIT, checkpoint, config};
+use meander_config::CaptureConfig;
 use meander_proto::v1::{ChangeRecord, Operation, value::Kind};
-use meander_runtime::{
-    checkpoint::{Tail, read_checkpoint},
-    log::{Checkpoint, POSITION_HEADER, checkpoint_key, checkpoint_topic},
-};
-use meander_test_support::{Kafka, Postgres, Redis, Runtime, eventually, free_address, unique_name};
+use meander_runtime::{checkpoint::Tail, log::POSITION_HEADER};
+use meander_test_support::{Kafka, Postgres, Redis, Runtime, eventually, free_address};
 use prost::Message as _;
 use rdkafka::{
     Message as _, Offset, TopicPartitionList,
     consumer::{BaseConsumer, Consumer as _},
     message::Headers as _,
 };
-
-const LIMIT: Duration = Duration::from_secs(60);
-
-fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> CaptureConfig {
-    let name = unique_name("shop");
-    CaptureConfig {
-        pipeline: ResourceIdentity { namespace: "test".to_owned(), name: name.clone(), uid: String::new() },
-        source: PostgresSource {
-            host: "127.0.0.1".to_owned(),
-            port: postgres.port(),
-            database: postgres.database().to_owned(),
-            username_file: postgres.username_file(),
-            password_file: postgres.password_file(),
-            tables: TableSelection { include: vec!["public.*".to_owned()], exclude: vec![] },
-            publication: Publication { name: name.clone(), management: PublicationManagement::Managed },
-            slot_name: name.clone(),
-        },
-        kafka: KafkaSink {
-            bootstrap_servers: vec![kafka.bootstrap()],
-            topic_prefix: name.clone(),
-            partitions: 3,
-            replication_factor: None,
-        },
-        redis: redis.map(|redis| RedisSink { url_file: redis.url_file(), stream_prefix: name, max_length: None }),
-        operator: None,
-        admin_address: free_address(),
-    }
-}
 
 async fn execute(postgres: &Postgres, sql: &str) {
     postgres.client().await.batch_execute(sql).await.unwrap();
@@ -108,19 +77,6 @@ async fn wait_for_failure(runtime: &Runtime, reason: &str) {
         if metrics.contains(&wanted) { Ok(()) } else { Err(metrics) }
     })
     .await;
-}
-
-fn checkpoint(config: &CaptureConfig) -> Option<Checkpoint> {
-    let (namespace, name) = (&config.pipeline.namespace, &config.pipeline.name);
-    tokio::task::block_in_place(|| {
-        read_checkpoint(
-            &config.kafka.bootstrap_servers,
-            &checkpoint_topic(namespace, name),
-            &checkpoint_key(namespace, name, &config.source.slot_name),
-            LIMIT,
-        )
-        .unwrap()
-    })
 }
 
 #[tokio::test(flavor = "multi_thread")]

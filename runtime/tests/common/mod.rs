@@ -1,0 +1,57 @@
+//! What the tests of capture share.
+
+use std::time::Duration;
+
+use meander_config::{
+    CaptureConfig, KafkaSink, PostgresSource, Publication, PublicationManagement, RedisSink, ResourceIdentity,
+    TableSelection,
+};
+use meander_runtime::{
+    checkpoint::read_checkpoint,
+    log::{Checkpoint, checkpoint_key, checkpoint_topic},
+};
+use meander_test_support::{Kafka, Postgres, Redis, free_address, unique_name};
+
+/// For every wait.
+pub const LIMIT: Duration = Duration::from_secs(60);
+
+/// A capture of every table in `public`, under names that no other test uses.
+pub fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> CaptureConfig {
+    let name = unique_name("shop");
+    CaptureConfig {
+        pipeline: ResourceIdentity { namespace: "test".to_owned(), name: name.clone(), uid: String::new() },
+        source: PostgresSource {
+            host: "127.0.0.1".to_owned(),
+            port: postgres.port(),
+            database: postgres.database().to_owned(),
+            username_file: postgres.username_file(),
+            password_file: postgres.password_file(),
+            tables: TableSelection { include: vec!["public.*".to_owned()], exclude: vec![] },
+            publication: Publication { name: name.clone(), management: PublicationManagement::Managed },
+            slot_name: name.clone(),
+        },
+        kafka: KafkaSink {
+            bootstrap_servers: vec![kafka.bootstrap()],
+            topic_prefix: name.clone(),
+            partitions: 3,
+            replication_factor: None,
+        },
+        redis: redis.map(|redis| RedisSink { url_file: redis.url_file(), stream_prefix: name, max_length: None }),
+        operator: None,
+        admin_address: free_address(),
+    }
+}
+
+/// The pipeline's checkpoint, if there is one.
+pub fn checkpoint(config: &CaptureConfig) -> Option<Checkpoint> {
+    let (namespace, name) = (&config.pipeline.namespace, &config.pipeline.name);
+    tokio::task::block_in_place(|| {
+        read_checkpoint(
+            &config.kafka.bootstrap_servers,
+            &checkpoint_topic(namespace, name),
+            &checkpoint_key(namespace, name, &config.source.slot_name),
+            LIMIT,
+        )
+        .unwrap()
+    })
+}

@@ -1,0 +1,78 @@
+//! `kill -9` in mid-stream loses nothing, doubles nothing and reorders nothing.
+//!
+//! Judged by `tests/verifier`, which shares no code with the runtime: it compares what Kafka and Redis hold with the ledger that
+//! triggers wrote into the database in the same transactions.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use std::{path::PathBuf, process::Command};
+
+use common::LIMIT;
+use meander_test_support::{Kafka, Postgres, Redis, Runtime, eventually};
+use meander_workload::load::{self, Load};
+
+const CHANGES: u64 = 30_000;
+const KILLS: u64 = 5;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn five_kills_in_mid_stream_lose_and_double_nothing() {
+    let (postgres, redis, kafka) = (Postgres::start(&[]).await, Redis::start().await, Kafka::shared().await);
+    let database: tokio_postgres::Config = postgres.url().parse().unwrap();
+    load::prepare(&load::connect(&database).await.unwrap(), "public.trades").await.unwrap();
+    let config = common::config(&postgres, kafka, Some(&redis));
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+
+    let load = tokio::spawn({
+        let load = Load {
+            table: "public.trades".to_owned(),
+            changes: CHANGES,
+            rate: 3000.0,
+            seed: 7,
+            clients: 4,
+            key_changes: true,
+        };
+        async move { load::run(&database, &load).await.unwrap() }
+    });
+    // Each kill comes while changes flow: after some of them are out since the last one, and before the load has ended.
+    for kill in 1..=KILLS {
+        runtime.ready(LIMIT).await;
+        let mark = CHANGES * kill / (KILLS + 2);
+        eventually("changes flow", LIMIT, async || {
+            let published = common::checkpoint(&config).map_or(0, |checkpoint| checkpoint.events_total);
+            if published >= mark { Ok(()) } else { Err(format!("{published} of {mark}")) }
+        })
+        .await;
+        runtime.kill9();
+        runtime.start_again();
+    }
+    let made = load.await.unwrap();
+    runtime.ready(LIMIT).await;
+
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..");
+    let folder = tempfile::tempdir().unwrap();
+    let verifier = folder.path().join("meander-verify");
+    let built = Command::new("go")
+        .args(["build", "-o"])
+        .arg(&verifier)
+        .arg(".")
+        .current_dir(root.join("tests/verifier"))
+        .status()
+        .expect("Go is needed for the verifier");
+    assert!(built.success());
+    let verified = Command::new(&verifier)
+        .args(["--postgres", &postgres.url(), "--kafka", &kafka.bootstrap(), "--redis", &redis.url()])
+        .args(["--topic-prefix", &config.kafka.topic_prefix, "--stream-prefix", &config.kafka.topic_prefix])
+        .arg("--proto")
+        .arg(root.join("proto"))
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&verified.stdout);
+    assert!(verified.status.success(), "{said}\n{}", String::from_utf8_lossy(&verified.stderr));
+    println!("{said}");
+    assert!(made.changes >= CHANGES);
+    let checkpoint = common::checkpoint(&config).unwrap();
+    assert_eq!(checkpoint.events_total, made.changes);
+    assert!(checkpoint.owner_generation > KILLS, "each start is an owner of its own");
+}
