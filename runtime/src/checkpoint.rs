@@ -6,8 +6,8 @@
 use std::time::{Duration, Instant};
 
 use rdkafka::{
-    ClientConfig, Message as _, Offset, TopicPartitionList,
-    consumer::{BaseConsumer, Consumer as _},
+    ClientConfig, ClientContext, Message as _, Offset, TopicPartitionList,
+    consumer::{BaseConsumer, Consumer as _, ConsumerContext},
     error::KafkaError,
     message::{BorrowedMessage, OwnedMessage},
     types::RDKafkaErrorCode,
@@ -78,9 +78,23 @@ pub(crate) fn client_config(bootstrap_servers: &[String], group: &str) -> Client
     config
 }
 
+/// Hears what the client says on its own account.
+pub(crate) struct Context;
+
+impl ClientContext for Context {
+    fn error(&self, error: KafkaError, reason: &str) {
+        // The end of a partition is asked for, and told to whoever reads there. The client goes on by itself after the others.
+        if error.rdkafka_error_code() != Some(RDKafkaErrorCode::PartitionEOF) {
+            tracing::warn!(%error, reason, "Kafka");
+        }
+    }
+}
+
+impl ConsumerContext for Context {}
+
 /// Reads partitions from their end.
 pub struct Tail {
-    consumer: BaseConsumer,
+    consumer: BaseConsumer<Context>,
     timeout: Duration,
 }
 
@@ -91,7 +105,7 @@ impl Tail {
     /// When the client cannot be made from its settings.
     pub fn new(bootstrap_servers: &[String], timeout: Duration) -> Result<Self, TailError> {
         let consumer = client_config(bootstrap_servers, "meander-tail")
-            .create()
+            .create_with_context(Context)
             .map_err(|error| TailError::Client(Box::new(error)))?;
         Ok(Self { consumer, timeout })
     }

@@ -278,8 +278,8 @@ impl JobReport {
             phase = word.phase,
             delivered = word.delivered,
             position = word.current_position,
-            first_event_time = micros(word.first_event_time_micros),
-            last_event_time = micros(word.current_time_micros),
+            first_event_time = (word.delivered > 0).then(|| micros(word.first_event_time_micros)),
+            last_event_time = (word.delivered > 0).then(|| micros(word.current_time_micros)),
             delivery_seconds = word.delivery_micros as f64 / 1e6,
             reason,
             "the replay ended"

@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{error::ReplayError, record::ResumeToken};
 use crate::{
-    checkpoint::{Tail, TailError, client_config, read_checkpoint, retry_until},
+    checkpoint::{Context, Tail, TailError, client_config, read_checkpoint, retry_until},
     log::{checkpoint_key, checkpoint_topic},
     position::Position,
 };
@@ -259,13 +259,13 @@ fn settle(
 }
 
 /// Asks brokers for offsets.
-struct Offsets(BaseConsumer);
+struct Offsets(BaseConsumer<Context>);
 
 impl Offsets {
     fn connect(kafka: &KafkaLog, isolation: &str) -> Result<Self, ReplayError> {
         client_config(&kafka.bootstrap_servers, "meander-replay")
             .set("isolation.level", isolation)
-            .create()
+            .create_with_context(Context)
             .map(Self)
             .map_err(unreachable("setting up a client"))
     }

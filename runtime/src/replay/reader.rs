@@ -8,7 +8,7 @@ use std::{
 use meander_config::{KafkaLog, ResourceIdentity};
 use rdkafka::{
     Message as _, Offset, TopicPartitionList,
-    consumer::{BaseConsumer, Consumer as _, DefaultConsumerContext, base_consumer::PartitionQueue},
+    consumer::{BaseConsumer, Consumer as _, base_consumer::PartitionQueue},
     error::KafkaError,
     types::RDKafkaErrorCode,
 };
@@ -20,7 +20,7 @@ use super::{
     range::{Place, Range, Stretch},
     record::{Coordinate, Record},
 };
-use crate::checkpoint::client_config;
+use crate::checkpoint::{Context, client_config};
 
 /// Memory for what is fetched ahead, over all partitions.
 const PREFETCH_BYTES: usize = 64 << 20;
@@ -90,7 +90,7 @@ impl From<ReplayError> for Stop {
 }
 
 struct Reader {
-    consumer: Arc<BaseConsumer>,
+    consumer: Arc<BaseConsumer<Context>>,
     range: Range,
     after: Option<Coordinate>,
     sources: Vec<Source>,
@@ -106,7 +106,7 @@ struct Source {
     stretch: Stretch,
     /// The partition's own queue. Its size is bounded by the client for each partition by itself, which a queue shared by all is
     /// not: there one partition could fill the queue while the merge waits for another.
-    queue: PartitionQueue<DefaultConsumerContext>,
+    queue: PartitionQueue<Context>,
 }
 
 impl Reader {
@@ -123,13 +123,13 @@ impl Reader {
         };
         let share =
             (PREFETCH_BYTES / range.partitions.len().max(1)).clamp(*PARTITION_BYTES.start(), *PARTITION_BYTES.end());
-        let consumer: Arc<BaseConsumer> = Arc::new(
+        let consumer: Arc<BaseConsumer<Context>> = Arc::new(
             client_config(&kafka.bootstrap_servers, group)
                 .set("queued.max.messages.kbytes", (share / 1024).to_string())
                 .set("fetch.message.max.bytes", share.min(1 << 20).to_string())
                 // How long a partition whose queue was full waits for its next fetch; the default is a second.
                 .set("fetch.queue.backoff.ms", "2")
-                .create()
+                .create_with_context(Context)
                 .map_err(unreachable)?,
         );
         let mut assignment = TopicPartitionList::with_capacity(range.partitions.len());
@@ -238,7 +238,6 @@ impl Reader {
                     self.flush()?;
                     // Errors that concern no partition come here; the client goes on by itself after them.
                     if let Some(Err(error)) = self.consumer.poll(Duration::ZERO) {
-                        tracing::warn!(%error, "Kafka");
                         failure = Some(error);
                     }
                     if self.out.is_closed() {

@@ -73,9 +73,9 @@ pub struct Tally {
 pub struct Counts {
     /// Records.
     pub delivered: u64,
-    /// The first delivery: its event time and when it was handed over.
+    /// The first delivered record: its event time and when it was handed over.
     pub first: Option<(i64, Instant)>,
-    /// The last delivery: its event time and when it was done.
+    /// The last delivered record: its event time and when it was handed over.
     pub last: Option<(i64, Instant)>,
     /// The last record.
     pub coordinate: Option<Coordinate>,
@@ -107,7 +107,7 @@ impl Tally {
         let mut counts = self.lock();
         counts.delivered += mark.records;
         counts.first.get_or_insert((mark.first_time, mark.handed));
-        counts.last = Some((mark.last_time, Instant::now()));
+        counts.last = Some((mark.last_time, mark.handed));
         counts.coordinate = Some(mark.resume.coordinate);
     }
 
