@@ -58,7 +58,8 @@ impl Events {
             return;
         }
         if let Some(condition) = new.iter().find(|condition| condition.type_ == type_) {
-            let wanted = matches!(condition.reason.as_str(), "Suspended" | "Terminating");
+            // These are false because of what somebody asked for.
+            let wanted = matches!(condition.reason.as_str(), "Suspended" | "Terminating" | "PodNotReady");
             let severity = if condition.status == "False" && !wanted {
                 EventType::Warning
             } else {

@@ -1,8 +1,12 @@
 //! The operator's binary.
 
+use anyhow::Context as _;
 use clap::Parser as _;
+use kube::Client;
 use meander_operator::operator::{Options, run};
 use mimalloc::MiMalloc;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
 
 #[global_allocator]
@@ -17,5 +21,19 @@ async fn main() -> anyhow::Result<()> {
         .flatten_event(true)
         .with_env_filter(filter)
         .init();
-    run(options).await
+    let client = Client::try_default().await.context("finding the cluster")?;
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let shutdown = CancellationToken::new();
+    let signalled = async {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        shutdown.cancel();
+        std::future::pending().await
+    };
+    tokio::select! {
+        result = run(options, client, shutdown.clone()) => result,
+        () = signalled => Ok(()),
+    }
 }

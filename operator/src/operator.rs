@@ -5,9 +5,9 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use anyhow::Context as _;
 use clap::Parser;
 use futures::FutureExt as _;
-use kube::{Api, Client, Config};
+use kube::{Api, Client};
 use meander_proto::{FILE_DESCRIPTOR_SET, v1::progress_tracker_server::ProgressTrackerServer};
-use tokio::{net::TcpListener, signal::unix, task::JoinSet, time::timeout};
+use tokio::{net::TcpListener, task::JoinSet, time::timeout};
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
@@ -60,13 +60,11 @@ pub struct Options {
     pub admin_address: SocketAddr,
 }
 
-/// Runs until SIGTERM or SIGINT, or until a part of it fails.
+/// Runs until `shutdown`, or until a part of it fails.
 ///
 /// # Errors
 /// When something cannot be started, fails, or does not end in time; and when the lease is lost.
-pub async fn run(options: Options) -> anyhow::Result<()> {
-    let shutdown = CancellationToken::new();
-    let client = Client::try_from(Config::infer().await.context("finding the cluster")?)?;
+pub async fn run(options: Options, client: Client, shutdown: CancellationToken) -> anyhow::Result<()> {
     let metrics = Arc::new(Metrics::new()?);
     let readiness = Readiness::default();
     let (tracker, pokes) = Tracker::new();
@@ -99,7 +97,6 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let admin = bind(options.admin_address).await?;
 
     let mut parts = JoinSet::new();
-    parts.spawn(stop_on_signal(shutdown.clone())?.map(|()| ("signals", Ok(()))));
     parts.spawn(admin::serve(admin, readiness.clone(), metrics.clone(), shutdown.clone()).map(|r| ("admin", r)));
     parts.spawn(serve_grpc(grpc, service, shutdown.clone()).map(|r| ("grpc", r)));
     // The lease is kept until nothing writes any more: it has an end of its own.
@@ -139,18 +136,6 @@ async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
     TcpListener::bind(address)
         .await
         .with_context(|| format!("listening on {address}"))
-}
-
-fn stop_on_signal(shutdown: CancellationToken) -> anyhow::Result<impl Future<Output = ()>> {
-    let mut terminate = unix::signal(unix::SignalKind::terminate())?;
-    let mut interrupt = unix::signal(unix::SignalKind::interrupt())?;
-    Ok(async move {
-        tokio::select! {
-            _ = terminate.recv() => shutdown.cancel(),
-            _ = interrupt.recv() => shutdown.cancel(),
-            () = shutdown.cancelled() => {}
-        }
-    })
 }
 
 /// Waits for the lease, then runs both controllers.

@@ -199,7 +199,7 @@ fn available(inputs: &Inputs<'_>, old: &[Condition]) -> Judgement {
     }
 }
 
-/// True if everything is; otherwise the first thing that is not.
+/// True if everything is; otherwise what the first thing says that is not.
 fn ready(inputs: &Inputs<'_>, judgements: &[Judgement]) -> Judgement {
     if inputs.pipeline.metadata.deletion_timestamp.is_some() {
         return Judgement::new(READY, Status::False, "Terminating", "The pipeline is being deleted.");
@@ -211,13 +211,17 @@ fn ready(inputs: &Inputs<'_>, judgements: &[Judgement]) -> Judgement {
     let gap = judgements
         .iter()
         .find(|judgement| matches!(judgement.type_, SOURCE_GAP | REDIS_GAP));
+    // What is wrong says more than what is not known.
     let wanting = || {
-        judgements.iter().find(|judgement| {
-            matches!(
-                judgement.type_,
-                SPEC_VALID | SOURCE_READY | SINKS_READY | RUNTIME_AVAILABLE
-            ) && judgement.status != Status::True
-        })
+        let first = |status| {
+            judgements.iter().find(|judgement| {
+                matches!(
+                    judgement.type_,
+                    SPEC_VALID | SOURCE_READY | SINKS_READY | RUNTIME_AVAILABLE
+                ) && judgement.status == status
+            })
+        };
+        first(Status::False).or_else(|| first(Status::Unknown))
     };
     // A problem that belongs to no condition of its own, such as a reconcile that took too long, leaves what is known as it is.
     match (gap, wanting()) {

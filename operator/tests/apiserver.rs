@@ -1,0 +1,1299 @@
+//! Against a real API server: what it refuses, what it adds, and what a whole operator makes of it.
+//!
+//! No controller runs behind it, so the tests play their part: they set a Deployment's or a Job's status, and nothing is
+//! garbage-collected.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::{
+    collections::BTreeSet,
+    fmt::Debug,
+    net::{SocketAddr, TcpListener},
+    path::{Path, PathBuf},
+    process::Command,
+    sync::{
+        Arc, Mutex, Weak,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use clap::Parser as _;
+use k8s_openapi::{
+    NamespaceResourceScope,
+    api::{
+        apps::v1::Deployment,
+        authentication::v1::TokenRequest,
+        batch::v1::Job,
+        coordination::v1::Lease,
+        core::v1::{ConfigMap, Namespace, Pod, Secret, Service, ServiceAccount},
+        events::v1::Event,
+    },
+    apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition,
+};
+use kube::{
+    Api, Client, Config, Resource, ResourceExt as _,
+    api::{DeleteParams, ListParams, Patch, PatchParams, PostParams},
+    config::{KubeConfigOptions, Kubeconfig},
+};
+use meander_crds::{CdcPipeline, PipelinePhase, ReplayJob, ReplayPhase, generate::definitions};
+use meander_operator::{
+    conditions::state,
+    context::Context,
+    events::Events,
+    lease::{Claim, Elector},
+    metrics::Metrics,
+    operator::{Options, run},
+    pipeline,
+    progress::Tracker,
+};
+use meander_proto::v1::{
+    CaptureProgress, Condition, Directive, ProgressUpdate, ReplayProgress, ResourceReference, StreamProgressRequest,
+    progress_tracker_client::ProgressTrackerClient, progress_update::Progress, replay_progress::Phase,
+};
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::{Value, json};
+use tokio::{sync::mpsc, task::JoinHandle, time::Instant};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, Request, Streaming, transport::Channel};
+
+/// One API server for all tests that run at the same time; the last one ends it.
+struct ApiServer {
+    folder: PathBuf,
+}
+
+impl ApiServer {
+    fn shared() -> Arc<Self> {
+        static SHARED: Mutex<Weak<ApiServer>> = Mutex::new(Weak::new());
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let mut shared = SHARED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some(server) = shared.upgrade() {
+            return server;
+        }
+        let memory = Path::new("/dev/shm");
+        let base = if memory.is_dir() {
+            memory.to_owned()
+        } else {
+            std::env::temp_dir()
+        };
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let server = Arc::new(Self {
+            folder: base.join(format!("meander-operator-test-{}-{count}", std::process::id())),
+        });
+        server.script("up");
+        *shared = Arc::downgrade(&server);
+        server
+    }
+
+    fn script(&self, command: &str) {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/cluster/apiserver.sh");
+        let status = Command::new(script).arg(command).arg(&self.folder).status().unwrap();
+        assert!(status.success(), "apiserver.sh {command} failed");
+    }
+}
+
+impl Drop for ApiServer {
+    fn drop(&mut self) {
+        self.script("down");
+    }
+}
+
+/// A namespace of its own on the API server.
+struct Cluster {
+    client: Client,
+    namespace: String,
+    _server: Arc<ApiServer>,
+}
+
+impl Cluster {
+    async fn new() -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let server = tokio::task::spawn_blocking(ApiServer::shared).await.unwrap();
+        let kubeconfig = Kubeconfig::read_from(server.folder.join("kubeconfig")).unwrap();
+        let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
+            .await
+            .unwrap();
+        let client = Client::try_from(config).unwrap();
+        let crds: Api<CustomResourceDefinition> = Api::all(client.clone());
+        for definition in definitions().unwrap() {
+            let name = definition.name_any();
+            crds.patch(&name, &PatchParams::apply("test").force(), &Patch::Apply(&definition))
+                .await
+                .unwrap();
+            eventually("the definition is established", async || {
+                let found = crds.get(&name).await.unwrap();
+                found
+                    .status
+                    .into_iter()
+                    .flat_map(|s| s.conditions.unwrap_or_default())
+                    .any(|condition| condition.type_ == "Established" && condition.status == "True")
+            })
+            .await;
+        }
+        let namespace = format!("t{}", COUNT.fetch_add(1, Ordering::Relaxed));
+        let body = serde_json::from_value(json!({"metadata": {"name": namespace}})).unwrap();
+        Api::<Namespace>::all(client.clone())
+            .create(&PostParams::default(), &body)
+            .await
+            .unwrap();
+        Self {
+            client,
+            namespace,
+            _server: server,
+        }
+    }
+
+    fn api<K: Resource<DynamicType = (), Scope = NamespaceResourceScope>>(&self) -> Api<K> {
+        Api::namespaced(self.client.clone(), &self.namespace)
+    }
+
+    async fn create<K>(&self, value: Value) -> K
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + DeserializeOwned + Serialize,
+    {
+        self.api::<K>()
+            .create(&PostParams::default(), &serde_json::from_value(value).unwrap())
+            .await
+            .unwrap()
+    }
+
+    async fn secret(&self, name: &str, keys: &[&str]) {
+        let data: serde_json::Map<String, Value> = keys.iter().map(|key| ((*key).to_owned(), json!("value"))).collect();
+        self.create::<Secret>(json!({"metadata": {"name": name}, "stringData": data}))
+            .await;
+    }
+
+    async fn secrets(&self) {
+        self.secret("shop-cdc", &["username", "password"]).await;
+        self.secret("shop-redis", &["url"]).await;
+    }
+
+    /// Plays the Deployment controller.
+    async fn make_available(&self, name: &str) {
+        let api = self.api::<Deployment>();
+        let generation = api.get(name).await.unwrap().metadata.generation;
+        let status = json!({"status": {
+            "observedGeneration": generation, "replicas": 1, "updatedReplicas": 1, "readyReplicas": 1,
+            "availableReplicas": 1,
+        }});
+        api.patch_status(name, &PatchParams::default(), &Patch::Merge(&status))
+            .await
+            .unwrap();
+    }
+
+    /// A pod with the labels of a template, and a token of the project's audience that is bound to it.
+    async fn pod_and_token(&self, name: &str, account: &str, labels: Value) -> String {
+        let pod: Pod = self
+            .create(json!({
+                "metadata": {"name": name, "labels": labels},
+                "spec": {
+                    "serviceAccountName": account,
+                    "automountServiceAccountToken": false,
+                    "containers": [{"name": "c", "image": "i"}],
+                },
+            }))
+            .await;
+        let request: TokenRequest = serde_json::from_value(json!({
+            "spec": {
+                "audiences": ["meander.dev"],
+                "boundObjectRef": {"apiVersion": "v1", "kind": "Pod", "name": name, "uid": pod.uid()},
+            },
+        }))
+        .unwrap();
+        let api = self.api::<ServiceAccount>();
+        let answer = api
+            .create_token_request(account, &PostParams::default(), &request)
+            .await
+            .unwrap();
+        answer.status.unwrap().token
+    }
+}
+
+/// Waits until something is so, at most for half a minute.
+async fn eventually(what: &str, mut check: impl AsyncFnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !check().await {
+        assert!(Instant::now() < deadline, "never: {what}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+fn pipeline_json(name: &str) -> Value {
+    let mut value: Value = support::example("pipeline.yaml");
+    value["metadata"]["name"] = json!(name);
+    value
+}
+
+fn replay_json(file: &str) -> Value {
+    support::example(file)
+}
+
+/// The message with which the API server refuses something.
+fn refused<K>(result: kube::Result<K>) -> String {
+    match result {
+        Err(kube::Error::Api(status)) if status.code == 422 => status.message.clone(),
+        Err(error) => panic!("refused for another reason: {error}"),
+        Ok(_) => "accepted".to_owned(),
+    }
+}
+
+fn merged(mut base: Value, change: &Value) -> Value {
+    fn merge(base: &mut Value, change: &Value) {
+        match (base, change) {
+            (Value::Object(base), Value::Object(change)) => {
+                for (key, change) in change {
+                    if change.is_null() {
+                        base.remove(key);
+                    } else {
+                        merge(base.entry(key).or_insert(Value::Null), change);
+                    }
+                }
+            }
+            (base, change) => *base = change.clone(),
+        }
+    }
+    merge(&mut base, change);
+    base
+}
+
+/// All messages of a definition's rules.
+fn rules(schema: &Value, found: &mut BTreeSet<String>) {
+    if let Some(rules) = schema.get("x-kubernetes-validations").and_then(Value::as_array) {
+        found.extend(rules.iter().map(|rule| rule["message"].as_str().unwrap().to_owned()));
+    }
+    for (_, field) in schema
+        .get("properties")
+        .and_then(Value::as_object)
+        .into_iter()
+        .flatten()
+    {
+        rules(field, found);
+    }
+}
+
+/// Tries what must be refused, and that every rule has refused something. A change is made to the good example before it is
+/// created, or, if it is to be refused as an update, after.
+async fn every_rule_refuses<K>(
+    cluster: &Cluster,
+    definition: &CustomResourceDefinition,
+    good: Value,
+    creations: &[(Value, &str)],
+    updates: &[(Value, Value, &str)],
+) where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + DeserializeOwned + Serialize,
+{
+    // Values that the types do not take must reach the API server too.
+    let resource = kube::api::ApiResource::erase::<K>(&());
+    let api: Api<kube::api::DynamicObject> =
+        Api::namespaced_with(cluster.client.clone(), &cluster.namespace, &resource);
+    let dry = PostParams {
+        dry_run: true,
+        ..PostParams::default()
+    };
+    let mut unseen = BTreeSet::new();
+    let schema = serde_json::to_value(&definition.spec.versions[0].schema).unwrap();
+    rules(&schema["openAPIV3Schema"], &mut unseen);
+    assert!(!unseen.is_empty());
+
+    api.create(&dry, &serde_json::from_value(good.clone()).unwrap())
+        .await
+        .unwrap();
+    for (change, expected) in creations {
+        let object = serde_json::from_value(merged(good.clone(), change)).unwrap();
+        let message = refused(api.create(&dry, &object).await);
+        assert!(message.contains(expected), "{change}: {message}");
+        unseen.remove(*expected);
+    }
+    for (number, (before, change, expected)) in updates.iter().enumerate() {
+        let mut object = merged(good.clone(), before);
+        let name = format!("update-{number}");
+        object["metadata"]["name"] = json!(name);
+        api.create(&PostParams::default(), &serde_json::from_value(object).unwrap())
+            .await
+            .unwrap();
+        let params = PatchParams {
+            dry_run: true,
+            ..PatchParams::default()
+        };
+        let message = refused(api.patch(&name, &params, &Patch::Merge(change)).await);
+        assert!(message.contains(expected), "{change}: {message}");
+        unseen.remove(*expected);
+    }
+    assert!(unseen.is_empty(), "no example is refused by {unseen:#?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pipeline_that_can_never_work_is_refused() {
+    let cluster = Cluster::new().await;
+    let [definition, _] = definitions().unwrap();
+    let postgres = |change: Value| json!({"spec": {"source": {"postgres": change}}});
+    let kafka = |change: Value| json!({"spec": {"sinks": {"kafka": change}}});
+    let redis = |change: Value| json!({"spec": {"sinks": {"redis": change}}});
+    let url = |url: &str| redis(json!({"urlSecretRef": null, "url": url}));
+    let long = "n".repeat(51);
+    let creations = [
+        (
+            json!({"metadata": {"name": long}}),
+            "metadata.name must have at most 50 characters: the names of the pods are made from it",
+        ),
+        (
+            json!({"metadata": {"name": "a.b"}}),
+            "metadata.name must not contain a dot: names of labels and volumes are made from it; use a dash",
+        ),
+        (
+            postgres(json!({"host": "postgres://x"})),
+            "host is a bare host name or address, such as postgres.shop.svc; the port, user and database have fields of their own",
+        ),
+        (postgres(json!({"port": 0})), "spec.source.postgres.port"),
+        (postgres(json!({"database": ""})), "spec.source.postgres.database"),
+        (
+            postgres(json!({"tables": {"include": []}})),
+            "spec.source.postgres.tables.include",
+        ),
+        (
+            postgres(json!({"tables": {"include": ["orders"]}})),
+            "each entry of include is schema.table, such as public.* or public.orders",
+        ),
+        (
+            postgres(json!({"tables": {"exclude": ["a.b.c"]}})),
+            "each entry of exclude is schema.table, such as audit.* or public.sessions",
+        ),
+        (
+            postgres(json!({"publication": {"management": "External"}})),
+            "publication.name is required when management is External: write the name of the publication that you created",
+        ),
+        (
+            postgres(json!({"publication": {"name": "My Pub"}})),
+            "publication.name has lower-case letters, digits and underscores only, and does not start with a digit",
+        ),
+        (
+            postgres(json!({"slot": {"name": "a-slot"}})),
+            "slot.name has lower-case letters, digits and underscores only",
+        ),
+        (
+            postgres(json!({"slot": {"reclaimPolicy": "Keep"}})),
+            "spec.source.postgres.slot.reclaimPolicy",
+        ),
+        (
+            json!({"spec": {"sinks": {"kafka": null}}}),
+            "spec.sinks.kafka: Required value",
+        ),
+        (
+            kafka(json!({"bootstrapServers": []})),
+            "spec.sinks.kafka.bootstrapServers",
+        ),
+        (
+            kafka(json!({"bootstrapServers": ["kafka"]})),
+            "each entry of bootstrapServers is host:port, such as kafka:9092",
+        ),
+        (
+            kafka(json!({"topicPrefix": "a b"})),
+            "topicPrefix has letters, digits, dots, underscores and dashes only, and does not start with a dot",
+        ),
+        (
+            kafka(json!({"topics": {"partitions": 0}})),
+            "spec.sinks.kafka.topics.partitions",
+        ),
+        (
+            redis(json!({"url": "redis://redis"})),
+            "write exactly one of redis.urlSecretRef and redis.url",
+        ),
+        (
+            redis(json!({"urlSecretRef": null})),
+            "write exactly one of redis.urlSecretRef and redis.url",
+        ),
+        (
+            url("redis:6379"),
+            "redis.url starts with redis://, such as redis://redis:6379/0",
+        ),
+        (
+            url("redis://u:p@redis"),
+            "redis.url must not hold a user or password: put the whole URL into a Secret and name it in urlSecretRef",
+        ),
+        (
+            redis(json!({"streamPrefix": "{a}"})),
+            "streamPrefix has letters, digits, dots, colons, underscores and dashes only",
+        ),
+        (
+            redis(json!({"retention": {"maxLength": 0}})),
+            "spec.sinks.redis.retention.maxLength",
+        ),
+        (
+            json!({"spec": {"runtime": {"logLevel": "Loud"}}}),
+            "spec.runtime.logLevel",
+        ),
+        (
+            json!({"spec": {"runtime": {"resources": {"limits": {"cpu": "much"}}}}}),
+            "spec.runtime.resources.limits.cpu",
+        ),
+    ];
+    let none = json!({});
+    let updates = [
+        (
+            none.clone(),
+            postgres(json!({"database": "other"})),
+            "database is immutable: create another CdcPipeline for another database",
+        ),
+        (
+            none.clone(),
+            postgres(json!({"publication": {"name": "p"}})),
+            "publication is immutable: create another CdcPipeline",
+        ),
+        (
+            none.clone(),
+            postgres(json!({"slot": {"name": "s"}})),
+            "slot.name is immutable: create another CdcPipeline",
+        ),
+        (
+            postgres(json!({"slot": {"name": "s"}})),
+            postgres(json!({"slot": null})),
+            "slot.name is immutable: create another CdcPipeline",
+        ),
+        (
+            none.clone(),
+            json!({"spec": {"sinks": {"redis": null}}}),
+            "the set of sinks is immutable: create another CdcPipeline to add or remove Redis",
+        ),
+        (
+            none.clone(),
+            kafka(json!({"topicPrefix": "x"})),
+            "topicPrefix is immutable: create another CdcPipeline to publish elsewhere",
+        ),
+        (
+            none.clone(),
+            kafka(json!({"topics": {"partitions": 2}})),
+            "topics.partitions is immutable: the order of each key depends on it",
+        ),
+        (
+            none,
+            redis(json!({"streamPrefix": "x"})),
+            "streamPrefix is immutable: create another CdcPipeline to publish elsewhere",
+        ),
+    ];
+    every_rule_refuses::<CdcPipeline>(&cluster, &definition, pipeline_json("trades"), &creations, &updates).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replay_that_can_never_work_is_refused() {
+    let cluster = Cluster::new().await;
+    let [_, definition] = definitions().unwrap();
+    let spec = |change: Value| json!({"spec": change});
+    let target = |change: Value| json!({"spec": {"target": merged(json!({"log": null}), &change)}});
+    let serve = |change: Value| {
+        let serve = merged(json!({"tokenSecretRef": {"name": "n", "key": "k"}}), &change);
+        target(json!({"grpc": {"serve": serve}}))
+    };
+    let times =
+        |from: &str, to: &str| spec(json!({"from": {"at": null, "time": from}, "to": {"at": null, "time": to}}));
+    let long = "n".repeat(51);
+    let creations = [
+        (
+            json!({"metadata": {"name": long}}),
+            "metadata.name must have at most 50 characters: the names of the pods are made from it",
+        ),
+        (
+            json!({"metadata": {"name": "1st"}}),
+            "metadata.name must start with a letter and have no dot: it becomes the name of a Service",
+        ),
+        (
+            spec(json!({"from": {"time": "2026-11-20T10:00:00Z"}})),
+            "write exactly one of from.time and from.at",
+        ),
+        (
+            spec(json!({"to": {"at": null}})),
+            "write exactly one of to.time and to.at",
+        ),
+        (spec(json!({"from": {"at": "Now"}})), "spec.from.at"),
+        (times("2026-11-20T10:00:00Z", "yesterday"), "spec.to.time"),
+        (
+            times("2026-11-20T11:00:00Z", "2026-11-20T10:00:00Z"),
+            "from.time must be before to.time",
+        ),
+        (
+            times("2026-11-20T10:00:00Z", "2026-11-20T11:00:00+02:00"),
+            "from.time must be before to.time",
+        ),
+        (
+            spec(json!({"speed": 0})),
+            "speed is a positive number such as 10 or \"0.5\", or \"max\"",
+        ),
+        (
+            spec(json!({"speed": "0.0"})),
+            "speed is a positive number such as 10 or \"0.5\", or \"max\"",
+        ),
+        (
+            spec(json!({"speed": "fast"})),
+            "speed is a positive number such as 10 or \"0.5\", or \"max\"",
+        ),
+        (target(json!({})), "write exactly one of target.log and target.grpc"),
+        (
+            target(json!({"grpc": {}})),
+            "write exactly one of grpc.endpoint, to be called, and grpc.serve, to call",
+        ),
+        (
+            target(json!({"grpc": {"endpoint": "receiver"}})),
+            "endpoint is http://host:port, such as http://receiver:50051",
+        ),
+        (serve(json!({"port": 80})), "spec.target.grpc.serve.port"),
+        (
+            serve(json!({"port": 9464})),
+            "port 9464 is the pod's own, for its probes and metrics: choose another",
+        ),
+        (
+            serve(json!({"tokenSecretRef": null})),
+            "spec.target.grpc.serve.tokenSecretRef: Required value",
+        ),
+    ];
+    let none = json!({});
+    let updates = [
+        (
+            none.clone(),
+            spec(json!({"pipelineRef": {"name": "x"}})),
+            "pipelineRef is immutable: create another ReplayJob",
+        ),
+        (
+            none.clone(),
+            spec(json!({"from": {"at": null, "time": "2026-11-20T10:00:00Z"}})),
+            "from is immutable: create another ReplayJob",
+        ),
+        (
+            none.clone(),
+            spec(json!({"to": {"at": null, "time": "2026-11-20T10:00:00Z"}})),
+            "to is immutable: create another ReplayJob",
+        ),
+        (
+            none.clone(),
+            serve(json!({})),
+            "target is immutable: create another ReplayJob",
+        ),
+        (
+            none.clone(),
+            spec(json!({"runtime": {"logLevel": "Debug"}})),
+            "runtime is immutable: create another ReplayJob",
+        ),
+        (
+            spec(json!({"cancel": true})),
+            spec(json!({"cancel": false})),
+            "cancel cannot be taken back: create another ReplayJob",
+        ),
+    ];
+    every_rule_refuses::<ReplayJob>(
+        &cluster,
+        &definition,
+        replay_json("replayjob.yaml"),
+        &creations,
+        &updates,
+    )
+    .await;
+
+    // What may change.
+    cluster.create::<ReplayJob>(replay_json("replayjob.yaml")).await;
+    for change in [
+        json!({"speed": "0.5"}),
+        json!({"speed": "max", "suspend": true}),
+        json!({"cancel": true}),
+    ] {
+        let patch = Patch::Merge(spec(change));
+        cluster
+            .api::<ReplayJob>()
+            .patch("last-seconds", &PatchParams::default(), &patch)
+            .await
+            .unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_example_is_accepted_and_gets_its_defaults() {
+    let cluster = Cluster::new().await;
+    let pipeline: CdcPipeline = cluster.create(pipeline_json("trades")).await;
+    // The types' own defaults are the schema's: a resource read from a file is the one that the API server stores.
+    assert_eq!(pipeline.spec, support::pipeline().spec);
+    for file in ["replayjob.yaml", "replayjob-grpc.yaml", "replayjob-serve.yaml"] {
+        let replay: ReplayJob = cluster.create(replay_json(file)).await;
+        assert_eq!(replay.spec, support::replay(file).spec, "{file}");
+    }
+    let stored: Value = cluster
+        .client
+        .request(
+            http::Request::get(format!(
+                "/apis/meander.dev/v1alpha1/namespaces/{}/cdcpipelines/trades",
+                cluster.namespace
+            ))
+            .body(Vec::new())
+            .unwrap(),
+        )
+        .await
+        .unwrap();
+    let spec = &stored["spec"];
+    assert_eq!(spec["source"]["postgres"]["port"], 5432);
+    assert_eq!(spec["source"]["postgres"]["slot"]["reclaimPolicy"], "Delete");
+    assert_eq!(spec["source"]["postgres"]["publication"]["management"], "Managed");
+    assert_eq!(spec["sinks"]["kafka"]["topics"]["partitions"], 1);
+    assert_eq!(spec["runtime"]["logLevel"], "Info");
+    assert_eq!(spec["suspend"], false);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn columns_are_those_of_the_design() {
+    let cluster = Cluster::new().await;
+    cluster.create::<CdcPipeline>(pipeline_json("trades")).await;
+    cluster.create::<ReplayJob>(replay_json("replayjob.yaml")).await;
+    let status = json!({"status": {
+        "phase": "Streaming",
+        "replication": {"lag": "0s", "eventsTotal": 1_204_551},
+        "conditions": [{
+            "type": "Ready", "status": "True", "reason": "Streaming", "message": "",
+            "lastTransitionTime": "2026-11-20T10:00:00Z",
+        }],
+    }});
+    let params = PatchParams::default();
+    cluster
+        .api::<CdcPipeline>()
+        .patch_status("trades", &params, &Patch::Merge(&status))
+        .await
+        .unwrap();
+    let status = json!({"status": {"phase": "Running", "progress": {"progress": "64%", "delivered": 41_022}}});
+    cluster
+        .api::<ReplayJob>()
+        .patch_status("last-seconds", &params, &Patch::Merge(&status))
+        .await
+        .unwrap();
+    let table = async |plural: &str| -> (Vec<String>, Vec<Value>) {
+        let request = http::Request::get(format!(
+            "/apis/meander.dev/v1alpha1/namespaces/{}/{plural}",
+            cluster.namespace
+        ))
+        .header("accept", "application/json;as=Table;v=v1;g=meta.k8s.io")
+        .body(Vec::new())
+        .unwrap();
+        let table: Value = cluster.client.request(request).await.unwrap();
+        let columns = table["columnDefinitions"].as_array().unwrap();
+        let shown = columns.iter().filter(|column| column["priority"] == 0);
+        let names = shown
+            .map(|column| column["name"].as_str().unwrap().to_owned())
+            .collect();
+        (names, table["rows"][0]["cells"].as_array().unwrap().clone())
+    };
+    let (names, cells) = table("cdcpipelines").await;
+    assert_eq!(names, ["Name", "Ready", "Phase", "Lag", "Events", "Age"]);
+    assert_eq!(
+        cells[..5],
+        [
+            json!("trades"),
+            json!("True"),
+            json!("Streaming"),
+            json!("0s"),
+            json!(1_204_551)
+        ]
+    );
+    let (names, cells) = table("replayjobs").await;
+    assert_eq!(
+        names,
+        ["Name", "Pipeline", "Phase", "Speed", "Progress", "Delivered", "Age"]
+    );
+    let expected = [
+        json!("last-seconds"),
+        json!("trades"),
+        json!("Running"),
+        json!("10"),
+        json!("64%"),
+        json!(41_022),
+    ];
+    assert_eq!(cells[..6], expected);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_reconcile_writes_nothing_and_others_keep_their_fields() {
+    let cluster = Cluster::new().await;
+    cluster.secrets().await;
+    let pipeline: CdcPipeline = cluster.create(pipeline_json("trades")).await;
+    let pipeline = Arc::new(pipeline);
+    let events = Events::new(cluster.client.clone(), "test");
+    let context = Arc::new(Context::new(
+        cluster.client.clone(),
+        support::settings(),
+        Arc::new(Tracker::new().0),
+        Claim::forever(),
+        events,
+        Arc::new(Metrics::new().unwrap()),
+    ));
+    let reconcile = async || pipeline::reconcile(pipeline.clone(), context.clone()).await.unwrap();
+    reconcile().await;
+    let name = "trades-capture";
+    let versions = async || {
+        let pipeline = cluster.api::<CdcPipeline>().get("trades").await.unwrap();
+        let deployment = cluster.api::<Deployment>().get(name).await.unwrap();
+        let config = cluster.api::<ConfigMap>().get(name).await.unwrap();
+        let account = cluster.api::<ServiceAccount>().get(name).await.unwrap();
+        [
+            pipeline.resource_version(),
+            deployment.resource_version(),
+            config.resource_version(),
+            account.resource_version(),
+        ]
+    };
+    // Now the Deployment is there, which the first status could not know.
+    reconcile().await;
+    let before = versions().await;
+    reconcile().await;
+    assert_eq!(versions().await, before);
+
+    // Somebody else's annotation stays; somebody else's change of what the operator says is put right.
+    let patch = json!({"metadata": {"annotations": {"theirs": "kept"}}, "spec": {"replicas": 3}});
+    cluster
+        .api::<Deployment>()
+        .patch(name, &PatchParams::default(), &Patch::Merge(&patch))
+        .await
+        .unwrap();
+    let condition = json!({"status": {"conditions": [{
+        "type": "Theirs", "status": "True", "reason": "Kept", "message": "", "lastTransitionTime": "2026-11-20T10:00:00Z",
+    }]}});
+    let patch = merged(
+        json!({"apiVersion": "meander.dev/v1alpha1", "kind": "CdcPipeline"}),
+        &condition,
+    );
+    let theirs = PatchParams::apply("somebody");
+    cluster
+        .api::<CdcPipeline>()
+        .patch_status("trades", &theirs, &Patch::Apply(&patch))
+        .await
+        .unwrap();
+    cluster.make_available(name).await;
+    reconcile().await;
+    let deployment = cluster.api::<Deployment>().get(name).await.unwrap();
+    assert_eq!(deployment.annotations().get("theirs").map(String::as_str), Some("kept"));
+    assert_eq!(deployment.spec.unwrap().replicas, Some(1));
+    let status = cluster
+        .api::<CdcPipeline>()
+        .get("trades")
+        .await
+        .unwrap()
+        .status
+        .unwrap();
+    assert_eq!(state(&status.conditions, "Theirs"), Some(("True", "Kept")));
+    assert_eq!(state(&status.conditions, "SpecValid"), Some(("True", "Valid")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_leads_and_the_next_takes_over() {
+    let cluster = Cluster::new().await;
+    let elect = |identity: &str| {
+        let (elector, claim) = Elector::new(cluster.client.clone(), &cluster.namespace, "lease", identity);
+        let end = CancellationToken::new();
+        (tokio::spawn(elector.run(end.clone())), claim, end)
+    };
+    let (one, mut one_claim, one_end) = elect("one");
+    one_claim.held().await;
+    assert!(one_claim.is_held());
+    let (two, two_claim, two_end) = elect("two");
+    let leases = cluster.api::<Lease>();
+    one_end.cancel();
+    one.await.unwrap().unwrap();
+    assert!(!two_claim.is_held(), "the lease was not given back yet");
+    Elector::release(leases.clone(), "lease", "one").await.unwrap();
+    eventually("the second leads", async || two_claim.is_held()).await;
+    // A lease that somebody else took is a lease that is lost.
+    eventually("the lease is taken away", async || {
+        let mut lease = leases.get("lease").await.unwrap();
+        lease.spec.as_mut().unwrap().holder_identity = Some("three".into());
+        leases.replace("lease", &PostParams::default(), &lease).await.is_ok()
+    })
+    .await;
+    assert!(two.await.unwrap().is_err());
+    two_end.cancel();
+}
+
+/// A whole operator that looks after one namespace.
+struct Operator {
+    task: JoinHandle<anyhow::Result<()>>,
+    shutdown: CancellationToken,
+    grpc: SocketAddr,
+}
+
+impl Operator {
+    fn start(cluster: &Cluster) -> Self {
+        let free = || TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let (grpc, admin) = (free(), free());
+        let options = Options::parse_from([
+            "meander-operator",
+            "--namespace",
+            &cluster.namespace,
+            "--runtime-image",
+            "meander-runtime:test",
+            "--progress-endpoint",
+            &format!("http://{grpc}"),
+            "--lease-namespace",
+            &cluster.namespace,
+            "--identity",
+            "test",
+            "--grpc-address",
+            &grpc.to_string(),
+            "--admin-address",
+            &admin.to_string(),
+        ]);
+        let shutdown = CancellationToken::new();
+        let task = tokio::spawn(Box::pin(run(options, cluster.client.clone(), shutdown.clone())));
+        Self { task, shutdown, grpc }
+    }
+
+    async fn stop(self) {
+        self.shutdown.cancel();
+        self.task.await.unwrap().unwrap();
+    }
+
+    async fn client(&self) -> ProgressTrackerClient<Channel> {
+        ProgressTrackerClient::connect(format!("http://{}", self.grpc))
+            .await
+            .unwrap()
+    }
+
+    /// Reports as a runtime would.
+    async fn report(
+        &self,
+        token: &str,
+        first: ProgressUpdate,
+    ) -> Result<(mpsc::Sender<ProgressUpdate>, Streaming<Directive>), tonic::Status> {
+        let (sender, receiver) = mpsc::channel(8);
+        sender.send(first).await.unwrap();
+        let mut request = Request::new(ReceiverStream::new(receiver));
+        request
+            .metadata_mut()
+            .insert("authorization", format!("Bearer {token}").parse().unwrap());
+        let answer = self.client().await.report_progress(request).await?;
+        Ok((sender, answer.into_inner()))
+    }
+}
+
+fn reference<K: Resource<DynamicType = ()>>(resource: &K) -> ResourceReference {
+    ResourceReference {
+        kind: K::kind(&()).into_owned(),
+        namespace: resource.namespace().unwrap(),
+        name: resource.name_any(),
+        uid: resource.uid().unwrap(),
+    }
+}
+
+fn good(type_: &str) -> Condition {
+    Condition {
+        r#type: type_.into(),
+        status: true,
+        reason: "Connected".into(),
+        message: "It is.".into(),
+    }
+}
+
+async fn reasons(cluster: &Cluster) -> BTreeSet<String> {
+    let events = cluster.api::<Event>().list(&ListParams::default()).await.unwrap();
+    events.items.into_iter().filter_map(|event| event.reason).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pipeline_from_its_first_secret_to_its_last_slot() {
+    let cluster = Cluster::new().await;
+    let operator = Operator::start(&cluster);
+    let pipelines = cluster.api::<CdcPipeline>();
+    cluster.create::<CdcPipeline>(pipeline_json("trades")).await;
+    let ready = async |status: &str, reason: &str| {
+        let found = pipelines.get("trades").await.unwrap().status.unwrap_or_default();
+        state(&found.conditions, "Ready") == Some((status, reason))
+    };
+
+    // It waits for its Secrets, and heals by itself.
+    eventually("the missing Secret is said", async || {
+        ready("False", "SecretNotFound").await
+    })
+    .await;
+    assert!(
+        pipelines.get("trades").await.unwrap().finalizers().is_empty(),
+        "there is nothing to clean up yet"
+    );
+    cluster.secrets().await;
+    eventually("the Deployment is there", async || {
+        cluster
+            .api::<Deployment>()
+            .get_opt("trades-capture")
+            .await
+            .unwrap()
+            .is_some()
+    })
+    .await;
+
+    // Its pod reports.
+    cluster.make_available("trades-capture").await;
+    let labels = json!({"meander.dev/pipeline": "trades", "app.kubernetes.io/component": "capture"});
+    let token = cluster
+        .pod_and_token("trades-capture-x", "trades-capture", labels)
+        .await;
+    let pipeline = pipelines.get("trades").await.unwrap();
+    let update = ProgressUpdate {
+        resource: Some(reference(&pipeline)),
+        conditions: vec![good("SourceReady"), good("SinksReady"), good("Progressing")],
+        progress: Some(Progress::Capture(CaptureProgress {
+            events_total: 42,
+            ..CaptureProgress::default()
+        })),
+        ..ProgressUpdate::default()
+    };
+    let code = operator.report("nonsense", update.clone()).await.unwrap_err().code();
+    assert_eq!(code, Code::Unauthenticated);
+    let stranger = cluster.pod_and_token("stranger", "trades-capture", json!({})).await;
+    let code = operator.report(&stranger, update.clone()).await.unwrap_err().code();
+    assert_eq!(code, Code::PermissionDenied);
+    let (reports, mut directives) = operator.report(&token, update).await.unwrap();
+    assert_eq!(directives.message().await.unwrap().unwrap().generation, 1);
+    eventually("it streams", async || ready("True", "Streaming").await).await;
+    let status = pipelines.get("trades").await.unwrap().status.unwrap();
+    assert_eq!(status.phase, Some(PipelinePhase::Streaming));
+    assert_eq!(status.replication.unwrap().events_total, 42);
+    assert!(
+        reasons(&cluster)
+            .await
+            .is_superset(&["SecretNotFound".into(), "Streaming".into()].into())
+    );
+
+    // Only who may read it may watch it.
+    let watch = || {
+        let mut request = Request::new(StreamProgressRequest {
+            resource: Some(reference(&pipeline)),
+        });
+        request
+            .metadata_mut()
+            .insert("authorization", format!("Bearer {token}").parse().unwrap());
+        request
+    };
+    let code = operator
+        .client()
+        .await
+        .stream_progress(watch())
+        .await
+        .unwrap_err()
+        .code();
+    assert_eq!(code, Code::PermissionDenied);
+    let role = json!({
+        "metadata": {"name": "reader"},
+        "rules": [{"apiGroups": ["meander.dev"], "resources": ["cdcpipelines"], "verbs": ["get"]}],
+    });
+    cluster.create::<k8s_openapi::api::rbac::v1::Role>(role).await;
+    let binding = json!({
+        "metadata": {"name": "reader"},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "reader"},
+        "subjects": [{"kind": "ServiceAccount", "name": "trades-capture", "namespace": cluster.namespace}],
+    });
+    cluster.create::<k8s_openapi::api::rbac::v1::RoleBinding>(binding).await;
+    eventually("the full state comes first", async || {
+        match operator.client().await.stream_progress(watch()).await {
+            Ok(stream) => stream.into_inner().message().await.unwrap().unwrap().progress.is_some(),
+            Err(_) => false,
+        }
+    })
+    .await;
+
+    // Suspended, it has no pod; the Deployment stays.
+    let patch = Patch::Merge(json!({"spec": {"suspend": true}}));
+    pipelines
+        .patch("trades", &PatchParams::default(), &patch)
+        .await
+        .unwrap();
+    eventually("it is suspended", async || ready("False", "Suspended").await).await;
+    assert_eq!(directives.message().await.unwrap().unwrap().generation, 2);
+    let deployment = cluster.api::<Deployment>().get("trades-capture").await.unwrap();
+    assert_eq!(deployment.spec.unwrap().replicas, Some(0));
+    drop(reports);
+    assert!(
+        directives.message().await.unwrap().is_none(),
+        "the stream ends when the runtime's half does"
+    );
+
+    // Deleted, its pod goes first, then its slot, then it.
+    pipelines.delete("trades", &DeleteParams::default()).await.unwrap();
+    eventually("the Deployment goes", async || {
+        cluster
+            .api::<Deployment>()
+            .get_opt("trades-capture")
+            .await
+            .unwrap()
+            .is_none()
+    })
+    .await;
+    assert!(
+        cluster.api::<Job>().get_opt("trades-cleanup").await.unwrap().is_none(),
+        "a pod is still there"
+    );
+    for pod in ["trades-capture-x", "stranger"] {
+        cluster
+            .api::<Pod>()
+            .delete(pod, &DeleteParams::default().grace_period(0))
+            .await
+            .unwrap();
+    }
+    eventually("the slot is cleaned up", async || {
+        cluster.api::<Job>().get_opt("trades-cleanup").await.unwrap().is_some()
+    })
+    .await;
+    assert!(ready("False", "Terminating").await);
+    finish(&cluster, "trades-cleanup", "Complete").await;
+    eventually("the pipeline is gone", async || {
+        pipelines.get_opt("trades").await.unwrap().is_none()
+    })
+    .await;
+    assert!(reasons(&cluster).await.contains("SlotDropped"));
+    operator.stop().await;
+    let lease = cluster
+        .api::<Lease>()
+        .get("meander-operator")
+        .await
+        .unwrap()
+        .spec
+        .unwrap();
+    assert_eq!(lease.holder_identity.as_deref(), Some(""), "the lease is given back");
+}
+
+/// Plays the Job controller.
+async fn finish(cluster: &Cluster, job: &str, type_: &str) {
+    let before = match type_ {
+        "Complete" => "SuccessCriteriaMet",
+        _ => "FailureTarget",
+    };
+    let condition = |type_: &str| {
+        json!({
+            "type": type_, "status": "True", "reason": "Played", "message": "",
+            "lastTransitionTime": "2026-11-20T10:00:00Z", "lastProbeTime": "2026-11-20T10:00:00Z",
+        })
+    };
+    let mut status = json!({
+        "startTime": "2026-11-20T10:00:00Z", "conditions": [condition(before), condition(type_)],
+    });
+    if type_ == "Complete" {
+        status["completionTime"] = json!("2026-11-20T10:00:10Z");
+        status["succeeded"] = json!(1);
+    }
+    let patch = Patch::Merge(json!({"status": status}));
+    cluster
+        .api::<Job>()
+        .patch_status(job, &PatchParams::default(), &patch)
+        .await
+        .unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_finalizer_is_always_released() {
+    let cluster = Cluster::new().await;
+    cluster.secrets().await;
+    let operator = Operator::start(&cluster);
+    let pipelines = cluster.api::<CdcPipeline>();
+    let gone = async |name: &'static str| {
+        eventually(name, async || pipelines.get_opt(name).await.unwrap().is_none()).await;
+    };
+    let retained = merged(
+        pipeline_json("retained"),
+        &json!({"spec": {"source": {"postgres": {"slot": {"reclaimPolicy": "Retain"}}}}}),
+    );
+    for body in [retained, pipeline_json("failing"), pipeline_json("secretless")] {
+        let created: CdcPipeline = cluster.create(body).await;
+        let name = created.name_any();
+        eventually("the finalizer is set and the Deployment made", async || {
+            let pipeline = pipelines.get(&name).await.unwrap();
+            pipeline.finalizers() == [pipeline::FINALIZER]
+                && cluster
+                    .api::<Deployment>()
+                    .get_opt(&format!("{name}-capture"))
+                    .await
+                    .unwrap()
+                    .is_some()
+        })
+        .await;
+    }
+    pipelines.delete("retained", &DeleteParams::default()).await.unwrap();
+    gone("retained").await;
+    assert!(
+        cluster
+            .api::<Job>()
+            .get_opt("retained-cleanup")
+            .await
+            .unwrap()
+            .is_none()
+    );
+
+    pipelines.delete("failing", &DeleteParams::default()).await.unwrap();
+    eventually("cleaning up is tried", async || {
+        cluster.api::<Job>().get_opt("failing-cleanup").await.unwrap().is_some()
+    })
+    .await;
+    finish(&cluster, "failing-cleanup", "Failed").await;
+    gone("failing").await;
+
+    cluster
+        .api::<Secret>()
+        .delete("shop-cdc", &DeleteParams::default())
+        .await
+        .unwrap();
+    pipelines.delete("secretless", &DeleteParams::default()).await.unwrap();
+    gone("secretless").await;
+
+    let events = cluster.api::<Event>().list(&ListParams::default()).await.unwrap().items;
+    let left: Vec<String> = events
+        .into_iter()
+        .filter(|event| event.reason.as_deref() == Some("SlotLeftBehind"))
+        .filter_map(|event| event.note)
+        .collect();
+    assert_eq!(left.len(), 2, "{left:?}");
+    for note in left {
+        assert!(note.contains("SELECT pg_drop_replication_slot(slot_name)"), "{note}");
+    }
+    operator.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replay_from_waiting_to_its_last_word() {
+    let cluster = Cluster::new().await;
+    cluster.secrets().await;
+    let operator = Operator::start(&cluster);
+    let replays = cluster.api::<ReplayJob>();
+    let status = async |name: &str| replays.get(name).await.unwrap().status.unwrap_or_default();
+
+    // It waits for its pipeline, and heals by itself.
+    let body = merged(
+        replay_json("replayjob.yaml"),
+        &json!({"spec": {"ttlSecondsAfterFinished": 1}}),
+    );
+    let replay: ReplayJob = cluster.create(body).await;
+    eventually("the missing pipeline is said", async || {
+        state(&status("last-seconds").await.conditions, "Accepted") == Some(("False", "PipelineNotFound"))
+    })
+    .await;
+    cluster.create::<CdcPipeline>(pipeline_json("trades")).await;
+    eventually("the Job is there", async || {
+        cluster
+            .api::<Job>()
+            .get_opt("last-seconds-replay")
+            .await
+            .unwrap()
+            .is_some()
+    })
+    .await;
+
+    // Its pod reports, and is told.
+    let labels = json!({"meander.dev/replay": "last-seconds"});
+    let token = cluster
+        .pod_and_token("last-seconds-replay-x", "last-seconds-replay", labels)
+        .await;
+    let progress = ReplayProgress {
+        phase: Phase::Running.into(),
+        delivered: 64,
+        percent: 64.2,
+        ..ReplayProgress::default()
+    };
+    let update = ProgressUpdate {
+        resource: Some(reference(&replay)),
+        progress: Some(Progress::Replay(progress)),
+        ..ProgressUpdate::default()
+    };
+    let (_reports, mut directives) = operator.report(&token, update).await.unwrap();
+    let directive = directives.message().await.unwrap().unwrap();
+    assert_eq!(
+        (directive.generation, directive.speed.as_str(), directive.paused),
+        (1, "10", false)
+    );
+    eventually("it runs", async || {
+        status("last-seconds").await.phase == Some(ReplayPhase::Running)
+    })
+    .await;
+    assert_eq!(
+        status("last-seconds").await.progress.unwrap().progress.as_deref(),
+        Some("64%")
+    );
+    let patch = Patch::Merge(json!({"spec": {"suspend": true, "speed": "max"}}));
+    replays
+        .patch("last-seconds", &PatchParams::default(), &patch)
+        .await
+        .unwrap();
+    let directive = directives.message().await.unwrap().unwrap();
+    assert_eq!(
+        (directive.generation, directive.speed.as_str(), directive.paused),
+        (2, "max", true)
+    );
+
+    // Its last word is its pod's.
+    let word = json!({"phase": "Succeeded", "delivered": 100, "deliveryMicros": 5_000_000}).to_string();
+    let terminated = json!({"status": {"phase": "Succeeded", "containerStatuses": [{
+        "name": "c", "image": "i", "imageID": "i", "ready": false, "restartCount": 0,
+        "state": {"terminated": {"exitCode": 0, "message": word}},
+    }]}});
+    let params = PatchParams::default();
+    cluster
+        .api::<Pod>()
+        .patch_status("last-seconds-replay-x", &params, &Patch::Merge(&terminated))
+        .await
+        .unwrap();
+    let watched = replays.clone();
+    let succeeded = tokio::spawn(async move {
+        // Seen by watching: it is deleted soon after.
+        let done = kube::runtime::wait::await_condition(watched, "last-seconds", |replay: Option<&ReplayJob>| {
+            replay.is_some_and(|replay| {
+                replay
+                    .status
+                    .as_ref()
+                    .is_some_and(|status| status.phase == Some(ReplayPhase::Succeeded))
+            })
+        });
+        done.await.unwrap().unwrap().status.unwrap()
+    });
+    finish(&cluster, "last-seconds-replay", "Complete").await;
+    let last = tokio::time::timeout(Duration::from_secs(30), succeeded)
+        .await
+        .unwrap()
+        .unwrap();
+    let progress = last.progress.unwrap();
+    assert_eq!(
+        (progress.delivered, progress.percent, progress.delivery_millis),
+        (100, 100, 5000)
+    );
+    assert_eq!(state(&last.conditions, "Complete"), Some(("True", "Delivered")));
+    assert_eq!(last.completion_time.as_deref(), Some("2026-11-20T10:00:10Z"));
+    eventually("it expires", async || {
+        replays.get_opt("last-seconds").await.unwrap().is_none()
+    })
+    .await;
+
+    // Saved for later, then cancelled before anybody ran it.
+    let body = merged(
+        replay_json("replayjob-grpc.yaml"),
+        &json!({"metadata": {"name": "saved"}, "spec": {"suspend": true}}),
+    );
+    cluster.create::<ReplayJob>(body).await;
+    eventually("it is saved", async || {
+        status("saved").await.phase == Some(ReplayPhase::Paused)
+    })
+    .await;
+    assert!(cluster.api::<Job>().get_opt("saved-replay").await.unwrap().is_none());
+    let cancel = Patch::Merge(json!({"spec": {"cancel": true}}));
+    replays.patch("saved", &PatchParams::default(), &cancel).await.unwrap();
+    eventually("it is cancelled", async || {
+        status("saved").await.phase == Some(ReplayPhase::Cancelled)
+    })
+    .await;
+
+    // Cancelled while its pod hears nothing: the Job goes.
+    cluster.secret("replay-token", &["token"]).await;
+    cluster.create::<ReplayJob>(replay_json("replayjob-serve.yaml")).await;
+    eventually("the Job is there", async || {
+        cluster.api::<Job>().get_opt("served-replay").await.unwrap().is_some()
+    })
+    .await;
+    assert!(
+        cluster
+            .api::<Service>()
+            .get_opt("served-replay")
+            .await
+            .unwrap()
+            .is_some()
+    );
+    replays.patch("served", &PatchParams::default(), &cancel).await.unwrap();
+    eventually("it is cancelled", async || {
+        status("served").await.phase == Some(ReplayPhase::Cancelled)
+    })
+    .await;
+    operator.stop().await;
+}

@@ -1,0 +1,193 @@
+//! What is built from a spec, and what is refused.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use meander_crds::{CdcPipeline, RedisSink, ReplayJob};
+use meander_operator::{error::Error, pipeline, replay};
+use support::settings;
+
+fn keys(names: &[&str]) -> Option<std::collections::BTreeSet<String>> {
+    Some(names.iter().map(|name| (*name).to_owned()).collect())
+}
+
+fn pipeline_facts() -> pipeline::dereference::Facts {
+    pipeline::dereference::Facts {
+        credentials: keys(&["username", "password"]),
+        redis_url: keys(&["url"]),
+        ..Default::default()
+    }
+}
+
+fn replay_facts() -> replay::dereference::Facts {
+    replay::dereference::Facts {
+        pipeline: Some(support::pipeline()),
+        token: keys(&["token"]),
+        ..Default::default()
+    }
+}
+
+#[test]
+fn a_pipeline_becomes_a_deployment_and_what_it_needs() {
+    let pipeline = support::pipeline();
+    let valid = pipeline::validate::validate(&pipeline, &pipeline_facts(), &settings()).unwrap();
+    let objects = pipeline::build::build(&pipeline, &valid, &settings());
+    insta::assert_snapshot!("pipeline_config", valid.config_yaml);
+    insta::assert_yaml_snapshot!("pipeline_service_account", objects.service_account);
+    insta::assert_yaml_snapshot!("pipeline_config_map", objects.config_map);
+    insta::assert_yaml_snapshot!("pipeline_deployment", objects.deployment);
+}
+
+#[test]
+fn a_deleted_pipeline_becomes_a_job() {
+    let pipeline = support::pipeline();
+    let valid = pipeline::validate::validate(&pipeline, &pipeline_facts(), &settings()).unwrap();
+    insta::assert_yaml_snapshot!(
+        "cleanup_job",
+        pipeline::build::build_cleanup(&pipeline, &valid, &settings()).job
+    );
+}
+
+#[test]
+fn every_setting_reaches_the_pod() {
+    let mut pipeline = support::pipeline();
+    let spec = &mut pipeline.spec;
+    spec.suspend = true;
+    spec.runtime = serde_json::from_value(serde_json::json!({
+        "image": "elsewhere/runtime:1",
+        "logLevel": "Debug",
+        "resources": {"limits": {"cpu": 1}},
+    }))
+    .unwrap();
+    spec.source.postgres.slot.name = Some("a_slot".into());
+    spec.source.postgres.publication = serde_json::from_str(r#"{"name": "a_pub", "management": "External"}"#).unwrap();
+    spec.source.postgres.tables.exclude = vec!["public.secrets".into()];
+    spec.sinks.kafka.topics = serde_json::from_str(r#"{"partitions": 6, "replicationFactor": 3}"#).unwrap();
+    spec.sinks.redis = Some(RedisSink {
+        url_secret_ref: None,
+        url: Some("redis://redis:6379/1".into()),
+        stream_prefix: "s".into(),
+        retention: serde_json::from_str(r#"{"maxLength": 1000}"#).unwrap(),
+    });
+    let valid = pipeline::validate::validate(&pipeline, &pipeline_facts(), &settings()).unwrap();
+    let objects = pipeline::build::build(&pipeline, &valid, &settings());
+    insta::assert_yaml_snapshot!("every_setting_config_map", objects.config_map);
+    insta::assert_yaml_snapshot!("every_setting_deployment", objects.deployment);
+}
+
+#[test]
+fn only_what_the_pod_reads_changes_the_hash() {
+    let hash = |change: fn(&mut CdcPipeline)| {
+        let mut pipeline = support::pipeline();
+        change(&mut pipeline);
+        pipeline::validate::validate(&pipeline, &pipeline_facts(), &settings())
+            .unwrap()
+            .config_hash
+    };
+    let plain = hash(|_| {});
+    assert_eq!(plain, hash(|p| p.spec.suspend = true));
+    assert_eq!(plain, hash(|p| p.metadata.generation = Some(9)));
+    assert_ne!(plain, hash(|p| p.spec.source.postgres.host = "other".into()));
+}
+
+#[test]
+fn replays_become_jobs() {
+    for (name, file) in [
+        ("replay_log", "replayjob.yaml"),
+        ("replay_grpc", "replayjob-grpc.yaml"),
+        ("replay_serve", "replayjob-serve.yaml"),
+    ] {
+        let replay = support::replay(file);
+        let valid = replay::validate::validate(&replay, &replay_facts(), &settings()).unwrap();
+        insta::assert_snapshot!(format!("{name}_config"), valid.config_yaml);
+        let objects = replay::build::build(&replay, &valid, &settings());
+        assert_eq!(objects.service.is_some(), file.contains("serve"));
+        if let Some(service) = objects.service {
+            insta::assert_yaml_snapshot!(format!("{name}_service"), service);
+            insta::assert_yaml_snapshot!(format!("{name}_job"), objects.job);
+        }
+    }
+}
+
+#[test]
+fn what_is_written_is_what_the_runtime_reads() {
+    let valid = pipeline::validate::validate(&support::pipeline(), &pipeline_facts(), &settings()).unwrap();
+    let read: meander_config::CaptureConfig = serde_saphyr::from_str(&valid.config_yaml).unwrap();
+    assert_eq!(read, valid.config);
+    let valid =
+        replay::validate::validate(&support::replay("replayjob-serve.yaml"), &replay_facts(), &settings()).unwrap();
+    let read: meander_config::ReplayConfig = serde_saphyr::from_str(&valid.config_yaml).unwrap();
+    assert_eq!(read, valid.config);
+}
+
+/// The kind of error, its condition and its message.
+fn refusal(error: &Error) -> String {
+    let kind = match error {
+        Error::Invalid(_) => "Invalid",
+        Error::Waiting(_) => "Waiting",
+        Error::Transient(_) => "Transient",
+    };
+    let problem = error.problem();
+    format!("{kind} {} {}: {}", problem.condition, problem.reason, problem.message)
+}
+
+#[test]
+fn a_pipeline_waits_for_its_secrets() {
+    let cases: [(&str, fn(&mut pipeline::dereference::Facts)); 4] = [
+        ("no credentials", |facts| facts.credentials = None),
+        ("no password", |facts| facts.credentials = keys(&["username"])),
+        ("no redis url", |facts| facts.redis_url = None),
+        ("redis key", |facts| facts.redis_url = keys(&["URL"])),
+    ];
+    let refusals: Vec<String> = cases
+        .into_iter()
+        .map(|(name, change)| {
+            let mut facts = pipeline_facts();
+            change(&mut facts);
+            let error = pipeline::validate::validate(&support::pipeline(), &facts, &settings()).unwrap_err();
+            format!("{name}: {}", refusal(&error))
+        })
+        .collect();
+    insta::assert_yaml_snapshot!("pipeline_refusals", refusals);
+}
+
+#[test]
+fn a_replay_waits_for_its_pipeline_and_its_secret() {
+    type Change = fn(&mut ReplayJob, &mut replay::dereference::Facts);
+    let cases: [(&str, Change); 6] = [
+        ("no pipeline", |_, facts| facts.pipeline = None),
+        ("suspended", |_, facts| {
+            facts.pipeline.as_mut().unwrap().spec.suspend = true
+        }),
+        ("deleted", |_, facts| {
+            let now = k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(jiff::Timestamp::UNIX_EPOCH);
+            facts.pipeline.as_mut().unwrap().metadata.deletion_timestamp = Some(now);
+        }),
+        ("no token", |_, facts| facts.token = None),
+        ("a time that is none", |replay, _| {
+            replay.spec.from = serde_json::from_str(r#"{"time": "yesterday"}"#).unwrap();
+        }),
+        ("a speed that is none", |replay, _| {
+            replay.spec.speed = serde_json::from_str(r#""fast""#).unwrap()
+        }),
+    ];
+    let refusals: Vec<String> = cases
+        .into_iter()
+        .map(|(name, change)| {
+            let mut replay = support::replay("replayjob-serve.yaml");
+            let mut facts = replay_facts();
+            change(&mut replay, &mut facts);
+            let error = replay::validate::validate(&replay, &facts, &settings()).unwrap_err();
+            format!("{name}: {}", refusal(&error))
+        })
+        .collect();
+    insta::assert_yaml_snapshot!("replay_refusals", refusals);
+}
+
+#[test]
+fn a_replay_that_runs_does_not_depend_on_its_pipeline_being_awake() {
+    let mut facts = replay_facts();
+    facts.pipeline.as_mut().unwrap().spec.suspend = true;
+    facts.job = Some(Default::default());
+    replay::validate::validate(&support::replay("replayjob.yaml"), &facts, &settings()).unwrap();
+}

@@ -1,0 +1,375 @@
+//! What the operator does when the API server says no. Each scenario lists every call, in order: one that is missing and one too
+//! many both fail.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::{future::Future, sync::Arc, time::Duration};
+
+use http::{Request, Response};
+use kube::{Client, client::Body, runtime::controller::Action};
+use meander_operator::{
+    context::Context,
+    events::Events,
+    lease::Claim,
+    metrics::Metrics,
+    pipeline,
+    progress::{Authenticator, Kind, ResourceKey, Tracker},
+    replay,
+};
+use serde_json::{Value, json};
+use tokio::time::timeout;
+use tonic::{Code, metadata::MetadataMap};
+
+/// A call that is expected, and its answer.
+struct Call {
+    call: &'static str,
+    status: u16,
+    answer: Value,
+    /// A piece that the body must have.
+    says: &'static str,
+}
+
+fn call(call: &'static str, status: u16, answer: Value) -> Call {
+    Call {
+        call,
+        status,
+        answer,
+        says: "",
+    }
+}
+
+fn saying(call: &'static str, says: &'static str, status: u16, answer: Value) -> Call {
+    Call {
+        call,
+        status,
+        answer,
+        says,
+    }
+}
+
+fn refusal(code: u16) -> Value {
+    let reason = match code {
+        403 => "Forbidden",
+        404 => "NotFound",
+        409 => "Conflict",
+        410 => "Expired",
+        _ => "InternalError",
+    };
+    json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "message": "because", "reason": reason, "code": code})
+}
+
+/// Plays the API server for `work`.
+async fn play<T, F: Future<Output = T>>(calls: Vec<Call>, work: impl FnOnce(Client) -> F) -> T {
+    let (service, mut handle) = tower_test::mock::pair::<Request<Body>, Response<Body>>();
+    let client = Client::new(service, "default");
+    let server = async move {
+        for expected in calls {
+            let Some((request, reply)) = handle.next_request().await else {
+                panic!("{} is missing", expected.call)
+            };
+            assert_eq!(format!("{} {}", request.method(), request.uri().path()), expected.call);
+            let body = request.into_body().collect_bytes().await.unwrap();
+            let body = String::from_utf8_lossy(&body);
+            assert!(body.contains(expected.says), "{} says {body}", expected.call);
+            let answer = serde_json::to_vec(&expected.answer).unwrap();
+            reply.send_response(
+                Response::builder()
+                    .status(expected.status)
+                    .body(Body::from(answer))
+                    .unwrap(),
+            );
+        }
+        if let Some((request, _)) = handle.next_request().await {
+            panic!("{} {} is one too many", request.method(), request.uri());
+        }
+    };
+    let both = async { tokio::join!(server, work(client)).1 };
+    timeout(Duration::from_secs(10), both).await.expect("a call is missing")
+}
+
+fn context(client: Client, claim: Claim) -> Arc<Context> {
+    let events = Events::new(client.clone(), "test");
+    let metrics = Arc::new(Metrics::new().unwrap());
+    Arc::new(Context::new(
+        client,
+        support::settings(),
+        Arc::new(Tracker::new().0),
+        claim,
+        events,
+        metrics,
+    ))
+}
+
+async fn reconcile_pipeline(client: Client, claim: Claim) -> Action {
+    pipeline::reconcile(Arc::new(support::pipeline()), context(client, claim))
+        .await
+        .unwrap()
+}
+
+fn pipeline_json() -> Value {
+    serde_json::to_value(support::pipeline()).unwrap()
+}
+
+fn secret(keys: &[&str]) -> Value {
+    let data: serde_json::Map<String, Value> = keys.iter().map(|key| ((*key).to_owned(), json!("eA=="))).collect();
+    json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s"}, "data": data})
+}
+
+const PIPELINE: &str = "GET /apis/meander.dev/v1alpha1/namespaces/default/cdcpipelines/trades";
+const PATCH_PIPELINE: &str = "PATCH /apis/meander.dev/v1alpha1/namespaces/default/cdcpipelines/trades";
+const STATUS: &str = "PATCH /apis/meander.dev/v1alpha1/namespaces/default/cdcpipelines/trades/status";
+const DEPLOYMENT: &str = "GET /apis/apps/v1/namespaces/default/deployments/trades-capture";
+const CREDENTIALS: &str = "GET /api/v1/namespaces/default/secrets/shop-cdc";
+const REDIS_URL: &str = "GET /api/v1/namespaces/default/secrets/shop-redis";
+const ACCOUNT: &str = "GET /api/v1/namespaces/default/serviceaccounts/trades-capture";
+const PATCH_ACCOUNT: &str = "PATCH /api/v1/namespaces/default/serviceaccounts/trades-capture";
+const EVENT: &str = "POST /apis/events.k8s.io/v1/namespaces/default/events";
+
+/// What is read before anything is built.
+fn dereferenced() -> Vec<Call> {
+    vec![
+        call(PIPELINE, 200, pipeline_json()),
+        call(DEPLOYMENT, 404, refusal(404)),
+        call(CREDENTIALS, 200, secret(&["username", "password"])),
+        call(REDIS_URL, 200, secret(&["url"])),
+    ]
+}
+
+/// Whether the next reconcile comes by itself. How soon is what the backoff's own bounds say.
+fn comes_back(action: &Action) -> bool {
+    *action != Action::await_change()
+}
+
+#[tokio::test]
+async fn a_pipeline_that_is_gone_is_left_alone() {
+    let calls = vec![call(PIPELINE, 404, refusal(404))];
+    let action = play(calls, |client| reconcile_pipeline(client, Claim::forever())).await;
+    assert_eq!(action, Action::await_change());
+}
+
+#[tokio::test]
+async fn a_missing_secret_is_said_and_looked_for_again() {
+    let calls = vec![
+        call(PIPELINE, 200, pipeline_json()),
+        call(DEPLOYMENT, 404, refusal(404)),
+        call(CREDENTIALS, 404, refusal(404)),
+        call(REDIS_URL, 200, secret(&["url"])),
+        saying(
+            STATUS,
+            "kubectl -n default create secret generic shop-cdc",
+            200,
+            pipeline_json(),
+        ),
+        // An event that is refused fails nothing.
+        saying(EVENT, "SecretNotFound", 403, refusal(403)),
+    ];
+    let action = play(calls, |client| reconcile_pipeline(client, Claim::forever())).await;
+    assert!(comes_back(&action), "{action:?}");
+}
+
+#[tokio::test]
+async fn a_server_in_trouble_changes_no_judgement() {
+    let calls = vec![
+        call(PIPELINE, 200, pipeline_json()),
+        call(DEPLOYMENT, 500, refusal(500)),
+        saying(STATUS, r#""phase":"Starting""#, 200, pipeline_json()),
+        saying(EVENT, "RuntimeStarting", 201, json!({})),
+    ];
+    let action = play(calls, |client| reconcile_pipeline(client, Claim::forever())).await;
+    assert!(comes_back(&action), "{action:?}");
+}
+
+#[tokio::test]
+async fn a_status_that_cannot_be_written_is_tried_again() {
+    for code in [409, 410, 500] {
+        let calls = vec![
+            call(PIPELINE, 200, pipeline_json()),
+            call(DEPLOYMENT, 410, refusal(410)),
+            call(STATUS, code, refusal(code)),
+        ];
+        let action = play(calls, |client| reconcile_pipeline(client, Claim::forever())).await;
+        assert!(comes_back(&action), "{action:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_missing_permission_is_said() {
+    let mut calls = dereferenced();
+    calls.extend([
+        saying(PATCH_PIPELINE, "meander.dev/slot-cleanup", 200, pipeline_json()),
+        call(ACCOUNT, 404, refusal(404)),
+        call(PATCH_ACCOUNT, 403, refusal(403)),
+        saying(
+            STATUS,
+            "applying ServiceAccount trades-capture failed: because; check the operator's ClusterRole",
+            200,
+            pipeline_json(),
+        ),
+        saying(EVENT, "Forbidden", 201, json!({})),
+    ]);
+    play(calls, |client| reconcile_pipeline(client, Claim::forever())).await;
+}
+
+#[tokio::test]
+async fn an_object_of_somebody_else_is_not_touched() {
+    let mut calls = dereferenced();
+    let foreign = json!({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "trades-capture"}});
+    calls.extend([
+        call(PATCH_PIPELINE, 200, pipeline_json()),
+        call(ACCOUNT, 200, foreign),
+        saying(STATUS, "NameTaken", 200, pipeline_json()),
+        saying(EVENT, "NameTaken", 201, json!({})),
+    ]);
+    play(calls, |client| reconcile_pipeline(client, Claim::forever())).await;
+}
+
+#[tokio::test]
+async fn a_conflict_on_the_finalizer_builds_nothing() {
+    let mut calls = dereferenced();
+    calls.extend([
+        call(PATCH_PIPELINE, 409, refusal(409)),
+        call(STATUS, 200, pipeline_json()),
+        call(EVENT, 201, json!({})),
+    ]);
+    play(calls, |client| reconcile_pipeline(client, Claim::forever())).await;
+}
+
+#[tokio::test]
+async fn who_does_not_lead_writes_nothing() {
+    let action = play(dereferenced(), |client| reconcile_pipeline(client, Claim::never())).await;
+    assert!(comes_back(&action), "{action:?}");
+}
+
+#[tokio::test]
+async fn a_replay_without_its_pipeline_waits() {
+    let replay = serde_json::to_value(support::replay("replayjob.yaml")).unwrap();
+    let calls = vec![
+        call(
+            "GET /apis/meander.dev/v1alpha1/namespaces/default/replayjobs/last-seconds",
+            200,
+            replay.clone(),
+        ),
+        call(PIPELINE, 404, refusal(404)),
+        call(
+            "GET /apis/batch/v1/namespaces/default/jobs/last-seconds-replay",
+            404,
+            refusal(404),
+        ),
+        saying(
+            "PATCH /apis/meander.dev/v1alpha1/namespaces/default/replayjobs/last-seconds/status",
+            "PipelineNotFound",
+            200,
+            replay,
+        ),
+        saying(EVENT, "PipelineNotFound", 201, json!({})),
+    ];
+    play(calls, |client| async move {
+        let context = context(client, Claim::forever());
+        replay::reconcile(Arc::new(support::replay("replayjob.yaml")), context)
+            .await
+            .unwrap()
+    })
+    .await;
+}
+
+const REVIEW: &str = "POST /apis/authentication.k8s.io/v1/tokenreviews";
+const POD: &str = "GET /api/v1/namespaces/default/pods/trades-capture-x";
+
+fn bearer() -> MetadataMap {
+    let mut metadata = MetadataMap::new();
+    metadata.insert("authorization", "Bearer t".parse().unwrap());
+    metadata
+}
+
+fn reviewed(audience: &str, account: &str) -> Value {
+    json!({
+        "apiVersion": "authentication.k8s.io/v1",
+        "kind": "TokenReview",
+        "spec": {},
+        "status": {
+            "authenticated": true,
+            "audiences": [audience],
+            "user": {
+                "username": account,
+                "extra": {
+                    "authentication.kubernetes.io/pod-name": ["trades-capture-x"],
+                    "authentication.kubernetes.io/pod-uid": ["pod-uid"],
+                },
+            },
+        },
+    })
+}
+
+fn pod(uid: &str, pipeline: &str) -> Value {
+    json!({"metadata": {"name": "trades-capture-x", "uid": uid, "labels": {"meander.dev/pipeline": pipeline}}})
+}
+
+async fn authenticate(metadata: MetadataMap, uid: &str, calls: Vec<Call>) -> Result<(), Code> {
+    let key = ResourceKey {
+        kind: Kind::CdcPipeline,
+        namespace: "default".into(),
+        name: "trades".into(),
+    };
+    play(calls, |client| async move {
+        Authenticator::new(client)
+            .reporter(&metadata, &key, uid)
+            .await
+            .map_err(|status| status.code())
+    })
+    .await
+}
+
+#[tokio::test]
+async fn only_a_pod_of_the_resource_reports_on_it() {
+    let uid = support::pipeline().metadata.uid.unwrap();
+    let account = "system:serviceaccount:default:trades-capture";
+    let review = |audience, account| {
+        saying(
+            REVIEW,
+            r#""audiences":["meander.dev"]"#,
+            201,
+            reviewed(audience, account),
+        )
+    };
+    let pod_of = |uid, name| call(POD, 200, pod(uid, name));
+    let good = || {
+        vec![
+            review("meander.dev", account),
+            pod_of("pod-uid", "trades"),
+            call(PIPELINE, 200, pipeline_json()),
+        ]
+    };
+
+    assert_eq!(authenticate(bearer(), &uid, good()).await, Ok(()));
+    assert_eq!(
+        authenticate(MetadataMap::new(), &uid, vec![]).await,
+        Err(Code::Unauthenticated)
+    );
+    let other_audience = vec![review("elsewhere", account)];
+    assert_eq!(
+        authenticate(bearer(), &uid, other_audience).await,
+        Err(Code::Unauthenticated)
+    );
+    let other_namespace = vec![review("meander.dev", "system:serviceaccount:default2:trades-capture")];
+    assert_eq!(
+        authenticate(bearer(), &uid, other_namespace).await,
+        Err(Code::PermissionDenied)
+    );
+    let other_pipeline = vec![review("meander.dev", account), pod_of("pod-uid", "orders")];
+    assert_eq!(
+        authenticate(bearer(), &uid, other_pipeline).await,
+        Err(Code::PermissionDenied)
+    );
+    let replaced_pod = vec![review("meander.dev", account), pod_of("another", "trades")];
+    assert_eq!(
+        authenticate(bearer(), &uid, replaced_pod).await,
+        Err(Code::PermissionDenied)
+    );
+    assert_eq!(
+        authenticate(bearer(), "another", good()).await,
+        Err(Code::PermissionDenied)
+    );
+    let silent = vec![call(REVIEW, 500, refusal(500))];
+    assert_eq!(authenticate(bearer(), &uid, silent).await, Err(Code::Unavailable));
+}

@@ -1,0 +1,573 @@
+//! Statuses are values: the same inputs give the same status, and each state has one.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use k8s_openapi::{
+    api::{apps::v1::Deployment, batch::v1::Job, core::v1::Pod},
+    apimachinery::pkg::apis::meta::v1::Time,
+};
+use meander_crds::{CdcPipeline, CdcPipelineStatus, PipelinePhase, ReplayJob, ReplayJobStatus, ReplayPhase};
+use meander_operator::{
+    conditions::{self, state},
+    error::{Error, Reason},
+    pipeline::{self, dereference::Facts, validate::ValidPipeline},
+    progress::Observation,
+    replay::{self, status::Outcome},
+};
+use meander_proto::v1::{
+    CaptureProgress, Condition, ProgressUpdate, ReplayProgress, ResolvedRange, progress_update::Progress,
+    replay_progress::Phase,
+};
+use serde_json::{Value, from_value, json};
+
+fn at(second: i64) -> Timestamp {
+    Timestamp::from_second(1_763_632_800 + second).unwrap()
+}
+
+fn deployment(available: bool) -> Deployment {
+    let replicas = i32::from(available);
+    from_value(json!({
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"generation": 1},
+        "status": {"observedGeneration": 1, "updatedReplicas": replicas, "readyReplicas": replicas},
+    }))
+    .unwrap()
+}
+
+fn facts(available: bool) -> Facts {
+    let keys = |names: &[&str]| Some(names.iter().map(|name| (*name).to_owned()).collect());
+    Facts {
+        credentials: keys(&["username", "password"]),
+        redis_url: keys(&["url"]),
+        deployment: Some(deployment(available)),
+        pods: Vec::new(),
+    }
+}
+
+fn said(type_: &str, status: bool, reason: &str) -> Condition {
+    Condition {
+        r#type: type_.into(),
+        status,
+        reason: reason.into(),
+        message: format!("{reason}."),
+    }
+}
+
+fn capture_report(conditions: Vec<Condition>) -> Observation {
+    let progress = CaptureProgress {
+        received_lsn: 0x16B_3748,
+        published_lsn: 0x16B_3700,
+        confirmed_flush_lsn: 0x16B_3700,
+        lag_bytes: 72,
+        lag_millis: 12_345,
+        last_event_time_micros: 1_763_632_800_500_000,
+        events_total: 42,
+        epoch: 1,
+        owner_generation: 3,
+        slot_name: "meander_default_trades".into(),
+        kafka_position: "1:0/16B3700:2".into(),
+        redis_position: "1:0/16B3700:2".into(),
+    };
+    let report = ProgressUpdate {
+        conditions,
+        progress: Some(Progress::Capture(progress)),
+        ..ProgressUpdate::default()
+    };
+    Observation {
+        report: Some(report),
+        silence: Duration::from_secs(1),
+        connected: true,
+        since_written: Some(Duration::from_secs(60)),
+    }
+}
+
+fn healthy() -> Observation {
+    capture_report(vec![
+        said("SourceReady", true, "Connected"),
+        said("SinksReady", true, "Connected"),
+        said("Progressing", true, "Streaming"),
+        said("SourceGap", false, "NoGap"),
+    ])
+}
+
+fn valid(pipeline: &CdcPipeline) -> ValidPipeline {
+    pipeline::validate::validate(pipeline, &facts(true), &support::settings()).unwrap()
+}
+
+fn compute(
+    pipeline: &CdcPipeline,
+    facts: Option<&Facts>,
+    outcome: Result<&ValidPipeline, &Error>,
+    observation: &Observation,
+    now: Timestamp,
+) -> CdcPipelineStatus {
+    pipeline::status::status(&pipeline::status::Inputs {
+        pipeline,
+        facts,
+        outcome,
+        observation,
+        now,
+    })
+}
+
+fn ready(status: &CdcPipelineStatus) -> (Option<PipelinePhase>, &str, &str) {
+    let (ready, reason) = state(&status.conditions, "Ready").unwrap();
+    (status.phase, ready, reason)
+}
+
+#[test]
+fn a_streaming_pipeline() {
+    let pipeline = support::pipeline();
+    let status = compute(&pipeline, Some(&facts(true)), Ok(&valid(&pipeline)), &healthy(), at(0));
+    insta::assert_yaml_snapshot!("streaming", status);
+}
+
+#[test]
+fn nothing_changes_when_nothing_changed() {
+    let mut pipeline = support::pipeline();
+    let valid = valid(&pipeline);
+    let first = compute(&pipeline, Some(&facts(true)), Ok(&valid), &healthy(), at(0));
+    pipeline.status = Some(first.clone());
+    let second = compute(&pipeline, Some(&facts(true)), Ok(&valid), &healthy(), at(3600));
+    assert_eq!(first, second);
+    // As it comes back from the API server, whose times have whole seconds.
+    let read: CdcPipelineStatus = from_value(serde_json::to_value(&first).unwrap()).unwrap();
+    assert_eq!(first, read);
+}
+
+#[test]
+fn a_transition_moves_the_time_of_its_condition_only() {
+    let mut pipeline = support::pipeline();
+    let valid = valid(&pipeline);
+    pipeline.status = Some(compute(&pipeline, Some(&facts(true)), Ok(&valid), &healthy(), at(0)));
+    let broken = capture_report(vec![
+        said("SourceReady", true, "Connected"),
+        said("SinksReady", false, "KafkaUnreachable"),
+    ]);
+    let status = compute(&pipeline, Some(&facts(true)), Ok(&valid), &broken, at(100));
+    let since = |type_: &str| {
+        status
+            .conditions
+            .iter()
+            .find(|condition| condition.type_ == type_)
+            .unwrap()
+            .last_transition_time
+            .0
+    };
+    assert_eq!((since("SinksReady"), since("Ready")), (at(100), at(100)));
+    assert_eq!((since("SourceReady"), since("SpecValid")), (at(0), at(0)));
+    assert_eq!(
+        ready(&status),
+        (Some(PipelinePhase::Degraded), "False", "KafkaUnreachable")
+    );
+}
+
+#[test]
+fn each_state_has_its_phase_and_its_reason() {
+    use PipelinePhase::{Degraded, Failed, Pending, Starting, Streaming, Suspended, Terminating};
+    let secret = Error::waiting("SourceReady", Reason::SecretNotFound, "create it");
+    let invalid = Error::invalid("SpecValid", Reason::InvalidValue, "no");
+    let blip = Error::transient("SourceReady", Reason::ApiServerUnavailable, "gone");
+    let gap = capture_report(vec![
+        said("SourceReady", true, "Connected"),
+        said("SinksReady", true, "Connected"),
+        said("SourceGap", true, "SlotLost"),
+    ]);
+    let silent = Observation {
+        silence: Duration::from_secs(31),
+        ..healthy()
+    };
+    let unheard = Observation {
+        report: None,
+        silence: Duration::from_secs(31),
+        ..healthy()
+    };
+    let new = support::nothing_reported();
+    let none = Facts {
+        deployment: None,
+        ..facts(false)
+    };
+
+    let mut plain = support::pipeline();
+    let valid = valid(&plain);
+    let streaming = compute(&plain, Some(&facts(true)), Ok(&valid), &healthy(), at(0));
+    let mut suspended = plain.clone();
+    suspended.spec.suspend = true;
+    let mut deleted = plain.clone();
+    deleted.metadata.deletion_timestamp = Some(Time(at(0)));
+
+    let check = |pipeline: &CdcPipeline, facts: Option<&Facts>, outcome, observation: &Observation, expected| {
+        let status = compute(pipeline, facts, outcome, observation, at(0));
+        assert_eq!(ready(&status), expected, "{:?}", status.conditions);
+        assert_eq!(status.observed_generation, Some(1));
+    };
+    let (up, down) = (facts(true), facts(false));
+    check(
+        &plain,
+        Some(&none),
+        Err(&secret),
+        &new,
+        (Some(Pending), "False", "SecretNotFound"),
+    );
+    check(
+        &plain,
+        Some(&none),
+        Err(&invalid),
+        &new,
+        (Some(Failed), "False", "InvalidValue"),
+    );
+    check(
+        &plain,
+        Some(&down),
+        Ok(&valid),
+        &new,
+        (Some(Starting), "False", "PodNotReady"),
+    );
+    check(
+        &plain,
+        Some(&down),
+        Ok(&valid),
+        &unheard,
+        (Some(Starting), "False", "PodNotReady"),
+    );
+    check(
+        &plain,
+        Some(&down),
+        Ok(&valid),
+        &healthy(),
+        (Some(Starting), "False", "PodNotReady"),
+    );
+    check(&plain, Some(&up), Ok(&valid), &gap, (Some(Failed), "False", "SlotLost"));
+    check(
+        &suspended,
+        Some(&down),
+        Ok(&valid),
+        &new,
+        (Some(Suspended), "False", "Suspended"),
+    );
+    check(
+        &deleted,
+        Some(&up),
+        Ok(&valid),
+        &new,
+        (Some(Terminating), "False", "Terminating"),
+    );
+
+    // What follows depends on what was before.
+    plain.status = Some(streaming);
+    check(
+        &plain,
+        Some(&up),
+        Ok(&valid),
+        &new,
+        (Some(Streaming), "True", "Streaming"),
+    );
+    check(
+        &plain,
+        Some(&up),
+        Ok(&valid),
+        &silent,
+        (Some(Degraded), "Unknown", "RuntimeSilent"),
+    );
+    check(
+        &plain,
+        Some(&up),
+        Ok(&valid),
+        &unheard,
+        (Some(Degraded), "Unknown", "RuntimeSilent"),
+    );
+    check(
+        &plain,
+        Some(&up),
+        Err(&secret),
+        &healthy(),
+        (Some(Degraded), "False", "SecretNotFound"),
+    );
+    check(
+        &plain,
+        None,
+        Err(&blip),
+        &healthy(),
+        (Some(Streaming), "True", "Streaming"),
+    );
+}
+
+#[test]
+fn a_pod_that_fails_is_explained() {
+    let pipeline = support::pipeline();
+    let pod: Pod = from_value(json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "trades-capture-x"},
+        "status": {"containerStatuses": [{
+            "name": "capture", "image": "x", "imageID": "x", "ready": false, "restartCount": 0,
+            "state": {"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}},
+        }]},
+    }))
+    .unwrap();
+    let facts = Facts {
+        pods: vec![pod],
+        ..facts(false)
+    };
+    let status = compute(
+        &pipeline,
+        Some(&facts),
+        Ok(&valid(&pipeline)),
+        &support::nothing_reported(),
+        at(0),
+    );
+    assert_eq!(
+        state(&status.conditions, "RuntimeAvailable"),
+        Some(("False", "PodFailing"))
+    );
+    let condition = status
+        .conditions
+        .iter()
+        .find(|condition| condition.type_ == "RuntimeAvailable")
+        .unwrap();
+    assert!(
+        condition.message.contains("ImagePullBackOff: no such image"),
+        "{}",
+        condition.message
+    );
+}
+
+#[test]
+fn conditions_of_others_are_left_to_them() {
+    let mut list = compute(
+        &support::pipeline(),
+        Some(&facts(true)),
+        Ok(&valid(&support::pipeline())),
+        &healthy(),
+        at(0),
+    )
+    .conditions;
+    let ours = list.clone();
+    list.push(k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition {
+        type_: "Somebody".into(),
+        ..ours[0].clone()
+    });
+    conditions::keep_ours(&mut list);
+    assert_eq!(list, ours);
+}
+
+fn replay_report(phase: Phase, delivered: u64, percent: f64) -> Observation {
+    let progress = ReplayProgress {
+        phase: phase.into(),
+        delivered,
+        percent,
+        current_time_micros: 1_763_632_860_000_000,
+        current_position: "1:0/16B3748:3".into(),
+        events_per_second: 99.6,
+        behind_millis: 7,
+        eta_seconds: 12,
+        resolved_range: Some(ResolvedRange {
+            from_time_micros: 1_763_632_800_000_000,
+            to_time_micros: 1_763_636_400_000_000,
+            to_position: "1:0/16B9999:0".into(),
+            offsets: 1000,
+        }),
+        first_event_time_micros: 1_763_632_800_000_000,
+        delivery_micros: 6_000_000,
+    };
+    let report = ProgressUpdate {
+        progress: Some(Progress::Replay(progress)),
+        ..ProgressUpdate::default()
+    };
+    Observation {
+        report: Some(report),
+        silence: Duration::from_secs(1),
+        connected: true,
+        since_written: None,
+    }
+}
+
+fn job(condition: Option<&str>) -> Job {
+    let conditions: Vec<Value> = condition
+        .map(|type_| json!({"type": type_, "status": "True", "reason": "BackoffLimitExceeded", "message": "tried"}))
+        .into_iter()
+        .collect();
+    from_value(json!({
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": "last-seconds-replay"},
+        "status": {"startTime": "2025-11-20T10:00:00Z", "conditions": conditions},
+    }))
+    .unwrap()
+}
+
+fn last_word(phase: &str, reason: &str) -> Pod {
+    let word = json!({
+        "phase": phase, "delivered": 640, "currentPosition": "1:0/16B9999:0",
+        "firstEventTimeMicros": 1_763_632_800_000_000_i64, "currentTimeMicros": 1_763_632_900_000_000_i64,
+        "deliveryMicros": 10_000_500, "reason": reason, "message": "the sentence",
+    });
+    from_value(json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "p"},
+        "status": {"containerStatuses": [{
+            "name": "replay", "image": "x", "imageID": "x", "ready": false, "restartCount": 0,
+            "state": {"terminated": {"exitCode": 0, "message": word.to_string()}},
+        }]},
+    }))
+    .unwrap()
+}
+
+fn compute_replay(
+    replay: &ReplayJob,
+    facts: &replay::dereference::Facts,
+    outcome: Result<Outcome, &Error>,
+    observation: &Observation,
+) -> ReplayJobStatus {
+    replay::status::status(&replay::status::Inputs {
+        replay,
+        facts: Some(facts),
+        outcome,
+        observation,
+        now: at(0),
+    })
+}
+
+#[test]
+fn a_replay_runs_and_ends() {
+    let mut replay = support::replay("replayjob.yaml");
+    let mut facts = replay::dereference::Facts {
+        job: Some(job(None)),
+        ..Default::default()
+    };
+    let running = compute_replay(
+        &replay,
+        &facts,
+        Ok(Outcome::Started),
+        &replay_report(Phase::Running, 100, 64.9),
+    );
+    insta::assert_yaml_snapshot!("replay_running", running);
+
+    // The operator was away at the end: what is left is the last word.
+    replay.status = Some(running);
+    facts.job = Some(job(Some("Complete")));
+    facts.pods = vec![last_word("Succeeded", "Complete")];
+    let ended = compute_replay(&replay, &facts, Ok(Outcome::Started), &support::nothing_reported());
+    insta::assert_yaml_snapshot!("replay_succeeded", ended);
+
+    // Final is final, whatever comes after; but the generation has been seen.
+    replay.status = Some(ended.clone());
+    replay.metadata.generation = Some(2);
+    facts.job = Some(job(Some("Failed")));
+    let after = compute_replay(
+        &replay,
+        &facts,
+        Ok(Outcome::Cancelled),
+        &replay_report(Phase::Running, 1, 1.0),
+    );
+    assert_eq!(
+        after,
+        ReplayJobStatus {
+            observed_generation: Some(2),
+            ..ended
+        }
+    );
+}
+
+#[test]
+fn each_end_has_its_phase_and_its_condition() {
+    use ReplayPhase::{Cancelled, Failed, Paused, Pending, Running};
+    let replay = support::replay("replayjob.yaml");
+    let waiting = Error::waiting("Accepted", Reason::PipelineNotFound, "create it");
+    let none = replay::dereference::Facts::default();
+    let with = |condition, pods: Vec<Pod>| replay::dereference::Facts {
+        job: Some(job(condition)),
+        pods,
+        ..Default::default()
+    };
+    let new = support::nothing_reported();
+    let check = |facts: &_, outcome, observation: &_, phase, type_: &str, expected| {
+        let status = compute_replay(&replay, facts, outcome, observation);
+        assert_eq!(status.phase, Some(phase), "{status:?}");
+        assert_eq!(state(&status.conditions, type_), Some(expected), "{status:?}");
+    };
+    check(
+        &none,
+        Err(&waiting),
+        &new,
+        Pending,
+        "Accepted",
+        ("False", "PipelineNotFound"),
+    );
+    check(
+        &none,
+        Ok(Outcome::Saved),
+        &new,
+        Paused,
+        "Suspended",
+        ("True", "Suspended"),
+    );
+    check(
+        &none,
+        Ok(Outcome::Cancelled),
+        &new,
+        Cancelled,
+        "Complete",
+        ("False", "Cancelled"),
+    );
+    let started = Ok(Outcome::Started);
+    check(
+        &with(None, vec![]),
+        started,
+        &new,
+        Pending,
+        "Accepted",
+        ("True", "Accepted"),
+    );
+    let paused = replay_report(Phase::Paused, 5, 1.0);
+    check(
+        &with(None, vec![]),
+        started,
+        &paused,
+        Paused,
+        "Suspended",
+        ("True", "Suspended"),
+    );
+    // The runtime's own word for its end waits for its pod's.
+    let done = replay_report(Phase::Succeeded, 5, 100.0);
+    check(
+        &with(None, vec![]),
+        started,
+        &done,
+        Running,
+        "Reconciling",
+        ("True", "Replaying"),
+    );
+    let cancelled = vec![last_word("Cancelled", "Cancelled")];
+    check(
+        &with(None, cancelled),
+        started,
+        &new,
+        Cancelled,
+        "Complete",
+        ("False", "Cancelled"),
+    );
+    let failed = vec![last_word("Failed", "TargetUnreachable")];
+    check(
+        &with(Some("Failed"), failed),
+        started,
+        &new,
+        Failed,
+        "Failed",
+        ("True", "TargetUnreachable"),
+    );
+    check(
+        &with(Some("Failed"), vec![]),
+        started,
+        &new,
+        Failed,
+        "Stalled",
+        ("True", "JobFailed"),
+    );
+}

@@ -1,0 +1,51 @@
+//! What the tests share: the examples as resources, and settings.
+#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::{fs, path::Path, time::Duration};
+
+use meander_crds::{CdcPipeline, ReplayJob};
+use meander_operator::{context::Settings, progress::Observation};
+use serde::de::DeserializeOwned;
+
+pub fn settings() -> Settings {
+    Settings {
+        namespace: None,
+        runtime_image: "meander-runtime:test".into(),
+        runtime_image_pull_policy: "IfNotPresent".into(),
+        progress_endpoint: "http://meander-operator.meander.svc:50051".into(),
+    }
+}
+
+/// One of `deploy/examples`, with the defaults that the API server would add.
+pub fn example<K: DeserializeOwned>(file: &str) -> K {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../deploy/examples")
+        .join(file);
+    serde_saphyr::from_str(&fs::read_to_string(path).unwrap()).unwrap()
+}
+
+pub fn pipeline() -> CdcPipeline {
+    let mut pipeline: CdcPipeline = example("pipeline.yaml");
+    pipeline.metadata.namespace = Some("default".into());
+    pipeline.metadata.uid = Some("11111111-1111-1111-1111-111111111111".into());
+    pipeline.metadata.generation = Some(1);
+    pipeline
+}
+
+pub fn replay(file: &str) -> ReplayJob {
+    let mut replay: ReplayJob = example(file);
+    replay.metadata.namespace = Some("default".into());
+    replay.metadata.uid = Some("22222222-2222-2222-2222-222222222222".into());
+    replay.metadata.generation = Some(1);
+    replay
+}
+
+/// A resource that was seen just now for the first time.
+pub fn nothing_reported() -> Observation {
+    Observation {
+        report: None,
+        silence: Duration::ZERO,
+        connected: false,
+        since_written: None,
+    }
+}
