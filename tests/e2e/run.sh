@@ -73,7 +73,7 @@ load_and_verify() {
 
 status_tells_the_truth() {
   local published
-  published=$(k logs job/verify --tail=1 | jq -er '.changes')
+  published=$(k logs job/verify --tail=1 | jq -er .postgres.changes)
   # The operator is told at least every ten seconds.
   k wait cdcpipeline/trades --for=jsonpath='{.status.replication.eventsTotal}'="$published" --timeout=30s
   k get cdcp trades | tail -n 1 | grep -E "True +Streaming +0s +$published"
@@ -87,7 +87,7 @@ replay_to_receiver() {
   local records delivered
   delivered=$(k get rpj last-seconds -o jsonpath='{.status.progress.delivered}')
   k logs deployment/receiver --tail=1
-  records=$(k logs deployment/receiver --tail=1 | jq -er 'select(.order_ok and .duplicates == 0) | .records')
+  records=$(k logs deployment/receiver --tail=1 | jq -er 'select(.orderOk and .duplicates == 0) | .records')
   [ "$records" = "$delivered" ] && [ "$delivered" -gt 0 ]
   [ "$(k get rpj last-seconds -o jsonpath='{.status.phase} {.status.progress.percent}')" = "Succeeded 100" ]
 }
