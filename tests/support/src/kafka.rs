@@ -83,6 +83,11 @@ impl Kafka {
     }
 
     /// Kills the broker.
+    ///
+    /// A single broker can lose the end of a transaction this way: if it dies after it promised a commit and before the markers
+    /// are in the partitions, it may, while it comes back and no partition has a leader, take the partitions for deleted and the
+    /// transaction for complete (seen with Kafka 4.3). `read_committed` consumers then see nothing from there on, for ever. Have
+    /// the last transaction read by one before.
     pub fn kill9(&mut self) {
         self.process.kill9();
     }

@@ -117,6 +117,7 @@ async fn kafka_takes_transactions_and_keeps_them_through_a_crash() {
         .unwrap();
     producer.commit_transaction(LIMIT).unwrap();
 
+    assert_eq!(first_key(kafka.client_config(), &topic).await, b"committed");
     kafka.kill9();
     kafka.start_again().await;
 
@@ -132,9 +133,9 @@ async fn the_shared_kafka_is_one() {
 /// The key of the first record of a topic that a `read_committed` consumer sees.
 async fn first_key(mut config: ClientConfig, topic: &str) -> Vec<u8> {
     config.set("group.id", topic).set("isolation.level", "read_committed");
-    let consumer: BaseConsumer = config.create().unwrap();
     let mut partitions = TopicPartitionList::new();
     partitions.add_partition_offset(topic, 0, Offset::Beginning).unwrap();
+    let consumer: BaseConsumer = config.create().unwrap();
     consumer.assign(&partitions).unwrap();
     eventually("the first record", LIMIT, async || {
         match consumer.poll(Duration::from_millis(100)) {
