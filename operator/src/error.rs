@@ -65,6 +65,27 @@ pub enum Reason {
 }
 
 impl Reason {
+    const ALL: [Self; 13] = [
+        Self::SecretNotFound,
+        Self::SecretKeyNotFound,
+        Self::PipelineNotFound,
+        Self::PipelineSuspended,
+        Self::PipelineTerminating,
+        Self::InvalidValue,
+        Self::NameTaken,
+        Self::Forbidden,
+        Self::Rejected,
+        Self::Conflict,
+        Self::ApiServerUnavailable,
+        Self::DeadlineExceeded,
+        Self::LeaseLost,
+    ];
+
+    /// Whether a condition's reason is one of these, and not one of the runtime's.
+    pub fn is_one(word: &str) -> bool {
+        Self::ALL.iter().any(|reason| reason.to_string() == word)
+    }
+
     /// Whether it says nothing about the resource: what was known of it before still holds.
     pub fn is_passing(self) -> bool {
         matches!(

@@ -920,6 +920,11 @@ async fn a_pipeline_from_its_first_secret_to_its_last_slot() {
     })
     .await;
 
+    eventually("the Secret is no longer missed", async || {
+        ready("False", "PodNotReady").await
+    })
+    .await;
+
     // Its pod reports.
     cluster.make_available("trades-capture").await;
     let labels = json!({"meander.dev/pipeline": "trades", "app.kubernetes.io/component": "capture"});

@@ -133,7 +133,8 @@ fn refusal(error: &Error) -> String {
 
 #[test]
 fn a_pipeline_waits_for_its_secrets() {
-    let cases: [(&str, fn(&mut pipeline::dereference::Facts)); 4] = [
+    type Change = fn(&mut pipeline::dereference::Facts);
+    let cases: [(&str, Change); 4] = [
         ("no credentials", |facts| facts.credentials = None),
         ("no password", |facts| facts.credentials = keys(&["username"])),
         ("no redis url", |facts| facts.redis_url = None),

@@ -258,6 +258,17 @@ fn each_state_has_its_phase_and_its_reason() {
         (Some(Terminating), "False", "Terminating"),
     );
 
+    // What the operator found is no more; nobody else has said anything yet.
+    let mut healed = plain.clone();
+    healed.status = Some(compute(&plain, Some(&none), Err(&secret), &new, at(0)));
+    check(
+        &healed,
+        Some(&up),
+        Ok(&valid),
+        &new,
+        (Some(Starting), "Unknown", "RuntimeStarting"),
+    );
+
     // What follows depends on what was before.
     plain.status = Some(streaming);
     check(

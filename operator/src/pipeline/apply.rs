@@ -12,8 +12,8 @@ use crate::{
     error::{Error, Reason},
 };
 
-/// Applies what a running pipeline needs, and deletes what it no longer needs. Returns the Deployment.
-pub async fn apply(context: &Context, pipeline: &CdcPipeline, objects: Objects) -> Result<Deployment, Error> {
+/// Applies what a running pipeline needs, and deletes what it no longer needs. Returns the Deployment, and whether it changed.
+pub async fn apply(context: &Context, pipeline: &CdcPipeline, objects: Objects) -> Result<(Deployment, bool), Error> {
     let namespace = pipeline.namespace().unwrap_or_default();
     let owner = owner(pipeline)?;
     let applier = Applier {
@@ -34,7 +34,7 @@ pub async fn apply(context: &Context, pipeline: &CdcPipeline, objects: Objects) 
         applier.sweep::<ConfigMap>(&selector, &[&name]).await?;
         applier.sweep::<ServiceAccount>(&selector, &[&name]).await?;
     }
-    Ok(deployment)
+    Ok((deployment, pod))
 }
 
 /// Applies what a deleted pipeline needs. Returns the Job.

@@ -110,7 +110,8 @@ async fn reconcile_key(key: &ResourceKey, context: &Context) -> Result<Action, E
     if let Some(status) = &mut pipeline.status {
         conditions::keep_ours(&mut status.conditions);
     }
-    let observation = context.tracker.observe(key, &pipeline.uid().unwrap_or_default());
+    let uid = pipeline.uid().unwrap_or_default();
+    context.tracker.observe(key, &uid);
     let generation = pipeline.metadata.generation.unwrap_or(0);
     context.tracker.direct(
         key,
@@ -123,13 +124,14 @@ async fn reconcile_key(key: &ResourceKey, context: &Context) -> Result<Action, E
     let mut facts = None;
     let mut ending = None;
     let outcome = if pipeline.metadata.deletion_timestamp.is_none() {
-        stages(context, &pipeline, &mut facts).await
+        stages(context, &pipeline, key, &mut facts).await
     } else if pipeline.finalizers().iter().any(|finalizer| finalizer == FINALIZER) {
         last_stages(context, &pipeline, &mut facts, &mut ending).await
     } else {
         // Somebody else's finalizer keeps it; there is nothing left to do here.
         return Ok(Action::await_change());
     };
+    let observation = context.tracker.observe(key, &uid);
     let inputs = Inputs {
         pipeline: &pipeline,
         facts: facts.as_ref(),
@@ -162,7 +164,12 @@ async fn reconcile_key(key: &ResourceKey, context: &Context) -> Result<Action, E
 }
 
 /// From the spec to objects.
-async fn stages(context: &Context, pipeline: &CdcPipeline, facts: &mut Option<Facts>) -> Result<ValidPipeline, Error> {
+async fn stages(
+    context: &Context,
+    pipeline: &CdcPipeline,
+    key: &ResourceKey,
+    facts: &mut Option<Facts>,
+) -> Result<ValidPipeline, Error> {
     let facts = facts.insert(dereference::dereference(context, pipeline).await?);
     let valid = validate::validate(pipeline, facts, &context.settings)?;
     let objects = build::build(pipeline, &valid, &context.settings);
@@ -172,7 +179,11 @@ async fn stages(context: &Context, pipeline: &CdcPipeline, facts: &mut Option<Fa
         finalizers.push(FINALIZER.to_owned());
         set_finalizers(context, pipeline, finalizers).await?;
     }
-    facts.deployment = Some(Box::pin(apply::apply(context, pipeline, objects)).await?);
+    let (deployment, changed) = Box::pin(apply::apply(context, pipeline, objects)).await?;
+    facts.deployment = Some(deployment);
+    if changed {
+        context.tracker.restarted(key);
+    }
     Ok(valid)
 }
 

@@ -18,7 +18,7 @@ use crate::{
         Judgement, PROGRESSING, READY, REDIS_GAP, RUNTIME_AVAILABLE, SINKS_READY, SOURCE_GAP, SOURCE_READY, SPEC_VALID,
         Status, conditions,
     },
-    error::Error,
+    error::{Error, Reason},
     format,
     pod::trouble,
     progress::Observation,
@@ -144,7 +144,8 @@ fn reported(inputs: &Inputs<'_>, type_: &'static str, old: &[Condition]) -> Judg
         Some(judgement) if !silent => judgement,
         // An operator that has just started goes on from what the last one wrote.
         None if !silent => Judgement::remembered(type_, old)
-            .filter(|judgement| judgement.reason != "Suspended")
+            // What the operator itself found is found again, or is no more.
+            .filter(|judgement| judgement.reason != "Suspended" && !Reason::is_one(&judgement.reason))
             .unwrap_or_else(|| {
                 let message = "The runtime has not reported yet.";
                 Judgement::new(type_, Status::Unknown, "RuntimeStarting", message)

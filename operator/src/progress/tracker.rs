@@ -62,7 +62,7 @@ pub struct ResourceKey {
 pub struct Observation {
     /// The latest report.
     pub report: Option<ProgressUpdate>,
-    /// Time since the latest report or, before the first, since this operator first saw the resource.
+    /// Time since the latest report or, before the first, since this operator first saw the resource or restarted its runtime.
     pub silence: Duration,
     /// Whether a runtime is connected.
     pub connected: bool,
@@ -73,7 +73,8 @@ pub struct Observation {
 #[derive(Debug)]
 struct Entry {
     uid: String,
-    first_seen: Instant,
+    /// When silence began, while there is no report.
+    silent_from: Instant,
     report: watch::Sender<Option<ProgressUpdate>>,
     reported: Option<Instant>,
     directive: watch::Sender<Option<Directive>>,
@@ -126,7 +127,7 @@ impl Tracker {
         }
         let entry = entries.entry(key.clone()).or_insert_with(|| Entry {
             uid: uid.to_owned(),
-            first_seen: Instant::now(),
+            silent_from: Instant::now(),
             report: watch::channel(None).0,
             reported: None,
             directive: watch::channel(None).0,
@@ -136,7 +137,7 @@ impl Tracker {
         });
         Observation {
             report: entry.report.borrow().clone(),
-            silence: entry.reported.unwrap_or(entry.first_seen).elapsed(),
+            silence: entry.reported.unwrap_or(entry.silent_from).elapsed(),
             connected: entry.streams > 0,
             since_written: entry.written.map(|written| written.elapsed()),
         }
@@ -152,6 +153,15 @@ impl Tracker {
                 }
                 changed
             });
+        }
+    }
+
+    /// The resource's runtime starts anew: what the last one said is past, and the next one has yet to speak.
+    pub fn restarted(&self, key: &ResourceKey) {
+        if let Some(entry) = self.lock().get_mut(key) {
+            entry.report.send_replace(None);
+            entry.reported = None;
+            entry.silent_from = Instant::now();
         }
     }
 
@@ -293,6 +303,22 @@ mod tests {
         assert_eq!(seen.silence, Duration::ZERO);
         assert!(seen.report.is_some());
         assert!(tracker.observe(&key, "two").report.is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_runtime_that_starts_anew_has_its_time_to_speak() {
+        let (tracker, _pokes) = Tracker::new();
+        let key = ResourceKey {
+            kind: Kind::CdcPipeline,
+            namespace: "ns".into(),
+            name: "p".into(),
+        };
+        tracker.observe(&key, "uid");
+        tracker.accept(&key, report("A"));
+        tokio::time::advance(Duration::from_secs(40)).await;
+        tracker.restarted(&key);
+        let seen = tracker.observe(&key, "uid");
+        assert_eq!((seen.silence, seen.report), (Duration::ZERO, None));
     }
 
     #[tokio::test]
