@@ -582,14 +582,14 @@ async fn a_replay_that_can_never_work_is_refused() {
     every_rule_refuses::<ReplayJob>(
         &cluster,
         &definition,
-        replay_json("replayjob.yaml"),
+        replay_json("replayjob-log.yaml"),
         &creations,
         &updates,
     )
     .await;
 
     // What may change.
-    cluster.create::<ReplayJob>(replay_json("replayjob.yaml")).await;
+    cluster.create::<ReplayJob>(replay_json("replayjob-log.yaml")).await;
     for change in [
         json!({"speed": "0.5"}),
         json!({"speed": "max", "suspend": true}),
@@ -598,7 +598,7 @@ async fn a_replay_that_can_never_work_is_refused() {
         let patch = Patch::Merge(spec(change));
         cluster
             .api::<ReplayJob>()
-            .patch("last-seconds", &PatchParams::default(), &patch)
+            .patch("to-log", &PatchParams::default(), &patch)
             .await
             .unwrap();
     }
@@ -610,7 +610,7 @@ async fn every_example_is_accepted_and_gets_its_defaults() {
     let pipeline: CdcPipeline = cluster.create(pipeline_json("trades")).await;
     // The types' own defaults are the schema's: a resource read from a file is the one that the API server stores.
     assert_eq!(pipeline.spec, support::pipeline().spec);
-    for file in ["replayjob.yaml", "replayjob-grpc.yaml", "replayjob-serve.yaml"] {
+    for file in ["replayjob.yaml", "replayjob-log.yaml", "replayjob-serve.yaml"] {
         let replay: ReplayJob = cluster.create(replay_json(file)).await;
         assert_eq!(replay.spec, support::replay(file).spec, "{file}");
     }
@@ -1264,7 +1264,7 @@ async fn a_replay_from_waiting_to_its_last_word() {
 
     // Saved for later, then cancelled before anybody ran it.
     let body = merged(
-        replay_json("replayjob-grpc.yaml"),
+        replay_json("replayjob-log.yaml"),
         &json!({"metadata": {"name": "saved"}, "spec": {"suspend": true}}),
     );
     cluster.create::<ReplayJob>(body).await;

@@ -93,8 +93,8 @@ fn only_what_the_pod_reads_changes_the_hash() {
 #[test]
 fn replays_become_jobs() {
     for (name, file) in [
-        ("replay_log", "replayjob.yaml"),
-        ("replay_grpc", "replayjob-grpc.yaml"),
+        ("replay_log", "replayjob-log.yaml"),
+        ("replay_grpc", "replayjob.yaml"),
         ("replay_serve", "replayjob-serve.yaml"),
     ] {
         let replay = support::replay(file);
