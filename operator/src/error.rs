@@ -133,7 +133,10 @@ impl Error {
     pub fn from_api(condition: &'static str, what: &str, error: &kube::Error) -> Self {
         let (reason, remedy) = match error {
             kube::Error::Api(status) => match status.code {
-                401 | 403 => (Reason::Forbidden, "; check the operator's ClusterRole"),
+                401 | 403 => (
+                    Reason::Forbidden,
+                    "; check the operator's ClusterRole and the namespace's quotas",
+                ),
                 409 => (Reason::Conflict, ""),
                 400 | 422 => (Reason::Rejected, ""),
                 _ => (Reason::ApiServerUnavailable, ""),

@@ -34,6 +34,16 @@ pub fn labels(label: &str, name: &str, component: &str) -> BTreeMap<String, Stri
     .into()
 }
 
+/// Name of the objects that capture for the pipeline `name`.
+pub fn capture_name(name: &str) -> String {
+    format!("{name}-capture")
+}
+
+/// Name of the objects that replay for the ReplayJob `name`.
+pub fn replay_name(name: &str) -> String {
+    format!("{name}-replay")
+}
+
 /// The default name of a pipeline's slot and publication: `meander_<namespace>_<name>`, reduced to what PostgreSQL takes, with a
 /// digest of the two names where reduction made it ambiguous.
 pub fn slot_name(namespace: &str, name: &str) -> String {

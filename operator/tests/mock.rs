@@ -356,6 +356,11 @@ async fn only_a_pod_of_the_resource_reports_on_it() {
         authenticate(bearer(), &uid, other_namespace).await,
         Err(Code::PermissionDenied)
     );
+    let other_account = vec![review("meander.dev", "system:serviceaccount:default:default")];
+    assert_eq!(
+        authenticate(bearer(), &uid, other_account).await,
+        Err(Code::PermissionDenied)
+    );
     let other_pipeline = vec![review("meander.dev", account), pod_of("pod-uid", "orders")];
     assert_eq!(
         authenticate(bearer(), &uid, other_pipeline).await,

@@ -16,7 +16,7 @@ use meander_crds::CdcPipeline;
 use super::validate::ValidPipeline;
 use crate::{
     context::Settings,
-    naming::{COMPONENT_LABEL, CONFIG_HASH_ANNOTATION, PIPELINE_LABEL, labels},
+    naming::{self, COMPONENT_LABEL, CONFIG_HASH_ANNOTATION, PIPELINE_LABEL, labels},
     pod::RuntimePod,
 };
 
@@ -47,7 +47,7 @@ pub struct CleanupObjects {
 
 /// Name of the Deployment, its ConfigMap and its ServiceAccount.
 pub fn capture_name(pipeline: &CdcPipeline) -> String {
-    format!("{}-{CAPTURE}", pipeline.name_any())
+    naming::capture_name(&pipeline.name_any())
 }
 
 /// Name of the Job that cleans up.

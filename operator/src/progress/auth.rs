@@ -16,7 +16,7 @@ use serde::de::DeserializeOwned;
 use tonic::{Status, metadata::MetadataMap};
 
 use super::{Kind, ResourceKey};
-use crate::naming::{AUDIENCE, PIPELINE_LABEL, REPLAY_LABEL};
+use crate::naming::{AUDIENCE, PIPELINE_LABEL, REPLAY_LABEL, capture_name, replay_name};
 
 const POD_NAME: &str = "authentication.kubernetes.io/pod-name";
 const POD_UID: &str = "authentication.kubernetes.io/pod-uid";
@@ -44,8 +44,11 @@ impl Authenticator {
         let (Some(pod_name), Some(pod_uid)) = (claim(POD_NAME), claim(POD_UID)) else {
             return Err(refused());
         };
-        let accounts = format!("system:serviceaccount:{}:", key.namespace);
-        if !user.username.as_deref().unwrap_or_default().starts_with(&accounts) {
+        let (label, account) = match key.kind {
+            Kind::CdcPipeline => (PIPELINE_LABEL, capture_name(&key.name)),
+            Kind::ReplayJob => (REPLAY_LABEL, replay_name(&key.name)),
+        };
+        if user.username != Some(format!("system:serviceaccount:{}:{account}", key.namespace)) {
             return Err(refused());
         }
         let pods: Api<Pod> = Api::namespaced(self.client.clone(), &key.namespace);
@@ -54,10 +57,6 @@ impl Authenticator {
             .await
             .map_err(unavailable)?
             .ok_or_else(refused)?;
-        let label = match key.kind {
-            Kind::CdcPipeline => PIPELINE_LABEL,
-            Kind::ReplayJob => REPLAY_LABEL,
-        };
         if pod.uid().as_deref() != Some(&pod_uid) || pod.labels().get(label) != Some(&key.name) {
             return Err(refused());
         }

@@ -71,12 +71,13 @@ fn unknown(key: &ResourceKey) -> Status {
 struct Connection {
     tracker: Arc<Tracker>,
     key: ResourceKey,
+    uid: String,
     streams: IntGauge,
 }
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        self.tracker.disconnect(&self.key);
+        self.tracker.disconnect(&self.key, &self.uid);
         self.streams.dec();
     }
 }
@@ -98,11 +99,12 @@ impl ProgressTracker for ProgressTrackerService {
             .ok_or_else(|| Status::invalid_argument("the first update names the resource"))?;
         let (key, uid) = key(first.resource.clone())?;
         self.authenticator.reporter(&metadata, &key, &uid).await?;
-        let directives = self.tracker.connect(&key).ok_or_else(|| unknown(&key))?;
+        let directives = self.tracker.connect(&key, &uid).ok_or_else(|| unknown(&key))?;
         self.streams.inc();
         let connection = Connection {
             tracker: self.tracker.clone(),
             key: key.clone(),
+            uid,
             streams: self.streams.clone(),
         };
         tracing::info!(
@@ -116,7 +118,8 @@ impl ProgressTracker for ProgressTrackerService {
         let reports = stream::once(ready(Ok(first))).chain(updates).filter_map(move |update| {
             let failure = match update {
                 // The resource was checked once; a stream cannot turn to another one.
-                Ok(update) => (!connection.tracker.accept(&connection.key, update)).then(|| unknown(&connection.key)),
+                Ok(update) => (!connection.tracker.accept(&connection.key, &connection.uid, update))
+                    .then(|| unknown(&connection.key)),
                 Err(status) => Some(status),
             };
             ready(failure.map(|status| Some(Err(status))))

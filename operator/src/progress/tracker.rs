@@ -177,17 +177,18 @@ impl Tracker {
         self.lock().remove(key);
     }
 
-    /// A runtime has connected; what it is to be told. None for a resource that no controller has seen.
-    pub(super) fn connect(&self, key: &ResourceKey) -> Option<watch::Receiver<Option<Directive>>> {
+    /// A runtime has connected; what it is to be told. None for a resource that no controller has seen, or that was created
+    /// again since.
+    pub(super) fn connect(&self, key: &ResourceKey, uid: &str) -> Option<watch::Receiver<Option<Directive>>> {
         let mut entries = self.lock();
-        let entry = entries.get_mut(key)?;
+        let entry = entries.get_mut(key).filter(|entry| entry.uid == uid)?;
         entry.streams += 1;
         Some(entry.directive.subscribe())
     }
 
     /// A runtime has gone.
-    pub(super) fn disconnect(&self, key: &ResourceKey) {
-        if let Some(entry) = self.lock().get_mut(key) {
+    pub(super) fn disconnect(&self, key: &ResourceKey, uid: &str) {
+        if let Some(entry) = self.lock().get_mut(key).filter(|entry| entry.uid == uid) {
             entry.streams = entry.streams.saturating_sub(1);
         }
     }
@@ -198,9 +199,9 @@ impl Tracker {
     }
 
     /// Keeps a report, and has the resource reconciled if that is due. False for a resource that is gone.
-    pub(super) fn accept(&self, key: &ResourceKey, update: ProgressUpdate) -> bool {
+    pub(super) fn accept(&self, key: &ResourceKey, uid: &str, update: ProgressUpdate) -> bool {
         let mut entries = self.lock();
-        let Some(entry) = entries.get_mut(key) else {
+        let Some(entry) = entries.get_mut(key).filter(|entry| entry.uid == uid) else {
             return false;
         };
         let now = Instant::now();
@@ -274,10 +275,10 @@ mod tests {
             namespace: "ns".into(),
             name: "p".into(),
         };
-        assert!(!tracker.accept(&key, report("A")), "no controller has seen it");
+        assert!(!tracker.accept(&key, "uid", report("A")), "no controller has seen it");
         tracker.observe(&key, "uid");
         let mut poked = |reason| {
-            assert!(tracker.accept(&key, report(reason)));
+            assert!(tracker.accept(&key, "uid", report(reason)));
             pokes.pipelines.try_recv().is_ok()
         };
         assert!(poked("A"));
@@ -295,14 +296,15 @@ mod tests {
             namespace: "ns".into(),
             name: "r".into(),
         };
-        tracker.observe(&key, "one");
+        tracker.observe(&key, "uid");
         tokio::time::advance(Duration::from_secs(40)).await;
-        assert_eq!(tracker.observe(&key, "one").silence, Duration::from_secs(40));
-        tracker.accept(&key, report("A"));
-        let seen = tracker.observe(&key, "one");
+        assert_eq!(tracker.observe(&key, "uid").silence, Duration::from_secs(40));
+        tracker.accept(&key, "uid", report("A"));
+        let seen = tracker.observe(&key, "uid");
         assert_eq!(seen.silence, Duration::ZERO);
         assert!(seen.report.is_some());
-        assert!(tracker.observe(&key, "two").report.is_none());
+        assert!(tracker.observe(&key, "another").report.is_none());
+        assert!(!tracker.accept(&key, "uid", report("A")), "it speaks of the one before");
     }
 
     #[tokio::test(start_paused = true)]
@@ -314,7 +316,7 @@ mod tests {
             name: "p".into(),
         };
         tracker.observe(&key, "uid");
-        tracker.accept(&key, report("A"));
+        tracker.accept(&key, "uid", report("A"));
         tokio::time::advance(Duration::from_secs(40)).await;
         tracker.restarted(&key);
         let seen = tracker.observe(&key, "uid");
@@ -330,7 +332,7 @@ mod tests {
             name: "r".into(),
         };
         tracker.observe(&key, "uid");
-        let mut told = tracker.connect(&key).unwrap();
+        let mut told = tracker.connect(&key, "uid").unwrap();
         let directive = Directive {
             speed: "10".into(),
             ..Directive::default()
@@ -340,7 +342,7 @@ mod tests {
         tracker.direct(&key, directive);
         assert!(!told.has_changed().unwrap());
         assert!(tracker.observe(&key, "uid").connected);
-        tracker.disconnect(&key);
+        tracker.disconnect(&key, "uid");
         assert!(!tracker.observe(&key, "uid").connected);
     }
 }

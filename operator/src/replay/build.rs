@@ -15,7 +15,7 @@ use meander_crds::ReplayJob;
 use super::validate::ValidReplay;
 use crate::{
     context::Settings,
-    naming::{REPLAY_LABEL, labels},
+    naming::{self, REPLAY_LABEL, labels},
     pod::RuntimePod,
 };
 
@@ -37,7 +37,7 @@ pub struct Objects {
 
 /// Name of everything that a replay needs.
 pub fn replay_name(replay: &ReplayJob) -> String {
-    format!("{}-{REPLAY}", replay.name_any())
+    naming::replay_name(&replay.name_any())
 }
 
 /// Selects everything of the replay.
