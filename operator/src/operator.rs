@@ -6,7 +6,10 @@ use anyhow::Context as _;
 use clap::Parser;
 use futures::FutureExt as _;
 use kube::{Api, Client};
-use meander_proto::{FILE_DESCRIPTOR_SET, v1::progress_tracker_server::ProgressTrackerServer};
+use meander_proto::{
+    FILE_DESCRIPTOR_SET,
+    v1::progress_tracker_server::{self, ProgressTrackerServer},
+};
 use tokio::{net::TcpListener, task::JoinSet, time::timeout};
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
@@ -189,6 +192,9 @@ async fn serve_grpc(
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        // The descriptors know services that others serve.
+        .with_service_name(progress_tracker_server::SERVICE_NAME)
+        .with_service_name("grpc.health.v1.Health")
         .build_v1()?;
     Server::builder()
         // A pod that vanished without a word is noticed.
