@@ -1,6 +1,9 @@
 //! Catch-up: the rows are there first, then the capture starts.
 
-use std::{fs, time::{Duration, Instant}};
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
 
 use anyhow::Context as _;
 use meander_test_support::{Kafka, Postgres, Redis, Runtime, eventually};
@@ -62,7 +65,11 @@ async fn round(kafka: &Kafka, redis: Option<&Redis>, rows: u64) -> anyhow::Resul
     let lag = "meander_capture_lag_milliseconds 0\n";
     eventually("every row is in every sink", LIMIT, async || {
         let (_, metrics) = runtime.get("/metrics").await.map_err(|error| error.to_string())?;
-        if metrics.contains(&done) && metrics.contains(lag) { Ok(()) } else { Err(metrics) }
+        if metrics.contains(&done) && metrics.contains(lag) {
+            Ok(())
+        } else {
+            Err(metrics)
+        }
     })
     .await;
     let seconds = started.elapsed().as_secs_f64();
@@ -83,13 +90,21 @@ async fn round(kafka: &Kafka, redis: Option<&Redis>, rows: u64) -> anyhow::Resul
 fn cpu_seconds(process: u32) -> anyhow::Result<f64> {
     let stat = fs::read_to_string(format!("/proc/{process}/stat"))?;
     let (_, fields) = stat.rsplit_once(") ").context("no fields")?;
-    let ticks: u64 = fields.split(' ').skip(11).take(2).map(|field| field.parse().unwrap_or(0)).sum();
+    let ticks: u64 = fields
+        .split(' ')
+        .skip(11)
+        .take(2)
+        .map(|field| field.parse().unwrap_or(0))
+        .sum();
     Ok(ticks as f64 / 100.0)
 }
 
 fn peak_resident(process: u32) -> anyhow::Result<f64> {
     let status = fs::read_to_string(format!("/proc/{process}/status"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM")?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))
+        .context("no VmHWM")?;
     let kibibytes: f64 = line.trim().trim_end_matches(" kB").parse()?;
     Ok(kibibytes / 1024.0)
 }

@@ -13,7 +13,7 @@ use meander_config::{
     CaptureConfig, KafkaSink, PostgresSource, Publication, PublicationManagement, RedisSink, ResourceIdentity,
     TableSelection,
 };
-use meander_test_support::{Kafka, Postgres, Redis, Runtime, free_address, unique_name};
+use meander_test_support::{Kafka, Postgres, Redis, free_address, unique_name};
 
 #[derive(Parser)]
 struct Arguments {
@@ -53,15 +53,25 @@ async fn main() -> anyhow::Result<()> {
 fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> CaptureConfig {
     let name = unique_name("bench");
     CaptureConfig {
-        pipeline: ResourceIdentity { namespace: "bench".to_owned(), name: name.clone(), uid: String::new() },
+        pipeline: ResourceIdentity {
+            namespace: "bench".to_owned(),
+            name: name.clone(),
+            uid: String::new(),
+        },
         source: PostgresSource {
             host: "127.0.0.1".to_owned(),
             port: postgres.port(),
             database: postgres.database().to_owned(),
             username_file: postgres.username_file(),
             password_file: postgres.password_file(),
-            tables: TableSelection { include: vec!["public.trades".to_owned()], exclude: vec![] },
-            publication: Publication { name: name.clone(), management: PublicationManagement::Managed },
+            tables: TableSelection {
+                include: vec!["public.trades".to_owned()],
+                exclude: vec![],
+            },
+            publication: Publication {
+                name: name.clone(),
+                management: PublicationManagement::Managed,
+            },
             slot_name: name.clone(),
         },
         kafka: KafkaSink {
@@ -70,7 +80,11 @@ fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> CaptureC
             partitions: 1,
             replication_factor: None,
         },
-        redis: redis.map(|redis| RedisSink { url_file: redis.url_file(), stream_prefix: name, max_length: None }),
+        redis: redis.map(|redis| RedisSink {
+            url_file: redis.url_file(),
+            stream_prefix: name,
+            max_length: None,
+        }),
         operator: None,
         admin_address: free_address(),
     }

@@ -21,7 +21,14 @@ pub(crate) async fn measure(changes: u64, rate: f64, speeds: &[f64]) -> anyhow::
     let config = crate::config(&postgres, &kafka, None);
     let mut runtime = Runtime::capture(&config);
     runtime.ready(LIMIT).await;
-    let load = Load { table: "public.trades".to_owned(), changes, rate, seed: 1, clients: 4, key_changes: false };
+    let load = Load {
+        table: "public.trades".to_owned(),
+        changes,
+        rate,
+        seed: 1,
+        clients: 4,
+        key_changes: false,
+    };
     let made = load::run(&database, &load).await?;
     let done = format!("meander_capture_events {}\n", made.changes);
     eventually("every change is in Kafka", LIMIT, async || {
@@ -35,7 +42,10 @@ pub(crate) async fn measure(changes: u64, rate: f64, speeds: &[f64]) -> anyhow::
         let address = free_address();
         let mut receiver = Receiver::start(&address.to_string(), *speed)?;
         let mut replay = Runtime::replay(&ReplayConfig {
-            job: ResourceIdentity { name: format!("speed-{speed}"), ..config.pipeline.clone() },
+            job: ResourceIdentity {
+                name: format!("speed-{speed}"),
+                ..config.pipeline.clone()
+            },
             pipeline: config.pipeline.clone(),
             slot_name: config.source.slot_name.clone(),
             kafka: KafkaLog {
@@ -46,7 +56,9 @@ pub(crate) async fn measure(changes: u64, rate: f64, speeds: &[f64]) -> anyhow::
             to: ReplayEnd::Now,
             speed: speed.to_string().parse()?,
             suspended: false,
-            target: ReplayTarget::GrpcCall { endpoint: format!("http://{address}") },
+            target: ReplayTarget::GrpcCall {
+                endpoint: format!("http://{address}"),
+            },
             operator: None,
             admin_address: free_address(),
             termination_message_file: None,

@@ -144,7 +144,6 @@ async fn metrics(State(admin): State<Admin>) -> impl IntoResponse {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -52,7 +52,10 @@ impl Batch {
     /// An empty batch with room for a full one.
     #[must_use]
     pub fn new() -> Self {
-        Self { bytes: Vec::with_capacity(16 * 1024), ..Self::default() }
+        Self {
+            bytes: Vec::with_capacity(16 * 1024),
+            ..Self::default()
+        }
     }
 
     /// Appends a record. `key` writes the key and says whether there is one, `value` writes the value.

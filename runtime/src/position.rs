@@ -59,7 +59,11 @@ impl Position {
     /// After every change of the transaction that commits at `commit_lsn`.
     #[must_use]
     pub fn end_of_transaction(epoch: Epoch, commit_lsn: Lsn) -> Self {
-        Self { epoch, commit_lsn, ordinal: u64::MAX }
+        Self {
+            epoch,
+            commit_lsn,
+            ordinal: u64::MAX,
+        }
     }
 }
 
@@ -102,7 +106,9 @@ impl serde::Serialize for Lsn {
 
 impl<'de> serde::Deserialize<'de> for Lsn {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+        String::deserialize(deserializer)?
+            .parse()
+            .map_err(serde::de::Error::custom)
     }
 }
 
@@ -114,7 +120,9 @@ impl serde::Serialize for Position {
 
 impl<'de> serde::Deserialize<'de> for Position {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+        String::deserialize(deserializer)?
+            .parse()
+            .map_err(serde::de::Error::custom)
     }
 }
 

@@ -31,10 +31,15 @@ fn read_topic(kafka: &Kafka, topic: &str) -> Vec<(String, Option<String>, Change
         .set("enable.auto.commit", "false")
         .create()
         .unwrap();
-    let partitions = Tail::new(&[kafka.bootstrap()], LIMIT).unwrap().partitions(topic).unwrap();
+    let partitions = Tail::new(&[kafka.bootstrap()], LIMIT)
+        .unwrap()
+        .partitions(topic)
+        .unwrap();
     let mut assignment = TopicPartitionList::new();
     for partition in &partitions {
-        assignment.add_partition_offset(topic, *partition, Offset::Beginning).unwrap();
+        assignment
+            .add_partition_offset(topic, *partition, Offset::Beginning)
+            .unwrap();
     }
     consumer.assign(&assignment).unwrap();
     let mut records = Vec::new();
@@ -42,7 +47,12 @@ fn read_topic(kafka: &Kafka, topic: &str) -> Vec<(String, Option<String>, Change
     while ends < partitions.len() {
         match consumer.poll(LIMIT).expect("kafka answers in time") {
             Ok(message) => {
-                let header = message.headers().unwrap().iter().find(|header| header.key == POSITION_HEADER).unwrap();
+                let header = message
+                    .headers()
+                    .unwrap()
+                    .iter()
+                    .find(|header| header.key == POSITION_HEADER)
+                    .unwrap();
                 records.push((
                     String::from_utf8(header.value.unwrap().to_vec()).unwrap(),
                     message.key().map(|key| String::from_utf8(key.to_vec()).unwrap()),
@@ -64,7 +74,11 @@ fn read_topic(kafka: &Kafka, topic: &str) -> Vec<(String, Option<String>, Change
 async fn wait_for_records(kafka: &Kafka, topic: &str, count: usize) -> Vec<(String, Option<String>, ChangeRecord)> {
     eventually("the records are in Kafka", LIMIT, async || {
         let records = tokio::task::block_in_place(|| read_topic(kafka, topic));
-        if records.len() >= count { Ok(records) } else { Err(format!("{} of {count}", records.len())) }
+        if records.len() >= count {
+            Ok(records)
+        } else {
+            Err(format!("{} of {count}", records.len()))
+        }
     })
     .await
 }
@@ -74,7 +88,11 @@ async fn wait_for_failure(runtime: &Runtime, reason: &str) {
     let wanted = format!("meander_capture_failures_total{{reason=\"{reason}\"}}");
     eventually(&wanted, LIMIT, async || {
         let (_, metrics) = runtime.get("/metrics").await.map_err(|error| error.to_string())?;
-        if metrics.contains(&wanted) { Ok(()) } else { Err(metrics) }
+        if metrics.contains(&wanted) {
+            Ok(())
+        } else {
+            Err(metrics)
+        }
     })
     .await;
 }
@@ -143,21 +161,41 @@ async fn each_change_is_once_in_kafka_and_in_redis_under_the_same_coordinate() {
     );
     let whole = wait_for_records(kafka, &format!("{}.public.keyed_whole", config.kafka.topic_prefix), 3).await;
     let keys: Vec<_> = whole.iter().map(|(_, key, _)| key.clone().unwrap()).collect();
-    assert_eq!(keys, [key(1), key(1), key(1)], "under REPLICA IDENTITY FULL the key is the primary key");
-    assert_eq!(whole[1].2.before.as_ref().unwrap().values[1].kind, Some(Kind::Text("a".to_owned())));
+    assert_eq!(
+        keys,
+        [key(1), key(1), key(1)],
+        "under REPLICA IDENTITY FULL the key is the primary key"
+    );
+    assert_eq!(
+        whole[1].2.before.as_ref().unwrap().values[1].kind,
+        Some(Kind::Text("a".to_owned()))
+    );
 
     // Redis holds the same bytes under ids made of the same coordinates.
     let mut connection = redis.connection().await;
     let entries = eventually("the entries are in Redis", LIMIT, async || {
-        let entries: Vec<(String, BTreeMap<String, Vec<u8>>)> =
-            redis::cmd("XRANGE").arg(&topic).arg("-").arg("+").query_async(&mut connection).await.unwrap();
-        if entries.len() >= 7 { Ok(entries) } else { Err(format!("{} of 7", entries.len())) }
+        let entries: Vec<(String, BTreeMap<String, Vec<u8>>)> = redis::cmd("XRANGE")
+            .arg(&topic)
+            .arg("-")
+            .arg("+")
+            .query_async(&mut connection)
+            .await
+            .unwrap();
+        if entries.len() >= 7 {
+            Ok(entries)
+        } else {
+            Err(format!("{} of 7", entries.len()))
+        }
     })
     .await;
     assert_eq!(entries.len(), 7);
     for ((id, fields), (position, _, record)) in entries.iter().zip(&records) {
         let at = record.coordinate.unwrap();
-        let derived = format!("{}-{}", u64::from(at.epoch) << 56 | at.commit_lsn, at.ordinal << 8 | u64::from(at.part));
+        let derived = format!(
+            "{}-{}",
+            u64::from(at.epoch) << 56 | at.commit_lsn,
+            at.ordinal << 8 | u64::from(at.part)
+        );
         assert_eq!(*id, derived);
         assert_eq!(fields["position"], position.as_bytes());
         assert_eq!(fields["value"], record.encode_to_vec());
@@ -176,7 +214,11 @@ async fn each_change_is_once_in_kafka_and_in_redis_under_the_same_coordinate() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_idle_database_lets_postgresql_forget_its_wal() {
     let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
-    execute(&postgres, "CREATE TABLE t (id int PRIMARY KEY); CREATE TABLE other (id int)").await;
+    execute(
+        &postgres,
+        "CREATE TABLE t (id int PRIMARY KEY); CREATE TABLE other (id int)",
+    )
+    .await;
     let mut config = config(&postgres, kafka, None);
     config.source.tables.include = vec!["public.t".to_owned()];
     let mut runtime = Runtime::capture(&config);
@@ -184,7 +226,11 @@ async fn an_idle_database_lets_postgresql_forget_its_wal() {
     // Nothing of this is captured, and still the slot must move past it.
     execute(&postgres, "INSERT INTO other SELECT generate_series(1, 1000)").await;
     let client = postgres.client().await;
-    let written: String = client.query_one("SELECT pg_current_wal_insert_lsn()::text", &[]).await.unwrap().get(0);
+    let written: String = client
+        .query_one("SELECT pg_current_wal_insert_lsn()::text", &[])
+        .await
+        .unwrap()
+        .get(0);
     let confirmed: String = eventually("the slot moves past what nobody captures", LIMIT, async || {
         let row = client
             .query_one(
@@ -193,7 +239,11 @@ async fn an_idle_database_lets_postgresql_forget_its_wal() {
             )
             .await
             .unwrap();
-        if row.get(0) { Ok(row.get(1)) } else { Err(row.get::<_, String>(1)) }
+        if row.get(0) {
+            Ok(row.get(1))
+        } else {
+            Err(row.get::<_, String>(1))
+        }
     })
     .await;
     // It was persisted before PostgreSQL was told.
@@ -214,17 +264,34 @@ async fn a_slot_that_lost_changes_stops_the_capture_before_a_byte_is_read() {
 
     // Somebody moves the slot past changes that were not captured.
     execute(&postgres, "INSERT INTO t VALUES (2)").await;
-    execute(&postgres, "SELECT pg_replication_slot_advance(slot_name, pg_current_wal_lsn()) FROM pg_replication_slots").await;
+    execute(
+        &postgres,
+        "SELECT pg_replication_slot_advance(slot_name, pg_current_wal_lsn()) FROM pg_replication_slots",
+    )
+    .await;
     runtime.start_again();
     wait_for_failure(&runtime, "SlotAhead").await;
     assert!(runtime.terminate(LIMIT).success());
 
     // Somebody drops it.
-    execute(&postgres, "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots").await;
+    execute(
+        &postgres,
+        "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots",
+    )
+    .await;
     runtime.start_again();
     wait_for_failure(&runtime, "SlotMissing").await;
-    assert_eq!(tokio::task::block_in_place(|| read_topic(kafka, &topic)).len(), 1, "nothing is published past a gap");
-    let slots = postgres.client().await.query("SELECT FROM pg_replication_slots", &[]).await.unwrap();
+    assert_eq!(
+        tokio::task::block_in_place(|| read_topic(kafka, &topic)).len(),
+        1,
+        "nothing is published past a gap"
+    );
+    let slots = postgres
+        .client()
+        .await
+        .query("SELECT FROM pg_replication_slots", &[])
+        .await
+        .unwrap();
     assert!(slots.is_empty(), "no new slot hides the gap");
 }
 
@@ -242,8 +309,20 @@ async fn cleanup_takes_slot_and_publication_away_and_a_new_life_begins_a_new_epo
 
     meander_runtime::capture::cleanup(config.clone()).await.unwrap();
     let client = postgres.client().await;
-    assert!(client.query("SELECT FROM pg_replication_slots", &[]).await.unwrap().is_empty());
-    assert!(client.query("SELECT FROM pg_publication", &[]).await.unwrap().is_empty());
+    assert!(
+        client
+            .query("SELECT FROM pg_replication_slots", &[])
+            .await
+            .unwrap()
+            .is_empty()
+    );
+    assert!(
+        client
+            .query("SELECT FROM pg_publication", &[])
+            .await
+            .unwrap()
+            .is_empty()
+    );
     // Twice is as good as once: the operator may have to try again.
     meander_runtime::capture::cleanup(config.clone()).await.unwrap();
 
@@ -251,7 +330,10 @@ async fn cleanup_takes_slot_and_publication_away_and_a_new_life_begins_a_new_epo
     runtime.ready(LIMIT).await;
     execute(&postgres, "INSERT INTO t VALUES (2)").await;
     let records = wait_for_records(kafka, &topic, 2).await;
-    let epochs: Vec<_> = records.iter().map(|(_, _, record)| record.coordinate.unwrap().epoch).collect();
+    let epochs: Vec<_> = records
+        .iter()
+        .map(|(_, _, record)| record.coordinate.unwrap().epoch)
+        .collect();
     assert_eq!(epochs, [1, 2]);
 }
 
@@ -285,7 +367,10 @@ async fn what_is_missing_is_said_and_heals_when_it_is_there() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_without_logical_decoding_is_told_from_any_other() {
-    let (postgres, kafka) = (Postgres::start(&[("wal_level", "replica")]).await, Kafka::shared().await);
+    let (postgres, kafka) = (
+        Postgres::start(&[("wal_level", "replica")]).await,
+        Kafka::shared().await,
+    );
     execute(&postgres, "CREATE TABLE t (id int PRIMARY KEY)").await;
     let runtime = Runtime::capture(&config(&postgres, kafka, None));
     wait_for_failure(&runtime, "WalLevelNotLogical").await;
@@ -302,14 +387,27 @@ async fn entries_of_somebody_else_in_a_stream_stop_the_capture_with_a_reason() {
     let mut connection = redis.connection().await;
     // A later id than any of ours.
     let foreign = format!("{}-0", u64::MAX);
-    let _: String =
-        redis::cmd("XADD").arg(&stream).arg(&foreign).arg(&["a", "b"]).query_async(&mut connection).await.unwrap();
+    let _: String = redis::cmd("XADD")
+        .arg(&stream)
+        .arg(&foreign)
+        .arg(&["a", "b"])
+        .query_async(&mut connection)
+        .await
+        .unwrap();
     execute(&postgres, "INSERT INTO t VALUES (1)").await;
     wait_for_failure(&runtime, "ForeignWriter").await;
     // Deleting the stream mends it, and nothing was lost.
-    let _: i64 = redis::cmd("DEL").arg(&stream).query_async(&mut connection).await.unwrap();
+    let _: i64 = redis::cmd("DEL")
+        .arg(&stream)
+        .query_async(&mut connection)
+        .await
+        .unwrap();
     eventually("the entry is in Redis", LIMIT, async || {
-        let length: i64 = redis::cmd("XLEN").arg(&stream).query_async(&mut connection).await.unwrap();
+        let length: i64 = redis::cmd("XLEN")
+            .arg(&stream)
+            .query_async(&mut connection)
+            .await
+            .unwrap();
         if length == 1 { Ok(()) } else { Err(length.to_string()) }
     })
     .await;
@@ -324,7 +422,9 @@ async fn a_redis_that_forgot_what_it_acknowledged_is_a_gap() {
     runtime.ready(LIMIT).await;
     execute(&postgres, "INSERT INTO t VALUES (1)").await;
     eventually("the checkpoint knows what Redis has", LIMIT, async || {
-        checkpoint(&config).and_then(|checkpoint| checkpoint.redis).ok_or("nothing yet")
+        checkpoint(&config)
+            .and_then(|checkpoint| checkpoint.redis)
+            .ok_or("nothing yet")
     })
     .await;
     let mut connection = redis.connection().await;
@@ -342,7 +442,10 @@ async fn a_second_runtime_waits_for_the_slot_and_takes_over_without_loss_or_doub
     let topic = format!("{}.public.t", config.kafka.topic_prefix);
     let mut first = Runtime::capture(&config);
     first.ready(LIMIT).await;
-    let second = Runtime::capture(&CaptureConfig { admin_address: free_address(), ..config.clone() });
+    let second = Runtime::capture(&CaptureConfig {
+        admin_address: free_address(),
+        ..config.clone()
+    });
     wait_for_failure(&second, "SlotActive").await;
     execute(&postgres, "INSERT INTO t SELECT generate_series(1, 1000)").await;
     first.kill9();

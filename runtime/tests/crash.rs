@@ -6,9 +6,13 @@
 
 mod common;
 
-use std::{path::PathBuf, process::Command};
+use std::{
+    path::Path,
+    process::{Command, Output},
+};
 
 use common::LIMIT;
+use meander_config::CaptureConfig;
 use meander_test_support::{Kafka, Postgres, Redis, Runtime, eventually};
 use meander_workload::load::{self, Load};
 
@@ -19,7 +23,9 @@ const KILLS: u64 = 5;
 async fn five_kills_in_mid_stream_lose_and_double_nothing() {
     let (postgres, redis, kafka) = (Postgres::start(&[]).await, Redis::start().await, Kafka::shared().await);
     let database: tokio_postgres::Config = postgres.url().parse().unwrap();
-    load::prepare(&load::connect(&database).await.unwrap(), "public.trades").await.unwrap();
+    load::prepare(&load::connect(&database).await.unwrap(), "public.trades")
+        .await
+        .unwrap();
     let config = common::config(&postgres, kafka, Some(&redis));
     let mut runtime = Runtime::capture(&config);
     runtime.ready(LIMIT).await;
@@ -41,7 +47,11 @@ async fn five_kills_in_mid_stream_lose_and_double_nothing() {
         let mark = CHANGES * kill / (KILLS + 2);
         eventually("changes flow", LIMIT, async || {
             let published = common::checkpoint(&config).map_or(0, |checkpoint| checkpoint.events_total);
-            if published >= mark { Ok(()) } else { Err(format!("{published} of {mark}")) }
+            if published >= mark {
+                Ok(())
+            } else {
+                Err(format!("{published} of {mark}"))
+            }
         })
         .await;
         runtime.kill9();
@@ -50,29 +60,72 @@ async fn five_kills_in_mid_stream_lose_and_double_nothing() {
     let made = load.await.unwrap();
     runtime.ready(LIMIT).await;
 
-    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..");
-    let folder = tempfile::tempdir().unwrap();
-    let verifier = folder.path().join("meander-verify");
+    let verified = verify(&postgres, kafka, &redis, &config, "60s");
+    let said = String::from_utf8_lossy(&verified.stdout);
+    assert!(
+        verified.status.success(),
+        "{said}\n{}",
+        String::from_utf8_lossy(&verified.stderr)
+    );
+    println!("{said}");
+    assert!(made.changes >= CHANGES);
+    let checkpoint = common::checkpoint(&config).unwrap();
+    assert_eq!(checkpoint.events_total, made.changes);
+    assert!(checkpoint.owner_generation > KILLS, "each start is an owner of its own");
+
+    // The verifier is no good if it always agrees.
+    let stream = format!("{}.public.trades", config.kafka.topic_prefix);
+    let mut connection = redis.connection().await;
+    let first: Vec<(String, Vec<Vec<u8>>)> = redis::cmd("XRANGE")
+        .arg(&stream)
+        .arg(&["-", "+", "COUNT", "1"])
+        .query_async(&mut connection)
+        .await
+        .unwrap();
+    let _: i64 = redis::cmd("XDEL")
+        .arg(&stream)
+        .arg(&first[0].0)
+        .query_async(&mut connection)
+        .await
+        .unwrap();
+    let verified = verify(&postgres, kafka, &redis, &config, "1s");
+    assert_eq!(
+        verified.status.code(),
+        Some(1),
+        "{}",
+        String::from_utf8_lossy(&verified.stdout)
+    );
+}
+
+/// Builds and runs the verifier, which waits this long for what is missing.
+fn verify(postgres: &Postgres, kafka: &Kafka, redis: &Redis, config: &CaptureConfig, wait: &str) -> Output {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let verifier = Path::new(env!("CARGO_TARGET_TMPDIR")).join("meander-verify");
     let built = Command::new("go")
         .args(["build", "-o"])
         .arg(&verifier)
         .arg(".")
         .current_dir(root.join("tests/verifier"))
         .status()
-        .expect("Go is needed for the verifier");
-    assert!(built.success());
-    let verified = Command::new(&verifier)
-        .args(["--postgres", &postgres.url(), "--kafka", &kafka.bootstrap(), "--redis", &redis.url()])
-        .args(["--topic-prefix", &config.kafka.topic_prefix, "--stream-prefix", &config.kafka.topic_prefix])
-        .arg("--proto")
+        .expect("go, which builds the verifier");
+    assert!(built.success(), "go build: {built}");
+    Command::new(&verifier)
+        .args([
+            "-postgres",
+            &postgres.url(),
+            "-kafka",
+            &kafka.bootstrap(),
+            "-redis",
+            &redis.url(),
+        ])
+        .args([
+            "-topic-prefix",
+            &config.kafka.topic_prefix,
+            "-stream-prefix",
+            &config.kafka.topic_prefix,
+        ])
+        .args(["-wait", wait, "-proto"])
         .arg(root.join("proto"))
         .output()
-        .unwrap();
-    let said = String::from_utf8_lossy(&verified.stdout);
-    assert!(verified.status.success(), "{said}\n{}", String::from_utf8_lossy(&verified.stderr));
-    println!("{said}");
-    assert!(made.changes >= CHANGES);
-    let checkpoint = common::checkpoint(&config).unwrap();
-    assert_eq!(checkpoint.events_total, made.changes);
-    assert!(checkpoint.owner_generation > KILLS, "each start is an owner of its own");
+        .unwrap()
 }

@@ -232,7 +232,7 @@ impl std::str::FromStr for Speed {
             return Ok(Self::Max);
         }
         match text.parse::<f64>() {
-            Ok(factor) if factor == 1.0 => Ok(Self::Original),
+            Ok(1.0) => Ok(Self::Original),
             Ok(factor) if factor.is_finite() && factor > 0.0 => Ok(Self::Factor(factor)),
             _ => Err(InvalidSpeed(text.to_owned())),
         }
@@ -331,9 +331,14 @@ pub enum ConfigError {
 /// # Errors
 /// When the file cannot be read, or is not such a configuration.
 pub fn load<T: DeserializeOwned>(path: &Path) -> Result<T, ConfigError> {
-    let text = fs::read_to_string(path).map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
-    serde_saphyr::from_str(&text)
-        .map_err(|source| ConfigError::Invalid { path: path.to_owned(), source: Box::new(source) })
+    let text = fs::read_to_string(path).map_err(|source| ConfigError::Unreadable {
+        path: path.to_owned(),
+        source,
+    })?;
+    serde_saphyr::from_str(&text).map_err(|source| ConfigError::Invalid {
+        path: path.to_owned(),
+        source: Box::new(source),
+    })
 }
 
 /// Writes a configuration as the YAML that [`load`] reads.

@@ -32,7 +32,11 @@ pub async fn cleanup(config: CaptureConfig) -> Result<(), CaptureError> {
         tracing::warn!(%error, "the checkpoint was not released; the slot is dropped all the same");
     }
     (|| catalog.drop_slot_and_publication(&source))
-        .retry(ExponentialBuilder::default().with_min_delay(Duration::from_secs(1)).with_max_times(SLOT_ATTEMPTS))
+        .retry(
+            ExponentialBuilder::default()
+                .with_min_delay(Duration::from_secs(1))
+                .with_max_times(SLOT_ATTEMPTS),
+        )
         .when(|error| matches!(error, SourceError::SlotActive { .. }))
         .await?;
     tracing::info!(slot = source.slot_name, "dropped the replication slot");

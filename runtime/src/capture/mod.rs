@@ -41,10 +41,14 @@ pub enum CaptureError {
     #[error(transparent)]
     Sink(#[from] SinkError),
     /// The source sent what makes no sense.
-    #[error("PostgreSQL sent a message that cannot be understood: {0}; nothing after it is published; please report it")]
+    #[error(
+        "PostgreSQL sent a message that cannot be understood: {0}; nothing after it is published; please report it"
+    )]
     Decode(#[from] DecodeError),
     /// The source sent messages that make no sense together.
-    #[error("PostgreSQL sent messages that do not fit together: {0}; nothing after them is published; please report it")]
+    #[error(
+        "PostgreSQL sent messages that do not fit together: {0}; nothing after them is published; please report it"
+    )]
     Assemble(#[from] AssembleError),
     /// A change that has no form in the pipeline's format.
     #[error("a change cannot be encoded: {0}; nothing after it is published; please report it")]
@@ -90,7 +94,8 @@ struct Context {
 impl Context {
     fn set(&self, condition: ConditionType, status: bool, reason: &str, message: impl Into<String>) {
         let message = message.into();
-        self.reporter.update(|state| state.conditions.set(condition, status, reason, message));
+        self.reporter
+            .update(|state| state.conditions.set(condition, status, reason, message));
     }
 }
 
@@ -103,11 +108,23 @@ pub async fn run(config: CaptureConfig, shutdown: CancellationToken) -> Result<(
     let registry = Registry::new();
     let metrics = observe::Metrics::register(&registry);
     let (ready, is_ready) = watch::channel(false);
-    let admin = Admin { registry, liveness: Liveness::default(), ready: is_ready };
-    let server = admin.serve(config.admin_address, shutdown.clone()).await.map_err(CaptureError::Admin)?;
+    let admin = Admin {
+        registry,
+        liveness: Liveness::default(),
+        ready: is_ready,
+    };
+    let server = admin
+        .serve(config.admin_address, shutdown.clone())
+        .await
+        .map_err(CaptureError::Admin)?;
     let slot_name = config.source.slot_name.clone();
     reporter.update(|state| state.progress.slot_name = slot_name);
-    let context = Context { config, reporter, metrics, ready };
+    let context = Context {
+        config,
+        reporter,
+        metrics,
+        ready,
+    };
 
     let new_pauses = || {
         ExponentialBuilder::default()
@@ -141,7 +158,12 @@ pub async fn run(config: CaptureConfig, shutdown: CancellationToken) -> Result<(
             () = shutdown.cancelled() => {}
         }
     }
-    context.set(ConditionType::Progressing, false, "Stopped", "The runtime was told to stop.");
+    context.set(
+        ConditionType::Progressing,
+        false,
+        "Stopped",
+        "The runtime was told to stop.",
+    );
     link.finish().await;
     Ok(server.await?)
 }
@@ -153,6 +175,11 @@ impl Context {
         self.metrics.failures.with_label_values(&[reason]).inc();
         tracing::warn!(%error, reason, "the session ended");
         self.set(condition, is_gap, reason, error.to_string());
-        self.set(ConditionType::Progressing, false, reason, "Capture does not go on; it is tried again by itself.");
+        self.set(
+            ConditionType::Progressing,
+            false,
+            reason,
+            "Capture does not go on; it is tried again by itself.",
+        );
     }
 }

@@ -26,7 +26,10 @@ pub(super) struct Inflight(Arc<Mutex<VecDeque<(u64, i64)>>>);
 
 impl Inflight {
     pub(super) fn push(&self, batch: u64, commit_time_micros: i64) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push_back((batch, commit_time_micros));
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push_back((batch, commit_time_micros));
     }
 
     /// Commit time of the oldest change that is not in every sink, after `done` batches are.
@@ -58,16 +61,28 @@ impl Metrics {
         let made = || -> prometheus::Result<Self> {
             Ok(Self {
                 failures: IntCounterVec::new(
-                    Opts::new("meander_capture_failures_total", "Sessions that ended with an error, by reason."),
+                    Opts::new(
+                        "meander_capture_failures_total",
+                        "Sessions that ended with an error, by reason.",
+                    ),
                     &["reason"],
                 )?,
-                events: gauge("meander_capture_events", "Changes published since the pipeline was created.")?,
-                lag_bytes: gauge("meander_capture_lag_bytes", "WAL that the source keeps for this pipeline.")?,
+                events: gauge(
+                    "meander_capture_events",
+                    "Changes published since the pipeline was created.",
+                )?,
+                lag_bytes: gauge(
+                    "meander_capture_lag_bytes",
+                    "WAL that the source keeps for this pipeline.",
+                )?,
                 lag_millis: gauge(
                     "meander_capture_lag_milliseconds",
                     "Age of the oldest change that is received and not in every sink.",
                 )?,
-                received: gauge("meander_capture_received_lsn", "Everything before this LSN was received.")?,
+                received: gauge(
+                    "meander_capture_received_lsn",
+                    "Everything before this LSN was received.",
+                )?,
                 acknowledged: gauge("meander_capture_acknowledged_lsn", "PostgreSQL was told this LSN.")?,
             })
         };
@@ -112,12 +127,21 @@ pub(super) async fn run(
         let sinks: Vec<Durable> = sinks.iter().map(|sink| *sink.borrow()).collect();
         let checkpoint = checkpoint.borrow().clone();
         let done = sinks.iter().map(|sink| sink.batches).min().unwrap_or(0);
-        let lag_micros = inflight.oldest(done).map_or(0, |oldest| now_micros().saturating_sub(oldest).max(0));
+        let lag_micros = inflight
+            .oldest(done)
+            .map_or(0, |oldest| now_micros().saturating_sub(oldest).max(0));
         let lag_bytes = received.server().0.saturating_sub(checkpoint.acknowledged.0);
         let text = |sink: Option<&Durable>| {
-            sink.and_then(|sink| sink.position).map(|position| position.to_string()).unwrap_or_default()
+            sink.and_then(|sink| sink.position)
+                .map(|position| position.to_string())
+                .unwrap_or_default()
         };
-        let published_lsn = sinks.iter().map(|sink| sink.safe).min().unwrap_or_default().max(checkpoint.acknowledged);
+        let published_lsn = sinks
+            .iter()
+            .map(|sink| sink.safe)
+            .min()
+            .unwrap_or_default()
+            .max(checkpoint.acknowledged);
         metrics.events.set(signed(checkpoint.events_total));
         metrics.lag_bytes.set(signed(lag_bytes));
         metrics.lag_millis.set(lag_micros / 1000);

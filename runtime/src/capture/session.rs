@@ -54,18 +54,28 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
     catalog.check_server().await?;
     let selected = catalog.select_tables(source).await?;
     let slot = catalog.slot(source).await?;
-    context.set(ConditionType::SourceReady, true, "Ready", "The source is fit for capture.");
+    context.set(
+        ConditionType::SourceReady,
+        true,
+        "Ready",
+        "The source is fit for capture.",
+    );
 
     let mut topics = Topics::new(
         &config.kafka.bootstrap_servers,
-        TopicSettings { partitions: config.kafka.partitions, replication_factor: config.kafka.replication_factor },
+        TopicSettings {
+            partitions: config.kafka.partitions,
+            replication_factor: config.kafka.replication_factor,
+        },
     )?;
     let checkpoint_topic = checkpoint_topic(&config.pipeline.namespace, &config.pipeline.name);
     topics.ensure_checkpoint(&checkpoint_topic).await?;
     let tables = catalog.ensure_publication(source, selected).await?;
     for table in &tables {
         let topic = topic_name(&config.kafka.topic_prefix, &table.schema, &table.name);
-        topics.ensure_data(&topic, &format!("{}.{}", table.schema, table.name)).await?;
+        topics
+            .ensure_data(&topic, &format!("{}.{}", table.schema, table.name))
+            .await?;
     }
 
     // The slot.
@@ -82,12 +92,17 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
     if slot.is_none() {
         let checkpoint = read_own_checkpoint(context, &checkpoint_topic).await?;
         start(checkpoint.as_ref(), context, None, &server)?;
-        let sql = format!("CREATE_REPLICATION_SLOT {} LOGICAL pgoutput NOEXPORT_SNAPSHOT", quote_identifier(&source.slot_name));
+        let sql = format!(
+            "CREATE_REPLICATION_SLOT {} LOGICAL pgoutput NOEXPORT_SNAPSHOT",
+            quote_identifier(&source.slot_name)
+        );
         connection.query(&sql).await.map_err(wire)?;
         tracing::info!(slot = source.slot_name, "made the replication slot");
     }
-    let (reader, writer) =
-        connection.start_replication(&source.slot_name, &source.publication.name).await.map_err(wire)?;
+    let (reader, writer) = connection
+        .start_replication(&source.slot_name, &source.publication.name)
+        .await
+        .map_err(wire)?;
     let received = Received::default();
     let (acknowledged, acknowledgements) = watch::channel(None);
     let status = status::Task::start(writer, received.clone(), acknowledgements);
@@ -95,8 +110,18 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
     // From here on the slot is ours.
     let opened = open_sinks(context, &catalog, &tables, &checkpoint_topic, &server).await;
     let (kafka, redis, checkpoint) = opened?;
-    context.set(ConditionType::SourceGap, false, "NoGap", "The source has everything since the checkpoint.");
-    context.set(ConditionType::SinksReady, true, "Ready", "Every sink takes what it is given.");
+    context.set(
+        ConditionType::SourceGap,
+        false,
+        "NoGap",
+        "The source has everything since the checkpoint.",
+    );
+    context.set(
+        ConditionType::SinksReady,
+        true,
+        "Ready",
+        "Every sink takes what it is given.",
+    );
     tracing::info!(
         generation = checkpoint.owner_generation,
         epoch = checkpoint.epoch,
@@ -105,7 +130,10 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
         "capture starts"
     );
 
-    let (kafka_durable, kafka_progress) = watch::channel(Durable { position: checkpoint.published, ..Durable::default() });
+    let (kafka_durable, kafka_progress) = watch::channel(Durable {
+        position: checkpoint.published,
+        ..Durable::default()
+    });
     let (kafka_queue, kafka_batches) = mpsc::channel(QUEUED_BATCHES);
     let mut sinks = vec![kafka_progress];
     let mut queues = vec![kafka_queue];
@@ -113,7 +141,10 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
     let mut redis_task = None;
     if let Some(redis) = redis {
         resume_after = resume_after.min(redis.position());
-        let (durable, progress) = watch::channel(Durable { position: redis.position(), ..Durable::default() });
+        let (durable, progress) = watch::channel(Durable {
+            position: redis.position(),
+            ..Durable::default()
+        });
         let (queue, batches) = mpsc::channel(QUEUED_BATCHES);
         sinks.push(progress);
         queues.push(queue);
@@ -141,10 +172,24 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
     let mut kafka_task = spawn_blocking({
         let checkpoint = checkpoint.clone();
         let runtime = Handle::current();
-        move || kafka.publish(&runtime, checkpoint, kafka_batches, redis_progress, &kafka_durable, &checkpoints)
+        move || {
+            kafka.publish(
+                &runtime,
+                checkpoint,
+                kafka_batches,
+                redis_progress,
+                &kafka_durable,
+                &checkpoints,
+            )
+        }
     });
 
-    context.set(ConditionType::Progressing, true, "Streaming", "Changes are captured as they are committed.");
+    context.set(
+        ConditionType::Progressing,
+        true,
+        "Streaming",
+        "Changes are captured as they are committed.",
+    );
     context.ready.send_replace(true);
     let mut stream = Stream::new(
         config,
@@ -196,7 +241,10 @@ async fn identify(
 ) -> Result<ServerIdentity, crate::source::postgres::wire::WireError> {
     let rows = connection.query("IDENTIFY_SYSTEM").await?;
     let field = |index: usize| rows.first().and_then(|row| row.get(index)?.clone()).unwrap_or_default();
-    Ok(ServerIdentity { system_identifier: field(0), timeline: field(1).parse().unwrap_or(0) })
+    Ok(ServerIdentity {
+        system_identifier: field(0),
+        timeline: field(1).parse().unwrap_or(0),
+    })
 }
 
 fn start(
@@ -211,7 +259,11 @@ fn start(
 async fn read_own_checkpoint(context: &Context, topic: &str) -> Result<Option<Checkpoint>, CaptureError> {
     let config = &context.config;
     let servers = config.kafka.bootstrap_servers.clone();
-    let key = checkpoint_key(&config.pipeline.namespace, &config.pipeline.name, &config.source.slot_name);
+    let key = checkpoint_key(
+        &config.pipeline.namespace,
+        &config.pipeline.name,
+        &config.source.slot_name,
+    );
     let topic = topic.to_owned();
     let read = spawn_blocking(move || read_checkpoint(&servers, &topic, &key, TAIL_DEADLINE)).await?;
     Ok(read.map_err(SinkError::Checkpoint)?)
@@ -271,7 +323,12 @@ async fn open_sinks(
     let redis = match &context.config.redis {
         Some(redis) => {
             let sink = RedisSink::open(redis, &checkpoint).await?;
-            context.set(ConditionType::RedisGap, false, "NoGap", "Redis has everything that it acknowledged.");
+            context.set(
+                ConditionType::RedisGap,
+                false,
+                "NoGap",
+                "Redis has everything that it acknowledged.",
+            );
             Some(sink)
         }
         None => None,
@@ -288,9 +345,13 @@ async fn check_log(
 ) -> Result<(), CaptureError> {
     let config = &context.config.kafka;
     let servers = config.bootstrap_servers.clone();
-    let topics: Vec<String> =
-        tables.iter().map(|table| topic_name(&config.topic_prefix, &table.schema, &table.name)).collect();
-    let last = spawn_blocking(move || last_positions(&servers, topics)).await?.map_err(SinkError::Checkpoint)?;
+    let topics: Vec<String> = tables
+        .iter()
+        .map(|table| topic_name(&config.topic_prefix, &table.schema, &table.name))
+        .collect();
+    let last = spawn_blocking(move || last_positions(&servers, topics))
+        .await?
+        .map_err(SinkError::Checkpoint)?;
     for (topic, text) in last {
         let found: Option<Position> = text.parse().ok();
         if found.is_none() || found > published {
@@ -314,7 +375,11 @@ fn last_positions(servers: &[String], topics: Vec<String>) -> Result<Vec<(String
         for partition in tail.partitions(&topic)? {
             if let Some(record) = tail.last_record(&topic, partition)? {
                 let header = record.headers().and_then(|headers| {
-                    headers.iter().find(|header| header.key == POSITION_HEADER)?.value.map(String::from_utf8_lossy)
+                    headers
+                        .iter()
+                        .find(|header| header.key == POSITION_HEADER)?
+                        .value
+                        .map(String::from_utf8_lossy)
                 });
                 last.push((topic.clone(), header.unwrap_or_default().into_owned()));
             }

@@ -1,6 +1,9 @@
 //! The loop that turns the replication stream into batches.
 
-use std::{sync::Arc, time::{SystemTime, UNIX_EPOCH}};
+use std::{
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use meander_config::CaptureConfig;
 use tokio::sync::mpsc;
@@ -107,7 +110,10 @@ impl<'a> Stream<'a> {
                         self.received.set_server(wal_end);
                         self.message(message, catalog).await?;
                     }
-                    Frame::Keepalive { wal_end, reply_requested } => self.keepalive(wal_end, reply_requested),
+                    Frame::Keepalive {
+                        wal_end,
+                        reply_requested,
+                    } => self.keepalive(wal_end, reply_requested),
                 }
                 if self.batch.is_full() {
                     match queues.reserve().await {
@@ -162,10 +168,22 @@ impl<'a> Stream<'a> {
         let message = decode(bytes)?;
         match &message {
             LogicalMessage::Relation(relation) => return self.relation(relation, catalog).await,
-            LogicalMessage::Begin { final_lsn, commit_time_micros, .. } => self.begin(*final_lsn, *commit_time_micros),
+            LogicalMessage::Begin {
+                final_lsn,
+                commit_time_micros,
+                ..
+            } => self.begin(*final_lsn, *commit_time_micros),
             _ => {}
         }
-        let Self { assembler, encoder, batch, high_time_micros, resume_after, news, .. } = self;
+        let Self {
+            assembler,
+            encoder,
+            batch,
+            high_time_micros,
+            resume_after,
+            news,
+            ..
+        } = self;
         match assembler.take(&message)? {
             Assembled::Nothing => {}
             Assembled::Changes(changes) => changes.for_each(|change| {
@@ -191,15 +209,28 @@ impl<'a> Stream<'a> {
     /// All records of a transaction share one timestamp, so that no time range ends inside it; also when a crash cut the
     /// transaction in two. So what Kafka had seen before, wholly or in part, does not move it again.
     fn begin(&mut self, commit_lsn: Lsn, commit_time_micros: i64) {
-        let first = Position { epoch: self.assembler.epoch(), commit_lsn, ordinal: 0 };
-        if self.published.is_none_or(|published| first > Position { ordinal: 0, ..published }) {
+        let first = Position {
+            epoch: self.assembler.epoch(),
+            commit_lsn,
+            ordinal: 0,
+        };
+        if self.published.is_none_or(|published| {
+            first
+                > Position {
+                    ordinal: 0,
+                    ..published
+                }
+        }) {
             self.high_time_micros = self.high_time_micros.max(commit_time_micros.min(now_micros()));
         }
     }
 
     async fn relation(&mut self, message: &RelationMessage<'_>, catalog: &Catalog) -> Result<(), CaptureError> {
-        let primary_key =
-            if message.replica_identity == b'f' { catalog.primary_key(message.oid).await? } else { Vec::new() };
+        let primary_key = if message.replica_identity == b'f' {
+            catalog.primary_key(message.oid).await?
+        } else {
+            Vec::new()
+        };
         let relation = self.assembler.describe(message, &primary_key);
         let (schema, table) = (&relation.schema, &relation.table);
         let topic = topic_name(&self.config.kafka.topic_prefix, schema, table);

@@ -7,7 +7,10 @@ use std::io::Write as _;
 
 use crate::{
     encode::EncodeError,
-    source::{Relation, postgres::pgoutput::{Datum, Tuple}},
+    source::{
+        Relation,
+        postgres::pgoutput::{Datum, Tuple},
+    },
 };
 
 /// Writes the key of `row`. Values that `row` leaves out as unchanged are taken from `fallback`. Returns false, and writes nothing,
@@ -77,7 +80,6 @@ fn write_json_string(text: &str, out: &mut Vec<u8>) {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
     use proptest::prelude::*;
 
     use super::*;

@@ -90,15 +90,31 @@ impl Encoder for ProtobufEncoder {
         let mut bytes = Vec::new();
         prost::encoding::message::encode(field::RELATION, &message, &mut bytes);
         let kinds = relation.columns.iter().map(Kind::of).collect();
-        self.prepared.insert(relation.oid, Prepared { destination, relation: bytes, kinds });
+        self.prepared.insert(
+            relation.oid,
+            Prepared {
+                destination,
+                relation: bytes,
+                kinds,
+            },
+        );
     }
 
     fn encode(&mut self, change: &Change<'_>, batch: &mut Batch) -> Result<(), EncodeError> {
-        let part = |operation, key, before, after| Part { number: 0, operation, key, before, after, key_changed: false };
+        let part = |operation, key, before, after| Part {
+            number: 0,
+            operation,
+            key,
+            before,
+            after,
+            key_changed: false,
+        };
         match change.operation {
-            Operation::Insert { new } => {
-                self.record(change, batch, &part(v1::Operation::Insert, Some((new, None)), None, Some(new)))
-            }
+            Operation::Insert { new } => self.record(
+                change,
+                batch,
+                &part(v1::Operation::Insert, Some((new, None)), None, Some(new)),
+            ),
             Operation::Update { old: Some(old), new } if key::differs(change.relation, old.tuple(), new) => {
                 // Whoever follows the old key, in its own partition, must learn of its end.
                 self.record(
@@ -115,7 +131,12 @@ impl Encoder for ProtobufEncoder {
                     &Part {
                         number: 1,
                         key_changed: true,
-                        ..part(v1::Operation::Update, Some((new, Some(old.tuple()))), Some(old), Some(new))
+                        ..part(
+                            v1::Operation::Update,
+                            Some((new, Some(old.tuple()))),
+                            Some(old),
+                            Some(new),
+                        )
                     },
                 )
             }
@@ -123,9 +144,11 @@ impl Encoder for ProtobufEncoder {
                 let key = Some((new, old.map(|old| old.tuple())));
                 self.record(change, batch, &part(v1::Operation::Update, key, old, Some(new)))
             }
-            Operation::Delete { old } => {
-                self.record(change, batch, &part(v1::Operation::Delete, Some((old.tuple(), None)), Some(old), None))
-            }
+            Operation::Delete { old } => self.record(
+                change,
+                batch,
+                &part(v1::Operation::Delete, Some((old.tuple(), None)), Some(old), None),
+            ),
             Operation::Truncate => self.record(change, batch, &part(v1::Operation::Truncate, None, None, None)),
         }
     }
@@ -145,8 +168,10 @@ mod field {
 
 impl ProtobufEncoder {
     fn record(&mut self, change: &Change<'_>, batch: &mut Batch, part: &Part<'_>) -> Result<(), EncodeError> {
-        let prepared =
-            self.prepared.get(&change.relation.oid).ok_or(EncodeError::Unprepared(change.relation.oid))?;
+        let prepared = self
+            .prepared
+            .get(&change.relation.oid)
+            .ok_or(EncodeError::Unprepared(change.relation.oid))?;
         let scratch = &mut self.scratch;
         batch.push(
             change.position,
@@ -315,7 +340,6 @@ fn hex_digit(digit: u8) -> Option<u8> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, clippy::panic)]
     use proptest::prelude::*;
     use v1::value::Kind as Is;
 
@@ -374,7 +398,13 @@ mod tests {
     fn encode(message: &[u8]) -> Result<Vec<(Option<String>, v1::ChangeRecord)>, EncodeError> {
         let relation = relation();
         let mut encoder = ProtobufEncoder::default();
-        encoder.prepare(&relation, Arc::new(Destination { topic: "t".to_owned(), stream: "s".to_owned() }));
+        encoder.prepare(
+            &relation,
+            Arc::new(Destination {
+                topic: "t".to_owned(),
+                stream: "s".to_owned(),
+            }),
+        );
         let operation = match decode(message).unwrap() {
             LogicalMessage::Insert { new, .. } => Operation::Insert { new },
             LogicalMessage::Update { old, new, .. } => Operation::Update { old, new },
@@ -384,7 +414,11 @@ mod tests {
         let change = Change {
             relation: &relation,
             operation,
-            position: Position { epoch: Epoch::FIRST, commit_lsn: Lsn(0x16B_3748), ordinal: 3 },
+            position: Position {
+                epoch: Epoch::FIRST,
+                commit_lsn: Lsn(0x16B_3748),
+                ordinal: 3,
+            },
             commit_time_micros: 1_763_700_000_000_001,
             transaction_id: 777,
         };
@@ -424,14 +458,24 @@ mod tests {
     #[test]
     fn an_insert_reads_back_with_the_generated_types() {
         let records = encode(&[&b"I\0\0\0\x01N"[..], &tuple(&ROW)].concat()).unwrap();
-        let [(key, record)] = &records[..] else { panic!("one record") };
+        let [(key, record)] = &records[..] else {
+            panic!("one record")
+        };
         assert_eq!(key.as_deref(), Some(r#"{"id":"-7"}"#));
         assert_eq!(
             record.coordinate,
-            Some(v1::Coordinate { epoch: 1, commit_lsn: 0x16B_3748, ordinal: 3, part: 0 })
+            Some(v1::Coordinate {
+                epoch: 1,
+                commit_lsn: 0x16B_3748,
+                ordinal: 3,
+                part: 0
+            })
         );
         assert_eq!(record.operation(), v1::Operation::Insert);
-        assert_eq!((record.commit_time_micros, record.transaction_id), (1_763_700_000_000_001, 777));
+        assert_eq!(
+            (record.commit_time_micros, record.transaction_id),
+            (1_763_700_000_000_001, 777)
+        );
         assert_eq!(record.relation.as_ref().unwrap().columns.len(), 8);
         assert_eq!(record.before, None);
         assert_eq!(
@@ -455,18 +499,28 @@ mod tests {
         old[0] = Some("1");
         let mut new = ROW;
         new[6] = Some("\0");
-        let records =
-            encode(&[&b"U\0\0\0\x01K"[..], &tuple(&old), b"N", &tuple(&new)].concat()).unwrap();
-        let [(old_key, delete), (new_key, update)] = &records[..] else { panic!("two records") };
-        assert_eq!((old_key.as_deref(), new_key.as_deref()), (Some(r#"{"id":"1"}"#), Some(r#"{"id":"-7"}"#)));
-        assert_eq!((delete.operation(), update.operation()), (v1::Operation::Delete, v1::Operation::Update));
+        let records = encode(&[&b"U\0\0\0\x01K"[..], &tuple(&old), b"N", &tuple(&new)].concat()).unwrap();
+        let [(old_key, delete), (new_key, update)] = &records[..] else {
+            panic!("two records")
+        };
+        assert_eq!(
+            (old_key.as_deref(), new_key.as_deref()),
+            (Some(r#"{"id":"1"}"#), Some(r#"{"id":"-7"}"#))
+        );
+        assert_eq!(
+            (delete.operation(), update.operation()),
+            (v1::Operation::Delete, v1::Operation::Update)
+        );
         assert_eq!(delete.coordinate.unwrap().part, 0);
         assert_eq!(update.coordinate.unwrap().part, 1);
         assert!(delete.key_changed && update.key_changed && delete.after.is_none());
         let before = values(update.before.clone());
         assert_eq!(before[0], Some(Is::Integer(1)));
         assert_eq!(before[1], Some(Is::Absent(v1::Absence::NotInReplicaIdentity.into())));
-        assert_eq!(values(update.after.clone())[6], Some(Is::Absent(v1::Absence::UnchangedToast.into())));
+        assert_eq!(
+            values(update.after.clone())[6],
+            Some(Is::Absent(v1::Absence::UnchangedToast.into()))
+        );
     }
 
     #[test]

@@ -147,7 +147,6 @@ fn scaled(time: i64, from: i64, factor: f64) -> Duration {
 }
 
 #[cfg(test)]
-#[allow(clippy::panic)]
 mod tests {
     use proptest::prelude::*;
 

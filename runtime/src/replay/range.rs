@@ -345,7 +345,6 @@ fn milliseconds(field: &'static str, text: &str) -> Result<i64, ReplayError> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -188,7 +188,6 @@ impl From<&Record> for ResumeToken {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

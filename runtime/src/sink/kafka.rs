@@ -111,7 +111,12 @@ impl KafkaSink {
             .create_with_context(Deliveries::default())
             .map_err(failed)?;
         producer.init_transactions(INIT_DEADLINE).map_err(failed)?;
-        Ok(Self { producer, servers, checkpoint_topic: checkpoint_topic(namespace, name), checkpoint_key })
+        Ok(Self {
+            producer,
+            servers,
+            checkpoint_topic: checkpoint_topic(namespace, name),
+            checkpoint_key,
+        })
     }
 
     /// Commits a checkpoint with no records. Blocks.
@@ -130,10 +135,15 @@ impl KafkaSink {
     fn commit(&self, checkpoint: &Checkpoint) -> Result<(), SinkError> {
         let value = serde_json::to_vec(checkpoint).map_err(|error| SinkError::KafkaTransaction(error.to_string()))?;
         self.send(
-            BaseRecord::to(&self.checkpoint_topic).partition(0).key(self.checkpoint_key.as_bytes()).payload(&value),
+            BaseRecord::to(&self.checkpoint_topic)
+                .partition(0)
+                .key(self.checkpoint_key.as_bytes())
+                .payload(&value),
         )?;
         self.wait_for_deliveries()?;
-        self.producer.commit_transaction(COMMIT_DEADLINE).map_err(|error| self.failed(&error))
+        self.producer
+            .commit_transaction(COMMIT_DEADLINE)
+            .map_err(|error| self.failed(&error))
     }
 
     fn produce(&self, batch: &Batch, record: &Record) -> Result<(), SinkError> {
@@ -141,10 +151,19 @@ impl KafkaSink {
         let commit_time = record.commit_time_micros.to_string();
         let part = record.part.to_string();
         let mut headers = OwnedHeaders::new_with_capacity(3)
-            .insert(Header { key: POSITION_HEADER, value: Some(position.as_str()) })
-            .insert(Header { key: COMMIT_TIME_HEADER, value: Some(commit_time.as_str()) });
+            .insert(Header {
+                key: POSITION_HEADER,
+                value: Some(position.as_str()),
+            })
+            .insert(Header {
+                key: COMMIT_TIME_HEADER,
+                value: Some(commit_time.as_str()),
+            });
         if record.part > 0 {
-            headers = headers.insert(Header { key: PART_HEADER, value: Some(part.as_str()) });
+            headers = headers.insert(Header {
+                key: PART_HEADER,
+                value: Some(part.as_str()),
+            });
         }
         let base = BaseRecord::to(&record.destination.topic)
             .payload(batch.value(record))
@@ -191,7 +210,13 @@ impl KafkaSink {
     }
 
     fn check_deliveries(&self) -> Result<(), SinkError> {
-        let failure = self.producer.context().0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let failure = self
+            .producer
+            .context()
+            .0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         match failure {
             None => Ok(()),
             Some((topic, error)) => Err(match error.rdkafka_error_code() {
@@ -204,9 +229,7 @@ impl KafkaSink {
     fn failed(&self, error: &KafkaError) -> SinkError {
         match error.rdkafka_error_code() {
             Some(
-                RDKafkaErrorCode::Fenced
-                | RDKafkaErrorCode::ProducerFenced
-                | RDKafkaErrorCode::InvalidProducerEpoch,
+                RDKafkaErrorCode::Fenced | RDKafkaErrorCode::ProducerFenced | RDKafkaErrorCode::InvalidProducerEpoch,
             ) => SinkError::Fenced(error.to_string()),
             Some(
                 RDKafkaErrorCode::OperationTimedOut
@@ -317,7 +340,11 @@ struct Transaction {
 impl Transaction {
     /// Queues the records of a batch that Kafka does not have yet.
     fn take(&mut self, sink: &KafkaSink, checkpoint: &Checkpoint, batch: &Batch) -> Result<(), SinkError> {
-        for record in batch.records().iter().filter(|record| Some(record.position) > checkpoint.published) {
+        for record in batch
+            .records()
+            .iter()
+            .filter(|record| Some(record.position) > checkpoint.published)
+        {
             if !self.open {
                 sink.begin()?;
                 self.open = true;

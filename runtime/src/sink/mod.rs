@@ -24,7 +24,9 @@ pub struct Durable {
 #[derive(Debug, thiserror::Error)]
 pub enum SinkError {
     /// Kafka does not answer.
-    #[error("cannot reach Kafka at {servers}: {cause}; check sinks.kafka.bootstrapServers, and that the brokers run and admit this pod")]
+    #[error(
+        "cannot reach Kafka at {servers}: {cause}; check sinks.kafka.bootstrapServers, and that the brokers run and admit this pod"
+    )]
     KafkaUnreachable {
         /// Bootstrap servers.
         servers: String,
@@ -50,7 +52,9 @@ pub enum SinkError {
         second: String,
     },
     /// A record is larger than the topic takes.
-    #[error("a record for topic {topic:?} is larger than the topic takes; raise its max.message.bytes: kafka-configs.sh --alter --topic {topic} --add-config max.message.bytes=10485760")]
+    #[error(
+        "a record for topic {topic:?} is larger than the topic takes; raise its max.message.bytes: kafka-configs.sh --alter --topic {topic} --add-config max.message.bytes=10485760"
+    )]
     RecordTooLarge {
         /// The topic.
         topic: String,
@@ -65,7 +69,9 @@ pub enum SinkError {
     #[error("{0}")]
     Checkpoint(#[from] crate::checkpoint::TailError),
     /// The log is ahead of the checkpoint that should describe it.
-    #[error("topic {topic:?} holds {found}, past the checkpoint at {checkpoint}: the checkpoint was lost or the topic belongs to another pipeline; choose another topicPrefix, or restore the topic {checkpoint_topic:?}")]
+    #[error(
+        "topic {topic:?} holds {found}, past the checkpoint at {checkpoint}: the checkpoint was lost or the topic belongs to another pipeline; choose another topicPrefix, or restore the topic {checkpoint_topic:?}"
+    )]
     LogAhead {
         /// A data topic.
         topic: String,
@@ -77,7 +83,9 @@ pub enum SinkError {
         checkpoint_topic: String,
     },
     /// The URL of Redis cannot be read or parsed.
-    #[error("cannot use the Redis URL: {0}; the Secret that sinks.redis.urlSecretRef names must hold redis://user:password@host:port")]
+    #[error(
+        "cannot use the Redis URL: {0}; the Secret that sinks.redis.urlSecretRef names must hold redis://user:password@host:port"
+    )]
     RedisUrl(String),
     /// Redis does not answer, or refuses.
     #[error("cannot use Redis at {address}: {cause}; check that it runs and admits this pod with the user of its URL")]
@@ -88,7 +96,9 @@ pub enum SinkError {
         cause: String,
     },
     /// Redis would throw entries away by itself.
-    #[error("Redis at {address} evicts keys (maxmemory-policy {policy}), and would lose whole streams; run CONFIG SET maxmemory-policy noeviction")]
+    #[error(
+        "Redis at {address} evicts keys (maxmemory-policy {policy}), and would lose whole streams; run CONFIG SET maxmemory-policy noeviction"
+    )]
     RedisEvicts {
         /// `host:port`.
         address: String,
@@ -102,13 +112,17 @@ pub enum SinkError {
     #[error("Redis at {0} is out of memory; raise maxmemory, or set sinks.redis.retention.maxLength")]
     RedisFull(String),
     /// Somebody else writes to a stream.
-    #[error("stream {stream:?} holds entries that this pipeline did not write; delete them or choose another streamPrefix")]
+    #[error(
+        "stream {stream:?} holds entries that this pipeline did not write; delete them or choose another streamPrefix"
+    )]
     ForeignWriter {
         /// Name of the stream.
         stream: String,
     },
     /// Redis lost entries that it had acknowledged, and PostgreSQL may no longer send them.
-    #[error("Redis lost entries: it is complete up to {found}, and had acknowledged {expected}; the changes between are in Kafka only")]
+    #[error(
+        "Redis lost entries: it is complete up to {found}, and had acknowledged {expected}; the changes between are in Kafka only"
+    )]
     RedisGap {
         /// What the mark says now.
         found: String,

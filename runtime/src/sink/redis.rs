@@ -7,9 +7,7 @@
 use std::{fs, sync::Arc, time::Duration};
 
 use meander_config::RedisSink as Config;
-use redis::{
-    AsyncConnectionConfig, Client, ConnectionAddr, ErrorKind, RedisError, Script, aio::MultiplexedConnection,
-};
+use redis::{AsyncConnectionConfig, Client, ConnectionAddr, ErrorKind, RedisError, Script, aio::MultiplexedConnection};
 use tokio::sync::{mpsc, watch};
 
 use crate::{
@@ -70,18 +68,26 @@ impl RedisSink {
             .map_err(failed)?;
         let owner: u64 = generation.as_deref().and_then(|text| text.parse().ok()).unwrap_or(0);
         if owner >= checkpoint.owner_generation {
-            return Err(SinkError::Fenced(format!("Redis was taken by owner generation {owner}")));
+            return Err(SinkError::Fenced(format!(
+                "Redis was taken by owner generation {owner}"
+            )));
         }
         let unreadable = |text: &String| SinkError::Redis {
             address: address.clone(),
             cause: format!("the mark {mark:?} holds {text:?}, which is not a position"),
         };
-        let place: Option<Position> =
-            position.as_ref().map(|text| text.parse().map_err(|_| unreadable(text))).transpose()?;
+        let place: Option<Position> = position
+            .as_ref()
+            .map(|text| text.parse().map_err(|_| unreadable(text)))
+            .transpose()?;
         // The checkpoint was written after Redis had acknowledged this, so Redis had it.
         if place < checkpoint.redis {
-            let text = |position: Option<Position>| position.map_or("nothing".to_owned(), |position| position.to_string());
-            return Err(SinkError::RedisGap { found: text(place), expected: text(checkpoint.redis) });
+            let text =
+                |position: Option<Position>| position.map_or("nothing".to_owned(), |position| position.to_string());
+            return Err(SinkError::RedisGap {
+                found: text(place),
+                expected: text(checkpoint.redis),
+            });
         }
         let claimed: i32 = Script::new(include_str!("redis_claim.lua"))
             .key(&mark)
@@ -92,7 +98,9 @@ impl RedisSink {
             .await
             .map_err(failed)?;
         if claimed != 1 {
-            return Err(SinkError::Fenced("another owner took Redis at the same time".to_owned()));
+            return Err(SinkError::Fenced(
+                "another owner took Redis at the same time".to_owned(),
+            ));
         }
         Ok(Self {
             connection,
@@ -121,8 +129,11 @@ impl RedisSink {
         durable: watch::Sender<Durable>,
     ) -> Result<(), SinkError> {
         while let Some(batch) = batches.recv().await {
-            let new: Vec<&Record> =
-                batch.records().iter().filter(|record| Some(record.position) > self.position).collect();
+            let new: Vec<&Record> = batch
+                .records()
+                .iter()
+                .filter(|record| Some(record.position) > self.position)
+                .collect();
             let mut rest = &new[..];
             while !rest.is_empty() {
                 let (chunk, after) = rest.split_at(chunk_length(&batch, rest));
@@ -162,16 +173,23 @@ impl RedisSink {
                 .arg(batch.key(record).unwrap_or_default())
                 .arg(batch.value(record));
         }
-        let answer: Vec<String> =
-            call.invoke_async(&mut self.connection).await.map_err(|error| failed(&self.address, &error))?;
+        let answer: Vec<String> = call
+            .invoke_async(&mut self.connection)
+            .await
+            .map_err(|error| failed(&self.address, &error))?;
         match answer.iter().map(String::as_str).collect::<Vec<_>>()[..] {
             ["ok"] => {
                 self.position = Some(last);
                 Ok(())
             }
-            ["foreign", stream] => Err(SinkError::ForeignWriter { stream: stream.to_owned() }),
+            ["foreign", stream] => Err(SinkError::ForeignWriter {
+                stream: stream.to_owned(),
+            }),
             ["mark", generation, position] => Err(self.mark_moved(generation, position)),
-            _ => Err(SinkError::Redis { address: self.address.clone(), cause: format!("unexpected answer {answer:?}") }),
+            _ => Err(SinkError::Redis {
+                address: self.address.clone(),
+                cause: format!("unexpected answer {answer:?}"),
+            }),
         }
     }
 
@@ -182,7 +200,11 @@ impl RedisSink {
             return SinkError::Fenced(format!("Redis was taken by owner generation {generation}"));
         }
         SinkError::RedisGap {
-            found: if position.is_empty() { "nothing".to_owned() } else { position.to_owned() },
+            found: if position.is_empty() {
+                "nothing".to_owned()
+            } else {
+                position.to_owned()
+            },
             expected: self.position.map(|position| position.to_string()).unwrap_or_default(),
         }
     }
@@ -221,10 +243,15 @@ async fn connect(config: &Config) -> Result<(MultiplexedConnection, String), Sin
 }
 
 async fn check_server(connection: &mut MultiplexedConnection, address: &str) -> Result<(), SinkError> {
-    let info: String =
-        redis::cmd("INFO").query_async(connection).await.map_err(|error| failed(address, &error))?;
+    let info: String = redis::cmd("INFO")
+        .query_async(connection)
+        .await
+        .map_err(|error| failed(address, &error))?;
     let value = |name: &str| {
-        info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim).unwrap_or_default()
+        info.lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
+            .map(str::trim)
+            .unwrap_or_default()
     };
     if value("cluster_enabled") == "1" {
         return Err(SinkError::RedisCluster(address.to_owned()));
@@ -232,7 +259,10 @@ async fn check_server(connection: &mut MultiplexedConnection, address: &str) -> 
     let policy = value("maxmemory_policy");
     // The volatile policies only take keys with a time to live, and streams have none.
     if policy.starts_with("allkeys") {
-        return Err(SinkError::RedisEvicts { address: address.to_owned(), policy: policy.to_owned() });
+        return Err(SinkError::RedisEvicts {
+            address: address.to_owned(),
+            policy: policy.to_owned(),
+        });
     }
     Ok(())
 }
@@ -246,7 +276,10 @@ fn failed(address: &str, error: &RedisError) -> SinkError {
         ErrorKind::AuthenticationFailed => "the server refused user or password".to_owned(),
         _ => text,
     };
-    SinkError::Redis { address: address.to_owned(), cause }
+    SinkError::Redis {
+        address: address.to_owned(),
+        cause,
+    }
 }
 
 #[cfg(test)]
@@ -256,9 +289,15 @@ mod tests {
 
     #[test]
     fn entry_ids_are_ordered_as_positions_are() {
-        let position = |epoch, lsn, ordinal| Position { epoch: Epoch(epoch), commit_lsn: Lsn(lsn), ordinal };
+        let position = |epoch, lsn, ordinal| Position {
+            epoch: Epoch(epoch),
+            commit_lsn: Lsn(lsn),
+            ordinal,
+        };
         let parse = |id: String| {
-            id.split('-').map(|half| half.parse::<u64>().unwrap_or_default()).collect::<Vec<_>>()
+            id.split('-')
+                .map(|half| half.parse::<u64>().unwrap_or_default())
+                .collect::<Vec<_>>()
         };
         let ids = [
             (position(1, 16, 0), 0),

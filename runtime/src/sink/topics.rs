@@ -46,7 +46,13 @@ impl Topics {
             .set("client.id", "meander-runtime")
             .create()
             .map_err(|error| unreachable(&servers, &error))?;
-        Ok(Self { admin, servers, settings, ensured: HashSet::new(), owners: HashMap::new() })
+        Ok(Self {
+            admin,
+            servers,
+            settings,
+            ensured: HashSet::new(),
+            owners: HashMap::new(),
+        })
     }
 
     /// Makes the compacted topic of the checkpoint, if it is missing.
@@ -75,7 +81,10 @@ impl Topics {
             return Ok(());
         }
         if topic.len() > 249 {
-            return Err(self.unusable(topic, "the name is longer than the 249 characters that Kafka takes; choose a shorter topicPrefix"));
+            return Err(self.unusable(
+                topic,
+                "the name is longer than the 249 characters that Kafka takes; choose a shorter topicPrefix",
+            ));
         }
         let new = NewTopic::new(topic, self.settings.partitions, self.replication())
             .set("cleanup.policy", "delete")
@@ -92,8 +101,14 @@ impl Topics {
     }
 
     async fn create(&self, new: &NewTopic<'_>) -> Result<(), SinkError> {
-        let options = AdminOptions::new().operation_timeout(Some(DEADLINE)).request_timeout(Some(DEADLINE));
-        let results = self.admin.create_topics([new], &options).await.map_err(|error| unreachable(&self.servers, &error))?;
+        let options = AdminOptions::new()
+            .operation_timeout(Some(DEADLINE))
+            .request_timeout(Some(DEADLINE));
+        let results = self
+            .admin
+            .create_topics([new], &options)
+            .await
+            .map_err(|error| unreachable(&self.servers, &error))?;
         for result in results {
             match result {
                 Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
@@ -115,10 +130,16 @@ impl Topics {
             for entry in resource.entries {
                 let value = entry.value.as_deref().unwrap_or_default();
                 if entry.name == "cleanup.policy" && value.contains("compact") {
-                    return Err(self.unusable(topic, "is compacted, which removes changes from the log; set cleanup.policy=delete"));
+                    return Err(self.unusable(
+                        topic,
+                        "is compacted, which removes changes from the log; set cleanup.policy=delete",
+                    ));
                 }
                 if entry.name == "message.timestamp.type" && value != "CreateTime" {
-                    return Err(self.unusable(topic, "does not keep commit times; set message.timestamp.type=CreateTime"));
+                    return Err(self.unusable(
+                        topic,
+                        "does not keep commit times; set message.timestamp.type=CreateTime",
+                    ));
                 }
             }
         }
@@ -126,10 +147,16 @@ impl Topics {
     }
 
     fn unusable(&self, topic: &str, cause: &str) -> SinkError {
-        SinkError::Topic { topic: topic.to_owned(), cause: cause.to_owned() }
+        SinkError::Topic {
+            topic: topic.to_owned(),
+            cause: cause.to_owned(),
+        }
     }
 }
 
 pub(super) fn unreachable(servers: &str, error: &dyn std::error::Error) -> SinkError {
-    SinkError::KafkaUnreachable { servers: servers.to_owned(), cause: error.to_string() }
+    SinkError::KafkaUnreachable {
+        servers: servers.to_owned(),
+        cause: error.to_string(),
+    }
 }

@@ -19,15 +19,25 @@ pub const LIMIT: Duration = Duration::from_secs(60);
 pub fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> CaptureConfig {
     let name = unique_name("shop");
     CaptureConfig {
-        pipeline: ResourceIdentity { namespace: "test".to_owned(), name: name.clone(), uid: String::new() },
+        pipeline: ResourceIdentity {
+            namespace: "test".to_owned(),
+            name: name.clone(),
+            uid: String::new(),
+        },
         source: PostgresSource {
             host: "127.0.0.1".to_owned(),
             port: postgres.port(),
             database: postgres.database().to_owned(),
             username_file: postgres.username_file(),
             password_file: postgres.password_file(),
-            tables: TableSelection { include: vec!["public.*".to_owned()], exclude: vec![] },
-            publication: Publication { name: name.clone(), management: PublicationManagement::Managed },
+            tables: TableSelection {
+                include: vec!["public.*".to_owned()],
+                exclude: vec![],
+            },
+            publication: Publication {
+                name: name.clone(),
+                management: PublicationManagement::Managed,
+            },
             slot_name: name.clone(),
         },
         kafka: KafkaSink {
@@ -36,7 +46,11 @@ pub fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> Capt
             partitions: 3,
             replication_factor: None,
         },
-        redis: redis.map(|redis| RedisSink { url_file: redis.url_file(), stream_prefix: name, max_length: None }),
+        redis: redis.map(|redis| RedisSink {
+            url_file: redis.url_file(),
+            stream_prefix: name,
+            max_length: None,
+        }),
         operator: None,
         admin_address: free_address(),
     }

@@ -73,16 +73,19 @@ impl Changes<'_> {
             take(Change {
                 relation,
                 operation,
-                position: Position { ordinal: self.first.ordinal + index, ..self.first },
+                position: Position {
+                    ordinal: self.first.ordinal + index,
+                    ..self.first
+                },
                 commit_time_micros: self.transaction.commit_time_micros,
                 transaction_id: self.transaction.xid,
             })
         };
         match self.kind {
             Kind::Row(oid, operation) => one(oid, 0, operation),
-            Kind::Truncate(oids) => {
-                (0..).zip(oids.iter()).try_for_each(|(index, oid)| one(oid, index, Operation::Truncate))
-            }
+            Kind::Truncate(oids) => (0..)
+                .zip(oids.iter())
+                .try_for_each(|(index, oid)| one(oid, index, Operation::Truncate)),
         }
     }
 }
@@ -129,7 +132,12 @@ impl Assembler {
     /// An assembler at the start of a replication stream.
     #[must_use]
     pub fn new(epoch: Epoch) -> Self {
-        Self { epoch, relations: HashMap::new(), type_names: HashMap::new(), transaction: None }
+        Self {
+            epoch,
+            relations: HashMap::new(),
+            type_names: HashMap::new(),
+            transaction: None,
+        }
     }
 
     /// The epoch that changes get.
@@ -162,7 +170,11 @@ impl Assembler {
                     type_oid: column.type_oid,
                     type_name: self.type_name(column.type_oid),
                     type_modifier: column.type_modifier,
-                    key: if full { primary_key.iter().any(|key| key == column.name) } else { column.key },
+                    key: if full {
+                        primary_key.iter().any(|key| key == column.name)
+                    } else {
+                        column.key
+                    },
                 })
                 .collect(),
         }
@@ -188,7 +200,11 @@ impl Assembler {
     /// When the message does not fit those before it.
     pub fn take<'a>(&'a mut self, message: &LogicalMessage<'a>) -> Result<Assembled<'a>, AssembleError> {
         match *message {
-            LogicalMessage::Begin { final_lsn, commit_time_micros, xid } => {
+            LogicalMessage::Begin {
+                final_lsn,
+                commit_time_micros,
+                xid,
+            } => {
                 if self.transaction.is_some() {
                     return Err(AssembleError::OutOfOrder("Begin"));
                 }
@@ -232,13 +248,17 @@ impl Assembler {
             ordinal: transaction.next_ordinal,
         };
         transaction.next_ordinal += count;
-        Ok(Assembled::Changes(Changes { relations: &self.relations, transaction: *transaction, first, kind }))
+        Ok(Assembled::Changes(Changes {
+            relations: &self.relations,
+            transaction: *transaction,
+            first,
+            kind,
+        }))
     }
 }
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
     use super::*;
     use crate::source::postgres::pgoutput::decode;
 
@@ -282,25 +302,50 @@ mod tests {
         let mut assembler = assembler();
         assert!(positions(&mut assembler, BEGIN).unwrap().is_empty());
         assert_eq!(positions(&mut assembler, INSERT).unwrap(), ["1:0/10:0 t1"]);
-        assert_eq!(positions(&mut assembler, TRUNCATE_BOTH).unwrap(), ["1:0/10:1 t1", "1:0/10:2 t2"]);
+        assert_eq!(
+            positions(&mut assembler, TRUNCATE_BOTH).unwrap(),
+            ["1:0/10:1 t1", "1:0/10:2 t2"]
+        );
         assert_eq!(positions(&mut assembler, INSERT).unwrap(), ["1:0/10:3 t1"]);
         let Assembled::Committed { complete, end_lsn } = assembler.take(&decode(COMMIT).unwrap()).unwrap() else {
             panic!("not committed");
         };
-        assert_eq!((complete, end_lsn), (Position::end_of_transaction(Epoch::FIRST, Lsn(0x10)), Lsn(0x20)));
+        assert_eq!(
+            (complete, end_lsn),
+            (Position::end_of_transaction(Epoch::FIRST, Lsn(0x10)), Lsn(0x20))
+        );
         assert!(!assembler.in_transaction());
     }
 
     #[test]
     fn a_change_that_nothing_explains_stops_the_stream() {
-        assert_eq!(positions(&mut assembler(), INSERT), Err(AssembleError::OutOfOrder("a change")));
-        assert_eq!(positions(&mut assembler(), COMMIT), Err(AssembleError::OutOfOrder("Commit")));
+        assert_eq!(
+            positions(&mut assembler(), INSERT),
+            Err(AssembleError::OutOfOrder("a change"))
+        );
+        assert_eq!(
+            positions(&mut assembler(), COMMIT),
+            Err(AssembleError::OutOfOrder("Commit"))
+        );
         let mut assembler = assembler();
         positions(&mut assembler, BEGIN).unwrap();
-        assert_eq!(positions(&mut assembler, BEGIN), Err(AssembleError::OutOfOrder("Begin")));
+        assert_eq!(
+            positions(&mut assembler, BEGIN),
+            Err(AssembleError::OutOfOrder("Begin"))
+        );
         let unknown = b"I\0\0\0\x09N\0\x01t\0\0\0\x017";
-        assert_eq!(positions(&mut assembler, unknown), Err(AssembleError::UnknownRelation(9)));
+        assert_eq!(
+            positions(&mut assembler, unknown),
+            Err(AssembleError::UnknownRelation(9))
+        );
         let wide = b"I\0\0\0\x01N\0\x02t\0\0\0\x017n";
-        assert!(matches!(positions(&mut assembler, wide), Err(AssembleError::WrongWidth { values: 2, columns: 1, .. })));
+        assert!(matches!(
+            positions(&mut assembler, wide),
+            Err(AssembleError::WrongWidth {
+                values: 2,
+                columns: 1,
+                ..
+            })
+        ));
     }
 }

@@ -203,9 +203,15 @@ impl<'a> Oids<'a> {
 /// When it is not exactly one message of protocol version 1.
 pub fn decode(message: &[u8]) -> Result<LogicalMessage<'_>, DecodeError> {
     let Some((&tag, body)) = message.split_first() else {
-        return Err(DecodeError { tag: ' ', problem: "empty" });
+        return Err(DecodeError {
+            tag: ' ',
+            problem: "empty",
+        });
     };
-    let mut cursor = Cursor { rest: body, tag: char::from(tag) };
+    let mut cursor = Cursor {
+        rest: body,
+        tag: char::from(tag),
+    };
     let decoded = match tag {
         b'B' => LogicalMessage::Begin {
             final_lsn: Lsn(cursor.u64()?),
@@ -215,16 +221,26 @@ pub fn decode(message: &[u8]) -> Result<LogicalMessage<'_>, DecodeError> {
         },
         b'C' => {
             let _flags = cursor.u8()?;
-            let decoded = LogicalMessage::Commit { commit_lsn: Lsn(cursor.u64()?), end_lsn: Lsn(cursor.u64()?) };
+            let decoded = LogicalMessage::Commit {
+                commit_lsn: Lsn(cursor.u64()?),
+                end_lsn: Lsn(cursor.u64()?),
+            };
             let _commit_time = cursor.u64()?;
             decoded
         }
         b'R' => LogicalMessage::Relation(relation(&mut cursor)?),
-        b'Y' => LogicalMessage::Type { oid: cursor.u32()?, schema: schema(cursor.string()?), name: cursor.string()? },
+        b'Y' => LogicalMessage::Type {
+            oid: cursor.u32()?,
+            schema: schema(cursor.string()?),
+            name: cursor.string()?,
+        },
         b'I' => {
             let relation = cursor.u32()?;
             cursor.marker(b'N')?;
-            LogicalMessage::Insert { relation, new: cursor.tuple()? }
+            LogicalMessage::Insert {
+                relation,
+                new: cursor.tuple()?,
+            }
         }
         b'U' => {
             let relation = cursor.u32()?;
@@ -236,12 +252,19 @@ pub fn decode(message: &[u8]) -> Result<LogicalMessage<'_>, DecodeError> {
                     Some(old)
                 }
             };
-            LogicalMessage::Update { relation, old, new: cursor.tuple()? }
+            LogicalMessage::Update {
+                relation,
+                old,
+                new: cursor.tuple()?,
+            }
         }
         b'D' => {
             let relation = cursor.u32()?;
             let kind = cursor.u8()?;
-            LogicalMessage::Delete { relation, old: cursor.old_tuple(kind)? }
+            LogicalMessage::Delete {
+                relation,
+                old: cursor.old_tuple(kind)?,
+            }
         }
         b'T' => {
             let count = cursor.u32()? as usize;
@@ -281,7 +304,13 @@ fn relation<'a>(cursor: &mut Cursor<'a>) -> Result<RelationMessage<'a>, DecodeEr
             type_modifier: cursor.u32()?.cast_signed(),
         });
     }
-    Ok(RelationMessage { oid, schema, table, replica_identity, columns })
+    Ok(RelationMessage {
+        oid,
+        schema,
+        table,
+        replica_identity,
+        columns,
+    })
 }
 
 /// The protocol writes `pg_catalog` as the empty string.
@@ -300,7 +329,10 @@ impl<'a> Cursor<'a> {
     }
 
     fn take<const N: usize>(&mut self) -> Result<[u8; N], DecodeError> {
-        let (taken, rest) = self.rest.split_first_chunk::<N>().ok_or_else(|| self.error("cut short"))?;
+        let (taken, rest) = self
+            .rest
+            .split_first_chunk::<N>()
+            .ok_or_else(|| self.error("cut short"))?;
         self.rest = rest;
         Ok(*taken)
     }
@@ -322,11 +354,19 @@ impl<'a> Cursor<'a> {
     }
 
     fn marker(&mut self, expected: u8) -> Result<(), DecodeError> {
-        if self.u8()? == expected { Ok(()) } else { Err(self.error("the new row is not where it should be")) }
+        if self.u8()? == expected {
+            Ok(())
+        } else {
+            Err(self.error("the new row is not where it should be"))
+        }
     }
 
     fn string(&mut self) -> Result<&'a str, DecodeError> {
-        let end = self.rest.iter().position(|byte| *byte == 0).ok_or_else(|| self.error("a name without an end"))?;
+        let end = self
+            .rest
+            .iter()
+            .position(|byte| *byte == 0)
+            .ok_or_else(|| self.error("a name without an end"))?;
         let text = std::str::from_utf8(&self.rest[..end]).map_err(|_| self.error("a name that is not UTF-8"))?;
         self.rest = &self.rest[end + 1..];
         Ok(text)
@@ -344,15 +384,18 @@ impl<'a> Cursor<'a> {
         let columns = self.u16()?;
         let body = self.rest;
         for _ in 0..columns {
-            next_datum(&mut self.rest).ok_or_else(|| self.error("a value that is cut short, of an unknown kind, or not UTF-8"))?;
+            next_datum(&mut self.rest)
+                .ok_or_else(|| self.error("a value that is cut short, of an unknown kind, or not UTF-8"))?;
         }
-        Ok(Tuple { columns, body: &body[..body.len() - self.rest.len()] })
+        Ok(Tuple {
+            columns,
+            body: &body[..body.len() - self.rest.len()],
+        })
     }
 }
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
     use proptest::prelude::*;
 
     use super::*;
@@ -379,11 +422,19 @@ mod tests {
         message.push(b'N');
         message.extend(3_u16.to_be_bytes());
         message.extend(b"t\0\0\0\x012un");
-        let LogicalMessage::Update { relation: 42, old: Some(OldTuple::Key(old)), new } = decode(&message).unwrap() else {
+        let LogicalMessage::Update {
+            relation: 42,
+            old: Some(OldTuple::Key(old)),
+            new,
+        } = decode(&message).unwrap()
+        else {
             panic!("not an update");
         };
         assert_eq!(old.values().collect::<Vec<_>>(), [Datum::Text("1"), Datum::Null]);
-        assert_eq!(new.values().collect::<Vec<_>>(), [Datum::Text("2"), Datum::UnchangedToast, Datum::Null]);
+        assert_eq!(
+            new.values().collect::<Vec<_>>(),
+            [Datum::Text("2"), Datum::UnchangedToast, Datum::Null]
+        );
     }
 
     #[test]

@@ -30,7 +30,9 @@ pub enum SourceError {
         error: std::io::Error,
     },
     /// No connection.
-    #[error("cannot reach PostgreSQL at {address}: {cause}; check source.postgres.host and port, and that the server runs and admits this pod")]
+    #[error(
+        "cannot reach PostgreSQL at {address}: {cause}; check source.postgres.host and port, and that the server runs and admits this pod"
+    )]
     Unreachable {
         /// `host:port`.
         address: String,
@@ -38,7 +40,9 @@ pub enum SourceError {
         cause: String,
     },
     /// Wrong user or password.
-    #[error("PostgreSQL refused user {user:?}: {cause}; check username and password in the Secret that credentialsSecretRef names")]
+    #[error(
+        "PostgreSQL refused user {user:?}: {cause}; check username and password in the Secret that credentialsSecretRef names"
+    )]
     Authentication {
         /// The role.
         user: String,
@@ -49,13 +53,17 @@ pub enum SourceError {
     #[error("database {0:?} does not exist on the server; create it or correct source.postgres.database")]
     NoDatabase(String),
     /// The server does not write what logical decoding needs.
-    #[error("wal_level is {0}, and capture needs logical; run ALTER SYSTEM SET wal_level = logical; and restart PostgreSQL")]
+    #[error(
+        "wal_level is {0}, and capture needs logical; run ALTER SYSTEM SET wal_level = logical; and restart PostgreSQL"
+    )]
     WalLevel(String),
     /// The role may not replicate.
     #[error("role {0} lacks the REPLICATION attribute; run ALTER ROLE {0} REPLICATION;")]
     NoReplicationAttribute(String),
     /// Nothing to capture.
-    #[error("no table of database {database:?} matches tables.include [{include}]; create the table or correct the globs over schema.table")]
+    #[error(
+        "no table of database {database:?} matches tables.include [{include}]; create the table or correct the globs over schema.table"
+    )]
     NoTables {
         /// The database.
         database: String,
@@ -71,7 +79,9 @@ pub enum SourceError {
         cause: String,
     },
     /// Publishing the table would make the application's own UPDATE and DELETE fail.
-    #[error("{tables} without replica identity: publishing would make UPDATE and DELETE on it fail; add a primary key, run ALTER TABLE {first} REPLICA IDENTITY FULL;, or name it in tables.exclude")]
+    #[error(
+        "{tables} without replica identity: publishing would make UPDATE and DELETE on it fail; add a primary key, run ALTER TABLE {first} REPLICA IDENTITY FULL;, or name it in tables.exclude"
+    )]
     NoReplicaIdentity {
         /// All of them.
         tables: String,
@@ -79,10 +89,14 @@ pub enum SourceError {
         first: String,
     },
     /// The publication is somebody else's to make, and is not there.
-    #[error("publication {0} does not exist; run CREATE PUBLICATION {0} FOR TABLE …; or set publication.management to Managed")]
+    #[error(
+        "publication {0} does not exist; run CREATE PUBLICATION {0} FOR TABLE …; or set publication.management to Managed"
+    )]
     NoPublication(String),
     /// The role may not make or change the publication.
-    #[error("role {user} may not manage publication {publication}: {cause}; make it owner of the tables and GRANT CREATE ON DATABASE {database}, or make the publication yourself and set publication.management to External")]
+    #[error(
+        "role {user} may not manage publication {publication}: {cause}; make it owner of the tables and GRANT CREATE ON DATABASE {database}, or make the publication yourself and set publication.management to External"
+    )]
     PublicationForbidden {
         /// The role.
         user: String,
@@ -94,7 +108,9 @@ pub enum SourceError {
         cause: String,
     },
     /// The slot is for something else.
-    #[error("replication slot {slot:?} is used by {actual}; set slot.name to a name of its own, or drop it: SELECT pg_drop_replication_slot('{slot}');")]
+    #[error(
+        "replication slot {slot:?} is used by {actual}; set slot.name to a name of its own, or drop it: SELECT pg_drop_replication_slot('{slot}');"
+    )]
     ForeignSlot {
         /// The slot.
         slot: String,
@@ -102,10 +118,14 @@ pub enum SourceError {
         actual: String,
     },
     /// Every slot is taken.
-    #[error("all replication slots are in use; drop an unused one or raise max_replication_slots and restart PostgreSQL")]
+    #[error(
+        "all replication slots are in use; drop an unused one or raise max_replication_slots and restart PostgreSQL"
+    )]
     NoFreeSlot,
     /// Making the slot waits for a transaction that was open before.
-    #[error("making the replication slot waits for a transaction that is older; find it with SELECT pid, xact_start, query FROM pg_stat_activity WHERE xact_start IS NOT NULL ORDER BY xact_start; and let it end")]
+    #[error(
+        "making the replication slot waits for a transaction that is older; find it with SELECT pid, xact_start, query FROM pg_stat_activity WHERE xact_start IS NOT NULL ORDER BY xact_start; and let it end"
+    )]
     SlotWaitsForTransaction,
     /// Another process reads the slot.
     #[error("replication slot {slot:?} is read by another process: {cause}; this one waits until it is free")]
@@ -167,9 +187,15 @@ impl Credentials {
         let read = |path: &Path| {
             fs::read_to_string(path)
                 .map(|text| text.trim_end_matches(['\r', '\n']).to_owned())
-                .map_err(|error| SourceError::Credentials { path: path.display().to_string(), error })
+                .map_err(|error| SourceError::Credentials {
+                    path: path.display().to_string(),
+                    error,
+                })
         };
-        Ok(Self { user: read(&source.username_file)?, password: read(&source.password_file)? })
+        Ok(Self {
+            user: read(&source.username_file)?,
+            password: read(&source.password_file)?,
+        })
     }
 }
 
@@ -226,10 +252,18 @@ impl Catalog {
             .connect_timeout(DEADLINE);
         let connected = timeout(DEADLINE, config.connect(NoTls)).await;
         let (client, connection) = match connected {
-            Err(_) => return Err(SourceError::Unreachable { address, cause: "no answer".to_owned() }),
+            Err(_) => {
+                return Err(SourceError::Unreachable {
+                    address,
+                    cause: "no answer".to_owned(),
+                });
+            }
             Ok(Err(error)) => {
                 return Err(match error.as_db_error() {
-                    None => SourceError::Unreachable { address, cause: with_cause(&error) },
+                    None => SourceError::Unreachable {
+                        address,
+                        cause: with_cause(&error),
+                    },
                     Some(db) => refused(source, &credentials.user, db.code().code(), db.message()),
                 });
             }
@@ -237,7 +271,12 @@ impl Catalog {
         };
         // The connection's own error comes back from the query that meets it.
         let driver = tokio::spawn(async move { drop(connection.await) });
-        Ok(Self { client, driver, address, user: credentials.user.clone() })
+        Ok(Self {
+            client,
+            driver,
+            address,
+            user: credentials.user.clone(),
+        })
     }
 
     async fn query(
@@ -247,7 +286,10 @@ impl Catalog {
     ) -> Result<Vec<tokio_postgres::Row>, SourceError> {
         match timeout(DEADLINE, self.client.query(sql, parameters)).await {
             Ok(result) => result.map_err(|error| self.failed(&error)),
-            Err(_) => Err(SourceError::Unreachable { address: self.address.clone(), cause: "no answer".to_owned() }),
+            Err(_) => Err(SourceError::Unreachable {
+                address: self.address.clone(),
+                cause: "no answer".to_owned(),
+            }),
         }
     }
 
@@ -258,8 +300,14 @@ impl Catalog {
 
     fn failed(&self, error: &tokio_postgres::Error) -> SourceError {
         match error.as_db_error() {
-            Some(db) => SourceError::Server { address: self.address.clone(), cause: db.message().to_owned() },
-            None => SourceError::Unreachable { address: self.address.clone(), cause: with_cause(error) },
+            Some(db) => SourceError::Server {
+                address: self.address.clone(),
+                cause: db.message().to_owned(),
+            },
+            None => SourceError::Unreachable {
+                address: self.address.clone(),
+                cause: with_cause(error),
+            },
         }
     }
 
@@ -309,7 +357,10 @@ impl Catalog {
         let mut tables = Vec::new();
         let mut without_identity = Vec::new();
         for row in &rows {
-            let table = Table { schema: row.get(0), name: row.get(1) };
+            let table = Table {
+                schema: row.get(0),
+                name: row.get(1),
+            };
             if selection.holds(&table) {
                 if row.get(2) {
                     without_identity.push(table.quoted());
@@ -318,7 +369,10 @@ impl Catalog {
             }
         }
         if let Some(first) = without_identity.first() {
-            return Err(SourceError::NoReplicaIdentity { first: first.clone(), tables: without_identity.join(", ") });
+            return Err(SourceError::NoReplicaIdentity {
+                first: first.clone(),
+                tables: without_identity.join(", "),
+            });
         }
         if tables.is_empty() {
             return Err(SourceError::NoTables {
@@ -339,8 +393,10 @@ impl Catalog {
         selected: Vec<Table>,
     ) -> Result<Vec<Table>, SourceError> {
         let name = &source.publication.name;
-        let exists =
-            !self.query("SELECT FROM pg_catalog.pg_publication WHERE pubname = $1", &[name]).await?.is_empty();
+        let exists = !self
+            .query("SELECT FROM pg_catalog.pg_publication WHERE pubname = $1", &[name])
+            .await?
+            .is_empty();
         let published: Vec<Table> = self
             .query(
                 "SELECT schemaname, tablename FROM pg_catalog.pg_publication_tables WHERE pubname = $1 ORDER BY 1, 2",
@@ -348,7 +404,10 @@ impl Catalog {
             )
             .await?
             .iter()
-            .map(|row| Table { schema: row.get(0), name: row.get(1) })
+            .map(|row| Table {
+                schema: row.get(0),
+                name: row.get(1),
+            })
             .collect();
         let quoted = quote_identifier(name);
         let tables = || selected.iter().map(Table::quoted).collect::<Vec<_>>().join(", ");
@@ -366,7 +425,10 @@ impl Catalog {
                     user: quote_identifier(&self.user),
                     publication: quoted,
                     database: quote_identifier(&source.database),
-                    cause: error.as_db_error().map(|db| db.message().to_owned()).unwrap_or_default(),
+                    cause: error
+                        .as_db_error()
+                        .map(|db| db.message().to_owned())
+                        .unwrap_or_default(),
                 })
             }
             Err(error) => Err(self.failed(&error)),
@@ -400,7 +462,10 @@ impl Catalog {
             });
         }
         let confirmed_flush: Option<String> = row.get(2);
-        Ok(Some(SlotState { confirmed_flush: confirmed_flush.and_then(|text| text.parse::<Lsn>().ok()), lost: row.get(3) }))
+        Ok(Some(SlotState {
+            confirmed_flush: confirmed_flush.and_then(|text| text.parse::<Lsn>().ok()),
+            lost: row.get(3),
+        }))
     }
 
     /// Names of the primary key's columns, for tables with REPLICA IDENTITY FULL, whose messages do not tell them.
@@ -431,19 +496,28 @@ impl Catalog {
             )
             .await?;
         if !found.is_empty() {
-            let sql = format!("SELECT pg_catalog.pg_drop_replication_slot({})", quote_literal(&source.slot_name));
+            let sql = format!(
+                "SELECT pg_catalog.pg_drop_replication_slot({})",
+                quote_literal(&source.slot_name)
+            );
             if let Err(error) = self.execute(&sql).await {
                 return Err(match error.code() {
                     Some(&SqlState::OBJECT_IN_USE) => SourceError::SlotActive {
                         slot: source.slot_name.clone(),
-                        cause: error.as_db_error().map(|db| db.message().to_owned()).unwrap_or_default(),
+                        cause: error
+                            .as_db_error()
+                            .map(|db| db.message().to_owned())
+                            .unwrap_or_default(),
                     },
                     _ => self.failed(&error),
                 });
             }
         }
         if source.publication.management == PublicationManagement::Managed {
-            let sql = format!("DROP PUBLICATION IF EXISTS {}", quote_identifier(&source.publication.name));
+            let sql = format!(
+                "DROP PUBLICATION IF EXISTS {}",
+                quote_identifier(&source.publication.name)
+            );
             self.execute(&sql).await.map_err(|error| self.failed(&error))?;
         }
         Ok(())
@@ -465,13 +539,22 @@ pub fn wire_failure(source: &PostgresSource, user: &str, error: WireError) -> So
 /// Tells what a refusal means, by its SQLSTATE.
 fn refused(source: &PostgresSource, user: &str, code: &str, message: &str) -> SourceError {
     match code {
-        "28000" | "28P01" => SourceError::Authentication { user: user.to_owned(), cause: message.to_owned() },
+        "28000" | "28P01" => SourceError::Authentication {
+            user: user.to_owned(),
+            cause: message.to_owned(),
+        },
         "3D000" => SourceError::NoDatabase(source.database.clone()),
         "42501" => SourceError::NoReplicationAttribute(quote_identifier(user)),
         "53400" => SourceError::NoFreeSlot,
         "55P03" => SourceError::SlotWaitsForTransaction,
-        "55006" => SourceError::SlotActive { slot: source.slot_name.clone(), cause: message.to_owned() },
-        _ => SourceError::Server { address: format!("{}:{}", source.host, source.port), cause: message.to_owned() },
+        "55006" => SourceError::SlotActive {
+            slot: source.slot_name.clone(),
+            cause: message.to_owned(),
+        },
+        _ => SourceError::Server {
+            address: format!("{}:{}", source.host, source.port),
+            cause: message.to_owned(),
+        },
     }
 }
 
@@ -497,7 +580,10 @@ impl Selection {
             }
             builder.build().map_err(|error| invalid(&globs.join(", "), &error))
         };
-        Ok(Self { include: set(&tables.include)?, exclude: set(&tables.exclude)? })
+        Ok(Self {
+            include: set(&tables.include)?,
+            exclude: set(&tables.exclude)?,
+        })
     }
 
     fn holds(&self, table: &Table) -> bool {
@@ -508,7 +594,6 @@ impl Selection {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
     use super::*;
 
     #[test]
@@ -518,7 +603,12 @@ mod tests {
             exclude: vec!["public.tmp_*".to_owned()],
         })
         .unwrap();
-        let holds = |schema: &str, name: &str| selection.holds(&Table { schema: schema.to_owned(), name: name.to_owned() });
+        let holds = |schema: &str, name: &str| {
+            selection.holds(&Table {
+                schema: schema.to_owned(),
+                name: name.to_owned(),
+            })
+        };
         assert!(holds("public", "trades"));
         assert!(holds("audit", "log"));
         assert!(!holds("audit", "logs"));

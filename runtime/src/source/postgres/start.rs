@@ -49,7 +49,9 @@ pub enum SourceGap {
         after: Lsn,
     },
     /// The server removed WAL that the slot needs.
-    #[error("replication slot {slot:?} lost WAL that it needs: changes committed after {after} are lost to this pipeline")]
+    #[error(
+        "replication slot {slot:?} lost WAL that it needs: changes committed after {after} are lost to this pipeline"
+    )]
     SlotLost {
         /// Its name.
         slot: String,
@@ -57,7 +59,9 @@ pub enum SourceGap {
         after: Lsn,
     },
     /// Somebody advanced the slot, or dropped it and made it again.
-    #[error("replication slot {slot:?} stands at {slot_at}, past the checkpoint at {after}: changes between them are lost to this pipeline")]
+    #[error(
+        "replication slot {slot:?} stands at {slot_at}, past the checkpoint at {after}: changes between them are lost to this pipeline"
+    )]
     SlotAhead {
         /// Its name.
         slot: String,
@@ -75,7 +79,9 @@ pub enum SourceGap {
         before: String,
     },
     /// The server was promoted, and whether it had received everything that was captured is not known.
-    #[error("the server is on timeline {now}, the pipeline captured timeline {before}: changes may differ between them")]
+    #[error(
+        "the server is on timeline {now}, the pipeline captured timeline {before}: changes may differ between them"
+    )]
     OtherTimeline {
         /// Of the server.
         now: u32,
@@ -118,8 +124,14 @@ pub fn decide(
     let Some(checkpoint) = checkpoint else {
         return match slot {
             None => Ok(Start::CreateSlot(epoch)),
-            Some(SlotState { confirmed_flush: Some(at), lost: false }) => Ok(Start::Adopt(epoch, *at)),
-            Some(_) => Err(SourceGap::SlotLost { slot: slot_name.to_owned(), after: Lsn::ZERO }),
+            Some(SlotState {
+                confirmed_flush: Some(at),
+                lost: false,
+            }) => Ok(Start::Adopt(epoch, *at)),
+            Some(_) => Err(SourceGap::SlotLost {
+                slot: slot_name.to_owned(),
+                after: Lsn::ZERO,
+            }),
         };
     };
     let after = checkpoint.acknowledged;
@@ -130,17 +142,28 @@ pub fn decide(
         });
     }
     if server.timeline != checkpoint.timeline {
-        return Err(SourceGap::OtherTimeline { now: server.timeline, before: checkpoint.timeline });
+        return Err(SourceGap::OtherTimeline {
+            now: server.timeline,
+            before: checkpoint.timeline,
+        });
     }
     let slot_name = slot_name.to_owned();
     match slot {
         None => Err(SourceGap::SlotMissing { slot: slot_name, after }),
-        Some(SlotState { lost: true, .. } | SlotState { confirmed_flush: None, .. }) => {
-            Err(SourceGap::SlotLost { slot: slot_name, after })
-        }
-        Some(SlotState { confirmed_flush: Some(slot_at), .. }) if *slot_at > after => {
-            Err(SourceGap::SlotAhead { slot: slot_name, slot_at: *slot_at, after })
-        }
+        Some(
+            SlotState { lost: true, .. }
+            | SlotState {
+                confirmed_flush: None, ..
+            },
+        ) => Err(SourceGap::SlotLost { slot: slot_name, after }),
+        Some(SlotState {
+            confirmed_flush: Some(slot_at),
+            ..
+        }) if *slot_at > after => Err(SourceGap::SlotAhead {
+            slot: slot_name,
+            slot_at: *slot_at,
+            after,
+        }),
         Some(_) => Ok(Start::Resume),
     }
 }
@@ -166,11 +189,17 @@ mod tests {
     }
 
     fn slot(at: u64) -> SlotState {
-        SlotState { confirmed_flush: Some(Lsn(at)), lost: false }
+        SlotState {
+            confirmed_flush: Some(Lsn(at)),
+            lost: false,
+        }
     }
 
     fn start(checkpoint: Option<&Checkpoint>, slot: Option<SlotState>) -> Result<Start, &'static str> {
-        let server = ServerIdentity { system_identifier: "7".to_owned(), timeline: 1 };
+        let server = ServerIdentity {
+            system_identifier: "7".to_owned(),
+            timeline: 1,
+        };
         decide(checkpoint, "s", slot.as_ref(), &server).map_err(|gap| gap.reason())
     }
 
@@ -178,7 +207,16 @@ mod tests {
     fn a_first_start_makes_the_slot_or_takes_the_one_that_is_there() {
         assert_eq!(start(None, None), Ok(Start::CreateSlot(Epoch(1))));
         assert_eq!(start(None, Some(slot(50))), Ok(Start::Adopt(Epoch(1), Lsn(50))));
-        assert_eq!(start(None, Some(SlotState { confirmed_flush: None, lost: false })), Err("SlotLost"));
+        assert_eq!(
+            start(
+                None,
+                Some(SlotState {
+                    confirmed_flush: None,
+                    lost: false
+                })
+            ),
+            Err("SlotLost")
+        );
     }
 
     #[test]
@@ -187,21 +225,42 @@ mod tests {
         assert_eq!(start(Some(&checkpoint()), Some(slot(100))), Ok(Start::Resume));
         assert_eq!(start(Some(&checkpoint()), Some(slot(101))), Err("SlotAhead"));
         assert_eq!(start(Some(&checkpoint()), None), Err("SlotMissing"));
-        assert_eq!(start(Some(&checkpoint()), Some(SlotState { lost: true, ..slot(100) })), Err("SlotLost"));
+        assert_eq!(
+            start(
+                Some(&checkpoint()),
+                Some(SlotState {
+                    lost: true,
+                    ..slot(100)
+                })
+            ),
+            Err("SlotLost")
+        );
     }
 
     #[test]
     fn another_server_is_never_taken_for_the_old_one() {
-        let other = Checkpoint { system_identifier: "8".to_owned(), ..checkpoint() };
+        let other = Checkpoint {
+            system_identifier: "8".to_owned(),
+            ..checkpoint()
+        };
         assert_eq!(start(Some(&other), Some(slot(50))), Err("OtherServer"));
-        let promoted = Checkpoint { timeline: 2, ..checkpoint() };
+        let promoted = Checkpoint {
+            timeline: 2,
+            ..checkpoint()
+        };
         assert_eq!(start(Some(&promoted), Some(slot(50))), Err("OtherTimeline"));
     }
 
     #[test]
     fn a_slot_dropped_on_purpose_is_no_gap_and_starts_a_new_epoch() {
-        let released = Checkpoint { released: true, ..checkpoint() };
+        let released = Checkpoint {
+            released: true,
+            ..checkpoint()
+        };
         assert_eq!(start(Some(&released), None), Ok(Start::CreateSlot(Epoch(2))));
-        assert_eq!(start(Some(&released), Some(slot(500))), Ok(Start::Adopt(Epoch(2), Lsn(500))));
+        assert_eq!(
+            start(Some(&released), Some(slot(500))),
+            Ok(Start::Adopt(Epoch(2), Lsn(500)))
+        );
     }
 }

@@ -95,14 +95,23 @@ impl ReplicationConnection {
         stream.set_nodelay(true)?;
         // An unplugged server is noticed by the keepalives that we ask it for; this makes the kernel give up as well.
         socket2::SockRef::from(&stream).set_tcp_keepalive(
-            &socket2::TcpKeepalive::new().with_time(Duration::from_secs(5)).with_interval(Duration::from_secs(2)),
+            &socket2::TcpKeepalive::new()
+                .with_time(Duration::from_secs(5))
+                .with_interval(Duration::from_secs(2)),
         )?;
-        let mut connection = Self { stream, buffer: BytesMut::with_capacity(8 * 1024) };
+        let mut connection = Self {
+            stream,
+            buffer: BytesMut::with_capacity(8 * 1024),
+        };
         let mut out = BytesMut::new();
         frontend::startup_message(
-            [("user", options.user), ("database", options.database), ("replication", "database")]
-                .into_iter()
-                .chain(SESSION_SETTINGS.iter().copied()),
+            [
+                ("user", options.user),
+                ("database", options.database),
+                ("replication", "database"),
+            ]
+            .into_iter()
+            .chain(SESSION_SETTINGS.iter().copied()),
             &mut out,
         )?;
         connection.stream.write_all(&out).await?;
@@ -140,7 +149,10 @@ impl ReplicationConnection {
                     frontend::sasl_response(client.message(), &mut out)?;
                 }
                 Message::AuthenticationSaslFinal(body) => {
-                    scram.as_mut().ok_or_else(|| unexpected("SASLFinal"))?.finish(body.data())?;
+                    scram
+                        .as_mut()
+                        .ok_or_else(|| unexpected("SASLFinal"))?
+                        .finish(body.data())?;
                 }
                 // A password is never sent in the clear: there is no TLS here yet that could hide it.
                 Message::AuthenticationCleartextPassword => {
@@ -226,7 +238,13 @@ impl ReplicationConnection {
         .await?;
         let (read, write) = self.stream.into_split();
         Ok((
-            FrameReader { read, end: self.buffer.len(), buffer: self.buffer.to_vec(), start: 0, silence: REQUEST_DEADLINE },
+            FrameReader {
+                read,
+                end: self.buffer.len(),
+                buffer: self.buffer.to_vec(),
+                start: 0,
+                silence: REQUEST_DEADLINE,
+            },
             StatusWriter { write },
         ))
     }
@@ -340,7 +358,10 @@ impl FrameReader {
             };
             let length = u32::from_be_bytes([l0, l1, l2, l3]) as usize;
             if !(4..=MAX_FRAME).contains(&length) {
-                return Err(WireError::Protocol(format!("message {:?} of {length} bytes", char::from(tag))));
+                return Err(WireError::Protocol(format!(
+                    "message {:?} of {length} bytes",
+                    char::from(tag)
+                )));
             }
             if bytes.len() < length + 1 {
                 return Ok(None);
@@ -351,15 +372,22 @@ impl FrameReader {
                 b'd' => return copy_data(&self.buffer[from + 5..self.start]).map(Some),
                 b'E' => {
                     // The same parser as everywhere else; an error is rare, so copying is fine.
-                    return Err(match Message::parse(&mut BytesMut::from(&self.buffer[from..self.start]))? {
-                        Some(Message::ErrorResponse(body)) => server_error(body.fields()),
-                        _ => unexpected("ErrorResponse"),
-                    });
+                    return Err(
+                        match Message::parse(&mut BytesMut::from(&self.buffer[from..self.start]))? {
+                            Some(Message::ErrorResponse(body)) => server_error(body.fields()),
+                            _ => unexpected("ErrorResponse"),
+                        },
+                    );
                 }
                 b'c' => return Err(WireError::Protocol("the server ended the stream".to_owned())),
                 // NoticeResponse and ParameterStatus may come at any time.
                 b'N' | b'S' => {}
-                other => return Err(WireError::Protocol(format!("unexpected message {:?}", char::from(other)))),
+                other => {
+                    return Err(WireError::Protocol(format!(
+                        "unexpected message {:?}",
+                        char::from(other)
+                    )));
+                }
             }
         }
     }
@@ -368,11 +396,15 @@ impl FrameReader {
 fn copy_data(body: &[u8]) -> Result<Frame<'_>, WireError> {
     match body.split_first() {
         // XLogData: start, end and clock of the server, 8 bytes each, come before the plugin's message.
-        Some((b'w', rest)) if rest.len() >= 24 => Ok(Frame::Data { wal_end: lsn_at(rest, 8), message: &rest[24..] }),
+        Some((b'w', rest)) if rest.len() >= 24 => Ok(Frame::Data {
+            wal_end: lsn_at(rest, 8),
+            message: &rest[24..],
+        }),
         // Keepalive: end and clock of the server, and whether it waits for a reply.
-        Some((b'k', rest)) if rest.len() >= 17 => {
-            Ok(Frame::Keepalive { wal_end: lsn_at(rest, 0), reply_requested: rest[16] == 1 })
-        }
+        Some((b'k', rest)) if rest.len() >= 17 => Ok(Frame::Keepalive {
+            wal_end: lsn_at(rest, 0),
+            reply_requested: rest[16] == 1,
+        }),
         _ => Err(WireError::Protocol("unknown replication message".to_owned())),
     }
 }
@@ -413,7 +445,9 @@ impl StatusWriter {
 }
 
 async fn within_deadline<T>(work: impl Future<Output = Result<T, WireError>>) -> Result<T, WireError> {
-    timeout(REQUEST_DEADLINE, work).await.unwrap_or(Err(WireError::Timeout(REQUEST_DEADLINE)))
+    timeout(REQUEST_DEADLINE, work)
+        .await
+        .unwrap_or(Err(WireError::Timeout(REQUEST_DEADLINE)))
 }
 
 fn closed() -> WireError {
@@ -455,7 +489,6 @@ pub fn quote_literal(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
     use super::*;
 
     #[test]
@@ -466,7 +499,10 @@ mod tests {
         body.push(1);
         assert!(matches!(
             copy_data(&body).unwrap(),
-            Frame::Keepalive { wal_end: Lsn(0x16B_3748), reply_requested: true }
+            Frame::Keepalive {
+                wal_end: Lsn(0x16B_3748),
+                reply_requested: true
+            }
         ));
     }
 
