@@ -32,6 +32,9 @@ until rm -rf "$0" || [ $((tries += 1)) -gt 50 ]; do sleep 0.1; done
 /// was faster; then nothing is started.
 const STARTER: &str = r#"echo $$ >"$0" && exec "$@""#;
 
+/// How long a killed process may take to be gone.
+const KILL_LIMIT: Duration = Duration::from_secs(10);
+
 /// How much of a log is shown.
 const TAIL_BYTES: i64 = 16 * 1024;
 
@@ -188,6 +191,11 @@ impl Process {
             let _ = kill_process(grandchild, Signal::KILL);
         }
         child.wait().unwrap();
+        // Whoever starts again must find nothing of them: PostgreSQL refuses to while a backend still has its shared memory.
+        let deadline = Instant::now() + KILL_LIMIT;
+        while children.split_whitespace().any(lives) && Instant::now() < deadline {
+            thread::sleep(INTERVAL);
+        }
         self.forget();
     }
 
@@ -281,4 +289,10 @@ impl Drop for Process {
 
 fn pid(child: &Child) -> Pid {
     Pid::from_child(child)
+}
+
+/// False for a zombie, too, which holds nothing any more.
+fn lives(id: &str) -> bool {
+    fs::read_to_string(format!("/proc/{id}/stat"))
+        .is_ok_and(|stat| !stat.rsplit_once(") ").is_some_and(|(_, state)| state.starts_with('Z')))
 }

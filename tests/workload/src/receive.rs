@@ -5,7 +5,7 @@ use std::{collections::HashSet, net::SocketAddr, pin::Pin, time::Instant};
 use anyhow::Context as _;
 use meander_proto::v1::{
     DeliverAck, ReplayEvent, ReplayedRecord,
-    replay_receiver_server::{ReplayReceiver, ReplayReceiverServer},
+    replay_receiver_server::{self, ReplayReceiver, ReplayReceiverServer},
 };
 use serde::Serialize;
 use tokio::{net::TcpListener, signal::unix, sync::mpsc};
@@ -32,6 +32,8 @@ pub async fn serve(listen: SocketAddr, speed: Option<f64>) -> anyhow::Result<()>
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(meander_proto::FILE_DESCRIPTOR_SET)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .with_service_name(replay_receiver_server::SERVICE_NAME)
+        .with_service_name("grpc.health.v1.Health")
         .build_v1()?;
     let mut terminate = unix::signal(unix::SignalKind::terminate())?;
     let mut interrupt = unix::signal(unix::SignalKind::interrupt())?;

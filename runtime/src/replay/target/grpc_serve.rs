@@ -20,7 +20,7 @@ use meander_proto::{
     v1::{
         ReplayEvent, ReplayProgress, ReplayRequest,
         replay_progress::Phase,
-        replayer_server::{Replayer, ReplayerServer},
+        replayer_server::{self, Replayer, ReplayerServer},
     },
 };
 use tokio::{
@@ -110,6 +110,9 @@ pub async fn serve(
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        // Only what is served here, of all that the descriptors describe.
+        .with_service_name(replayer_server::SERVICE_NAME)
+        .with_service_name("grpc.health.v1.Health")
         .build_v1()
         .map_err(|error| ReplayError::Server(error.into()))?;
     let server = Server::builder()
