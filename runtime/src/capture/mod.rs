@@ -5,6 +5,7 @@
 
 mod cleanup;
 mod observe;
+mod open;
 mod session;
 mod status;
 mod stream;

@@ -1,6 +1,7 @@
 //! The loop that turns the replication stream into batches.
 
 use std::{
+    collections::HashSet,
     sync::Arc,
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -19,7 +20,7 @@ use crate::{
     source::postgres::{
         assemble::{Assembled, Assembler},
         pgoutput::{LogicalMessage, RelationMessage, decode},
-        preflight::{Catalog, wire_failure},
+        preflight::{Catalog, Selection, wire_failure},
         wire::{Frame, FrameReader},
     },
 };
@@ -48,6 +49,9 @@ pub(super) struct Stream<'a> {
     assembler: Assembler,
     encoder: Box<dyn Encoder>,
     topics: Topics,
+    selection: Selection,
+    /// Tables that an external publication holds and the globs do not: counted, and not captured.
+    left_out: HashSet<u32>,
     /// The last change in Kafka when the session started.
     published: Option<Position>,
     /// Every sink has all changes up to here.
@@ -70,6 +74,7 @@ impl<'a> Stream<'a> {
         assembler: Assembler,
         encoder: Box<dyn Encoder>,
         topics: Topics,
+        selection: Selection,
         checkpoint: &Checkpoint,
         resume_after: Option<Position>,
         received: Received,
@@ -80,6 +85,8 @@ impl<'a> Stream<'a> {
             assembler,
             encoder,
             topics,
+            selection,
+            left_out: HashSet::new(),
             published: checkpoint.published,
             resume_after,
             received,
@@ -181,13 +188,14 @@ impl<'a> Stream<'a> {
             batch,
             high_time_micros,
             resume_after,
+            left_out,
             news,
             ..
         } = self;
         match assembler.take(&message)? {
             Assembled::Nothing => {}
             Assembled::Changes(changes) => changes.for_each(|change| {
-                if Some(change.position) > *resume_after {
+                if Some(change.position) > *resume_after && !left_out.contains(&change.relation.oid) {
                     batch.high_time_micros = *high_time_micros;
                     encoder.encode(&change, batch)?;
                     *news = true;
@@ -233,6 +241,12 @@ impl<'a> Stream<'a> {
         };
         let relation = self.assembler.describe(message, &primary_key);
         let (schema, table) = (&relation.schema, &relation.table);
+        if !self.selection.holds(schema, table) {
+            self.left_out.insert(relation.oid);
+            self.assembler.learn(Arc::new(relation));
+            return Ok(());
+        }
+        self.left_out.remove(&relation.oid);
         let topic = topic_name(&self.config.kafka.topic_prefix, schema, table);
         self.topics.ensure_data(&topic, &format!("{schema}.{table}")).await?;
         let stream = self

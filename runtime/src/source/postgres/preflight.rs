@@ -336,12 +336,24 @@ impl Catalog {
         Ok(())
     }
 
-    /// The tables that the globs select, after checking that each can be published without harm.
+    /// The tables that are captured, after checking that each can be published without harm: those of the globs, and of an external
+    /// publication only those that it holds.
     ///
     /// # Errors
-    /// When there is none, or one has no replica identity.
-    pub async fn select_tables(&self, source: &PostgresSource) -> Result<Vec<Table>, SourceError> {
-        let selection = Selection::new(&source.tables)?;
+    /// When there is none, one has no replica identity, or an external publication is not there.
+    pub async fn select_tables(
+        &self,
+        source: &PostgresSource,
+        selection: &Selection,
+    ) -> Result<Vec<Table>, SourceError> {
+        let published = match source.publication.management {
+            PublicationManagement::Managed => None,
+            PublicationManagement::External => Some(
+                self.published(&source.publication.name)
+                    .await?
+                    .ok_or_else(|| SourceError::NoPublication(quote_identifier(&source.publication.name)))?,
+            ),
+        };
         let rows = self
             .query(
                 "SELECT n.nspname, c.relname,
@@ -361,7 +373,9 @@ impl Catalog {
                 schema: row.get(0),
                 name: row.get(1),
             };
-            if selection.holds(&table) {
+            if selection.holds(&table.schema, &table.name)
+                && published.as_ref().is_none_or(|published| published.contains(&table))
+            {
                 if row.get(2) {
                     without_identity.push(table.quoted());
                 }
@@ -383,47 +397,52 @@ impl Catalog {
         Ok(tables)
     }
 
-    /// Makes the publication what it should be, or checks that somebody did, and returns its tables.
-    ///
-    /// # Errors
-    /// When it cannot be made, or is not there.
-    pub async fn ensure_publication(
-        &self,
-        source: &PostgresSource,
-        selected: Vec<Table>,
-    ) -> Result<Vec<Table>, SourceError> {
-        let name = &source.publication.name;
-        let exists = !self
-            .query("SELECT FROM pg_catalog.pg_publication WHERE pubname = $1", &[name])
+    /// The tables of a publication, if it exists.
+    async fn published(&self, name: &str) -> Result<Option<Vec<Table>>, SourceError> {
+        if self
+            .query("SELECT FROM pg_catalog.pg_publication WHERE pubname = $1", &[&name])
             .await?
-            .is_empty();
-        let published: Vec<Table> = self
+            .is_empty()
+        {
+            return Ok(None);
+        }
+        let rows = self
             .query(
                 "SELECT schemaname, tablename FROM pg_catalog.pg_publication_tables WHERE pubname = $1 ORDER BY 1, 2",
-                &[name],
+                &[&name],
             )
-            .await?
-            .iter()
-            .map(|row| Table {
-                schema: row.get(0),
-                name: row.get(1),
-            })
-            .collect();
-        let quoted = quote_identifier(name);
-        let tables = || selected.iter().map(Table::quoted).collect::<Vec<_>>().join(", ");
-        let change = match (source.publication.management, exists) {
-            (PublicationManagement::External, false) => return Err(SourceError::NoPublication(quoted)),
-            (PublicationManagement::External, true) => return Ok(published),
-            (PublicationManagement::Managed, true) if published == selected => return Ok(selected),
-            (PublicationManagement::Managed, true) => format!("ALTER PUBLICATION {quoted} SET TABLE {}", tables()),
-            (PublicationManagement::Managed, false) => format!("CREATE PUBLICATION {quoted} FOR TABLE {}", tables()),
+            .await?;
+        Ok(Some(
+            rows.iter()
+                .map(|row| Table {
+                    schema: row.get(0),
+                    name: row.get(1),
+                })
+                .collect(),
+        ))
+    }
+
+    /// Makes a managed publication hold exactly these tables.
+    ///
+    /// # Errors
+    /// When the role may not.
+    pub async fn ensure_publication(&self, source: &PostgresSource, tables: &[Table]) -> Result<(), SourceError> {
+        if source.publication.management == PublicationManagement::External {
+            return Ok(());
+        }
+        let name = quote_identifier(&source.publication.name);
+        let list = || tables.iter().map(Table::quoted).collect::<Vec<_>>().join(", ");
+        let change = match self.published(&source.publication.name).await? {
+            Some(published) if published == tables => return Ok(()),
+            Some(_) => format!("ALTER PUBLICATION {name} SET TABLE {}", list()),
+            None => format!("CREATE PUBLICATION {name} FOR TABLE {}", list()),
         };
         match self.execute(&change).await {
-            Ok(()) => Ok(selected),
+            Ok(()) => Ok(()),
             Err(error) if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => {
                 Err(SourceError::PublicationForbidden {
                     user: quote_identifier(&self.user),
-                    publication: quoted,
+                    publication: name,
                     database: quote_identifier(&source.database),
                     cause: error
                         .as_db_error()
@@ -562,13 +581,18 @@ fn with_cause(error: &tokio_postgres::Error) -> String {
     std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
 }
 
-struct Selection {
+/// The globs of a [`TableSelection`], ready to be asked.
+pub struct Selection {
     include: GlobSet,
     exclude: GlobSet,
 }
 
 impl Selection {
-    fn new(tables: &TableSelection) -> Result<Self, SourceError> {
+    /// Reads the globs.
+    ///
+    /// # Errors
+    /// When one is not a glob.
+    pub fn new(tables: &TableSelection) -> Result<Self, SourceError> {
         let set = |globs: &[String]| {
             let invalid = |glob: &str, error: &globset::Error| SourceError::InvalidGlob {
                 glob: glob.to_owned(),
@@ -586,8 +610,10 @@ impl Selection {
         })
     }
 
-    fn holds(&self, table: &Table) -> bool {
-        let name = format!("{}.{}", table.schema, table.name);
+    /// True for a table that is captured.
+    #[must_use]
+    pub fn holds(&self, schema: &str, table: &str) -> bool {
+        let name = format!("{schema}.{table}");
         self.include.is_match(&name) && !self.exclude.is_match(&name)
     }
 }
@@ -603,15 +629,9 @@ mod tests {
             exclude: vec!["public.tmp_*".to_owned()],
         })
         .unwrap();
-        let holds = |schema: &str, name: &str| {
-            selection.holds(&Table {
-                schema: schema.to_owned(),
-                name: name.to_owned(),
-            })
-        };
-        assert!(holds("public", "trades"));
-        assert!(holds("audit", "log"));
-        assert!(!holds("audit", "logs"));
-        assert!(!holds("public", "tmp_1"));
+        assert!(selection.holds("public", "trades"));
+        assert!(selection.holds("audit", "log"));
+        assert!(!selection.holds("audit", "logs"));
+        assert!(!selection.holds("public", "tmp_1"));
     }
 }

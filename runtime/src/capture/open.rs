@@ -1,0 +1,300 @@
+//! Opens a session: from preflight to being the one writer.
+//!
+//! The order is what keeps two runtimes from writing at once. Owning the slot comes first and acknowledges nothing; then the producer
+//! fences every one before it; only then is the checkpoint read, since nobody can change it any more; it is compared with the slot;
+//! and a checkpoint with the next owner generation is committed before Redis is claimed with that generation.
+
+use std::time::Duration;
+
+use rdkafka::{Message as _, message::Headers as _};
+use tokio::{sync::watch, task::spawn_blocking};
+
+use crate::{
+    capture::{
+        CaptureError, Context,
+        status::{self, Received},
+    },
+    checkpoint::{Tail, TailError, read_checkpoint},
+    log::{Checkpoint, POSITION_HEADER, checkpoint_key, checkpoint_topic, topic_name},
+    position::{Epoch, Lsn, Position},
+    progress::ConditionType,
+    sink::{
+        SinkError,
+        kafka::KafkaSink,
+        redis::RedisSink,
+        topics::{TopicSettings, Topics},
+    },
+    source::postgres::{
+        preflight::{Catalog, Credentials, Selection, SourceError, Table, wire_failure},
+        start::{ServerIdentity, SlotState, SourceGap, Start, decide},
+        wire::{ConnectOptions, FrameReader, ReplicationConnection, WireError, quote_identifier},
+    },
+};
+
+/// How long reading the end of a partition may take.
+const TAIL_DEADLINE: Duration = Duration::from_secs(15);
+
+/// A session that owns the slot, and is the one writer of both sinks.
+pub(super) struct Session {
+    pub(super) catalog: Catalog,
+    pub(super) selection: Selection,
+    pub(super) topics: Topics,
+    pub(super) reader: FrameReader,
+    pub(super) received: Received,
+    pub(super) status: status::Task,
+    /// What the status says; none, and so nothing, until a checkpoint says it.
+    pub(super) acknowledged: watch::Sender<Option<Lsn>>,
+    pub(super) kafka: KafkaSink,
+    pub(super) redis: Option<RedisSink>,
+    pub(super) checkpoint: Checkpoint,
+}
+
+/// Opens a session. Can be given up at any point: nothing is published yet.
+pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
+    let config = &context.config;
+    let source = &config.source;
+
+    // Preflight: nothing is made before everything is checked.
+    let credentials = Credentials::read(source)?;
+    let catalog = Catalog::connect(source, &credentials).await?;
+    catalog.check_server().await?;
+    let selection = Selection::new(&source.tables)?;
+    let tables = catalog.select_tables(source, &selection).await?;
+    let slot = catalog.slot(source).await?;
+    context.set(
+        ConditionType::SourceReady,
+        true,
+        "Ready",
+        "The source is fit for capture.",
+    );
+
+    let mut topics = Topics::new(
+        &config.kafka.bootstrap_servers,
+        TopicSettings {
+            partitions: config.kafka.partitions,
+            replication_factor: config.kafka.replication_factor,
+        },
+    )?;
+    let checkpoint_topic = checkpoint_topic(&config.pipeline.namespace, &config.pipeline.name);
+    topics.ensure_checkpoint(&checkpoint_topic).await?;
+    catalog.ensure_publication(source, &tables).await?;
+    for table in &tables {
+        let topic = topic_name(&config.kafka.topic_prefix, &table.schema, &table.name);
+        topics
+            .ensure_data(&topic, &format!("{}.{}", table.schema, table.name))
+            .await?;
+    }
+
+    // The slot.
+    let options = ConnectOptions {
+        host: &source.host,
+        port: source.port,
+        database: &source.database,
+        user: &credentials.user,
+        password: &credentials.password,
+    };
+    let wire = |error| wire_failure(source, &credentials.user, error);
+    let mut connection = ReplicationConnection::connect(&options).await.map_err(wire)?;
+    let server = identify(&mut connection).await.map_err(wire)?;
+    if slot.is_none() {
+        let checkpoint = read_own_checkpoint(context, &checkpoint_topic).await?;
+        start(checkpoint.as_ref(), context, None, &server)?;
+        let sql = format!(
+            "CREATE_REPLICATION_SLOT {} LOGICAL pgoutput NOEXPORT_SNAPSHOT",
+            quote_identifier(&source.slot_name)
+        );
+        connection.query(&sql).await.map_err(wire)?;
+        tracing::info!(slot = source.slot_name, "made the replication slot");
+    }
+    let (reader, writer) = connection
+        .start_replication(&source.slot_name, &source.publication.name)
+        .await
+        .map_err(wire)?;
+    let received = Received::default();
+    let (acknowledged, acknowledgements) = watch::channel(None);
+    let status = status::Task::start(writer, received.clone(), acknowledgements);
+
+    // From here on the slot is ours.
+    let (kafka, redis, checkpoint) = open_sinks(context, &catalog, &tables, &checkpoint_topic, &server).await?;
+    context.set(
+        ConditionType::SourceGap,
+        false,
+        "NoGap",
+        "The source has everything since the checkpoint.",
+    );
+    context.set(
+        ConditionType::SinksReady,
+        true,
+        "Ready",
+        "Every sink takes what it is given.",
+    );
+    tracing::info!(
+        generation = checkpoint.owner_generation,
+        epoch = checkpoint.epoch,
+        acknowledged = %checkpoint.acknowledged,
+        published = checkpoint.published.map(tracing::field::display),
+        "capture starts"
+    );
+    Ok(Session {
+        catalog,
+        selection,
+        topics,
+        reader,
+        received,
+        status,
+        acknowledged,
+        kafka,
+        redis,
+        checkpoint,
+    })
+}
+
+async fn identify(connection: &mut ReplicationConnection) -> Result<ServerIdentity, WireError> {
+    let rows = connection.query("IDENTIFY_SYSTEM").await?;
+    let field = |index: usize| rows.first().and_then(|row| row.get(index)?.clone()).unwrap_or_default();
+    Ok(ServerIdentity {
+        system_identifier: field(0),
+        timeline: field(1).parse().unwrap_or(0),
+    })
+}
+
+fn start(
+    checkpoint: Option<&Checkpoint>,
+    context: &Context,
+    slot: Option<&SlotState>,
+    server: &ServerIdentity,
+) -> Result<Start, SourceGap> {
+    decide(checkpoint, &context.config.source.slot_name, slot, server)
+}
+
+async fn read_own_checkpoint(context: &Context, topic: &str) -> Result<Option<Checkpoint>, CaptureError> {
+    let config = &context.config;
+    let servers = config.kafka.bootstrap_servers.clone();
+    let key = checkpoint_key(
+        &config.pipeline.namespace,
+        &config.pipeline.name,
+        &config.source.slot_name,
+    );
+    let topic = topic.to_owned();
+    let read = spawn_blocking(move || read_checkpoint(&servers, &topic, &key, TAIL_DEADLINE)).await?;
+    Ok(read.map_err(SinkError::Checkpoint)?)
+}
+
+/// Becomes the one writer of both sinks.
+async fn open_sinks(
+    context: &Context,
+    catalog: &Catalog,
+    tables: &[Table],
+    checkpoint_topic: &str,
+    server: &ServerIdentity,
+) -> Result<(KafkaSink, Option<RedisSink>, Checkpoint), CaptureError> {
+    let config = context.config.clone();
+    let kafka = spawn_blocking(move || KafkaSink::open(&config)).await??;
+    let before = read_own_checkpoint(context, checkpoint_topic).await?;
+    // Only now: while the slot is ours nobody else can move it.
+    let slot = catalog.slot(&context.config.source).await?;
+    let decision = start(before.as_ref(), context, slot.as_ref(), server)?;
+    let mut checkpoint = before.unwrap_or(Checkpoint {
+        epoch: Epoch::FIRST.0,
+        system_identifier: String::new(),
+        timeline: 0,
+        owner_generation: 0,
+        published: None,
+        complete: None,
+        redis: None,
+        acknowledged: Lsn::ZERO,
+        high_time_micros: 0,
+        events_total: 0,
+        released: false,
+    });
+    match decision {
+        Start::Resume => {}
+        Start::Adopt(epoch, at) => {
+            checkpoint.epoch = epoch.0;
+            checkpoint.acknowledged = at;
+            checkpoint.released = false;
+            checkpoint.system_identifier.clone_from(&server.system_identifier);
+            checkpoint.timeline = server.timeline;
+        }
+        // The slot is being read by this session.
+        Start::CreateSlot(_) => {
+            return Err(SourceError::Server {
+                address: context.config.source.host.clone(),
+                cause: "the replication slot vanished while it was read".to_owned(),
+            }
+            .into());
+        }
+    }
+    check_log(context, tables, checkpoint.published, checkpoint_topic).await?;
+    checkpoint.owner_generation += 1;
+    let kafka = {
+        let checkpoint = checkpoint.clone();
+        spawn_blocking(move || kafka.commit_checkpoint(&checkpoint).map(|()| kafka)).await??
+    };
+    let redis = match &context.config.redis {
+        Some(redis) => {
+            let sink = RedisSink::open(redis, &checkpoint).await?;
+            context.set(
+                ConditionType::RedisGap,
+                false,
+                "NoGap",
+                "Redis has everything that it acknowledged.",
+            );
+            Some(sink)
+        }
+        None => None,
+    };
+    Ok((kafka, redis, checkpoint))
+}
+
+/// The independent check of the checkpoint: no partition may hold a change past it.
+async fn check_log(
+    context: &Context,
+    tables: &[Table],
+    published: Option<Position>,
+    checkpoint_topic: &str,
+) -> Result<(), CaptureError> {
+    let config = &context.config.kafka;
+    let servers = config.bootstrap_servers.clone();
+    let topics: Vec<String> = tables
+        .iter()
+        .map(|table| topic_name(&config.topic_prefix, &table.schema, &table.name))
+        .collect();
+    let last = spawn_blocking(move || last_positions(&servers, topics))
+        .await?
+        .map_err(SinkError::Checkpoint)?;
+    for (topic, text) in last {
+        let found: Option<Position> = text.parse().ok();
+        if found.is_none() || found > published {
+            return Err(SinkError::LogAhead {
+                topic,
+                found: text,
+                checkpoint: published.map_or("nothing".to_owned(), |position| position.to_string()),
+                checkpoint_topic: checkpoint_topic.to_owned(),
+            }
+            .into());
+        }
+    }
+    Ok(())
+}
+
+/// Topic and position of the last record of each partition that has one.
+fn last_positions(servers: &[String], topics: Vec<String>) -> Result<Vec<(String, String)>, TailError> {
+    let tail = Tail::new(servers, TAIL_DEADLINE)?;
+    let mut last = Vec::new();
+    for topic in topics {
+        for partition in tail.partitions(&topic)? {
+            if let Some(record) = tail.last_record(&topic, partition)? {
+                let header = record.headers().and_then(|headers| {
+                    headers
+                        .iter()
+                        .find(|header| header.key == POSITION_HEADER)?
+                        .value
+                        .map(String::from_utf8_lossy)
+                });
+                last.push((topic.clone(), header.unwrap_or_default().into_owned()));
+            }
+        }
+    }
+    Ok(last)
+}
