@@ -46,6 +46,16 @@ pub fn checkpoint_key(namespace: &str, pipeline: &str, slot: &str) -> String {
     format!("{namespace}/{pipeline}/{slot}")
 }
 
+/// How far Redis has come.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RedisPlace {
+    /// The streams it speaks of: under another prefix there is nothing yet, and nothing is missed.
+    pub stream_prefix: String,
+    /// The last change in them; all before it are there too, but for those from before the first.
+    pub position: Position,
+}
+
 /// How far a pipeline has come, in the same Kafka transaction as the records it speaks of. Written as JSON.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -64,9 +74,9 @@ pub struct Checkpoint {
     /// The last transaction that is in Kafka as a whole, as its commit position. A live replay ends here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub complete: Option<Position>,
-    /// The last change known to be in Redis when this was written.
+    /// What was known to be in Redis when this was written.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub redis: Option<Position>,
+    pub redis: Option<RedisPlace>,
     /// What PostgreSQL may be told. The slot is never ahead of this, so a slot that is has lost changes.
     pub acknowledged: Lsn,
     /// The running maximum of the commit times, in microseconds since the Unix epoch: no later record has a lower timestamp.

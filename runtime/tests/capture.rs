@@ -6,10 +6,10 @@ mod common;
 use std::collections::BTreeMap;
 
 use common::{LIMIT, checkpoint, config};
-use meander_config::CaptureConfig;
+use meander_config::{CaptureConfig, PublicationManagement};
 use meander_proto::v1::{ChangeRecord, Operation, value::Kind};
 use meander_runtime::{checkpoint::Tail, log::POSITION_HEADER};
-use meander_test_support::{Kafka, Postgres, Redis, Runtime, eventually, free_address};
+use meander_test_support::{Kafka, Postgres, Redis, Runtime, eventually, free_address, unique_name};
 use prost::Message as _;
 use rdkafka::{
     Message as _, Offset, TopicPartitionList,
@@ -385,30 +385,48 @@ async fn entries_of_somebody_else_in_a_stream_stop_the_capture_with_a_reason() {
     let mut runtime = Runtime::capture(&config);
     runtime.ready(LIMIT).await;
     let mut connection = redis.connection().await;
-    // A later id than any of ours.
-    let foreign = format!("{}-0", u64::MAX);
-    let _: String = redis::cmd("XADD")
+    execute(&postgres, "INSERT INTO t VALUES (1)").await;
+    let ours: String = eventually("the entry is in Redis", LIMIT, async || {
+        let last: Vec<(String, Vec<Vec<u8>>)> = redis::cmd("XREVRANGE")
+            .arg(&stream)
+            .arg(&["+", "-", "COUNT", "1"])
+            .query_async(&mut connection)
+            .await
+            .map_err(|error| error.to_string())?;
+        last.first()
+            .map(|(id, _)| id.clone())
+            .ok_or_else(|| "nothing yet".to_owned())
+    })
+    .await;
+    // As anybody would, whose id then falls between two of ours.
+    let foreign: String = redis::cmd("XADD")
+        .arg(&stream)
+        .arg(&["*", "a", "b"])
+        .query_async(&mut connection)
+        .await
+        .unwrap();
+    execute(&postgres, "INSERT INTO t VALUES (2)").await;
+    wait_for_failure(&runtime, "ForeignWriter").await;
+    // What the message says mends it, and nothing was lost.
+    let _: i64 = redis::cmd("XDEL")
         .arg(&stream)
         .arg(&foreign)
-        .arg(&["a", "b"])
         .query_async(&mut connection)
         .await
         .unwrap();
-    execute(&postgres, "INSERT INTO t VALUES (1)").await;
-    wait_for_failure(&runtime, "ForeignWriter").await;
-    // Deleting the stream mends it, and nothing was lost.
-    let _: i64 = redis::cmd("DEL")
+    let _: String = redis::cmd("XSETID")
         .arg(&stream)
+        .arg(&ours)
         .query_async(&mut connection)
         .await
         .unwrap();
-    eventually("the entry is in Redis", LIMIT, async || {
+    eventually("the entries are in Redis", LIMIT, async || {
         let length: i64 = redis::cmd("XLEN")
             .arg(&stream)
             .query_async(&mut connection)
             .await
             .unwrap();
-        if length == 1 { Ok(()) } else { Err(length.to_string()) }
+        if length == 2 { Ok(()) } else { Err(length.to_string()) }
     })
     .await;
 }
@@ -432,6 +450,53 @@ async fn a_redis_that_forgot_what_it_acknowledged_is_a_gap() {
     runtime.kill9();
     runtime.start_again();
     wait_for_failure(&runtime, "EntriesLost").await;
+    assert!(runtime.terminate(LIMIT).success());
+
+    // Under another prefix there is nothing to miss: what the message says is a way out, and Kafka has lost nothing.
+    let mut anew = config.clone();
+    anew.redis.as_mut().unwrap().stream_prefix = unique_name("anew");
+    let mut runtime = Runtime::capture(&anew);
+    runtime.ready(LIMIT).await;
+    execute(&postgres, "INSERT INTO t VALUES (2)").await;
+    let records = wait_for_records(kafka, &format!("{}.public.t", config.kafka.topic_prefix), 2).await;
+    assert_eq!(records.len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_external_publication_is_captured_as_far_as_it_is_selected() {
+    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    execute(
+        &postgres,
+        "CREATE TABLE t (id int PRIMARY KEY); CREATE TABLE secret (id int PRIMARY KEY); CREATE TABLE keyless (id int)",
+    )
+    .await;
+    let mut config = config(&postgres, kafka, None);
+    config.source.publication.management = PublicationManagement::External;
+    config.source.tables.exclude = vec!["public.secret".to_owned()];
+    let mut runtime = Runtime::capture(&config);
+    wait_for_failure(&runtime, "PublicationNotFound").await;
+    let publication = &config.source.publication.name;
+    execute(
+        &postgres,
+        &format!("CREATE PUBLICATION {publication} FOR TABLE t, secret"),
+    )
+    .await;
+    runtime.ready(LIMIT).await;
+    execute(
+        &postgres,
+        "BEGIN; INSERT INTO secret VALUES (1); INSERT INTO t VALUES (1); COMMIT",
+    )
+    .await;
+    let records = wait_for_records(kafka, &format!("{}.public.t", config.kafka.topic_prefix), 1).await;
+    assert_eq!(
+        records[0].2.coordinate.unwrap().ordinal,
+        1,
+        "what is left out is counted"
+    );
+    let secret = format!("{}.public.secret", config.kafka.topic_prefix);
+    let partitions =
+        tokio::task::block_in_place(|| Tail::new(&[kafka.bootstrap()], LIMIT).unwrap().partitions(&secret));
+    assert_eq!(partitions.unwrap(), Vec::<i32>::new());
 }
 
 #[tokio::test(flavor = "multi_thread")]

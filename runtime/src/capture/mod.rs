@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 pub use cleanup::cleanup;
 
 use crate::{
-    admin::{Admin, Liveness},
+    admin::Admin,
     encode::EncodeError,
     progress::{self, ConditionType, ProgressReporter},
     sink::SinkError,
@@ -111,7 +111,6 @@ pub async fn run(config: CaptureConfig, shutdown: CancellationToken) -> Result<(
     let (ready, is_ready) = watch::channel(false);
     let admin = Admin {
         registry,
-        liveness: Liveness::default(),
         ready: is_ready,
     };
     let server = admin

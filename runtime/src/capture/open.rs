@@ -61,12 +61,23 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
     let selection = Selection::new(&source.tables)?;
     let tables = catalog.select_tables(source, &selection).await?;
     let slot = catalog.slot(source).await?;
-    context.set(
-        ConditionType::SourceReady,
-        true,
-        "Ready",
-        "The source is fit for capture.",
-    );
+    // Whoever does not own the slot has no business with the publication either.
+    if slot.as_ref().is_some_and(|slot| slot.active) {
+        return Err(SourceError::SlotActive {
+            slot: source.slot_name.clone(),
+        }
+        .into());
+    }
+    let options = ConnectOptions {
+        host: &source.host,
+        port: source.port,
+        database: &source.database,
+        user: &credentials.user,
+        password: &credentials.password,
+    };
+    let wire = |error| wire_failure(source, &credentials.user, error);
+    let mut connection = ReplicationConnection::connect(&options).await.map_err(wire)?;
+    let server = identify(&mut connection, &catalog, &wire).await?;
 
     let mut topics = Topics::new(
         &config.kafka.bootstrap_servers,
@@ -85,20 +96,10 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
             .await?;
     }
 
-    // The slot.
-    let options = ConnectOptions {
-        host: &source.host,
-        port: source.port,
-        database: &source.database,
-        user: &credentials.user,
-        password: &credentials.password,
-    };
-    let wire = |error| wire_failure(source, &credentials.user, error);
-    let mut connection = ReplicationConnection::connect(&options).await.map_err(wire)?;
-    let server = identify(&mut connection).await.map_err(wire)?;
-    if slot.is_none() {
+    // A slot that cannot be read anyway is judged now, since the server would only refuse it.
+    if slot.as_ref().is_none_or(|slot| slot.lost) {
         let checkpoint = read_own_checkpoint(context, &checkpoint_topic).await?;
-        start(checkpoint.as_ref(), context, None, &server)?;
+        start(checkpoint.as_ref(), context, slot.as_ref(), &server)?;
         let sql = format!(
             "CREATE_REPLICATION_SLOT {} LOGICAL pgoutput NOEXPORT_SNAPSHOT",
             quote_identifier(&source.slot_name)
@@ -115,6 +116,12 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
     let status = status::Task::start(writer, received.clone(), acknowledgements);
 
     // From here on the slot is ours.
+    context.set(
+        ConditionType::SourceReady,
+        true,
+        "Ready",
+        "The source is fit for capture.",
+    );
     let (kafka, redis, checkpoint) = open_sinks(context, &catalog, &tables, &checkpoint_topic, &server).await?;
     context.set(
         ConditionType::SourceGap,
@@ -149,12 +156,17 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
     })
 }
 
-async fn identify(connection: &mut ReplicationConnection) -> Result<ServerIdentity, WireError> {
-    let rows = connection.query("IDENTIFY_SYSTEM").await?;
+async fn identify(
+    connection: &mut ReplicationConnection,
+    catalog: &Catalog,
+    wire: impl Fn(WireError) -> SourceError,
+) -> Result<ServerIdentity, CaptureError> {
+    let rows = connection.query("IDENTIFY_SYSTEM").await.map_err(wire)?;
     let field = |index: usize| rows.first().and_then(|row| row.get(index)?.clone()).unwrap_or_default();
     Ok(ServerIdentity {
         system_identifier: field(0),
         timeline: field(1).parse().unwrap_or(0),
+        position: catalog.wal_position().await?,
     })
 }
 
@@ -191,8 +203,12 @@ async fn open_sinks(
     let config = context.config.clone();
     let kafka = spawn_blocking(move || KafkaSink::open(&config)).await??;
     let before = read_own_checkpoint(context, checkpoint_topic).await?;
-    // Only now: while the slot is ours nobody else can move it.
+    // Only now: while the slot is ours nobody else can move it, and what is published cannot be newer than the server.
     let slot = catalog.slot(&context.config.source).await?;
+    let server = &ServerIdentity {
+        position: catalog.wal_position().await?,
+        ..server.clone()
+    };
     let decision = start(before.as_ref(), context, slot.as_ref(), server)?;
     let mut checkpoint = before.unwrap_or(Checkpoint {
         epoch: Epoch::FIRST.0,
@@ -208,11 +224,12 @@ async fn open_sinks(
         released: false,
     });
     match decision {
-        Start::Resume => {}
+        Start::Resume => checkpoint.released = false,
         Start::Adopt(epoch, at) => {
             checkpoint.epoch = epoch.0;
             checkpoint.acknowledged = at;
             checkpoint.released = false;
+            checkpoint.redis = None;
             checkpoint.system_identifier.clone_from(&server.system_identifier);
             checkpoint.timeline = server.timeline;
         }
@@ -233,7 +250,9 @@ async fn open_sinks(
     };
     let redis = match &context.config.redis {
         Some(redis) => {
-            let sink = RedisSink::open(redis, &checkpoint).await?;
+            let pipeline = &context.config.pipeline;
+            let key = checkpoint_key(&pipeline.namespace, &pipeline.name, &context.config.source.slot_name);
+            let sink = RedisSink::open(redis, &key, &checkpoint).await?;
             context.set(
                 ConditionType::RedisGap,
                 false,

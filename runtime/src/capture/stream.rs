@@ -123,7 +123,11 @@ impl<'a> Stream<'a> {
                     } => self.keepalive(wal_end, reply_requested),
                 }
                 if self.batch.is_full() {
-                    match queues.reserve().await {
+                    let permits = tokio::select! {
+                        permits = queues.reserve() => permits,
+                        () = shutdown.cancelled() => None,
+                    };
+                    match permits {
                         Some(permits) => self.hand_on(permits),
                         None => return Ok(()),
                     }

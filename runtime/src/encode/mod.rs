@@ -27,8 +27,8 @@ pub trait Encoder: Send {
 /// A change that cannot be encoded. It is never passed over.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum EncodeError {
-    /// The text is not what PostgreSQL prints for the type.
-    #[error("{table}.{column}: {text:?} is not a value of type {type_name}")]
+    /// The text is not what PostgreSQL prints for the type. It is not shown: conditions and logs hold no data.
+    #[error("{table}.{column} holds what is not a value of type {type_name}")]
     Value {
         /// The table.
         table: String,
@@ -36,8 +36,6 @@ pub enum EncodeError {
         column: String,
         /// Its type.
         type_name: String,
-        /// The start of the text.
-        text: String,
     },
     /// A key column whose value the source did not send.
     #[error("{table}.{column}: the source did not send this value of the key")]

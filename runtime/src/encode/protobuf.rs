@@ -260,7 +260,6 @@ fn write_row(
                 table: format!("{}.{}", relation.schema, relation.table),
                 column: column.name.clone(),
                 type_name: column.type_name.clone(),
-                text: text.chars().take(64).collect(),
             })?,
         }
     }

@@ -34,7 +34,7 @@ use self::{
     target::{Target, grpc_call::GrpcCall, grpc_serve, log::Log},
 };
 use crate::{
-    admin::{Admin, Liveness},
+    admin::Admin,
     progress::{self, ConditionType, ProgressReporter},
 };
 
@@ -89,7 +89,6 @@ async fn replay(
             .as_ref()
             .map(|metrics| metrics.registry.clone())
             .unwrap_or_default(),
-        liveness: Liveness::default(),
         ready: readiness,
     };
     let address = config.admin_address;

@@ -115,12 +115,6 @@ impl Clock {
         self.speed = speed;
     }
 
-    /// The speed that it goes at.
-    #[must_use]
-    pub fn speed(&self) -> Speed {
-        self.speed
-    }
-
     /// The factor of the speed; none when unpaced.
     #[must_use]
     pub fn factor(&self) -> Option<f64> {

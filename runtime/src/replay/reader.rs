@@ -196,7 +196,7 @@ impl Reader {
     /// The end is a record beyond the range, a record at or after the frozen end (it was written later, and what is later is
     /// after the range), or the end of the partition: see `range::settle` for why that proves that nothing is missing.
     fn next(&mut self, source: usize) -> Result<Option<Record>, Stop> {
-        let asked = Instant::now();
+        let mut asked = Instant::now();
         let mut failure = None;
         loop {
             let Source { stretch, queue } = &mut self.sources[source];
@@ -235,7 +235,10 @@ impl Reader {
                     failure = Some(error);
                 }
                 None => {
+                    // Waiting for whoever takes the records is not Kafka's silence.
+                    let waiting = Instant::now();
                     self.flush()?;
+                    asked += waiting.elapsed();
                     // Errors that concern no partition come here; the client goes on by itself after them.
                     if let Some(Err(error)) = self.consumer.poll(Duration::ZERO) {
                         failure = Some(error);

@@ -27,7 +27,7 @@ use tokio::{
 
 use crate::{
     batch::{Batch, Record},
-    log::{COMMIT_TIME_HEADER, Checkpoint, PART_HEADER, POSITION_HEADER, checkpoint_key, checkpoint_topic},
+    log::{COMMIT_TIME_HEADER, Checkpoint, PART_HEADER, POSITION_HEADER, RedisPlace, checkpoint_key, checkpoint_topic},
     position::{Lsn, Position},
     sink::{Durable, SinkError},
 };
@@ -79,6 +79,7 @@ pub struct KafkaSink {
     servers: String,
     checkpoint_topic: String,
     checkpoint_key: String,
+    stream_prefix: Option<String>,
 }
 
 impl KafkaSink {
@@ -103,7 +104,8 @@ impl KafkaSink {
             // As Java's producers place keys, so that both can be joined.
             .set("partitioner", "murmur2_random")
             .set("linger.ms", "0")
-            .set("queue.buffering.max.kbytes", (2 * TRANSACTION_BYTES / 1024).to_string())
+            // TRANSACTION_BYTES bounds what is queued. This would refuse one record that is larger, for ever.
+            .set("queue.buffering.max.kbytes", "1048576")
             // The topic decides what is too large; this only lets it.
             .set("message.max.bytes", "100000000")
             .set("batch.size", "1000000")
@@ -116,6 +118,7 @@ impl KafkaSink {
             servers,
             checkpoint_topic: checkpoint_topic(namespace, name),
             checkpoint_key,
+            stream_prefix: config.redis.as_ref().map(|redis| redis.stream_prefix.clone()),
         })
     }
 
@@ -126,6 +129,15 @@ impl KafkaSink {
     pub fn commit_checkpoint(&self, checkpoint: &Checkpoint) -> Result<(), SinkError> {
         self.begin()?;
         self.commit(checkpoint)
+    }
+
+    fn note_redis(&self, checkpoint: &mut Checkpoint, redis: Durable) {
+        if let (Some(position), Some(stream_prefix)) = (redis.position, &self.stream_prefix) {
+            checkpoint.redis = Some(RedisPlace {
+                stream_prefix: stream_prefix.clone(),
+                position,
+            });
+        }
     }
 
     fn begin(&self) -> Result<(), SinkError> {
@@ -188,6 +200,11 @@ impl KafkaSink {
                     record = returned;
                     self.producer.poll(Duration::from_millis(10));
                     self.check_deliveries()?;
+                }
+                Err((KafkaError::MessageProduction(RDKafkaErrorCode::MessageSizeTooLarge), returned)) => {
+                    return Err(SinkError::RecordTooLarge {
+                        topic: returned.topic.to_owned(),
+                    });
                 }
                 Err((error, _)) => return Err(self.failed(&error)),
             }
@@ -279,7 +296,7 @@ impl KafkaSink {
             let mut safe = state.safe;
             if let Some(redis) = &redis {
                 let redis = *redis.borrow();
-                checkpoint.redis = redis.position.max(checkpoint.redis);
+                self.note_redis(&mut checkpoint, redis);
                 safe = safe.min(redis.safe);
             }
             let acknowledges = safe > checkpoint.acknowledged && last_commit.elapsed() >= ACKNOWLEDGE_INTERVAL;
@@ -312,7 +329,7 @@ impl KafkaSink {
             let caught_up = redis.wait_for(|redis| redis.safe >= safe);
             let _ = runtime.block_on(timeout(CLOSING_DEADLINE, caught_up));
             let redis = *redis.borrow();
-            checkpoint.redis = redis.position.max(checkpoint.redis);
+            self.note_redis(&mut checkpoint, redis);
             safe = safe.min(redis.safe);
         }
         if safe > checkpoint.acknowledged {

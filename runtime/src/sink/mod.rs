@@ -112,16 +112,18 @@ pub enum SinkError {
     #[error("Redis at {0} is out of memory; raise maxmemory, or set sinks.redis.retention.maxLength")]
     RedisFull(String),
     /// Somebody else writes to a stream.
-    #[error(
-        "stream {stream:?} holds entries that this pipeline did not write; delete them or choose another streamPrefix"
-    )]
+    #[error("stream {stream:?} ends with entry {id}, which this pipeline did not write; {remedy}")]
     ForeignWriter {
         /// Name of the stream.
         stream: String,
+        /// Its last entry.
+        id: String,
+        /// What to do.
+        remedy: String,
     },
     /// Redis lost entries that it had acknowledged, and PostgreSQL may no longer send them.
     #[error(
-        "Redis lost entries: it is complete up to {found}, and had acknowledged {expected}; the changes between are in Kafka only"
+        "Redis lost entries: it is complete up to {found}, and had acknowledged {expected}; Kafka has them. To go on, delete the pipeline with reclaimPolicy Retain and create it again with another streamPrefix"
     )]
     RedisGap {
         /// What the mark says now.

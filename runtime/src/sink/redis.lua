@@ -1,29 +1,54 @@
--- Appends a batch and moves the mark, only if the mark is where this writer last saw it.
+-- Appends a batch and moves the mark, only if the mark is where this writer last saw it, and the streams are as it left them.
 -- KEYS: the mark, then the streams. ARGV: generation, position the mark must have, position it gets, length to keep or '',
 -- then for each record: index of its stream in KEYS, entry id, position, key, value.
--- Returns {'ok'}, {'mark', generation, position} when the mark is elsewhere, or {'foreign', stream}.
+-- Returns {'ok'}, {'mark', generation, position} when the mark is elsewhere, {'foreign', stream, its last id, our last id or ''} when
+-- somebody else wrote to a stream, or {'lost', stream} when a stream that was written to is gone.
+-- The mark's fields: generation, position, and for each stream `last:NAME`, the id of our last entry.
 local mark = redis.call('HMGET', KEYS[1], 'generation', 'position')
 if mark[1] ~= ARGV[1] or (mark[2] or '') ~= ARGV[2] then
   return {'mark', mark[1] or '', mark[2] or ''}
 end
+
+local of_this_batch = {}
 for i = 5, #ARGV, 5 do
-  local stream, id = KEYS[tonumber(ARGV[i])], ARGV[i + 1]
-  local added
-  if ARGV[4] == '' then
-    added = redis.pcall('XADD', stream, id, 'position', ARGV[i + 2], 'key', ARGV[i + 3], 'value', ARGV[i + 4])
-  else
-    added = redis.pcall('XADD', stream, 'MAXLEN', '~', ARGV[4], id, 'position', ARGV[i + 2], 'key', ARGV[i + 3], 'value', ARGV[i + 4])
-  end
-  if type(added) == 'table' and added.err then
-    -- An id that is not greater than the last: ours from an append that was cut short, if the very same entry is there.
-    local there = redis.call('XRANGE', stream, id, id)
-    if #there ~= 1 or there[1][2][2] ~= ARGV[i + 2] then
-      if string.find(added.err, 'equal or smaller', 1, true) then
-        return {'foreign', stream}
-      end
-      return added
+  of_this_batch[ARGV[i] .. ' ' .. ARGV[i + 1]] = true
+end
+-- Stream to the entry up to which the batch is in it already: a script that ran out of memory was cut short and left that behind.
+local done = {}
+for k = 2, #KEYS do
+  local known = redis.call('HGET', KEYS[1], 'last:' .. KEYS[k])
+  local found = false
+  if redis.call('EXISTS', KEYS[k]) == 1 then
+    local info = redis.call('XINFO', 'STREAM', KEYS[k])
+    for i = 1, #info, 2 do
+      if info[i] == 'last-generated-id' then found = info[i + 1] end
     end
   end
+  if known and not found then
+    return {'lost', KEYS[k]}
+  end
+  if found ~= known then
+    if not of_this_batch[k .. ' ' .. found] then
+      return {'foreign', KEYS[k], found, known or ''}
+    end
+    done[k] = found
+  end
+end
+
+local last = {}
+for i = 5, #ARGV, 5 do
+  local k, id = tonumber(ARGV[i]), ARGV[i + 1]
+  if done[k] then
+    if done[k] == id then done[k] = nil end
+  elseif ARGV[4] == '' then
+    redis.call('XADD', KEYS[k], id, 'position', ARGV[i + 2], 'key', ARGV[i + 3], 'value', ARGV[i + 4])
+  else
+    redis.call('XADD', KEYS[k], 'MAXLEN', '~', ARGV[4], id, 'position', ARGV[i + 2], 'key', ARGV[i + 3], 'value', ARGV[i + 4])
+  end
+  last[k] = id
+end
+for k, id in pairs(last) do
+  redis.call('HSET', KEYS[1], 'last:' .. KEYS[k], id)
 end
 redis.call('HSET', KEYS[1], 'position', ARGV[3])
 return {'ok'}

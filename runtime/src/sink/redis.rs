@@ -1,7 +1,7 @@
 //! The fast path: each batch is appended to its streams, and the mark moved, by one script.
 //!
-//! The mark is a hash of this pipeline alone: the generation of the owner that may write, and the position up to which the streams are
-//! complete. A script runs as a whole or finds the mark elsewhere; so a batch that was sent twice is written once, and a writer that
+//! The mark is a hash of this pipeline alone: the generation of the owner that may write, the position up to which the streams are
+//! complete, and the last entry of each. A script runs as a whole or finds the mark elsewhere; so a batch that was sent twice is written once, and a writer that
 //! lost the slot to another writes nothing.
 
 use std::{fs, sync::Arc, time::Duration};
@@ -36,10 +36,11 @@ pub struct RedisSink {
     max_length: String,
 }
 
-/// Name of the hash that holds the mark.
+/// Name of the hash that holds the mark. It names the pipeline by the key of its checkpoint, so that two pipelines with one prefix
+/// never take each other's mark for their own.
 #[must_use]
-pub fn mark_key(stream_prefix: &str) -> String {
-    format!("{stream_prefix}.meander-mark")
+pub fn mark_key(stream_prefix: &str, pipeline: &str) -> String {
+    format!("{stream_prefix}.meander-mark:{pipeline}")
 }
 
 /// Id of a record's entry: ordered as positions are, and the same each time.
@@ -51,14 +52,14 @@ pub fn entry_id(position: Position, part: u8) -> String {
 }
 
 impl RedisSink {
-    /// Connects, checks the server, and takes the mark for the owner generation of the checkpoint.
+    /// Connects, checks the server, and takes the mark for the owner generation of the checkpoint. `pipeline` is the key of that.
     ///
     /// # Errors
     /// When Redis cannot be used, a later owner has the mark, or entries were lost.
-    pub async fn open(config: &Config, checkpoint: &Checkpoint) -> Result<Self, SinkError> {
+    pub async fn open(config: &Config, pipeline: &str, checkpoint: &Checkpoint) -> Result<Self, SinkError> {
         let (mut connection, address) = connect(config).await?;
         check_server(&mut connection, &address).await?;
-        let mark = mark_key(&config.stream_prefix);
+        let mark = mark_key(&config.stream_prefix, pipeline);
         let failed = |error: RedisError| failed(&address, &error);
         let (generation, position): (Option<String>, Option<String>) = redis::cmd("HMGET")
             .arg(&mark)
@@ -69,7 +70,7 @@ impl RedisSink {
         let owner: u64 = generation.as_deref().and_then(|text| text.parse().ok()).unwrap_or(0);
         if owner >= checkpoint.owner_generation {
             return Err(SinkError::Fenced(format!(
-                "Redis was taken by owner generation {owner}"
+                "Redis was taken by owner generation {owner}; if no other runtime runs, Kafka lost the checkpoint: choose another streamPrefix"
             )));
         }
         let unreadable = |text: &String| SinkError::Redis {
@@ -80,13 +81,18 @@ impl RedisSink {
             .as_ref()
             .map(|text| text.parse().map_err(|_| unreadable(text)))
             .transpose()?;
-        // The checkpoint was written after Redis had acknowledged this, so Redis had it.
-        if place < checkpoint.redis {
+        // The checkpoint was written after Redis had acknowledged this, so Redis had it. Streams under another prefix are new ones.
+        let acknowledged = checkpoint
+            .redis
+            .as_ref()
+            .filter(|redis| redis.stream_prefix == config.stream_prefix)
+            .map(|redis| redis.position);
+        if place < acknowledged {
             let text =
                 |position: Option<Position>| position.map_or("nothing".to_owned(), |position| position.to_string());
             return Err(SinkError::RedisGap {
                 found: text(place),
-                expected: text(checkpoint.redis),
+                expected: text(acknowledged),
             });
         }
         let claimed: i32 = Script::new(include_str!("redis_claim.lua"))
@@ -182,8 +188,18 @@ impl RedisSink {
                 self.position = Some(last);
                 Ok(())
             }
-            ["foreign", stream] => Err(SinkError::ForeignWriter {
+            ["foreign", stream, id, ours] => Err(SinkError::ForeignWriter {
                 stream: stream.to_owned(),
+                id: id.to_owned(),
+                remedy: if ours.is_empty() {
+                    format!("delete it: DEL {stream}")
+                } else {
+                    format!("delete what others wrote (XDEL) and set it back: XSETID {stream} {ours}")
+                },
+            }),
+            ["lost", stream] => Err(SinkError::RedisGap {
+                found: format!("nothing in stream {stream:?}"),
+                expected: self.position.map(|position| position.to_string()).unwrap_or_default(),
             }),
             ["mark", generation, position] => Err(self.mark_moved(generation, position)),
             _ => Err(SinkError::Redis {

@@ -61,7 +61,15 @@ impl Topics {
     /// When it cannot be made.
     pub async fn ensure_checkpoint(&mut self, topic: &str) -> Result<(), SinkError> {
         let new = NewTopic::new(topic, 1, self.replication()).set("cleanup.policy", "compact");
-        self.create(&new).await
+        self.create(&new).await?;
+        let settings = self.settings_of(topic).await?;
+        match settings.get("cleanup.policy").map(String::as_str) {
+            None | Some("compact") => Ok(()),
+            Some(_) => Err(self.unusable(
+                topic,
+                "is not compacted, so Kafka will delete the checkpoint some day; set cleanup.policy=compact",
+            )),
+        }
     }
 
     /// Makes the topic of a table, if it is missing, and checks that it keeps every record until its retention ends.
@@ -119,31 +127,41 @@ impl Topics {
     }
 
     async fn check_settings(&self, topic: &str) -> Result<(), SinkError> {
+        let settings = self.settings_of(topic).await?;
+        let is = |name: &str, wanted: &str| settings.get(name).is_none_or(|value| value == wanted);
+        if !is("cleanup.policy", "delete") {
+            return Err(self.unusable(
+                topic,
+                "is compacted, which removes changes from the log; set cleanup.policy=delete",
+            ));
+        }
+        if !is("message.timestamp.type", "CreateTime") {
+            return Err(self.unusable(
+                topic,
+                "does not keep commit times; set message.timestamp.type=CreateTime",
+            ));
+        }
+        Ok(())
+    }
+
+    async fn settings_of(&self, topic: &str) -> Result<HashMap<String, String>, SinkError> {
         let options = AdminOptions::new().request_timeout(Some(DEADLINE));
         let described = self
             .admin
             .describe_configs([&ResourceSpecifier::Topic(topic)], &options)
             .await
             .map_err(|error| unreachable(&self.servers, &error))?;
+        let mut settings = HashMap::new();
         for resource in described {
             let resource = resource.map_err(|code| self.unusable(topic, &format!("cannot be described: {code}")))?;
-            for entry in resource.entries {
-                let value = entry.value.as_deref().unwrap_or_default();
-                if entry.name == "cleanup.policy" && value.contains("compact") {
-                    return Err(self.unusable(
-                        topic,
-                        "is compacted, which removes changes from the log; set cleanup.policy=delete",
-                    ));
-                }
-                if entry.name == "message.timestamp.type" && value != "CreateTime" {
-                    return Err(self.unusable(
-                        topic,
-                        "does not keep commit times; set message.timestamp.type=CreateTime",
-                    ));
-                }
-            }
+            settings.extend(
+                resource
+                    .entries
+                    .into_iter()
+                    .filter_map(|entry| Some((entry.name, entry.value?))),
+            );
         }
-        Ok(())
+        Ok(settings)
     }
 
     fn unusable(&self, topic: &str, cause: &str) -> SinkError {

@@ -3,7 +3,7 @@
 
 use std::{fs, path::Path, time::Duration};
 
-use globset::{Glob, GlobSet, GlobSetBuilder};
+use globset::{Glob, GlobMatcher};
 use meander_config::{PostgresSource, PublicationManagement, TableSelection};
 use tokio::{task::JoinHandle, time::timeout};
 use tokio_postgres::{Client, Config, NoTls, error::SqlState};
@@ -128,12 +128,10 @@ pub enum SourceError {
     )]
     SlotWaitsForTransaction,
     /// Another process reads the slot.
-    #[error("replication slot {slot:?} is read by another process: {cause}; this one waits until it is free")]
+    #[error("replication slot {slot:?} is read by another process; this one waits until it is free")]
     SlotActive {
         /// The slot.
         slot: String,
-        /// The server's words.
-        cause: String,
     },
     /// Anything else that the server said.
     #[error("PostgreSQL at {address}: {cause}")]
@@ -311,29 +309,16 @@ impl Catalog {
         }
     }
 
-    /// Checks the server and the role.
+    /// Checks the server. Whether the role may replicate is seen when it does: managed services grant that in ways of their own.
     ///
     /// # Errors
     /// The first thing that is missing.
     pub async fn check_server(&self) -> Result<(), SourceError> {
-        let rows = self
-            .query(
-                "SELECT current_setting('wal_level'), rolreplication OR rolsuper
-                 FROM pg_catalog.pg_roles WHERE rolname = current_user",
-                &[],
-            )
-            .await?;
-        let Some(row) = rows.first() else {
-            return Err(SourceError::NoReplicationAttribute(quote_identifier(&self.user)));
-        };
-        let wal_level: String = row.get(0);
-        if wal_level != "logical" {
-            return Err(SourceError::WalLevel(wal_level));
+        let rows = self.query("SELECT current_setting('wal_level')", &[]).await?;
+        match rows.first().map(|row| row.get::<_, String>(0)) {
+            Some(level) if level != "logical" => Err(SourceError::WalLevel(level)),
+            _ => Ok(()),
         }
-        if !row.get::<_, bool>(1) {
-            return Err(SourceError::NoReplicationAttribute(quote_identifier(&self.user)));
-        }
-        Ok(())
     }
 
     /// The tables that are captured, after checking that each can be published without harm: those of the globs, and of an external
@@ -461,7 +446,7 @@ impl Catalog {
     pub async fn slot(&self, source: &PostgresSource) -> Result<Option<SlotState>, SourceError> {
         let rows = self
             .query(
-                "SELECT plugin, database, confirmed_flush_lsn::text, coalesce(wal_status = 'lost', false)
+                "SELECT plugin, database, confirmed_flush_lsn::text, coalesce(wal_status = 'lost', false), active
                  FROM pg_catalog.pg_replication_slots WHERE slot_name = $1",
                 &[&source.slot_name],
             )
@@ -484,7 +469,23 @@ impl Catalog {
         Ok(Some(SlotState {
             confirmed_flush: confirmed_flush.and_then(|text| text.parse::<Lsn>().ok()),
             lost: row.get(3),
+            active: row.get(4),
         }))
+    }
+
+    /// How far the server's WAL has grown.
+    ///
+    /// # Errors
+    /// When the server does not answer, or is a standby.
+    pub async fn wal_position(&self) -> Result<Lsn, SourceError> {
+        let rows = self
+            .query("SELECT pg_catalog.pg_current_wal_insert_lsn()::text", &[])
+            .await?;
+        let text: String = rows.first().map(|row| row.get(0)).unwrap_or_default();
+        text.parse().map_err(|_| SourceError::Server {
+            address: self.address.clone(),
+            cause: format!("its WAL position is {text:?}"),
+        })
     }
 
     /// Names of the primary key's columns, for tables with REPLICA IDENTITY FULL, whose messages do not tell them.
@@ -523,10 +524,6 @@ impl Catalog {
                 return Err(match error.code() {
                     Some(&SqlState::OBJECT_IN_USE) => SourceError::SlotActive {
                         slot: source.slot_name.clone(),
-                        cause: error
-                            .as_db_error()
-                            .map(|db| db.message().to_owned())
-                            .unwrap_or_default(),
                     },
                     _ => self.failed(&error),
                 });
@@ -568,7 +565,6 @@ fn refused(source: &PostgresSource, user: &str, code: &str, message: &str) -> So
         "55P03" => SourceError::SlotWaitsForTransaction,
         "55006" => SourceError::SlotActive {
             slot: source.slot_name.clone(),
-            cause: message.to_owned(),
         },
         _ => SourceError::Server {
             address: format!("{}:{}", source.host, source.port),
@@ -583,8 +579,8 @@ fn with_cause(error: &tokio_postgres::Error) -> String {
 
 /// The globs of a [`TableSelection`], ready to be asked.
 pub struct Selection {
-    include: GlobSet,
-    exclude: GlobSet,
+    include: Vec<TableGlob>,
+    exclude: Vec<TableGlob>,
 }
 
 impl Selection {
@@ -593,28 +589,68 @@ impl Selection {
     /// # Errors
     /// When one is not a glob.
     pub fn new(tables: &TableSelection) -> Result<Self, SourceError> {
-        let set = |globs: &[String]| {
-            let invalid = |glob: &str, error: &globset::Error| SourceError::InvalidGlob {
-                glob: glob.to_owned(),
-                cause: error.kind().to_string(),
-            };
-            let mut builder = GlobSetBuilder::new();
-            for glob in globs {
-                builder.add(Glob::new(glob).map_err(|error| invalid(glob, &error))?);
-            }
-            builder.build().map_err(|error| invalid(&globs.join(", "), &error))
-        };
+        let parse = |globs: &[String]| globs.iter().map(|glob| TableGlob::parse(glob)).collect::<Result<Vec<_>, _>>();
         Ok(Self {
-            include: set(&tables.include)?,
-            exclude: set(&tables.exclude)?,
+            include: parse(&tables.include)?,
+            exclude: parse(&tables.exclude)?,
         })
     }
 
     /// True for a table that is captured.
     #[must_use]
     pub fn holds(&self, schema: &str, table: &str) -> bool {
-        let name = format!("{schema}.{table}");
-        self.include.is_match(&name) && !self.exclude.is_match(&name)
+        let any = |globs: &[TableGlob]| globs.iter().any(|glob| glob.holds(schema, table));
+        any(&self.include) && !any(&self.exclude)
+    }
+}
+
+/// `schema.table`, each part as in SQL: without quotes it is folded to lower case, and `*` and `?` stand for any characters and any
+/// one; in double quotes everything stands for itself.
+struct TableGlob {
+    schema: GlobMatcher,
+    table: GlobMatcher,
+}
+
+impl TableGlob {
+    fn parse(text: &str) -> Result<Self, SourceError> {
+        let invalid = |cause: String| SourceError::InvalidGlob {
+            glob: text.to_owned(),
+            cause,
+        };
+        let mut parts = vec![String::new()];
+        let mut quoted = false;
+        let mut characters = text.chars().peekable();
+        while let Some(character) = characters.next() {
+            let part = parts.last_mut().ok_or_else(|| invalid("it is empty".to_owned()))?;
+            match character {
+                // A quote that is doubled inside of quotes is one.
+                '"' if quoted && characters.next_if_eq(&'"').is_some() => part.push('"'),
+                '"' => quoted = !quoted,
+                '.' if !quoted => parts.push(String::new()),
+                '*' | '?' if !quoted => part.push(character),
+                _ if quoted => part.push_str(&globset::escape(&character.to_string())),
+                _ => part.push_str(&globset::escape(&character.to_lowercase().to_string())),
+            }
+        }
+        let [schema, table] = &parts[..] else {
+            return Err(invalid("it needs a schema, a dot and a table".to_owned()));
+        };
+        if quoted || schema.is_empty() || table.is_empty() {
+            return Err(invalid("a part is empty or a quote is not closed".to_owned()));
+        }
+        let matcher = |part: &str| {
+            Glob::new(part)
+                .map(|glob| glob.compile_matcher())
+                .map_err(|error| invalid(error.kind().to_string()))
+        };
+        Ok(Self {
+            schema: matcher(schema)?,
+            table: matcher(table)?,
+        })
+    }
+
+    fn holds(&self, schema: &str, table: &str) -> bool {
+        self.schema.is_match(schema) && self.table.is_match(table)
     }
 }
 
@@ -622,16 +658,43 @@ impl Selection {
 mod tests {
     use super::*;
 
+    fn selection(include: &[&str], exclude: &[&str]) -> Selection {
+        let globs = |globs: &[&str]| globs.iter().map(|glob| (*glob).to_owned()).collect();
+        Selection::new(&TableSelection {
+            include: globs(include),
+            exclude: globs(exclude),
+        })
+        .unwrap()
+    }
+
     #[test]
     fn what_is_excluded_stays_excluded() {
-        let selection = Selection::new(&TableSelection {
-            include: vec!["public.*".to_owned(), "audit.log".to_owned()],
-            exclude: vec!["public.tmp_*".to_owned()],
-        })
-        .unwrap();
+        let selection = selection(&["public.*", "audit.log"], &["public.tmp_?"]);
         assert!(selection.holds("public", "trades"));
         assert!(selection.holds("audit", "log"));
         assert!(!selection.holds("audit", "logs"));
         assert!(!selection.holds("public", "tmp_1"));
+        assert!(selection.holds("public", "tmp_10"));
+    }
+
+    #[test]
+    fn names_are_read_as_sql_reads_them() {
+        let selection = selection(&[r#"Public."Order Lines""#, r#""a.b"."*""#, r#"x."[""y""]""#], &[]);
+        assert!(selection.holds("public", "Order Lines"));
+        assert!(!selection.holds("public", "order lines"));
+        assert!(selection.holds("a.b", "*"));
+        assert!(!selection.holds("a.b", "c"));
+        assert!(selection.holds("x", r#"["y"]"#));
+        assert!(!selection.holds("x", "y"));
+    }
+
+    #[test]
+    fn what_is_no_table_is_refused() {
+        for glob in ["trades", "a.b.c", ".b", "a.", r#"a."b"#] {
+            assert!(
+                matches!(TableGlob::parse(glob), Err(SourceError::InvalidGlob { .. })),
+                "{glob}"
+            );
+        }
     }
 }

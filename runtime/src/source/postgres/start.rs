@@ -8,6 +8,9 @@ use crate::{
     position::{Epoch, Lsn},
 };
 
+/// What a person does about a gap: there is no way to go on as if nothing had been lost.
+const REMEDY: &str = "to start anew, delete the pipeline with reclaimPolicy Delete and create it again: its log goes on in the next epoch";
+
 /// What IDENTIFY_SYSTEM says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServerIdentity {
@@ -15,6 +18,8 @@ pub struct ServerIdentity {
     pub system_identifier: String,
     /// Grows with each promotion.
     pub timeline: u32,
+    /// How far its WAL has grown.
+    pub position: Lsn,
 }
 
 /// A row of `pg_replication_slots`.
@@ -24,6 +29,8 @@ pub struct SlotState {
     pub confirmed_flush: Option<Lsn>,
     /// `wal_status` is `lost`: the server no longer has the WAL that the slot needs.
     pub lost: bool,
+    /// A process reads it.
+    pub active: bool,
 }
 
 /// How to start.
@@ -41,7 +48,7 @@ pub enum Start {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SourceGap {
     /// The slot is gone.
-    #[error("replication slot {slot:?} is gone: changes committed after {after} are lost to this pipeline")]
+    #[error("replication slot {slot:?} is gone: changes committed after {after} are lost to this pipeline; {REMEDY}")]
     SlotMissing {
         /// Its name.
         slot: String,
@@ -50,7 +57,7 @@ pub enum SourceGap {
     },
     /// The server removed WAL that the slot needs.
     #[error(
-        "replication slot {slot:?} lost WAL that it needs: changes committed after {after} are lost to this pipeline"
+        "replication slot {slot:?} lost WAL that it needs: changes committed after {after} are lost to this pipeline; {REMEDY}"
     )]
     SlotLost {
         /// Its name.
@@ -60,7 +67,7 @@ pub enum SourceGap {
     },
     /// Somebody advanced the slot, or dropped it and made it again.
     #[error(
-        "replication slot {slot:?} stands at {slot_at}, past the checkpoint at {after}: changes between them are lost to this pipeline"
+        "replication slot {slot:?} stands at {slot_at}, past the checkpoint at {after}: changes between them are lost to this pipeline; {REMEDY}"
     )]
     SlotAhead {
         /// Its name.
@@ -71,7 +78,7 @@ pub enum SourceGap {
         after: Lsn,
     },
     /// The host name leads to another cluster than before.
-    #[error("the server is not the one this pipeline captured: system identifier {now}, was {before}")]
+    #[error("the server is not the one this pipeline captured: system identifier {now}, was {before}; {REMEDY}")]
     OtherServer {
         /// Of the server.
         now: String,
@@ -80,7 +87,7 @@ pub enum SourceGap {
     },
     /// The server was promoted, and whether it had received everything that was captured is not known.
     #[error(
-        "the server is on timeline {now}, the pipeline captured timeline {before}: changes may differ between them"
+        "the server is on timeline {now}, the pipeline captured timeline {before}: changes may differ between them; {REMEDY}"
     )]
     OtherTimeline {
         /// Of the server.
@@ -88,6 +95,19 @@ pub enum SourceGap {
         /// Of the checkpoint.
         before: u32,
     },
+    /// The server is behind what was captured from it: it was restored from a backup or a snapshot.
+    #[error(
+        "the server's WAL ends at {now}, before {captured}, which was captured from it: it was set back to an earlier state; {REMEDY}"
+    )]
+    ServerBehind {
+        /// Where its WAL ends.
+        now: Lsn,
+        /// What was captured.
+        captured: Lsn,
+    },
+    /// There is no epoch after the last.
+    #[error("the pipeline has seen 255 epochs; create it under another name")]
+    EpochsExhausted,
 }
 
 impl SourceGap {
@@ -100,6 +120,8 @@ impl SourceGap {
             Self::SlotAhead { .. } => "SlotAhead",
             Self::OtherServer { .. } => "OtherServer",
             Self::OtherTimeline { .. } => "OtherTimeline",
+            Self::ServerBehind { .. } => "ServerBehind",
+            Self::EpochsExhausted => "EpochsExhausted",
         }
     }
 }
@@ -115,10 +137,13 @@ pub fn decide(
     server: &ServerIdentity,
 ) -> Result<Start, SourceGap> {
     // A released checkpoint is the end of one life of the pipeline: its slot was dropped on purpose, and what comes next cannot be
-    // compared with it.
+    // compared with it. Unless the drop failed, and the slot still is where it was: then the old life goes on.
     let (checkpoint, epoch) = match checkpoint {
         None => (None, Epoch::FIRST),
-        Some(released) if released.released => (None, Epoch(released.epoch.saturating_add(1))),
+        Some(released) if released.released && !continues(released, slot, server) => {
+            let next = released.epoch.checked_add(1).ok_or(SourceGap::EpochsExhausted)?;
+            (None, Epoch(next))
+        }
         Some(checkpoint) => (Some(checkpoint), Epoch(checkpoint.epoch)),
     };
     let Some(checkpoint) = checkpoint else {
@@ -127,6 +152,7 @@ pub fn decide(
             Some(SlotState {
                 confirmed_flush: Some(at),
                 lost: false,
+                ..
             }) => Ok(Start::Adopt(epoch, *at)),
             Some(_) => Err(SourceGap::SlotLost {
                 slot: slot_name.to_owned(),
@@ -145,6 +171,15 @@ pub fn decide(
         return Err(SourceGap::OtherTimeline {
             now: server.timeline,
             before: checkpoint.timeline,
+        });
+    }
+    let captured = checkpoint
+        .published
+        .map_or(after, |published| published.commit_lsn.max(after));
+    if server.position < captured {
+        return Err(SourceGap::ServerBehind {
+            now: server.position,
+            captured,
         });
     }
     let slot_name = slot_name.to_owned();
@@ -166,6 +201,15 @@ pub fn decide(
         }),
         Some(_) => Ok(Start::Resume),
     }
+}
+
+/// True when the slot of a released checkpoint was not dropped after all.
+fn continues(released: &Checkpoint, slot: Option<&SlotState>, server: &ServerIdentity) -> bool {
+    released.system_identifier == server.system_identifier
+        && released.timeline == server.timeline
+        && slot
+            .and_then(|slot| slot.confirmed_flush)
+            .is_some_and(|at| at <= released.acknowledged)
 }
 
 #[cfg(test)]
@@ -192,6 +236,7 @@ mod tests {
         SlotState {
             confirmed_flush: Some(Lsn(at)),
             lost: false,
+            active: false,
         }
     }
 
@@ -199,6 +244,7 @@ mod tests {
         let server = ServerIdentity {
             system_identifier: "7".to_owned(),
             timeline: 1,
+            position: Lsn(1000),
         };
         decide(checkpoint, "s", slot.as_ref(), &server).map_err(|gap| gap.reason())
     }
@@ -212,7 +258,7 @@ mod tests {
                 None,
                 Some(SlotState {
                     confirmed_flush: None,
-                    lost: false
+                    ..slot(0)
                 })
             ),
             Err("SlotLost")
@@ -249,6 +295,11 @@ mod tests {
             ..checkpoint()
         };
         assert_eq!(start(Some(&promoted), Some(slot(50))), Err("OtherTimeline"));
+        let ahead = Checkpoint {
+            acknowledged: Lsn(1001),
+            ..checkpoint()
+        };
+        assert_eq!(start(Some(&ahead), Some(slot(50))), Err("ServerBehind"));
     }
 
     #[test]
@@ -262,5 +313,17 @@ mod tests {
             start(Some(&released), Some(slot(500))),
             Ok(Start::Adopt(Epoch(2), Lsn(500)))
         );
+        let last = Checkpoint { epoch: 255, ..released };
+        assert_eq!(start(Some(&last), None), Err("EpochsExhausted"));
+    }
+
+    #[test]
+    fn a_slot_that_should_have_been_dropped_and_was_not_goes_on_where_it_is() {
+        let released = Checkpoint {
+            released: true,
+            ..checkpoint()
+        };
+        // A new epoch would publish again what lies between the slot and the checkpoint.
+        assert_eq!(start(Some(&released), Some(slot(90))), Ok(Start::Resume));
     }
 }

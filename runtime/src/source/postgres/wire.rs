@@ -31,6 +31,9 @@ use crate::position::Lsn;
 
 /// How long connecting, signing in and each simple query may take.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(15);
+/// How long a server that lives can be silent: it answers every status that asks for it, but not in the middle of a transaction that
+/// it decodes without sending anything.
+const LONGEST_SILENCE: Duration = Duration::from_secs(60);
 /// Room for one read. Large, so that a busy walsender's pieces are taken whole.
 const READ_SIZE: usize = 256 * 1024;
 /// The largest message PostgreSQL sends: a tuple cannot be larger than 1 GiB, and its text can be twice that for bytea.
@@ -154,7 +157,6 @@ impl ReplicationConnection {
                         .ok_or_else(|| unexpected("SASLFinal"))?
                         .finish(body.data())?;
                 }
-                // A password is never sent in the clear: there is no TLS here yet that could hide it.
                 Message::AuthenticationCleartextPassword => {
                     return Err(WireError::UnsupportedAuthentication("clear-text password"));
                 }
@@ -243,7 +245,7 @@ impl ReplicationConnection {
                 end: self.buffer.len(),
                 buffer: self.buffer.to_vec(),
                 start: 0,
-                silence: REQUEST_DEADLINE,
+                silence: LONGEST_SILENCE,
             },
             StatusWriter { write },
         ))
