@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the tests and the demo need and a bare Debian 12 machine lacks.
 #
-#   tests/setup.sh [base|rust|kafka|cluster]...   these parts (default: all)
+#   tests/setup.sh [base|rust|kafka|cluster|lint]...   these parts (default: all)
 #   tests/setup.sh path                           prints what to put before PATH
 #   eval "$(tests/setup.sh env)"                  exports PATH, MEANDER_CACHE, KAFKA_HOME
 #
@@ -146,6 +146,16 @@ setup_cluster() {
   go_tool grpcurl "$GRPCURL_DIR" "github.com/fullstorydev/grpcurl/cmd/grpcurl@v$GRPCURL_VERSION"
 }
 
+make_cargo_deny() {
+  cargo install -q --locked --root "$1" --target-dir "$1/target" "cargo-deny@$CARGO_DENY_VERSION" || return
+  rm -rf "$1/target"
+}
+
+setup_lint() {
+  packages lint shellcheck
+  [ -d "$CARGO_DENY_DIR" ] || step "lint: cargo-deny $CARGO_DENY_VERSION" in_place "$CARGO_DENY_DIR" make_cargo_deny
+}
+
 environment() {
   # shellcheck disable=SC2016 # the reader's shell expands it
   printf 'export MEANDER_CACHE=%q KAFKA_HOME=%q PATH=%q:"$PATH"\n' \
@@ -154,13 +164,13 @@ environment() {
 
 main() {
   local part
-  [ $# -gt 0 ] || set -- base rust kafka cluster
+  [ $# -gt 0 ] || set -- base rust kafka cluster lint
   for part; do
     case $part in
-      base | rust | kafka | cluster) "setup_$part" ;;
+      base | rust | kafka | cluster | lint) "setup_$part" ;;
       path) echo "$TOOLS_PATH:$KAFKA_HOME/bin" ;;
       env) environment ;;
-      *) die "unknown part $part; there are base, rust, kafka, cluster, path, env" ;;
+      *) die "unknown part $part; there are base, rust, kafka, cluster, lint, path, env" ;;
     esac
   done
 }

@@ -11,6 +11,7 @@ KUBERNETES_VERSION=1.34.4   # also in go.mod, whose replaced modules follow it
 HELM_VERSION=3.22.0
 KUBECONFORM_VERSION=0.8.0
 GRPCURL_VERSION=1.9.4
+CARGO_DENY_VERSION=0.20.2
 KAFKA_VERSION=4.3.1         # also in kafka/pom.xml
 
 MEANDER_TESTS=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -22,9 +23,10 @@ digest_of() { cat -- "$@" | sha256sum | cut -c1-12; }
 KUBE_DIR=$MEANDER_CACHE/kube-$KUBERNETES_VERSION-$(digest_of "$MEANDER_TESTS"/cluster/go.mod "$MEANDER_TESTS"/cluster/main.go)
 HELM_DIR=$MEANDER_CACHE/helm-$HELM_VERSION
 KUBECONFORM_DIR=$MEANDER_CACHE/kubeconform-$KUBECONFORM_VERSION
+CARGO_DENY_DIR=$MEANDER_CACHE/cargo-deny-$CARGO_DENY_VERSION
 GRPCURL_DIR=$MEANDER_CACHE/grpcurl-$GRPCURL_VERSION
 KAFKA_HOME=$MEANDER_CACHE/kafka-$KAFKA_VERSION-$(digest_of "$MEANDER_TESTS"/cluster/kafka/pom.xml "$MEANDER_TESTS"/cluster/kafka/run-class.sh)
-TOOLS_PATH=$KUBE_DIR/bin:$HELM_DIR/bin:$KUBECONFORM_DIR/bin:$GRPCURL_DIR/bin
+TOOLS_PATH=$KUBE_DIR/bin:$HELM_DIR/bin:$KUBECONFORM_DIR/bin:$GRPCURL_DIR/bin:$CARGO_DENY_DIR/bin
 
 # log MESSAGE...: progress, on standard error so that output can be captured.
 log() { printf '%s\n' "$*" >&2; }
