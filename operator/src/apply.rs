@@ -139,10 +139,7 @@ impl Applier<'_> {
     }
 
     fn owns<K: Object>(&self, object: &K) -> bool {
-        object
-            .owner_references()
-            .iter()
-            .any(|owner| owner.uid == self.owner.uid)
+        is_owned(object, Some(&self.owner.uid))
     }
 
     /// The object as it is sent: with its owner, and with a digest of what was said last time, so that what is no longer said is
@@ -163,6 +160,12 @@ impl Applier<'_> {
     fn count(&self, outcome: &str) {
         self.context.metrics.applies.with_label_values(&[outcome]).inc();
     }
+}
+
+/// Whether the object belongs to the one with this uid. A name alone says nothing: what a deleted resource of the same name had is
+/// there until it is collected.
+pub fn is_owned<K: Resource>(object: &K, uid: Option<&String>) -> bool {
+    object.owner_references().iter().any(|owner| Some(&owner.uid) == uid)
 }
 
 /// Whether `observed` has everything that `desired` says; the API server adds defaults, and others add fields of their own.

@@ -1184,6 +1184,13 @@ async fn a_replay_from_waiting_to_its_last_word() {
     let token = cluster
         .pod_and_token("last-seconds-replay-x", "last-seconds-replay", labels)
         .await;
+    let job = cluster.api::<Job>().get("last-seconds-replay").await.unwrap();
+    let owned = json!({"metadata": {"ownerReferences": [job.owner_ref(&()).unwrap()]}});
+    cluster
+        .api::<Pod>()
+        .patch("last-seconds-replay-x", &PatchParams::default(), &Patch::Merge(&owned))
+        .await
+        .unwrap();
     let progress = ReplayProgress {
         phase: Phase::Running.into(),
         delivered: 64,
@@ -1298,6 +1305,72 @@ async fn a_replay_from_waiting_to_its_last_word() {
     replays.patch("served", &PatchParams::default(), &cancel).await.unwrap();
     eventually("it is cancelled", async || {
         status("served").await.phase == Some(ReplayPhase::Cancelled)
+    })
+    .await;
+    operator.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_deleted_resource_left_is_not_that_of_the_next_of_its_name() {
+    let cluster = Cluster::new().await;
+    cluster.secrets().await;
+    let operator = Operator::start(&cluster);
+    let jobs = cluster.api::<Job>();
+    let deployments = cluster.api::<Deployment>();
+    let replays = cluster.api::<ReplayJob>();
+    let pipelines = cluster.api::<CdcPipeline>();
+    let retained = merged(
+        pipeline_json("trades"),
+        &json!({"spec": {"source": {"postgres": {"slot": {"reclaimPolicy": "Retain"}}}}}),
+    );
+    cluster.create::<CdcPipeline>(retained.clone()).await;
+    cluster.create::<ReplayJob>(replay_json("replayjob.yaml")).await;
+    eventually("the Job is there", async || {
+        jobs.get_opt("last-seconds-replay").await.unwrap().is_some()
+    })
+    .await;
+    finish(&cluster, "last-seconds-replay", "Complete").await;
+    cluster.make_available("trades-capture").await;
+
+    // Nothing collects garbage here: the Job and the Deployment stay, and so do their ends.
+    replays.delete("last-seconds", &DeleteParams::default()).await.unwrap();
+    let replay: ReplayJob = cluster.create(replay_json("replayjob.yaml")).await;
+    eventually("the old Job is in the way", async || {
+        let status = replays.get("last-seconds").await.unwrap().status.unwrap_or_default();
+        assert!(!status.phase.is_some_and(ReplayPhase::is_terminal), "{status:?}");
+        state(&status.conditions, "Accepted") == Some(("False", "NameTaken"))
+    })
+    .await;
+    pipelines.delete("trades", &DeleteParams::default()).await.unwrap();
+    eventually("the pipeline is gone", async || {
+        pipelines.get_opt("trades").await.unwrap().is_none()
+    })
+    .await;
+    cluster.create::<CdcPipeline>(retained).await;
+    eventually("the old Deployment is in the way", async || {
+        let status = pipelines.get("trades").await.unwrap().status.unwrap_or_default();
+        status.phase == Some(PipelinePhase::Pending)
+            && state(&status.conditions, "RuntimeAvailable") == Some(("False", "NameTaken"))
+    })
+    .await;
+
+    // Collected, they make room.
+    let background = DeleteParams::background();
+    let accounts = cluster.api::<ServiceAccount>();
+    let configs = cluster.api::<ConfigMap>();
+    for name in ["last-seconds-replay", "trades-capture"] {
+        accounts.delete(name, &background).await.unwrap();
+        configs.delete(name, &background).await.unwrap();
+    }
+    jobs.delete("last-seconds-replay", &background).await.unwrap();
+    deployments.delete("trades-capture", &background).await.unwrap();
+    eventually("the replay has its own Job", async || {
+        let job = jobs.get_opt("last-seconds-replay").await.unwrap();
+        job.is_some_and(|job| {
+            job.owner_references()
+                .iter()
+                .any(|owner| Some(&owner.uid) == replay.uid().as_ref())
+        })
     })
     .await;
     operator.stop().await;

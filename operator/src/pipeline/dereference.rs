@@ -6,6 +6,7 @@ use meander_crds::CdcPipeline;
 
 use super::build::{capture_name, capture_selector};
 use crate::{
+    apply::is_owned,
     conditions::{RUNTIME_AVAILABLE, SINKS_READY, SOURCE_READY},
     context::Context,
     error::Error,
@@ -39,7 +40,9 @@ pub async fn dereference(context: &Context, pipeline: &CdcPipeline) -> Result<Fa
     let deployment = deployments
         .get_opt(&capture_name(pipeline))
         .await
-        .map_err(|error| Error::from_api(RUNTIME_AVAILABLE, "reading the Deployment", &error))?;
+        .map_err(|error| Error::from_api(RUNTIME_AVAILABLE, "reading the Deployment", &error))?
+        // That of a deleted pipeline of the same name says nothing about this one.
+        .filter(|deployment| is_owned(deployment, pipeline.metadata.uid.as_ref()));
     let pods = match &deployment {
         Some(deployment) if !is_available(deployment) => pods(context, pipeline).await?,
         _ => Vec::new(),

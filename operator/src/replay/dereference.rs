@@ -7,6 +7,7 @@ use serde::Deserialize;
 
 use super::build::{replay_name, selector};
 use crate::{
+    apply::is_owned,
     conditions::ACCEPTED,
     context::Context,
     error::Error,
@@ -76,12 +77,16 @@ pub async fn dereference(context: &Context, replay: &ReplayJob) -> Result<Facts,
     let job = jobs
         .get_opt(&replay_name(replay))
         .await
-        .map_err(api_error("reading the Job"))?;
+        .map_err(api_error("reading the Job"))?
+        // The end of a replay that was deleted is not the end of the one that was created in its place.
+        .filter(|job| is_owned(job, replay.metadata.uid.as_ref()));
     let pods = match &job {
-        Some(_) => {
+        Some(job) => {
             let pods: Api<Pod> = Api::namespaced(context.client.clone(), &namespace);
             let params = ListParams::default().labels(&selector(replay));
-            pods.list(&params).await.map_err(api_error("listing pods"))?.items
+            let mut pods = pods.list(&params).await.map_err(api_error("listing pods"))?.items;
+            pods.retain(|pod| is_owned(pod, job.metadata.uid.as_ref()));
+            pods
         }
         None => Vec::new(),
     };
