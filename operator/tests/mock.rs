@@ -236,6 +236,33 @@ async fn a_conflict_on_the_finalizer_builds_nothing() {
 }
 
 #[tokio::test]
+async fn what_cannot_be_read_or_written_holds_no_finalizer() {
+    let deleted_at = |second: i64, policy: &str| {
+        let mut pipeline = pipeline_json();
+        pipeline["metadata"]["deletionTimestamp"] = json!(jiff::Timestamp::from_second(second).unwrap().to_string());
+        pipeline["metadata"]["finalizers"] = json!([pipeline::FINALIZER]);
+        pipeline["spec"]["source"]["postgres"]["slot"]["reclaimPolicy"] = json!(policy);
+        pipeline
+    };
+    let now = jiff::Timestamp::now().as_second();
+    for (pipeline, reason) in [
+        (deleted_at(now, "Retain"), "SlotRetained"),
+        (deleted_at(now - 200, "Delete"), "SlotLeftBehind"),
+    ] {
+        let calls = vec![
+            call(PIPELINE, 200, pipeline.clone()),
+            call(DEPLOYMENT, 403, refusal(403)),
+            saying(STATUS, "Terminating", 500, refusal(500)),
+            saying(EVENT, reason, 201, json!({})),
+            call(PIPELINE, 200, pipeline.clone()),
+            saying(PATCH_PIPELINE, r#""finalizers":[]"#, 200, pipeline),
+        ];
+        let action = play(calls, |client| reconcile_pipeline(client, Claim::forever())).await;
+        assert_eq!(action, Action::await_change());
+    }
+}
+
+#[tokio::test]
 async fn who_does_not_lead_writes_nothing() {
     let action = play(dereferenced(), |client| reconcile_pipeline(client, Claim::never())).await;
     assert!(comes_back(&action), "{action:?}");

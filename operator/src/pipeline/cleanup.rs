@@ -35,6 +35,15 @@ pub enum Ending {
     LeftBehind(String),
 }
 
+/// The ending that needs no look at the cluster, so that nothing which cannot be read stands in its way.
+pub fn foregone(pipeline: &CdcPipeline, now: Timestamp) -> Option<Ending> {
+    if pipeline.spec.source.postgres.slot.reclaim_policy == SlotReclaimPolicy::Retain {
+        return Some(Ending::Retained);
+    }
+    is_overdue(pipeline, now)
+        .then(|| Ending::LeftBehind(format!("cleaning up took longer than {} s", PATIENCE.as_secs())))
+}
+
 /// Goes one step further. None while there is something to wait for.
 pub async fn cleanup(
     context: &Context,
@@ -42,15 +51,6 @@ pub async fn cleanup(
     facts: &Facts,
     valid: &Result<ValidPipeline, Error>,
 ) -> Result<Option<Ending>, Error> {
-    if pipeline.spec.source.postgres.slot.reclaim_policy == SlotReclaimPolicy::Retain {
-        return Ok(Some(Ending::Retained));
-    }
-    if is_overdue(pipeline, Timestamp::now()) {
-        return Ok(Some(Ending::LeftBehind(format!(
-            "cleaning up took longer than {} s",
-            PATIENCE.as_secs()
-        ))));
-    }
     // The capture goes first: it owns the slot, and would make it anew.
     stop_capture(context, pipeline, facts).await?;
     if !pods(context, pipeline).await?.is_empty() {
@@ -89,11 +89,7 @@ async fn stop_capture(context: &Context, pipeline: &CdcPipeline, facts: &Facts) 
     let Some(deployment) = &facts.deployment else {
         return Ok(());
     };
-    let owned = deployment
-        .owner_references()
-        .iter()
-        .any(|owner| Some(&owner.uid) == pipeline.metadata.uid.as_ref());
-    if !owned || deployment.metadata.deletion_timestamp.is_some() {
+    if deployment.metadata.deletion_timestamp.is_some() {
         return Ok(());
     }
     context.may_write(RUNTIME_AVAILABLE)?;

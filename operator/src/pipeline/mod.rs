@@ -142,15 +142,19 @@ async fn reconcile_key(key: &ResourceKey, context: &Context) -> Result<Action, E
     let new = status::status(&inputs);
     let old = pipeline.status.clone().unwrap_or_default();
     let significant = status::significant(&old) != status::significant(&new);
-    let deferred = crate::status::write(context, &pipeline, key, &observation, (&old, &new), significant).await?;
-    context
-        .events
-        .transition(&pipeline, READY, &old.conditions, &new.conditions)
-        .await;
+    let written = crate::status::write(context, &pipeline, key, &observation, (&old, &new), significant).await;
+    if written.is_ok() {
+        context
+            .events
+            .transition(&pipeline, READY, &old.conditions, &new.conditions)
+            .await;
+    }
+    // Whether its last status could be written or not: it goes.
     if let Some(ending) = ending {
         conclude(context, &api, &pipeline, ending).await?;
         return Ok(Action::await_change());
     }
+    let deferred = written?;
     outcome?;
     let next = if pipeline.metadata.deletion_timestamp.is_some() {
         Duration::from_secs(2)
@@ -194,9 +198,13 @@ async fn last_stages(
     facts: &mut Option<Facts>,
     ending: &mut Option<Ending>,
 ) -> Result<ValidPipeline, Error> {
+    // First, so that it holds whatever fails below.
+    *ending = cleanup::foregone(pipeline, Timestamp::now());
     let facts = facts.insert(dereference::dereference(context, pipeline).await?);
     let valid = validate::validate(pipeline, facts, &context.settings);
-    *ending = cleanup::cleanup(context, pipeline, facts, &valid).await?;
+    if ending.is_none() {
+        *ending = cleanup::cleanup(context, pipeline, facts, &valid).await?;
+    }
     valid
 }
 
@@ -207,6 +215,7 @@ async fn conclude(
     pipeline: &CdcPipeline,
     ending: Ending,
 ) -> Result<(), Error> {
+    context.may_write(RUNTIME_AVAILABLE)?;
     match &ending {
         Ending::Dropped => {
             let note = format!("Dropped the replication slot {}.", validate::slot_of(pipeline));
@@ -234,7 +243,7 @@ async fn conclude(
                 .await;
         }
     }
-    // The status has just been written, so the resource version has moved on.
+    // The status may just have been written, and then the resource version has moved on.
     let current = api.get_opt(&pipeline.name_any()).await;
     let current = current.map_err(|error| Error::from_api(READY, "reading the pipeline", &error))?;
     if let Some(current) = current.filter(|current| current.uid() == pipeline.uid()) {
