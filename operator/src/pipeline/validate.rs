@@ -5,7 +5,7 @@ use meander_config::{
     CaptureConfig, KafkaSink, PostgresSource, Publication, PublicationManagement, RedisSink, ResourceIdentity,
     TableSelection,
 };
-use meander_crds::{CdcPipeline, LogLevel, PublicationManagement as Management, Resources, SlotReclaimPolicy};
+use meander_crds::{CdcPipeline, LogLevel, PublicationManagement as Management, Resources};
 
 use super::dereference::Facts;
 use crate::{
@@ -38,8 +38,6 @@ pub struct ValidPipeline {
     pub log_level: LogLevel,
     /// Whether the pod is not wanted.
     pub suspend: bool,
-    /// Whether the slot goes with the pipeline.
-    pub reclaim_policy: SlotReclaimPolicy,
 }
 
 /// The name of a pipeline's slot.
@@ -176,6 +174,5 @@ pub fn validate(pipeline: &CdcPipeline, facts: &Facts, settings: &Settings) -> R
         resources: spec.runtime.resources.clone(),
         log_level: spec.runtime.log_level,
         suspend: spec.suspend,
-        reclaim_policy: postgres.slot.reclaim_policy,
     })
 }
