@@ -97,6 +97,8 @@ pub fn build(replay: &ReplayJob, valid: &ValidReplay, settings: &Settings) -> Ob
             metadata: metadata(),
             spec: Some(JobSpec {
                 backoff_limit: Some(3),
+                // One pod delivers at a time: one that is told to go goes on delivering until it has gone.
+                pod_replacement_policy: Some("Failed".to_owned()),
                 template: pod.template(settings, labels.clone(), BTreeMap::new()),
                 ..JobSpec::default()
             }),
