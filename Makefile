@@ -5,8 +5,6 @@ MEANDER_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/meander
 export MEANDER_CACHE
 # Outside of the clone, so that a fresh clone builds in seconds what another one has built.
 export CARGO_TARGET_DIR ?= $(MEANDER_CACHE)/target
-MUSL := x86_64-unknown-linux-musl
-export CC_x86_64_unknown_linux_musl ?= musl-gcc
 
 .PHONY: help demo demo-down test lint fmt crds binaries images bench clean
 
@@ -34,12 +32,7 @@ crds: ## Write the CRDs and their reference anew from the Rust types
 
 binaries: ## Static binaries for the images, in dist/
 	@tests/setup.sh base rust
-	cargo build --release --locked --target $(MUSL) -p meander-operator -p meander-runtime -p meander-workload
-	@mkdir -p dist
-	@for binary in operator runtime workload; do \
-	  cp --update "$(CARGO_TARGET_DIR)/$(MUSL)/release/meander-$$binary" dist/; done
-	cd tests/verifier && CGO_ENABLED=0 go build -trimpath -ldflags='-s -w' -o ../../dist/meander-verify .
-	@mkdir -p dist/proto/meander/v1 && cp proto/meander/v1/change.proto dist/proto/meander/v1/
+	@deploy/build-binaries.sh
 
 images: binaries ## Container images; sizes are printed
 	@tests/setup.sh cluster

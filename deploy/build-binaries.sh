@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Builds the static binaries that the images are made of, into dist/.
+#
+# What was built from the same sources before, in whichever checkout, is taken from the cache: Cargo would build the project's own crates
+# again in each.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=tests/cluster/versions.sh
+. tests/cluster/versions.sh
+export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$MEANDER_CACHE/target}
+export CC_x86_64_unknown_linux_musl=${CC_x86_64_unknown_linux_musl:-musl-gcc}
+
+build() {
+  local out=$1
+  cargo build --release --locked --target "$RUST_TARGET" -p meander-operator -p meander-runtime -p meander-workload || return
+  cp "$CARGO_TARGET_DIR/$RUST_TARGET"/release/meander-{operator,runtime,workload} "$out/" || return
+  (cd tests/verifier && CGO_ENABLED=0 go build -trimpath -ldflags='-s -w' -o "$out/meander-verify" .) || return
+  mkdir -p "$out/proto/meander/v1" && cp proto/meander/v1/change.proto "$out/proto/meander/v1/"
+}
+
+# The content of every file that a binary could be made of, and its name.
+sources=$(git ls-files -co --exclude-standard -- Cargo.toml Cargo.lock rust-toolchain.toml bench crds operator proto runtime \
+  tests/support tests/verifier tests/workload | sort | while read -r file; do [ ! -f "$file" ] || sha256sum "$file"; done | sha256sum | cut -c1-16)
+built=$MEANDER_CACHE/dist-$sources
+in_place "$built" build
+rm -rf dist/meander-* dist/proto
+mkdir -p dist
+cp -r "$built"/. dist/
