@@ -320,13 +320,13 @@ pub struct Replication {
     /// Position up to which PostgreSQL may forget its WAL.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub confirmed_flush_lsn: Option<String>,
-    /// The source's WAL position less the confirmed one, in bytes.
-    #[serde(default)]
-    pub lag_bytes: u64,
-    /// Age of the oldest change that is received and not yet in every sink, in milliseconds.
-    #[serde(default)]
-    pub lag_millis: u64,
-    /// `lagMillis` for people: `0s`, `12s`, `3m`.
+    /// The source's WAL position less the confirmed one, in bytes. Left out while `lag` is `unknown`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lag_bytes: Option<u64>,
+    /// Age of the oldest change that is received and not yet in every sink, in milliseconds. Left out while `lag` is `unknown`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lag_millis: Option<u64>,
+    /// `lagMillis` for people: `0s`, `12s`, `3m`; `unknown` while the capture is down, held or silent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lag: Option<String>,
     /// Commit time of the last published change.

@@ -178,6 +178,11 @@ fn each_state_has_its_phase_and_its_reason() {
         said("SinksReady", true, "Connected"),
         said("SourceGap", true, "SlotLost"),
     ]);
+    let redis_gap = capture_report(vec![
+        said("SourceReady", true, "Connected"),
+        said("SinksReady", true, "Connected"),
+        said("RedisGap", true, "EntriesLost"),
+    ]);
     let silent = Observation {
         silence: Duration::from_secs(31),
         ..healthy()
@@ -244,6 +249,13 @@ fn each_state_has_its_phase_and_its_reason() {
     );
     check(&plain, Some(&up), Ok(&valid), &gap, (Some(Failed), "False", "SlotLost"));
     check(
+        &plain,
+        Some(&up),
+        Ok(&valid),
+        &redis_gap,
+        (Some(Failed), "False", "EntriesLost"),
+    );
+    check(
         &suspended,
         Some(&down),
         Ok(&valid),
@@ -306,6 +318,47 @@ fn each_state_has_its_phase_and_its_reason() {
         &healthy(),
         (Some(Streaming), "True", "Streaming"),
     );
+}
+
+#[test]
+fn a_lag_is_said_only_while_it_is_measured() {
+    let mut pipeline = support::pipeline();
+    let valid = valid(&pipeline);
+    let streaming = compute(&pipeline, Some(&facts(true)), Ok(&valid), &healthy(), at(0));
+    pipeline.status = Some(streaming.clone());
+    let mut suspended = pipeline.clone();
+    suspended.spec.suspend = true;
+    let stopped = capture_report(vec![said("Progressing", false, "SourceUnreachable")]);
+    let silent = Observation {
+        silence: Duration::from_secs(31),
+        ..healthy()
+    };
+    let unheard = Observation {
+        report: None,
+        ..silent.clone()
+    };
+    for (pipeline, observation) in [
+        (&pipeline, &stopped),
+        (&pipeline, &silent),
+        (&pipeline, &unheard),
+        (&suspended, &healthy()),
+    ] {
+        let status = compute(pipeline, Some(&facts(true)), Ok(&valid), observation, at(0));
+        let replication = status.replication.unwrap();
+        assert_eq!(replication.lag.as_deref(), Some("unknown"), "{observation:?}");
+        assert_eq!((replication.lag_millis, replication.lag_bytes), (None, None));
+        // How far it came is still true.
+        assert_eq!(replication.published_lsn.as_deref(), Some("0/16B3700"));
+    }
+    // An operator that has just started goes on from what the last one wrote.
+    let new = compute(
+        &pipeline,
+        Some(&facts(true)),
+        Ok(&valid),
+        &support::nothing_reported(),
+        at(0),
+    );
+    assert_eq!(new.replication, streaming.replication);
 }
 
 #[test]
@@ -581,4 +634,37 @@ fn each_end_has_its_phase_and_its_condition() {
         "Stalled",
         ("True", "JobFailed"),
     );
+}
+
+#[test]
+fn a_cancelled_replay_whose_last_word_is_lost_did_not_deliver_everything() {
+    use ReplayPhase::{Cancelled, Succeeded};
+    let plain = support::replay("replayjob.yaml");
+    let mut cancelled = plain.clone();
+    cancelled.spec.cancel = true;
+    let lost = |pods| replay::dereference::Facts {
+        job: Some(job(Some("Complete"))),
+        pods,
+        ..Default::default()
+    };
+    let new = support::nothing_reported();
+    let running = replay_report(Phase::Running, 5, 10.0);
+    let said = |phase| replay_report(phase, 5, 10.0);
+    for (replay, pods, observation, expected) in [
+        (&plain, vec![], &new, Succeeded),
+        (&plain, vec![], &said(Phase::Cancelled), Cancelled),
+        (&cancelled, vec![], &new, Cancelled),
+        (&cancelled, vec![], &running, Cancelled),
+        // It was done before it heard.
+        (&cancelled, vec![], &said(Phase::Succeeded), Succeeded),
+        (
+            &cancelled,
+            vec![last_word("Succeeded", "Complete")],
+            &running,
+            Succeeded,
+        ),
+    ] {
+        let status = compute_replay(replay, &lost(pods), Ok(Outcome::Started), observation);
+        assert_eq!(status.phase, Some(expected), "{observation:?}");
+    }
 }

@@ -58,11 +58,17 @@ pub fn status(inputs: &Inputs<'_>) -> CdcPipelineStatus {
         Some(Progress::Capture(progress)) => Some(progress),
         _ => None,
     };
+    let mut replication = progress.map(replication).or(old.replication);
+    if let Some(replication) = replication.as_mut().filter(|_| !lag_is_known(inputs, &judgements)) {
+        replication.lag_bytes = None;
+        replication.lag_millis = None;
+        replication.lag = Some("unknown".to_owned());
+    }
     CdcPipelineStatus {
         observed_generation: Some(generation),
         phase: Some(phase),
         conditions: conditions(&old.conditions, judgements, generation, inputs.now),
-        replication: progress.map(replication).or(old.replication),
+        replication,
         slot: Some(SlotStatus {
             name: slot_of(inputs.pipeline),
         }),
@@ -127,6 +133,14 @@ fn said(report: &ProgressUpdate, type_: &'static str) -> Option<Judgement> {
         &condition.reason,
         &condition.message,
     ))
+}
+
+/// A lag is measured while changes move. The last one is not true of a capture that stopped, as the positions still are.
+fn lag_is_known(inputs: &Inputs<'_>, judgements: &[Judgement]) -> bool {
+    let stopped = judgements
+        .iter()
+        .any(|judgement| judgement.type_ == PROGRESSING && judgement.status == Status::False);
+    !stopped && inputs.observation.silence <= SILENCE
 }
 
 fn reported(inputs: &Inputs<'_>, type_: &'static str, old: &[Condition]) -> Judgement {
@@ -245,7 +259,7 @@ fn phase(inputs: &Inputs<'_>, judgements: &[Judgement], old: Option<PipelinePhas
     };
     if inputs.pipeline.metadata.deletion_timestamp.is_some() {
         PipelinePhase::Terminating
-    } else if is(SPEC_VALID, Status::False) || is(SOURCE_GAP, Status::True) {
+    } else if is(SPEC_VALID, Status::False) || is(SOURCE_GAP, Status::True) || is(REDIS_GAP, Status::True) {
         PipelinePhase::Failed
     } else if inputs.pipeline.spec.suspend {
         PipelinePhase::Suspended
@@ -255,7 +269,6 @@ fn phase(inputs: &Inputs<'_>, judgements: &[Judgement], old: Option<PipelinePhas
         PipelinePhase::Pending
     } else if is(SOURCE_READY, Status::False)
         || is(SINKS_READY, Status::False)
-        || is(REDIS_GAP, Status::True)
         || matches!(old, Some(PipelinePhase::Streaming | PipelinePhase::Degraded))
     {
         PipelinePhase::Degraded
@@ -269,8 +282,8 @@ fn replication(progress: &CaptureProgress) -> Replication {
         received_lsn: format::lsn(progress.received_lsn),
         published_lsn: format::lsn(progress.published_lsn),
         confirmed_flush_lsn: format::lsn(progress.confirmed_flush_lsn),
-        lag_bytes: progress.lag_bytes,
-        lag_millis: progress.lag_millis,
+        lag_bytes: Some(progress.lag_bytes),
+        lag_millis: Some(progress.lag_millis),
         lag: Some(format::short_duration(Duration::from_millis(progress.lag_millis))),
         last_event_time: format::time_of_micros(progress.last_event_time_micros),
         events_total: progress.events_total,

@@ -70,7 +70,7 @@ pub fn status(inputs: &Inputs<'_>) -> ReplayJobStatus {
         _ => None,
     };
     let word = inputs.facts.and_then(Facts::final_word);
-    let end = end(inputs, word.as_ref());
+    let end = end(inputs, report, word.as_ref());
     let phase = end
         .as_ref()
         .map_or_else(|| phase(inputs, report, old.phase), |end| end.phase);
@@ -124,7 +124,7 @@ pub fn significant(status: &ReplayJobStatus) -> impl PartialEq + '_ {
     )
 }
 
-fn end(inputs: &Inputs<'_>, word: Option<&FinalWord>) -> Option<End> {
+fn end(inputs: &Inputs<'_>, report: Option<&v1::ReplayProgress>, word: Option<&FinalWord>) -> Option<End> {
     let said = word.map(|word| word.phase.as_str());
     let cancelled = || End {
         phase: ReplayPhase::Cancelled,
@@ -139,6 +139,16 @@ fn end(inputs: &Inputs<'_>, word: Option<&FinalWord>) -> Option<End> {
         return Some(cancelled());
     }
     if job::condition(job, "Complete").is_some() {
+        // A pod that was cancelled ends as well as one that is done. Where its word is lost, its last report says which it was,
+        // and without that the spec does.
+        let cancel = match report.map(v1::ReplayProgress::phase) {
+            Some(Phase::Cancelled) => true,
+            Some(Phase::Succeeded) => false,
+            _ => inputs.replay.spec.cancel,
+        };
+        if said.is_none() && cancel {
+            return Some(cancelled());
+        }
         return Some(End {
             phase: ReplayPhase::Succeeded,
             reason: "Delivered".to_owned(),
