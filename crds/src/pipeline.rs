@@ -84,7 +84,8 @@ pub struct PostgresSource {
     pub slot: Slot,
 }
 
-/// Globs over `schema.table`, where `*` stands for any characters and quoting is as in SQL.
+/// Globs over `schema.table`. Each part is an SQL identifier: without quotes it is folded to lower case, and `*` stands for any
+/// characters, `?` for any one; inside double quotes everything stands for itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TableSelection {
@@ -171,7 +172,8 @@ pub struct KafkaSink {
     #[schemars(length(min = 1, max = 16), inner(length(min = 3, max = 260)))]
     #[x_kube(validation = Rule::new("self.all(server, server.matches('^[^/@, ]+:[0-9]{1,5}$'))").message("each entry of bootstrapServers is host:port, such as kafka:9092"))]
     pub bootstrap_servers: Vec<String>,
-    /// Topics are named `<topicPrefix>.<schema>.<table>`. Immutable.
+    /// Topics are named `<topicPrefix>.<schema>.<table>`. The prefix belongs to this pipeline alone, and no other topic may begin
+    /// with `<topicPrefix>.`, for a replay reads every one that does: not `shop.eu` beside `shop`. Immutable.
     #[schemars(length(min = 1, max = 100))]
     #[x_kube(
         validation = Rule::new("self.matches('^[A-Za-z0-9_-][A-Za-z0-9._-]*$')").message("topicPrefix has letters, digits, dots, underscores and dashes only, and does not start with a dot"),
@@ -223,7 +225,8 @@ pub struct RedisSink {
         validation = Rule::new("!self.contains('@')").message("redis.url must not hold a user or password: put the whole URL into a Secret and name it in urlSecretRef")
     )]
     pub url: Option<String>,
-    /// Streams are named `<streamPrefix>.<schema>.<table>`. Immutable.
+    /// Streams are named `<streamPrefix>.<schema>.<table>`. The prefix belongs to this pipeline alone: keep other keys out of it.
+    /// Immutable.
     #[schemars(length(min = 1, max = 100))]
     #[x_kube(
         validation = Rule::new("self.matches('^[A-Za-z0-9._:-]+$')").message("streamPrefix has letters, digits, dots, colons, underscores and dashes only"),

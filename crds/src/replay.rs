@@ -104,7 +104,8 @@ pub enum Beginning {
 #[x_kube(validation = Rule::new("has(self.time) != has(self.at)").message("write exactly one of to.time and to.at"))]
 #[serde(rename_all = "camelCase")]
 pub struct ReplayEnd {
-    /// Before the first change committed at or after this time, such as `2026-11-20T11:00:00Z`.
+    /// Before the first change committed at or after this time, such as `2026-11-20T11:00:00Z`. A time later than what is
+    /// published when the replay starts ends the range there: a replay does not wait for changes to come.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("format" = "date-time"), length(max = 40))]
     pub time: Option<String>,
