@@ -84,16 +84,17 @@ pub struct PostgresSource {
     pub slot: Slot,
 }
 
-/// Globs over `schema.table`. Each part is an SQL identifier: without quotes it is folded to lower case, and `*` stands for any
-/// characters, `?` for any one; inside double quotes everything stands for itself.
+/// Globs over `schema.table`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TableSelection {
-    /// Tables to capture, such as `public.*` or `public."Order Lines"`.
+    /// Tables to capture, such as `public.*` or `public."Order Lines"`: globs over schema and table. Each of the two is an SQL
+    /// identifier: without quotes it is folded to lower case, and `*` stands for any characters, `?` for any one; inside double
+    /// quotes everything stands for itself.
     #[schemars(length(min = 1, max = 100), inner(length(min = 3, max = 256)))]
     #[x_kube(validation = Rule::new(GLOBS).message("each entry of include is schema.table, such as public.* or public.orders"))]
     pub include: Vec<String>,
-    /// Tables to leave out, even when `include` names them.
+    /// Tables to leave out, even when `include` names them; written like those.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 100), inner(length(min = 3, max = 256)))]
     #[x_kube(validation = Rule::new(GLOBS).message("each entry of exclude is schema.table, such as audit.* or public.sessions"))]
