@@ -77,8 +77,9 @@ where
             let patch = json!({
                 "apiVersion": K::api_version(&()),
                 "kind": K::kind(&()),
-                // With its uid a patch can never hit another resource of the same name.
-                "metadata": {"name": key.name, "uid": resource.uid()},
+                // A patch must never hit another resource of the same name, and the API server does not look at the uid in a
+                // patch of a status.
+                "metadata": {"name": key.name, "resourceVersion": resource.resource_version()},
                 "status": new,
             });
             let params = PatchParams::apply(FIELD_MANAGER).force();

@@ -141,6 +141,25 @@ fn nothing_changes_when_nothing_changed() {
 }
 
 #[test]
+fn a_capture_that_starts_again_does_not_take_back_how_far_it_was() {
+    let mut pipeline = support::pipeline();
+    let valid = valid(&pipeline);
+    let before = compute(&pipeline, Some(&facts(true)), Ok(&valid), &healthy(), at(0));
+    pipeline.status = Some(before.clone());
+    // All that a runtime knows before it has opened its source.
+    let mut starting = capture_report(vec![said("SourceReady", false, "DatabaseUnreachable")]);
+    starting.report.as_mut().unwrap().progress = Some(Progress::Capture(CaptureProgress {
+        slot_name: "meander_default_trades".into(),
+        ..CaptureProgress::default()
+    }));
+    let status = compute(&pipeline, Some(&facts(false)), Ok(&valid), &starting, at(1));
+    let events = |status: &CdcPipelineStatus| status.replication.as_ref().unwrap().events_total;
+    assert_eq!(events(&status), events(&before));
+    assert_eq!(status.sinks, before.sinks);
+    assert_eq!(ready(&status).2, "DatabaseUnreachable");
+}
+
+#[test]
 fn a_transition_moves_the_time_of_its_condition_only() {
     let mut pipeline = support::pipeline();
     let valid = valid(&pipeline);

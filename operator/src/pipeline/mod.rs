@@ -124,7 +124,7 @@ async fn reconcile_key(key: &ResourceKey, context: &Context) -> Result<Action, E
     let mut facts = None;
     let mut ending = None;
     let outcome = if pipeline.metadata.deletion_timestamp.is_none() {
-        stages(context, &pipeline, key, &mut facts).await
+        stages(context, &mut pipeline, key, &mut facts).await
     } else if pipeline.finalizers().iter().any(|finalizer| finalizer == FINALIZER) {
         last_stages(context, &pipeline, &mut facts, &mut ending).await
     } else {
@@ -170,7 +170,7 @@ async fn reconcile_key(key: &ResourceKey, context: &Context) -> Result<Action, E
 /// From the spec to objects.
 async fn stages(
     context: &Context,
-    pipeline: &CdcPipeline,
+    pipeline: &mut CdcPipeline,
     key: &ResourceKey,
     facts: &mut Option<Facts>,
 ) -> Result<ValidPipeline, Error> {
@@ -181,7 +181,10 @@ async fn stages(
     if !pipeline.finalizers().iter().any(|finalizer| finalizer == FINALIZER) {
         let mut finalizers = pipeline.finalizers().to_vec();
         finalizers.push(FINALIZER.to_owned());
-        set_finalizers(context, pipeline, finalizers).await?;
+        if let Some(version) = set_finalizers(context, pipeline, finalizers).await? {
+            // What the status is written to.
+            pipeline.metadata.resource_version = Some(version);
+        }
     }
     let (deployment, changed) = Box::pin(apply::apply(context, pipeline, objects)).await?;
     facts.deployment = Some(deployment);
@@ -254,7 +257,12 @@ async fn conclude(
     Ok(())
 }
 
-async fn set_finalizers(context: &Context, pipeline: &CdcPipeline, finalizers: Vec<String>) -> Result<(), Error> {
+/// Returns the resource version that this makes, if the resource is still there.
+async fn set_finalizers(
+    context: &Context,
+    pipeline: &CdcPipeline,
+    finalizers: Vec<String>,
+) -> Result<Option<String>, Error> {
     context.may_write(RUNTIME_AVAILABLE)?;
     let api: Api<CdcPipeline> = Api::namespaced(context.client.clone(), &pipeline.namespace().unwrap_or_default());
     // The list is replaced as a whole: the resource version makes sure that nobody else's entry is lost.
@@ -266,8 +274,8 @@ async fn set_finalizers(context: &Context, pipeline: &CdcPipeline, finalizers: V
         ..PatchParams::default()
     };
     match api.patch(&pipeline.name_any(), &params, &Patch::Merge(&patch)).await {
-        Ok(_) => Ok(()),
-        Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+        Ok(patched) => Ok(patched.resource_version()),
+        Err(kube::Error::Api(status)) if status.code == 404 => Ok(None),
         Err(error) => Err(Error::from_api(RUNTIME_AVAILABLE, "setting the finalizer", &error)),
     }
 }

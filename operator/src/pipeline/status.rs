@@ -55,7 +55,8 @@ pub fn status(inputs: &Inputs<'_>) -> CdcPipelineStatus {
         .as_ref()
         .and_then(|report| report.progress.as_ref())
     {
-        Some(Progress::Capture(progress)) => Some(progress),
+        // A capture that has not opened its source yet has nothing to say of how far it is, and what was said before still holds.
+        Some(Progress::Capture(progress)) if progress.epoch > 0 => Some(progress),
         _ => None,
     };
     let mut replication = progress.map(replication).or(old.replication);
@@ -72,7 +73,7 @@ pub fn status(inputs: &Inputs<'_>) -> CdcPipelineStatus {
         slot: Some(SlotStatus {
             name: slot_of(inputs.pipeline),
         }),
-        sinks: progress.map(sinks).or(old.sinks),
+        sinks: progress.and_then(sinks).or(old.sinks),
         config_hash: inputs
             .outcome
             .ok()
@@ -292,14 +293,16 @@ fn replication(progress: &CaptureProgress) -> Replication {
     }
 }
 
-fn sinks(progress: &CaptureProgress) -> SinkPositions {
+/// None before the first change: server-side apply takes an empty object in place of a full one for null, and refuses it.
+fn sinks(progress: &CaptureProgress) -> Option<SinkPositions> {
     let at = |position: &str| {
         (!position.is_empty()).then(|| SinkPosition {
             position: position.to_owned(),
         })
     };
-    SinkPositions {
+    let positions = SinkPositions {
         kafka: at(&progress.kafka_position),
         redis: at(&progress.redis_position),
-    }
+    };
+    (positions != SinkPositions::default()).then_some(positions)
 }
