@@ -95,13 +95,14 @@ watch=$!
 step "Until it is complete" kubectl -n "$namespace" wait --for=condition=Complete replayjob/last-seconds --timeout=120s
 kill "$watch" 2>/dev/null || true
 show <"$logs/watch"
-kubectl -n "$namespace" get rpj last-seconds -o jsonpath='{.status.progress}' | show
-echo
 received=$(kubectl -n "$namespace" logs deployment/receiver --tail=1)
 
-say "5. Summary, after $((SECONDS - started)) s"
-kubectl -n "$namespace" logs job/verify --tail=1 | show
-echo "    the receiver: $received"
+say "5. Summary after $((SECONDS - started)) s"
+kubectl -n "$namespace" logs job/verify --tail=1 |
+  jq -r '"PostgreSQL, Kafka and Redis agree on \(.postgres.changes) changes of \(.postgres.keys) rows."' | show
+jq -r '"The replay delivered \(.records) records, \(if .orderOk and .duplicates == 0 then "each once and in commit order" else "NOT in order" end):",
+  "\(.commitSpanSeconds * 1000 | round / 1000) s of history in \(.wallSeconds * 1000 | round / 1000) s, \(.ratio * 100 | round / 100) times as fast as it happened."' <<<"$received" | show
+jq -e '.orderOk and .duplicates == 0' <<<"$received" >/dev/null
 cat <<TEXT
 
 What to try next:

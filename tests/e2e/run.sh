@@ -46,6 +46,11 @@ condition() {
     k wait "$where" --for=jsonpath="{.status.conditions[?(@.type==\"$type\")].reason}=$reason" --timeout=120s
 }
 
+retry() { # TIMES COMMAND...
+  local times=$1; shift
+  until "$@"; do [ $((times -= 1)) -gt 0 ] || return 1; done
+}
+
 run_job() { # FILE NAME
   k delete job "$2" --ignore-not-found --wait
   k apply -f "$1"
@@ -97,7 +102,7 @@ replay_to_log() {
   k wait --for=condition=Complete replayjob/to-log --timeout=180s
   local lines delivered
   delivered=$(k get rpj to-log -o jsonpath='{.status.progress.delivered}')
-  lines=$(k logs -l job-name=to-log-replay --tail=-1 -c replay | grep -c '^{"position"')
+  lines=$(k logs -l job-name=to-log-replay --tail=-1 -c replay | grep -c '"position":')
   [ "$lines" = "$delivered" ]
 }
 
@@ -107,8 +112,9 @@ replay_to_subscriber() {
   k wait pod -l meander.dev/replay=served --for=condition=Ready --timeout=60s
   local address call
   address=$(k get service served-replay -o jsonpath='{.spec.clusterIP}'):50052
-  call=("$cluster" exec grpcurl -plaintext)
-  "${call[@]}" "$address" list | grep -x meander.v1.Replayer
+  call=("$cluster" exec grpcurl -plaintext -connect-timeout 2)
+  # The node's rules for a new service follow a moment after its pod is ready.
+  retry 10 "${call[@]}" "$address" list | grep -x meander.v1.Replayer
   if "${call[@]}" "$address" meander.v1.Replayer/ReplayEvent 2>"$work/denied"; then
     echo "a subscriber without a token was served"; return 1
   fi
