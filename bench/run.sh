@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Builds what is measured, optimised, and measures it. Arguments go to the measurement; without any, all are made in their short form.
+# Measures the binaries that the images are made of. Arguments go to the measurement; without any, all are made in their short form.
 #
 #   bench/run.sh [capture|pacing] [OPTION...]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-tests/setup.sh base kafka
+tests/setup.sh base rust kafka
 eval "$(tests/setup.sh env)"
-: "${CARGO_TARGET_DIR:=$MEANDER_CACHE/target}"
-export CARGO_TARGET_DIR
-cargo build -q --release --locked -p meander-runtime -p meander-workload -p meander-bench
-bench() { env "CARGO_BIN_EXE_meander-runtime=$CARGO_TARGET_DIR/release/meander-runtime" "$CARGO_TARGET_DIR/release/meander-bench" "$@"; }
+export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$MEANDER_CACHE/target}
+deploy/build-binaries.sh
+cargo build -q --locked -p meander-bench
+bench() { env MEANDER_DIST="$PWD/dist" "CARGO_BIN_EXE_meander-runtime=$PWD/dist/meander-runtime" "$CARGO_TARGET_DIR/debug/meander-bench" "$@"; }
 if [ $# -gt 0 ]; then
   bench "$@"
 else

@@ -2,6 +2,7 @@
 
 use std::{
     io::{BufRead as _, BufReader},
+    path::PathBuf,
     process::{Child, Command, Stdio},
     time::Duration,
 };
@@ -78,7 +79,8 @@ struct Receiver {
 
 impl Receiver {
     fn start(address: &str, speed: f64) -> anyhow::Result<Self> {
-        let program = std::env::current_exe()?.with_file_name("meander-workload");
+        let dist = std::env::var_os("MEANDER_DIST").context("MEANDER_DIST is not set: use bench/run.sh")?;
+        let program = PathBuf::from(dist).join("meander-workload");
         let mut process = Command::new(&program)
             .args(["receive", "--listen", address, "--speed", &speed.to_string()])
             .stdout(Stdio::piped())
