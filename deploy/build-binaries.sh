@@ -18,9 +18,10 @@ build() {
   mkdir -p "$out/proto/meander/v1" && cp proto/meander/v1/change.proto "$out/proto/meander/v1/"
 }
 
-# The content of every file that a binary could be made of, and its name.
-sources=$(git ls-files -co --exclude-standard -- Cargo.toml Cargo.lock rust-toolchain.toml bench crds operator proto runtime \
-  tests/support tests/verifier tests/workload | sort | while read -r file; do [ ! -f "$file" ] || sha256sum "$file"; done | sha256sum | cut -c1-16)
+# The content of every file that a binary is made of, and its name; tests are none of them.
+sources=$(git ls-files -co --exclude-standard -- Cargo.lock rust-toolchain.toml '*Cargo.toml' crds/src operator/src proto \
+  runtime/src runtime/config tests/workload/src tests/verifier deploy/build-binaries.sh |
+  sort | while read -r file; do [ ! -f "$file" ] || sha256sum "$file"; done | sha256sum | cut -c1-16)
 built=$MEANDER_CACHE/dist-$sources
 in_place "$built" build
 rm -rf dist/meander-* dist/proto

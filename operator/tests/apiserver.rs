@@ -951,7 +951,7 @@ async fn a_pipeline_from_its_first_secret_to_its_last_slot() {
     eventually("it streams", async || ready("True", "Streaming").await).await;
     let status = pipelines.get("trades").await.unwrap().status.unwrap();
     assert_eq!(status.phase, Some(PipelinePhase::Streaming));
-    assert_eq!(status.replication.unwrap().events_total, 42);
+    assert_eq!(status.replication.clone().unwrap_or_else(|| panic!("{status:?}")).events_total, 42);
     assert!(
         reasons(&cluster)
             .await
@@ -1325,8 +1325,9 @@ async fn what_a_deleted_resource_left_is_not_that_of_the_next_of_its_name() {
     );
     cluster.create::<CdcPipeline>(retained.clone()).await;
     cluster.create::<ReplayJob>(replay_json("replayjob.yaml")).await;
-    eventually("the Job is there", async || {
+    eventually("the Job and the Deployment are there", async || {
         jobs.get_opt("last-seconds-replay").await.unwrap().is_some()
+            && deployments.get_opt("trades-capture").await.unwrap().is_some()
     })
     .await;
     finish(&cluster, "last-seconds-replay", "Complete").await;
