@@ -937,6 +937,7 @@ async fn a_pipeline_from_its_first_secret_to_its_last_slot() {
         conditions: vec![good("SourceReady"), good("SinksReady"), good("Progressing")],
         progress: Some(Progress::Capture(CaptureProgress {
             events_total: 42,
+            epoch: 1,
             ..CaptureProgress::default()
         })),
         ..ProgressUpdate::default()
@@ -951,7 +952,7 @@ async fn a_pipeline_from_its_first_secret_to_its_last_slot() {
     eventually("it streams", async || ready("True", "Streaming").await).await;
     let status = pipelines.get("trades").await.unwrap().status.unwrap();
     assert_eq!(status.phase, Some(PipelinePhase::Streaming));
-    assert_eq!(status.replication.clone().unwrap_or_else(|| panic!("{status:?}")).events_total, 42);
+    assert_eq!(status.replication.unwrap().events_total, 42);
     assert!(
         reasons(&cluster)
             .await
