@@ -102,7 +102,7 @@ replay_to_log() {
   k wait --for=condition=Complete replayjob/to-log --timeout=180s
   local lines delivered
   delivered=$(k get rpj to-log -o jsonpath='{.status.progress.delivered}')
-  lines=$(k logs -l job-name=to-log-replay --tail=-1 -c replay | grep -c '"position":')
+  lines=$(k logs -l job-name=to-log-replay --tail=-1 -c replay | grep -c '"commitTime":')
   [ "$lines" = "$delivered" ]
 }
 
