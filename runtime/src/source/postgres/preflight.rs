@@ -589,7 +589,12 @@ impl Selection {
     /// # Errors
     /// When one is not a glob.
     pub fn new(tables: &TableSelection) -> Result<Self, SourceError> {
-        let parse = |globs: &[String]| globs.iter().map(|glob| TableGlob::parse(glob)).collect::<Result<Vec<_>, _>>();
+        let parse = |globs: &[String]| {
+            globs
+                .iter()
+                .map(|glob| TableGlob::parse(glob))
+                .collect::<Result<Vec<_>, _>>()
+        };
         Ok(Self {
             include: parse(&tables.include)?,
             exclude: parse(&tables.exclude)?,
