@@ -124,6 +124,29 @@ impl Tail {
             .unwrap_or_default())
     }
 
+    /// The keys of a partition's committed records, each once, in the order in which they came; without those that a tombstone
+    /// withdrew. For small topics: all of it is read.
+    ///
+    /// # Errors
+    /// When the partition does not exist or cannot be read in time.
+    pub fn keys(&self, topic: &str, partition: i32) -> Result<Vec<Vec<u8>>, TailError> {
+        let deadline = Instant::now() + self.timeout;
+        let (low, end) = self.watermarks(topic, partition, deadline)?;
+        let keys = std::cell::RefCell::new(Vec::new());
+        let note = |record: &BorrowedMessage<'_>| {
+            let key = record.key().unwrap_or_default().to_vec();
+            let mut keys = keys.borrow_mut();
+            match record.payload() {
+                None => keys.retain(|known| *known != key),
+                Some(_) if !keys.contains(&key) => keys.push(key),
+                Some(_) => {}
+            }
+            false
+        };
+        self.last_in(topic, partition, low..end, note, deadline)?;
+        Ok(keys.into_inner())
+    }
+
     /// The last committed record of a partition; none if there is none.
     ///
     /// # Errors

@@ -38,6 +38,14 @@ pub fn checkpoint_topic(namespace: &str, pipeline: &str) -> String {
     format!("__meander.{namespace}.{pipeline}.checkpoint")
 }
 
+/// Name of the topic that says whose a topic prefix is: compacted, one partition, a record for each pipeline that claims it, under the
+/// key of its checkpoint. The earliest claim that was not withdrawn holds. Its name does not begin with the prefix, so that no replay
+/// takes it for data.
+#[must_use]
+pub fn claims_topic(prefix: &str) -> String {
+    format!("__meander.claims.{prefix}")
+}
+
 /// Key of the checkpoint record, and the producer's `transactional.id`.
 ///
 /// It holds names and no UID, so that a resource that was deleted and created again finds it.

@@ -523,3 +523,26 @@ async fn a_second_runtime_waits_for_the_slot_and_takes_over_without_loss_or_doub
     assert_eq!(ids, (1..=2000).map(Kind::Integer).collect::<Vec<_>>());
     assert_eq!(checkpoint(&config).unwrap().owner_generation, 2);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_topic_prefix_belongs_to_one_pipeline() {
+    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    execute(&postgres, "CREATE TABLE t (id int PRIMARY KEY)").await;
+    let first = config(&postgres, kafka, None);
+    let mut second = config(&postgres, kafka, None);
+    second.kafka.topic_prefix.clone_from(&first.kafka.topic_prefix);
+    let mut owner = Runtime::capture(&first);
+    owner.ready(LIMIT).await;
+    let mut other = Runtime::capture(&second);
+    wait_for_failure(&other, "TopicPrefixTaken").await;
+    execute(&postgres, "INSERT INTO t VALUES (1)").await;
+    let topic = format!("{}.public.t", first.kafka.topic_prefix);
+    wait_for_records(kafka, &topic, 1).await;
+
+    // Once its owner is gone the prefix is free; but the topics hold what the other did not write.
+    assert!(owner.terminate(LIMIT).success());
+    meander_runtime::capture::cleanup(first).await.unwrap();
+    wait_for_failure(&other, "LogAheadOfCheckpoint").await;
+    assert!(other.terminate(LIMIT).success());
+    assert_eq!(tokio::task::block_in_place(|| read_topic(kafka, &topic)).len(), 1);
+}

@@ -56,6 +56,7 @@ fn release(config: &CaptureConfig) -> Result<(), SinkError> {
     }
     // A runtime that still lives, against all expectation, cannot commit after this; so what is read now is the last word.
     let kafka = KafkaSink::open(config)?;
+    kafka.release_prefix(&config.kafka.topic_prefix)?;
     match read()? {
         Some(mut checkpoint) => {
             checkpoint.released = true;

@@ -175,11 +175,15 @@ impl Context {
         self.metrics.failures.with_label_values(&[reason]).inc();
         tracing::warn!(%error, reason, "the session ended");
         self.set(condition, is_gap, reason, error.to_string());
-        self.set(
-            ConditionType::Progressing,
-            false,
-            reason,
-            "Capture does not go on; it is tried again by itself.",
-        );
+        let progress = if is_gap {
+            "Capture stands still until somebody decides."
+        } else {
+            "Capture does not go on; it is tried again by itself."
+        };
+        self.set(ConditionType::Progressing, false, reason, progress);
+        if condition == ConditionType::SourceGap {
+            // The server answers: what was wrong with it before is over.
+            self.set(ConditionType::SourceReady, true, "Ready", "The source can be reached.");
+        }
     }
 }

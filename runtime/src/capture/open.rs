@@ -15,7 +15,7 @@ use crate::{
         status::{self, Received},
     },
     checkpoint::{Tail, TailError, read_checkpoint},
-    log::{Checkpoint, POSITION_HEADER, checkpoint_key, checkpoint_topic, topic_name},
+    log::{Checkpoint, POSITION_HEADER, checkpoint_key, checkpoint_topic, claims_topic, topic_name},
     position::{Epoch, Lsn, Position},
     progress::ConditionType,
     sink::{
@@ -87,7 +87,10 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
         },
     )?;
     let checkpoint_topic = checkpoint_topic(&config.pipeline.namespace, &config.pipeline.name);
-    topics.ensure_checkpoint(&checkpoint_topic).await?;
+    topics.ensure_compacted(&checkpoint_topic).await?;
+    topics
+        .ensure_compacted(&claims_topic(&config.kafka.topic_prefix))
+        .await?;
     catalog.ensure_publication(source, &tables).await?;
     for table in &tables {
         let topic = topic_name(&config.kafka.topic_prefix, &table.schema, &table.name);
@@ -201,7 +204,13 @@ async fn open_sinks(
     server: &ServerIdentity,
 ) -> Result<(KafkaSink, Option<RedisSink>, Checkpoint), CaptureError> {
     let config = context.config.clone();
-    let kafka = spawn_blocking(move || KafkaSink::open(&config)).await??;
+    let kafka = spawn_blocking(move || {
+        let kafka = KafkaSink::open(&config)?;
+        let tail = Tail::new(&config.kafka.bootstrap_servers, TAIL_DEADLINE)?;
+        kafka.claim_prefix(&tail, &config.kafka.topic_prefix)?;
+        Ok::<_, SinkError>(kafka)
+    })
+    .await??;
     let before = read_own_checkpoint(context, checkpoint_topic).await?;
     // Only now: while the slot is ours nobody else can move it, and what is published cannot be newer than the server.
     let slot = catalog.slot(&context.config.source).await?;

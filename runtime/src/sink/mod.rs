@@ -51,6 +51,16 @@ pub enum SinkError {
         /// The other.
         second: String,
     },
+    /// The prefix is another pipeline's.
+    #[error(
+        "topicPrefix {prefix:?} is used by pipeline {owner}: each change would be in its topics twice; choose another topicPrefix, or delete that pipeline with reclaimPolicy Delete"
+    )]
+    TopicPrefixTaken {
+        /// The prefix.
+        prefix: String,
+        /// `namespace/name/slot` of the other pipeline.
+        owner: String,
+    },
     /// A record is larger than the topic takes.
     #[error(
         "a record for topic {topic:?} is larger than the topic takes; raise its max.message.bytes: kafka-configs.sh --alter --topic {topic} --add-config max.message.bytes=10485760"
@@ -141,6 +151,7 @@ impl SinkError {
             Self::KafkaUnreachable { .. } => "KafkaUnreachable",
             Self::Topic { .. } => "TopicNotUsable",
             Self::TopicCollision { .. } => "TopicCollision",
+            Self::TopicPrefixTaken { .. } => "TopicPrefixTaken",
             Self::RecordTooLarge { .. } => "RecordTooLarge",
             Self::KafkaTransaction(_) => "KafkaTransactionFailed",
             Self::Fenced(_) => "Fenced",

@@ -55,11 +55,11 @@ impl Topics {
         })
     }
 
-    /// Makes the compacted topic of the checkpoint, if it is missing.
+    /// Makes a compacted topic of one partition, for the checkpoint or the claims, if it is missing.
     ///
     /// # Errors
     /// When it cannot be made.
-    pub async fn ensure_checkpoint(&mut self, topic: &str) -> Result<(), SinkError> {
+    pub async fn ensure_compacted(&mut self, topic: &str) -> Result<(), SinkError> {
         let new = NewTopic::new(topic, 1, self.replication()).set("cleanup.policy", "compact");
         self.create(&new).await?;
         let settings = self.settings_of(topic).await?;
@@ -67,7 +67,7 @@ impl Topics {
             None | Some("compact") => Ok(()),
             Some(_) => Err(self.unusable(
                 topic,
-                "is not compacted, so Kafka will delete the checkpoint some day; set cleanup.policy=compact",
+                "is not compacted, so Kafka will delete what is in it some day; set cleanup.policy=compact",
             )),
         }
     }
