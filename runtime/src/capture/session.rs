@@ -56,9 +56,9 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
             ..Durable::default()
         });
         let (queue, batches) = mpsc::channel(QUEUED_BATCHES);
+        redis_task = Some(tokio::spawn(redis.publish(batches, sinks[0].clone(), durable)));
         sinks.push(progress);
         queues.push(queue);
-        redis_task = Some(tokio::spawn(redis.publish(batches, durable)));
     }
 
     let (checkpoints, mut checkpoint_changes) = watch::channel(checkpoint.clone());

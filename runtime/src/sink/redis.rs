@@ -125,16 +125,21 @@ impl RedisSink {
         self.position
     }
 
-    /// Appends batches until there are no more, which is the end of the capture.
+    /// Appends batches until there are no more, which is the end of the capture. `kafka` is how far Kafka has come.
     ///
     /// # Errors
     /// When Redis cannot be written to, or somebody else wrote.
     pub async fn publish(
         mut self,
         mut batches: mpsc::Receiver<Arc<Batch>>,
+        mut kafka: watch::Receiver<Durable>,
         durable: watch::Sender<Durable>,
     ) -> Result<(), SinkError> {
         while let Some(batch) = batches.recv().await {
+            if batch.kafka_first && kafka.wait_for(|kafka| kafka.position >= batch.last()).await.is_err() {
+                // Kafka took all it will, and the session is at its end.
+                return Ok(());
+            }
             let new: Vec<&Record> = batch
                 .records()
                 .iter()
