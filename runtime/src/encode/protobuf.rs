@@ -15,7 +15,7 @@ use crate::{
     batch::{Batch, Destination},
     encode::{EncodeError, Encoder, key},
     source::{
-        Change, Column, Operation, Relation,
+        Change, Column, Operation, Relation, Snapshot,
         postgres::pgoutput::{Datum, OldTuple, Tuple},
     },
 };
@@ -68,6 +68,7 @@ struct Part<'a> {
     before: Option<OldTuple<'a>>,
     after: Option<Tuple<'a>>,
     key_changed: bool,
+    snapshot: Option<v1::Snapshot>,
 }
 
 impl Encoder for ProtobufEncoder {
@@ -108,6 +109,13 @@ impl Encoder for ProtobufEncoder {
             before,
             after,
             key_changed: false,
+            snapshot: None,
+        };
+        let of_snapshot = |snapshot: &Snapshot, rows| {
+            Some(v1::Snapshot {
+                id: snapshot.id.clone(),
+                rows,
+            })
         };
         match change.operation {
             Operation::Insert { new } => self.record(
@@ -150,6 +158,30 @@ impl Encoder for ProtobufEncoder {
                 &part(v1::Operation::Delete, Some((old.tuple(), None)), Some(old), None),
             ),
             Operation::Truncate => self.record(change, batch, &part(v1::Operation::Truncate, None, None, None)),
+            Operation::Read { new, snapshot } => self.record(
+                change,
+                batch,
+                &Part {
+                    snapshot: of_snapshot(snapshot, 0),
+                    ..part(v1::Operation::Read, Some((new, None)), None, Some(new))
+                },
+            ),
+            Operation::SnapshotBegin { snapshot } => self.record(
+                change,
+                batch,
+                &Part {
+                    snapshot: of_snapshot(snapshot, 0),
+                    ..part(v1::Operation::SnapshotBegin, None, None, None)
+                },
+            ),
+            Operation::SnapshotEnd { snapshot, rows } => self.record(
+                change,
+                batch,
+                &Part {
+                    snapshot: of_snapshot(snapshot, rows),
+                    ..part(v1::Operation::SnapshotEnd, None, None, None)
+                },
+            ),
         }
     }
 }
@@ -164,6 +196,7 @@ mod field {
     pub(super) const COMMIT_TIME_MICROS: u32 = 6;
     pub(super) const TRANSACTION_ID: u32 = 7;
     pub(super) const KEY_CHANGED: u32 = 8;
+    pub(super) const SNAPSHOT: u32 = 9;
 }
 
 impl ProtobufEncoder {
@@ -217,6 +250,9 @@ impl ProtobufEncoder {
                 if part.key_changed {
                     encode_key(field::KEY_CHANGED, WireType::Varint, out);
                     encode_varint(1, out);
+                }
+                if let Some(snapshot) = &part.snapshot {
+                    prost::encoding::message::encode(field::SNAPSHOT, snapshot, out);
                 }
                 Ok(())
             },
@@ -395,6 +431,15 @@ mod tests {
     }
 
     fn encode(message: &[u8]) -> Result<Vec<(Option<String>, v1::ChangeRecord)>, EncodeError> {
+        encode_operation(match decode(message).unwrap() {
+            LogicalMessage::Insert { new, .. } => Operation::Insert { new },
+            LogicalMessage::Update { old, new, .. } => Operation::Update { old, new },
+            LogicalMessage::Delete { old, .. } => Operation::Delete { old },
+            other => panic!("{other:?}"),
+        })
+    }
+
+    fn encode_operation(operation: Operation<'_>) -> Result<Vec<(Option<String>, v1::ChangeRecord)>, EncodeError> {
         let relation = relation();
         let mut encoder = ProtobufEncoder::default();
         encoder.prepare(
@@ -404,12 +449,6 @@ mod tests {
                 stream: "s".to_owned(),
             }),
         );
-        let operation = match decode(message).unwrap() {
-            LogicalMessage::Insert { new, .. } => Operation::Insert { new },
-            LogicalMessage::Update { old, new, .. } => Operation::Update { old, new },
-            LogicalMessage::Delete { old, .. } => Operation::Delete { old },
-            other => panic!("{other:?}"),
-        };
         let change = Change {
             relation: &relation,
             operation,
@@ -520,6 +559,32 @@ mod tests {
             values(update.after.clone())[6],
             Some(Is::Absent(v1::Absence::UnchangedToast.into()))
         );
+    }
+
+    #[test]
+    fn a_row_of_a_snapshot_says_which_one_and_its_markers_have_no_key() {
+        let snapshot = Snapshot {
+            id: "first".to_owned(),
+            incremental: true,
+        };
+        let snapshot = &snapshot;
+        let message = [&b"I\0\0\0\x01N"[..], &tuple(&ROW)].concat();
+        let LogicalMessage::Insert { new, .. } = decode(&message).unwrap() else {
+            panic!("not an insert")
+        };
+        let one = |operation| encode_operation(operation).unwrap().remove(0);
+        let (key, read) = one(Operation::Read { new, snapshot });
+        assert_eq!(key.as_deref(), Some(r#"{"id":"-7"}"#));
+        assert_eq!((read.operation(), read.before), (v1::Operation::Read, None));
+        assert_eq!(values(read.after)[0], Some(Is::Integer(-7)));
+        assert_eq!(read.snapshot.unwrap().id, "first");
+        let (key, end) = one(Operation::SnapshotEnd { snapshot, rows: 9 });
+        assert_eq!(
+            (key, end.operation(), end.after),
+            (None, v1::Operation::SnapshotEnd, None)
+        );
+        assert_eq!(end.snapshot.unwrap().rows, 9);
+        assert!(one(Operation::SnapshotBegin { snapshot }).1.relation.is_some());
     }
 
     #[test]

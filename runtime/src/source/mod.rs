@@ -49,9 +49,9 @@ pub struct Change<'a> {
     pub operation: Operation<'a>,
     /// Identity and order.
     pub position: Position,
-    /// The source's commit time, in microseconds since 1970-01-01T00:00:00Z.
+    /// The source's commit time, in microseconds since 1970-01-01T00:00:00Z; for a snapshot the time at which it was read.
     pub commit_time_micros: i64,
-    /// The source's transaction id.
+    /// The source's transaction id; 0 for a snapshot.
     pub transaction_id: u32,
 }
 
@@ -77,4 +77,32 @@ pub enum Operation<'a> {
     },
     /// The table was emptied.
     Truncate,
+    /// A row as a snapshot found it.
+    Read {
+        /// The row.
+        new: Tuple<'a>,
+        /// The snapshot.
+        snapshot: &'a Snapshot,
+    },
+    /// A snapshot of the table begins.
+    SnapshotBegin {
+        /// The snapshot.
+        snapshot: &'a Snapshot,
+    },
+    /// Every row of the table has been read.
+    SnapshotEnd {
+        /// The snapshot.
+        snapshot: &'a Snapshot,
+        /// Rows that were published between the markers.
+        rows: u64,
+    },
+}
+
+/// A snapshot of a table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Tells snapshots of one table apart.
+    pub id: String,
+    /// It is read in chunks between the changes; otherwise it is read as a whole before them.
+    pub incremental: bool,
 }

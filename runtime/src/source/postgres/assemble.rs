@@ -102,13 +102,13 @@ fn check_width(relation: &Relation, operation: &Operation<'_>) -> Result<(), Ass
         })
     };
     match operation {
-        Operation::Insert { new } => check(*new),
+        Operation::Insert { new } | Operation::Read { new, .. } => check(*new),
         Operation::Update { old, new } => {
             old.as_ref().map_or(Ok(()), |old| check(old.tuple()))?;
             check(*new)
         }
         Operation::Delete { old } => check(old.tuple()),
-        Operation::Truncate => Ok(()),
+        Operation::Truncate | Operation::SnapshotBegin { .. } | Operation::SnapshotEnd { .. } => Ok(()),
     }
 }
 
