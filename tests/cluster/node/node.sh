@@ -23,8 +23,9 @@ mount --make-rshared /
 mount --bind "$state" "$state/run/state"
 mount --bind "$kube_bin" "$state/run/bin"
 mount --rbind "$state/run" /run
-mount --bind "$state/tmp" /tmp
-mount --bind "$state/var" /var
+# By their places under /run: the state may itself lie in a folder that is hidden here.
+mount --bind /run/state/tmp /tmp
+mount --bind /run/state/var /var
 mount -t proc proc /proc
 # An image that was not loaded is asked for at its registry: here that is a
 # clear no from the cluster's own name server, not a wait for an outer one.
