@@ -55,6 +55,28 @@ pub struct Change<'a> {
     pub transaction_id: u32,
 }
 
+/// What an application wrote into the log beside its tables, for whoever reads it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Message<'a> {
+    /// Says whose it is.
+    pub prefix: &'a str,
+    /// Any bytes.
+    pub content: &'a [u8],
+    /// Identity and order.
+    pub position: Position,
+    /// The transaction that it is part of. None for one that stands for itself, whatever became of the transaction that wrote it.
+    pub transaction: Option<MessageTransaction>,
+}
+
+/// The transaction that a [`Message`] is part of.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MessageTransaction {
+    /// The source's commit time, in microseconds since 1970-01-01T00:00:00Z.
+    pub commit_time_micros: i64,
+    /// The source's transaction id.
+    pub id: u32,
+}
+
 /// What happened.
 #[derive(Clone, Copy, Debug)]
 pub enum Operation<'a> {

@@ -7,7 +7,7 @@ use tokio_postgres::types::Type;
 use crate::{
     position::{Epoch, Lsn, Position},
     source::{
-        Change, Column, Operation, Relation,
+        Change, Column, Message, MessageTransaction, Operation, Relation,
         postgres::pgoutput::{LogicalMessage, RelationMessage, Tuple},
     },
 };
@@ -39,6 +39,9 @@ pub enum Assembled<'a> {
     Nothing,
     /// Changes at consecutive ordinals: one, or as many as there are tables in a TRUNCATE.
     Changes(Changes<'a>),
+    /// What an application wrote into the log. Within a transaction it takes an ordinal, as a change does. Outside of one it is complete
+    /// in itself: its position is that of the last byte of its WAL record, which no commit record can start at.
+    Message(Message<'a>),
     /// The transaction is complete.
     Committed {
         /// After every change of the transaction.
@@ -229,6 +232,43 @@ impl Assembler {
             }
             LogicalMessage::Origin => Ok(Assembled::Nothing),
             LogicalMessage::Relation(_) => Err(AssembleError::OutOfOrder("Relation")),
+            LogicalMessage::Message {
+                transactional: false,
+                end_lsn,
+                prefix,
+                content,
+            } => {
+                if self.transaction.is_some() {
+                    return Err(AssembleError::OutOfOrder("a message outside of transactions"));
+                }
+                Ok(Assembled::Message(Message {
+                    prefix,
+                    content,
+                    position: Position {
+                        epoch: self.epoch,
+                        commit_lsn: Lsn(end_lsn.0.saturating_sub(1)),
+                        ordinal: 0,
+                    },
+                    transaction: None,
+                }))
+            }
+            LogicalMessage::Message {
+                transactional: true,
+                prefix,
+                content,
+                ..
+            } => {
+                let (transaction, position) = self.take_ordinals(1)?;
+                Ok(Assembled::Message(Message {
+                    prefix,
+                    content,
+                    position,
+                    transaction: Some(MessageTransaction {
+                        commit_time_micros: transaction.commit_time_micros,
+                        id: transaction.xid,
+                    }),
+                }))
+            }
             LogicalMessage::Insert { relation, new } => self.changes(Kind::Row(relation, Operation::Insert { new }), 1),
             LogicalMessage::Update { relation, old, new } => {
                 self.changes(Kind::Row(relation, Operation::Update { old, new }), 1)
@@ -241,6 +281,17 @@ impl Assembler {
     }
 
     fn changes<'a>(&'a mut self, kind: Kind<'a>, count: u64) -> Result<Assembled<'a>, AssembleError> {
+        let (transaction, first) = self.take_ordinals(count)?;
+        Ok(Assembled::Changes(Changes {
+            relations: &self.relations,
+            transaction,
+            first,
+            kind,
+        }))
+    }
+
+    /// The next `count` ordinals of the open transaction: the position of the first.
+    fn take_ordinals(&mut self, count: u64) -> Result<(Transaction, Position), AssembleError> {
         let transaction = self.transaction.as_mut().ok_or(AssembleError::OutOfOrder("a change"))?;
         let first = Position {
             epoch: self.epoch,
@@ -248,12 +299,7 @@ impl Assembler {
             ordinal: transaction.next_ordinal,
         };
         transaction.next_ordinal += count;
-        Ok(Assembled::Changes(Changes {
-            relations: &self.relations,
-            transaction: *transaction,
-            first,
-            kind,
-        }))
+        Ok((*transaction, first))
     }
 }
 
@@ -315,6 +361,28 @@ mod tests {
             (Position::end_of_transaction(Epoch::FIRST, Lsn(0x10)), Lsn(0x20))
         );
         assert!(!assembler.in_transaction());
+    }
+
+    #[test]
+    fn a_message_takes_an_ordinal_of_its_transaction_or_stands_for_itself() {
+        let message = |transactional: u8| [&[b'M', transactional], &b"\0\0\0\0\0\0\0\x11app\0\0\0\0\x01x"[..]].concat();
+        let position = |assembler: &mut Assembler, transactional| {
+            let bytes = message(transactional);
+            match assembler.take(&decode(&bytes).unwrap())? {
+                Assembled::Message(message) => {
+                    Ok::<_, AssembleError>((message.position.to_string(), message.transaction.is_some()))
+                }
+                _ => panic!("not a message"),
+            }
+        };
+        let mut assembler = assembler();
+        assert_eq!(position(&mut assembler, 0), Ok(("1:0/10:0".to_owned(), false)));
+        assert!(position(&mut assembler, 1).is_err());
+        positions(&mut assembler, BEGIN).unwrap();
+        positions(&mut assembler, INSERT).unwrap();
+        assert_eq!(position(&mut assembler, 1), Ok(("1:0/10:1".to_owned(), true)));
+        assert_eq!(positions(&mut assembler, INSERT).unwrap(), ["1:0/10:2 t1"]);
+        assert!(position(&mut assembler, 0).is_err());
     }
 
     #[test]

@@ -78,6 +78,17 @@ pub enum LogicalMessage<'a> {
     },
     /// Where the transaction comes from, if it was replicated itself.
     Origin,
+    /// What `pg_logical_emit_message` wrote.
+    Message {
+        /// Part of a transaction, and gone with it when that is rolled back; otherwise sent as soon as it is in the WAL.
+        transactional: bool,
+        /// End of its WAL record.
+        end_lsn: Lsn,
+        /// Says whose it is.
+        prefix: &'a str,
+        /// Any bytes.
+        content: &'a [u8],
+    },
 }
 
 /// The shape of a table.
@@ -281,6 +292,18 @@ pub fn decode(message: &[u8]) -> Result<LogicalMessage<'_>, DecodeError> {
             let _name = cursor.string()?;
             LogicalMessage::Origin
         }
+        b'M' => {
+            let transactional = cursor.u8()? & 1 == 1;
+            let end_lsn = Lsn(cursor.u64()?);
+            let prefix = cursor.string()?;
+            let length = cursor.u32()? as usize;
+            LogicalMessage::Message {
+                transactional,
+                end_lsn,
+                prefix,
+                content: cursor.bytes(length)?,
+            }
+        }
         _ => return Err(cursor.error("unknown kind")),
     };
     if !cursor.rest.is_empty() {
@@ -351,6 +374,15 @@ impl<'a> Cursor<'a> {
 
     fn u64(&mut self) -> Result<u64, DecodeError> {
         self.take().map(u64::from_be_bytes)
+    }
+
+    fn bytes(&mut self, length: usize) -> Result<&'a [u8], DecodeError> {
+        let (bytes, rest) = self
+            .rest
+            .split_at_checked(length)
+            .ok_or_else(|| self.error("cut short"))?;
+        self.rest = rest;
+        Ok(bytes)
     }
 
     fn marker(&mut self, expected: u8) -> Result<(), DecodeError> {
@@ -444,7 +476,8 @@ mod tests {
         let begin = [&b"B"[..], &[7; 20]].concat();
         let relation = b"R\0\0\0\x01public\0t\0d\0\x01\x01id\0\0\0\0\x17\xFF\xFF\xFF\xFF".to_vec();
         let truncate = b"T\0\0\0\x02\0\0\0\0\x01\0\0\0\x02".to_vec();
-        for whole in [insert, begin, relation, truncate] {
+        let message = b"M\x01\0\0\0\0\0\0\0\x30app\0\0\0\0\x02\xFF\0".to_vec();
+        for whole in [insert, begin, relation, truncate, message] {
             assert!(decode(&whole).is_ok());
             for cut in 0..whole.len() {
                 assert!(decode(&whole[..cut]).is_err(), "{whole:?} cut at {cut}");
@@ -455,7 +488,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_bytes_make_the_decoder_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200), tag in "[BCRYIUDTO]") {
+        fn no_bytes_make_the_decoder_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200), tag in "[BCRYIUDTOM]") {
             let _ = decode(&bytes);
             let _ = decode(&[tag.as_bytes(), &bytes].concat());
         }

@@ -211,7 +211,7 @@ impl ReplicationConnection {
         // 0/0 asks for the slot's own position: the server would silently skip ahead of ours anyway, so what the slot says is
         // compared with the checkpoint instead.
         let command = format!(
-            "START_REPLICATION SLOT {} LOGICAL 0/0 (proto_version '1', publication_names {})",
+            "START_REPLICATION SLOT {} LOGICAL 0/0 (proto_version '1', publication_names {}, messages 'true')",
             quote_identifier(slot),
             // The option holds a list of identifiers inside a string literal.
             quote_literal(&quote_identifier(publication)),
