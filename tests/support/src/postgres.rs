@@ -1,11 +1,12 @@
 //! PostgreSQL.
 
 use std::{
+    collections::BTreeMap,
     env, fs,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     process::Command,
-    sync::OnceLock,
+    sync::{Mutex, PoisonError},
     time::Duration,
 };
 
@@ -47,14 +48,27 @@ pub struct Postgres {
 }
 
 impl Postgres {
-    /// Starts a server with these settings besides the usual ones, for example `&[("wal_level", "replica")]`.
+    /// The major versions that [`start_version`](Self::start_version) knows.
+    pub const VERSIONS: [u32; 5] = [14, 15, 16, 17, 18];
+
+    /// Starts the machine's own server with these settings besides the usual ones, for example `&[("wal_level", "replica")]`.
     pub async fn start(settings: &[(&str, &str)]) -> Self {
+        Self::start_installation(None, settings).await
+    }
+
+    /// Starts a server of this major version, with its contrib modules.
+    pub async fn start_version(major: u32, settings: &[(&str, &str)]) -> Self {
+        Self::start_installation(Some(major), settings).await
+    }
+
+    async fn start_installation(major: Option<u32>, settings: &[(&str, &str)]) -> Self {
         let folder = folder("postgres");
         let port = free_port();
         let data = folder.path().join("data");
-        run(Command::new("cp").arg("-a").arg(template()).arg(&data));
+        let installation = Installation::get(major);
+        run(Command::new("cp").arg("-a").arg(&installation.template).arg(&data));
 
-        let mut command = as_postgres(&programs().join("postgres"));
+        let mut command = as_postgres(&installation.programs.join("postgres"));
         command.arg("-D").arg(&data).args(["-p", &port.to_string()]);
         for (name, value) in SETTINGS.iter().chain(settings) {
             command.arg("-c").arg(format!("{name}={value}"));
@@ -154,19 +168,40 @@ async fn connect(url: &str) -> Result<Client, String> {
     Ok(client)
 }
 
-/// A data directory as `initdb` makes it. That takes a second or two, a copy a fraction of it.
-fn template() -> &'static Path {
-    static TEMPLATE: OnceLock<PathBuf> = OnceLock::new();
-    TEMPLATE.get_or_init(|| {
-        let folder = root().join("postgres-template");
-        let data = folder.join("data");
-        let password = folder.join("password");
+/// A server's programs, and a data directory as `initdb` makes it. That takes a second or two, a copy a fraction of it.
+#[derive(Clone)]
+struct Installation {
+    programs: PathBuf,
+    template: PathBuf,
+}
+
+impl Installation {
+    /// That of a major version, or the machine's own.
+    fn get(major: Option<u32>) -> Self {
+        static KNOWN: Mutex<BTreeMap<Option<u32>, Installation>> = Mutex::new(BTreeMap::new());
+        KNOWN
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .entry(major)
+            .or_insert_with(|| Self::make(major))
+            .clone()
+    }
+
+    fn make(major: Option<u32>) -> Self {
+        let name = major.map_or("own".to_owned(), |major| major.to_string());
+        let folder = root().join(format!("postgres-template-{name}"));
         fs::create_dir(&folder).unwrap();
+        let programs = match major {
+            None => own_programs(),
+            Some(major) => fetched_programs(major, &folder),
+        };
+        let template = folder.join("data");
+        let password = folder.join("password");
         fs::write(&password, PASSWORD).unwrap();
         if is_root() {
-            run(Command::new("chown").args(["-R", USER]).arg(&folder));
+            run(Command::new("chown").arg(USER).arg(&folder).arg(&password));
         }
-        run(as_postgres(&programs().join("initdb"))
+        run(as_postgres(&programs.join("initdb"))
             .args([
                 "--no-sync",
                 "--auth=scram-sha-256",
@@ -178,13 +213,13 @@ fn template() -> &'static Path {
             .arg("--pwfile")
             .arg(&password)
             .arg("-D")
-            .arg(&data));
-        data
-    })
+            .arg(&template));
+        Self { programs, template }
+    }
 }
 
-/// The folder of the server's programs: `$MEANDER_POSTGRES_BIN`, or the newest version that Debian's packages installed.
-fn programs() -> PathBuf {
+/// `$MEANDER_POSTGRES_BIN`, or the newest version that Debian's packages installed.
+fn own_programs() -> PathBuf {
     if let Some(folder) = env::var_os("MEANDER_POSTGRES_BIN") {
         return folder.into();
     }
@@ -197,6 +232,35 @@ fn programs() -> PathBuf {
         .max_by_key(version)
         .map(|path| path.join("bin"))
         .expect("no PostgreSQL server in /usr/lib/postgresql: run tests/setup.sh, or set MEANDER_POSTGRES_BIN")
+}
+
+/// What `tests/setup.sh postgres` fetched, linked to where the user that PostgreSQL runs as may read it.
+fn fetched_programs(major: u32, folder: &Path) -> PathBuf {
+    let cache = crate::cache();
+    let prefix = format!("postgres-{major}.");
+    let fetched = fs::read_dir(&cache)
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| {
+            path.file_name()
+                .is_some_and(|name| name.to_string_lossy().starts_with(&prefix))
+        })
+        .max()
+        .unwrap_or_else(|| {
+            panic!(
+                "no PostgreSQL {major} in {}: run tests/setup.sh postgres",
+                cache.display()
+            )
+        });
+    let here = folder.join("server");
+    let linked = Command::new("cp").arg("-al").arg(&fetched).arg(&here).output().unwrap();
+    if !linked.status.success() {
+        // Another file system: hard links end there.
+        let _ = fs::remove_dir_all(&here);
+        run(Command::new("cp").arg("-a").arg(&fetched).arg(&here));
+    }
+    here.join("bin")
 }
 
 /// PostgreSQL refuses to run as root.

@@ -53,6 +53,23 @@ async fn postgres_decodes_its_wal_and_keeps_what_was_committed_through_a_crash()
 }
 
 #[tokio::test]
+async fn postgres_of_every_version_decodes_its_wal_and_has_its_contrib_modules() {
+    for major in Postgres::VERSIONS {
+        let postgres = Postgres::start_version(major, &[]).await;
+        let client = postgres.client().await;
+        let version: String = client.query_one("SHOW server_version_num", &[]).await.unwrap().get(0);
+        assert_eq!(version.parse::<u32>().unwrap() / 10_000, major);
+        client
+            .batch_execute(
+                "CREATE EXTENSION hstore; CREATE EXTENSION citext; CREATE EXTENSION ltree; CREATE EXTENSION isn; COMMIT;
+                 SELECT pg_create_logical_replication_slot('a', 'pgoutput'), pg_create_logical_replication_slot('b', 'test_decoding')",
+            )
+            .await
+            .unwrap();
+    }
+}
+
+#[tokio::test]
 async fn postgres_takes_settings_and_refuses_a_wrong_password() {
     let postgres = Postgres::start(&[("wal_level", "replica")]).await;
     let wal_level: String = postgres
