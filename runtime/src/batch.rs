@@ -32,7 +32,8 @@ pub struct Record {
     /// Where it goes.
     pub destination: Arc<Destination>,
     key: Option<Range<usize>>,
-    value: Range<usize>,
+    value: Option<Range<usize>>,
+    headers: Vec<(&'static str, Range<usize>)>,
 }
 
 /// Records in commit order, and what is safe once they are durable.
@@ -61,7 +62,8 @@ impl Batch {
         }
     }
 
-    /// Appends a record. `key` writes the key and says whether there is one, `value` writes the value.
+    /// Appends a record. `key` writes the key and says whether there is one; `value` does the same for the value. A record without a
+    /// value is a tombstone: nothing is left under its key.
     ///
     /// # Errors
     /// Those of `key` and `value`; the batch is then as it was.
@@ -72,13 +74,14 @@ impl Batch {
         commit_time_micros: i64,
         destination: &Arc<Destination>,
         key: impl FnOnce(&mut Vec<u8>) -> Result<bool, E>,
-        value: impl FnOnce(&mut Vec<u8>) -> Result<(), E>,
+        value: impl FnOnce(&mut Vec<u8>) -> Result<bool, E>,
     ) -> Result<(), E> {
         let start = self.bytes.len();
         let written = key(&mut self.bytes).and_then(|has_key| {
             let middle = self.bytes.len();
-            value(&mut self.bytes)?;
-            Ok((has_key.then_some(start..middle), middle..self.bytes.len()))
+            let has_value = value(&mut self.bytes)?;
+            let end = self.bytes.len();
+            Ok((has_key.then_some(start..middle), has_value.then_some(middle..end)))
         });
         match written {
             Ok((key, value)) => {
@@ -90,6 +93,7 @@ impl Batch {
                     destination: Arc::clone(destination),
                     key,
                     value,
+                    headers: Vec::new(),
                 });
                 Ok(())
             }
@@ -98,6 +102,26 @@ impl Batch {
                 Err(error)
             }
         }
+    }
+
+    /// Adds a header of the format to the last record. `value` writes it.
+    ///
+    /// # Errors
+    /// Those of `value`; the batch is then as it was.
+    pub fn header<E>(
+        &mut self,
+        name: &'static str,
+        value: impl FnOnce(&mut Vec<u8>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let start = self.bytes.len();
+        if let Err(error) = value(&mut self.bytes) {
+            self.bytes.truncate(start);
+            return Err(error);
+        }
+        if let Some(record) = self.records.last_mut() {
+            record.headers.push((name, start..self.bytes.len()));
+        }
+        Ok(())
     }
 
     /// The records in commit order.
@@ -112,10 +136,18 @@ impl Batch {
         record.key.clone().map(|range| &self.bytes[range])
     }
 
-    /// The value of a record of this batch.
+    /// The value of a record of this batch; none for a tombstone.
     #[must_use]
-    pub fn value(&self, record: &Record) -> &[u8] {
-        &self.bytes[record.value.clone()]
+    pub fn value(&self, record: &Record) -> Option<&[u8]> {
+        record.value.clone().map(|range| &self.bytes[range])
+    }
+
+    /// The headers that the format gave a record of this batch.
+    pub fn headers<'a>(&'a self, record: &'a Record) -> impl Iterator<Item = (&'static str, &'a [u8])> {
+        record
+            .headers
+            .iter()
+            .map(|(name, range)| (*name, &self.bytes[range.clone()]))
     }
 
     /// The position of the last record.
@@ -130,7 +162,7 @@ impl Batch {
         self.bytes.len() >= FULL_BYTES || self.records.len() >= FULL_RECORDS
     }
 
-    /// Bytes of keys and values.
+    /// Bytes of keys, values and headers.
     #[must_use]
     pub fn size(&self) -> usize {
         self.bytes.len()

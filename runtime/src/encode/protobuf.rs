@@ -254,7 +254,7 @@ impl ProtobufEncoder {
                 if let Some(snapshot) = &part.snapshot {
                     prost::encoding::message::encode(field::SNAPSHOT, snapshot, out);
                 }
-                Ok(())
+                Ok(true)
             },
         )
     }
@@ -468,7 +468,7 @@ mod tests {
             .map(|record| {
                 (
                     batch.key(record).map(|key| String::from_utf8(key.to_vec()).unwrap()),
-                    v1::ChangeRecord::decode(batch.value(record)).unwrap(),
+                    v1::ChangeRecord::decode(batch.value(record).unwrap()).unwrap(),
                 )
             })
             .collect())

@@ -226,10 +226,18 @@ impl KafkaSink {
                 value: Some(part.as_str()),
             });
         }
-        let base = BaseRecord::to(&record.destination.topic)
-            .payload(batch.value(record))
+        for (key, value) in batch.headers(record) {
+            headers = headers.insert(Header {
+                key,
+                value: Some(value),
+            });
+        }
+        let mut base = BaseRecord::to(&record.destination.topic)
             .timestamp(record.timestamp_millis)
             .headers(headers);
+        if let Some(value) = batch.value(record) {
+            base = base.payload(value);
+        }
         self.send(match batch.key(record) {
             Some(key) => base.key(key),
             // A record without a key keeps its order only in a partition that is always the same.

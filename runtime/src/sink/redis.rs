@@ -25,6 +25,9 @@ const SCRIPT_RECORDS: usize = 512;
 /// Bytes per script, beyond one record.
 const SCRIPT_BYTES: usize = 1024 * 1024;
 
+/// The value of an entry for a record that has none. No format has a value like it, and consumers of Debezium Server know it.
+const NO_VALUE: &[u8] = b"default";
+
 /// The writer that owns the mark.
 pub struct RedisSink {
     connection: MultiplexedConnection,
@@ -182,7 +185,7 @@ impl RedisSink {
                 .arg(entry_id(record.position, record.part))
                 .arg(record.position.to_string())
                 .arg(batch.key(record).unwrap_or_default())
-                .arg(batch.value(record));
+                .arg(batch.value(record).unwrap_or(NO_VALUE));
         }
         let answer: Vec<String> = call
             .invoke_async(&mut self.connection)
@@ -235,7 +238,7 @@ impl RedisSink {
 fn chunk_length(batch: &Batch, records: &[&Record]) -> usize {
     let mut bytes = 0;
     for (index, pair) in records.windows(2).enumerate() {
-        bytes += batch.value(pair[0]).len();
+        bytes += batch.value(pair[0]).unwrap_or(NO_VALUE).len();
         let whole = pair[0].position != pair[1].position;
         if whole && (index + 1 >= SCRIPT_RECORDS || bytes >= SCRIPT_BYTES) {
             return index + 1;
