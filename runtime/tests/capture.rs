@@ -472,6 +472,18 @@ async fn a_topic_prefix_belongs_to_one_pipeline() {
     let mut other = Runtime::capture(&second);
     wait_for_failure(&other, "TopicPrefixTaken").await;
     execute(&postgres, "INSERT INTO t VALUES (1)").await;
+    // A slot of a pipeline that is refused would keep WAL for nobody.
+    let no_slot_of_the_other = async || {
+        let client = postgres.client().await;
+        let rows = client
+            .query(
+                "SELECT FROM pg_replication_slots WHERE slot_name = $1",
+                &[&second.source.slot_name],
+            )
+            .await;
+        assert!(rows.unwrap().is_empty(), "the refused pipeline made a slot");
+    };
+    no_slot_of_the_other().await;
     let topic = format!("{}.public.t", first.kafka.topic_prefix);
     wait_for_records(kafka, &topic, 1).await;
 
@@ -479,6 +491,7 @@ async fn a_topic_prefix_belongs_to_one_pipeline() {
     assert!(owner.terminate(LIMIT).success());
     meander_runtime::capture::cleanup(first).await.unwrap();
     wait_for_failure(&other, "LogAheadOfCheckpoint").await;
+    no_slot_of_the_other().await;
     assert!(other.terminate(LIMIT).success());
     assert_eq!(tokio::task::block_in_place(|| read_topic(kafka, &topic)).len(), 1);
 }

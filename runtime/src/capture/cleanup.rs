@@ -10,7 +10,7 @@ use crate::{
     capture::CaptureError,
     checkpoint::{TailError, read_checkpoint},
     log::{checkpoint_key, checkpoint_topic},
-    sink::{SinkError, kafka::KafkaSink},
+    sink::{SinkError, claims::Claims, kafka::KafkaSink},
     source::postgres::preflight::{Catalog, Credentials, SourceError},
 };
 
@@ -28,7 +28,7 @@ pub async fn cleanup(config: CaptureConfig) -> Result<(), CaptureError> {
     let catalog = Catalog::connect(&config.source, &credentials).await?;
     // The note comes first: with it and the slot still there, a pipeline that is created again goes on without a loss.
     let source = config.source.clone();
-    if let Err(error) = spawn_blocking(move || release(&config)).await? {
+    if let Err(error) = release(config).await {
         tracing::warn!(%error, "the checkpoint was not released; the slot is dropped all the same");
     }
     (|| catalog.drop_slot_and_publication(&source))
@@ -43,25 +43,30 @@ pub async fn cleanup(config: CaptureConfig) -> Result<(), CaptureError> {
     Ok(())
 }
 
-fn release(config: &CaptureConfig) -> Result<(), SinkError> {
+async fn release(config: CaptureConfig) -> Result<(), CaptureError> {
     let (namespace, name) = (&config.pipeline.namespace, &config.pipeline.name);
     let topic = checkpoint_topic(namespace, name);
     let key = checkpoint_key(namespace, name, &config.source.slot_name);
-    let read = || read_checkpoint(&config.kafka.bootstrap_servers, &topic, &key, READ_DEADLINE);
-    match read() {
-        // The pipeline never got as far as making its topic.
-        Err(TailError::NoSuchPartition { .. }) => return Ok(()),
-        Err(error) => return Err(error.into()),
-        Ok(_) => {}
-    }
-    // A runtime that still lives, against all expectation, cannot commit after this; so what is read now is the last word.
-    let kafka = KafkaSink::open(config)?;
-    kafka.release_prefix(&config.kafka.topic_prefix)?;
-    match read()? {
-        Some(mut checkpoint) => {
-            checkpoint.released = true;
-            kafka.commit_checkpoint(&checkpoint)
+    let claims = Claims::new(&config.kafka.bootstrap_servers, &config.kafka.topic_prefix, key.clone());
+    let released = spawn_blocking(move || {
+        let read = || read_checkpoint(&config.kafka.bootstrap_servers, &topic, &key, READ_DEADLINE);
+        match read() {
+            // The pipeline never got as far as making its topic.
+            Err(TailError::NoSuchPartition { .. }) => return Ok(false),
+            Err(error) => return Err(error.into()),
+            Ok(_) => {}
         }
-        None => Ok(()),
+        // A runtime that still lives, against all expectation, cannot commit after this; so what is read now is the last word.
+        let kafka = KafkaSink::open(&config)?;
+        if let Some(mut checkpoint) = read()? {
+            checkpoint.released = true;
+            kafka.commit_checkpoint(&checkpoint)?;
+        }
+        Ok::<_, SinkError>(true)
+    })
+    .await??;
+    if released {
+        claims.withdraw().await?;
     }
+    Ok(())
 }

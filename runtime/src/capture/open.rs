@@ -20,12 +20,14 @@ use crate::{
     progress::ConditionType,
     sink::{
         SinkError,
+        claims::Claims,
         kafka::KafkaSink,
         redis::RedisSink,
         topics::{TopicSettings, Topics},
     },
     source::postgres::{
         preflight::{Catalog, Credentials, Selection, SourceError, Table, wire_failure},
+        prerequisites::Tables,
         start::{ServerIdentity, SlotState, SourceGap, Start, decide},
         wire::{ConnectOptions, FrameReader, ReplicationConnection, WireError, quote_identifier},
     },
@@ -54,14 +56,12 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
     let config = &context.config;
     let source = &config.source;
 
-    // Preflight: nothing is made before everything is checked.
+    // Preflight: nothing is made before everything is checked, and all that is missing is said at once.
     let credentials = Credentials::read(source)?;
     let catalog = Catalog::connect(source, &credentials).await?;
-    catalog.check_server().await?;
     let selection = Selection::new(&source.tables)?;
-    let tables = catalog.select_tables(source, &selection).await?;
     let slot = catalog.slot(source).await?;
-    // Whoever does not own the slot has no business with the publication either.
+    // Whoever does not own the slot has no business with anything else either.
     if slot.as_ref().is_some_and(|slot| slot.active) {
         return Err(SourceError::SlotActive {
             slot: source.slot_name.clone(),
@@ -76,33 +76,42 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
         password: &credentials.password,
     };
     let wire = |error| wire_failure(source, &credentials.user, error);
-    let mut connection = ReplicationConnection::connect(&options).await.map_err(wire)?;
+    let connected = ReplicationConnection::connect(&options).await.map_err(wire);
+    let (Tables { captured: tables, .. }, mut connection) =
+        catalog.check(source, &selection, slot.as_ref(), connected).await?;
     let server = identify(&mut connection, &catalog, &wire).await?;
+    let checkpoint_topic = checkpoint_topic(&config.pipeline.namespace, &config.pipeline.name);
+    let makes_slot = slot.as_ref().is_none_or(|slot| slot.lost);
+    if makes_slot {
+        // There is no slot to own yet, so this look fences nobody, and what it finds is looked at again by the owner. But a pipeline
+        // that will be refused must not leave a slot behind, which would keep WAL for nobody.
+        let checkpoint = read_own_checkpoint(context, &checkpoint_topic).await?;
+        start(checkpoint.as_ref(), context, slot.as_ref(), &server)?;
+        let published = checkpoint.and_then(|checkpoint| checkpoint.published);
+        check_log(context, &tables, published, &checkpoint_topic).await?;
+    }
 
+    let kafka = &config.kafka;
     let mut topics = Topics::new(
-        &config.kafka.bootstrap_servers,
+        &kafka.bootstrap_servers,
         TopicSettings {
-            partitions: config.kafka.partitions,
-            replication_factor: config.kafka.replication_factor,
+            partitions: kafka.partitions,
+            replication_factor: kafka.replication_factor,
         },
     )?;
-    let checkpoint_topic = checkpoint_topic(&config.pipeline.namespace, &config.pipeline.name);
-    topics.ensure_compacted(&checkpoint_topic).await?;
-    topics
-        .ensure_compacted(&claims_topic(&config.kafka.topic_prefix))
+    topics.ensure_compacted(&claims_topic(&kafka.topic_prefix)).await?;
+    Claims::new(&kafka.bootstrap_servers, &kafka.topic_prefix, own_key(context))
+        .claim()
         .await?;
-    catalog.ensure_publication(source, &tables).await?;
+    topics.ensure_compacted(&checkpoint_topic).await?;
     for table in &tables {
-        let topic = topic_name(&config.kafka.topic_prefix, &table.schema, &table.name);
+        let topic = topic_name(&kafka.topic_prefix, &table.schema, &table.name);
         topics
             .ensure_data(&topic, &format!("{}.{}", table.schema, table.name))
             .await?;
     }
-
-    // A slot that cannot be read anyway is judged now, since the server would only refuse it.
-    if slot.as_ref().is_none_or(|slot| slot.lost) {
-        let checkpoint = read_own_checkpoint(context, &checkpoint_topic).await?;
-        start(checkpoint.as_ref(), context, slot.as_ref(), &server)?;
+    catalog.ensure_publication(source, &tables).await?;
+    if makes_slot {
         let sql = format!(
             "CREATE_REPLICATION_SLOT {} LOGICAL pgoutput NOEXPORT_SNAPSHOT",
             quote_identifier(&source.slot_name)
@@ -182,17 +191,20 @@ fn start(
     decide(checkpoint, &context.config.source.slot_name, slot, server)
 }
 
+/// The key of this pipeline's checkpoint.
+fn own_key(context: &Context) -> String {
+    let pipeline = &context.config.pipeline;
+    checkpoint_key(&pipeline.namespace, &pipeline.name, &context.config.source.slot_name)
+}
+
 async fn read_own_checkpoint(context: &Context, topic: &str) -> Result<Option<Checkpoint>, CaptureError> {
-    let config = &context.config;
-    let servers = config.kafka.bootstrap_servers.clone();
-    let key = checkpoint_key(
-        &config.pipeline.namespace,
-        &config.pipeline.name,
-        &config.source.slot_name,
-    );
-    let topic = topic.to_owned();
-    let read = spawn_blocking(move || read_checkpoint(&servers, &topic, &key, TAIL_DEADLINE)).await?;
-    Ok(read.map_err(SinkError::Checkpoint)?)
+    let servers = context.config.kafka.bootstrap_servers.clone();
+    let (key, topic) = (own_key(context), topic.to_owned());
+    match spawn_blocking(move || read_checkpoint(&servers, &topic, &key, TAIL_DEADLINE)).await? {
+        // Before the first start there is no topic.
+        Err(TailError::NoSuchPartition { .. }) => Ok(None),
+        read => Ok(read.map_err(SinkError::Checkpoint)?),
+    }
 }
 
 /// Becomes the one writer of both sinks.
@@ -204,13 +216,7 @@ async fn open_sinks(
     server: &ServerIdentity,
 ) -> Result<(KafkaSink, Option<RedisSink>, Checkpoint), CaptureError> {
     let config = context.config.clone();
-    let kafka = spawn_blocking(move || {
-        let kafka = KafkaSink::open(&config)?;
-        let tail = Tail::new(&config.kafka.bootstrap_servers, TAIL_DEADLINE)?;
-        kafka.claim_prefix(&tail, &config.kafka.topic_prefix)?;
-        Ok::<_, SinkError>(kafka)
-    })
-    .await??;
+    let kafka = spawn_blocking(move || KafkaSink::open(&config)).await??;
     let before = read_own_checkpoint(context, checkpoint_topic).await?;
     // Only now: while the slot is ours nobody else can move it, and what is published cannot be newer than the server.
     let slot = catalog.slot(&context.config.source).await?;
@@ -259,9 +265,7 @@ async fn open_sinks(
     };
     let redis = match &context.config.redis {
         Some(redis) => {
-            let pipeline = &context.config.pipeline;
-            let key = checkpoint_key(&pipeline.namespace, &pipeline.name, &context.config.source.slot_name);
-            let sink = RedisSink::open(redis, &key, &checkpoint).await?;
+            let sink = RedisSink::open(redis, &own_key(context), &checkpoint).await?;
             context.set(
                 ConditionType::RedisGap,
                 false,

@@ -27,11 +27,7 @@ use tokio::{
 
 use crate::{
     batch::{Batch, Record},
-    checkpoint::Tail,
-    log::{
-        COMMIT_TIME_HEADER, Checkpoint, PART_HEADER, POSITION_HEADER, RedisPlace, checkpoint_key, checkpoint_topic,
-        claims_topic,
-    },
+    log::{COMMIT_TIME_HEADER, Checkpoint, PART_HEADER, POSITION_HEADER, RedisPlace, checkpoint_key, checkpoint_topic},
     position::{Lsn, Position},
     sink::{Durable, SinkError},
 };
@@ -133,51 +129,6 @@ impl KafkaSink {
     pub fn commit_checkpoint(&self, checkpoint: &Checkpoint) -> Result<(), SinkError> {
         self.begin()?;
         self.commit(checkpoint)
-    }
-
-    /// Claims the topic prefix for this pipeline. Blocks.
-    ///
-    /// # Errors
-    /// When another pipeline claimed it earlier: two would put each change into the same topics twice.
-    pub fn claim_prefix(&self, tail: &Tail, prefix: &str) -> Result<(), SinkError> {
-        let topic = claims_topic(prefix);
-        let key = self.checkpoint_key.as_bytes();
-        if !tail.keys(&topic, 0)?.iter().any(|claim| claim == key) {
-            self.write_claim(&topic, Some(b"{}"))?;
-        }
-        // Of two that claim at the same time, both see whose claim came first.
-        match tail.keys(&topic, 0)?.first() {
-            Some(owner) if owner != key => {
-                let owner = String::from_utf8_lossy(owner).into_owned();
-                self.write_claim(&topic, None)?;
-                Err(SinkError::TopicPrefixTaken {
-                    prefix: prefix.to_owned(),
-                    owner,
-                })
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// Withdraws the claim. Blocks.
-    ///
-    /// # Errors
-    /// When the transaction does not succeed, or may not have.
-    pub fn release_prefix(&self, prefix: &str) -> Result<(), SinkError> {
-        self.write_claim(&claims_topic(prefix), None)
-    }
-
-    fn write_claim(&self, topic: &str, value: Option<&[u8]>) -> Result<(), SinkError> {
-        self.begin()?;
-        let record = BaseRecord::to(topic).partition(0).key(self.checkpoint_key.as_bytes());
-        self.send(match value {
-            Some(value) => record.payload(value),
-            None => record,
-        })?;
-        self.wait_for_deliveries()?;
-        self.producer
-            .commit_transaction(COMMIT_DEADLINE)
-            .map_err(|error| self.failed(&error))
     }
 
     fn note_redis(&self, checkpoint: &mut Checkpoint, redis: Durable) {

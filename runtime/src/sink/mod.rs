@@ -1,5 +1,6 @@
 //! Where records go. Each sink keeps its own place, so that after a crash each one drops exactly what it already has.
 
+pub mod claims;
 pub mod kafka;
 pub mod redis;
 pub mod topics;

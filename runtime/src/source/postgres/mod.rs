@@ -3,5 +3,6 @@
 pub mod assemble;
 pub mod pgoutput;
 pub mod preflight;
+pub mod prerequisites;
 pub mod start;
 pub mod wire;

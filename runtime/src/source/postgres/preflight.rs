@@ -1,5 +1,5 @@
-//! Checks what a capture needs from PostgreSQL before it touches anything, and says in one sentence what is missing and the SQL
-//! that mends it.
+//! The connection for questions about the catalog, and everything that can be wrong with a source: in one sentence each, with the
+//! SQL that mends it.
 
 use std::{fs, path::Path, time::Duration};
 
@@ -11,6 +11,7 @@ use tokio_postgres::{Client, Config, NoTls, error::SqlState};
 use crate::{
     position::Lsn,
     source::postgres::{
+        prerequisites::RefusedTable,
         start::SlotState,
         wire::{SESSION_SETTINGS, WireError, quote_identifier, quote_literal},
     },
@@ -52,6 +53,28 @@ pub enum SourceError {
     /// The database does not exist.
     #[error("database {0:?} does not exist on the server; create it or correct source.postgres.database")]
     NoDatabase(String),
+    /// Several prerequisites are missing. The first gives the reason.
+    #[error("{}", several(.0))]
+    Several(Vec<SourceError>),
+    /// The server is too old.
+    #[error("PostgreSQL {0} is too old: capture needs version 14 or later; upgrade the server")]
+    Version(String),
+    /// The server is a standby of a version that cannot decode there.
+    #[error(
+        "the server is a standby of version {0}, and only version 16 or later can be captured from a standby; set source.postgres.host to the primary"
+    )]
+    Standby(String),
+    /// The publication has to be changed, and a standby cannot.
+    #[error("the server is a standby, where no publication can be made; run on the primary: {sql}")]
+    StandbyPublication {
+        /// What makes the publication as it has to be.
+        sql: String,
+    },
+    /// Text of no defined encoding has no meaning outside of the database.
+    #[error(
+        "the database's encoding is SQL_ASCII, in which the bytes of a text mean nothing certain; copy it into one that was made by CREATE DATABASE {0} ENCODING 'UTF8' TEMPLATE template0;"
+    )]
+    Encoding(String),
     /// The server does not write what logical decoding needs.
     #[error(
         "wal_level is {0}, and capture needs logical; run ALTER SYSTEM SET wal_level = logical; and restart PostgreSQL"
@@ -78,22 +101,35 @@ pub enum SourceError {
         /// Why.
         cause: String,
     },
-    /// Publishing the table would make the application's own UPDATE and DELETE fail.
-    #[error(
-        "{tables} without replica identity: publishing would make UPDATE and DELETE on it fail; add a primary key, run ALTER TABLE {first} REPLICA IDENTITY FULL;, or name it in tables.exclude"
-    )]
-    NoReplicaIdentity {
-        /// All of them.
-        tables: String,
-        /// The first, quoted.
-        first: String,
-    },
+    /// Tables match, and each of them is left out.
+    #[error("none of the selected tables can be captured: {}", refusals(.0))]
+    NoTableFit(Vec<RefusedTable>),
     /// The publication is somebody else's to make, and is not there.
     #[error(
         "publication {0} does not exist; run CREATE PUBLICATION {0} FOR TABLE …; or set publication.management to Managed"
     )]
     NoPublication(String),
-    /// The role may not make or change the publication.
+    /// The role may not make a publication.
+    #[error(
+        "role {user} may not make a publication in database {database}; run GRANT CREATE ON DATABASE {database} TO {user};, or make the publication yourself and set publication.management to External"
+    )]
+    NoCreatePrivilege {
+        /// The role.
+        user: String,
+        /// The database.
+        database: String,
+    },
+    /// The publication is there, and another role's.
+    #[error(
+        "publication {publication} is not role {user}'s to change; run ALTER PUBLICATION {publication} OWNER TO {user};, or set publication.management to External"
+    )]
+    PublicationNotOwned {
+        /// The role.
+        user: String,
+        /// The publication.
+        publication: String,
+    },
+    /// The role may not make or change the publication, for a reason that was not foreseen.
     #[error(
         "role {user} may not manage publication {publication}: {cause}; make it owner of the tables and GRANT CREATE ON DATABASE {database}, or make the publication yourself and set publication.management to External"
     )]
@@ -119,9 +155,14 @@ pub enum SourceError {
     },
     /// Every slot is taken.
     #[error(
-        "all replication slots are in use; drop an unused one or raise max_replication_slots and restart PostgreSQL"
+        "all replication slots are in use; drop an unused one (SELECT slot_name FROM pg_replication_slots WHERE NOT active;), or run ALTER SYSTEM SET max_replication_slots = …; and restart PostgreSQL"
     )]
     NoFreeSlot,
+    /// Every connection is taken.
+    #[error(
+        "PostgreSQL takes no further connection: {0}; run ALTER SYSTEM SET max_wal_senders = …; or max_connections, whichever is used up, and restart PostgreSQL"
+    )]
+    NoFreeConnection(String),
     /// Making the slot waits for a transaction that was open before.
     #[error(
         "making the replication slot waits for a transaction that is older; find it with SELECT pid, xact_start, query FROM pg_stat_activity WHERE xact_start IS NOT NULL ORDER BY xact_start; and let it end"
@@ -144,6 +185,17 @@ pub enum SourceError {
 }
 
 impl SourceError {
+    /// All of them as one; there has to be at least one.
+    pub(super) fn all(mut problems: Vec<Self>) -> Self {
+        match (problems.len(), problems.pop()) {
+            (1, Some(only)) => only,
+            (_, last) => {
+                problems.extend(last);
+                Self::Several(problems)
+            }
+        }
+    }
+
     /// One word for conditions and metrics.
     #[must_use]
     pub fn reason(&self) -> &'static str {
@@ -152,20 +204,53 @@ impl SourceError {
             Self::Unreachable { .. } => "DatabaseUnreachable",
             Self::Authentication { .. } => "AuthenticationFailed",
             Self::NoDatabase(_) => "DatabaseNotFound",
+            Self::Several(problems) => problems.first().map_or("DatabaseError", Self::reason),
+            Self::Version(_) => "VersionUnsupported",
+            Self::Standby(_) => "StandbyUnsupported",
+            Self::StandbyPublication { .. } => "PublicationOnStandby",
+            Self::Encoding(_) => "EncodingUnsupported",
             Self::WalLevel(_) => "WalLevelNotLogical",
             Self::NoReplicationAttribute(_) => "ReplicationNotPermitted",
             Self::NoTables { .. } => "NoTablesMatch",
             Self::InvalidGlob { .. } => "InvalidTableGlob",
-            Self::NoReplicaIdentity { .. } => "TableWithoutReplicaIdentity",
+            Self::NoTableFit(refused) => refused.first().map_or("NoTablesMatch", |table| table.cause.reason()),
             Self::NoPublication(_) => "PublicationNotFound",
-            Self::PublicationForbidden { .. } => "PublicationNotPermitted",
+            Self::NoCreatePrivilege { .. } | Self::PublicationNotOwned { .. } | Self::PublicationForbidden { .. } => {
+                "PublicationNotPermitted"
+            }
             Self::ForeignSlot { .. } => "SlotUsedElsewhere",
             Self::NoFreeSlot => "ReplicationSlotsExhausted",
+            Self::NoFreeConnection(_) => "ConnectionsExhausted",
             Self::SlotWaitsForTransaction => "SlotWaitsForTransaction",
             Self::SlotActive { .. } => "SlotActive",
             Self::Server { .. } => "DatabaseError",
         }
     }
+}
+
+/// The most problems, and tables, that one message names.
+const NAMED: usize = 8;
+
+fn several(problems: &[SourceError]) -> String {
+    joined(problems, ". Also: ")
+}
+
+fn refusals(tables: &[RefusedTable]) -> String {
+    joined(tables, "; ")
+}
+
+/// The first few, and how many more there are.
+fn joined<T: ToString>(all: &[T], between: &str) -> String {
+    let mut text = all
+        .iter()
+        .take(NAMED)
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(between);
+    if all.len() > NAMED {
+        text.push_str(&format!("; and {} more", all.len() - NAMED));
+    }
+    text
 }
 
 /// User and password, read from their files.
@@ -207,7 +292,9 @@ pub struct Table {
 }
 
 impl Table {
-    fn quoted(&self) -> String {
+    /// As SQL writes it.
+    #[must_use]
+    pub fn quoted(&self) -> String {
         format!("{}.{}", quote_identifier(&self.schema), quote_identifier(&self.name))
     }
 }
@@ -217,7 +304,7 @@ pub struct Catalog {
     client: Client,
     driver: JoinHandle<()>,
     address: String,
-    user: String,
+    pub(super) user: String,
 }
 
 impl Drop for Catalog {
@@ -277,7 +364,7 @@ impl Catalog {
         })
     }
 
-    async fn query(
+    pub(super) async fn query(
         &self,
         sql: &str,
         parameters: &[&(dyn tokio_postgres::types::ToSql + Sync)],
@@ -309,81 +396,8 @@ impl Catalog {
         }
     }
 
-    /// Checks the server. Whether the role may replicate is seen when it does: managed services grant that in ways of their own.
-    ///
-    /// # Errors
-    /// The first thing that is missing.
-    pub async fn check_server(&self) -> Result<(), SourceError> {
-        let rows = self.query("SELECT current_setting('wal_level')", &[]).await?;
-        match rows.first().map(|row| row.get::<_, String>(0)) {
-            Some(level) if level != "logical" => Err(SourceError::WalLevel(level)),
-            _ => Ok(()),
-        }
-    }
-
-    /// The tables that are captured, after checking that each can be published without harm: those of the globs, and of an external
-    /// publication only those that it holds.
-    ///
-    /// # Errors
-    /// When there is none, one has no replica identity, or an external publication is not there.
-    pub async fn select_tables(
-        &self,
-        source: &PostgresSource,
-        selection: &Selection,
-    ) -> Result<Vec<Table>, SourceError> {
-        let published = match source.publication.management {
-            PublicationManagement::Managed => None,
-            PublicationManagement::External => Some(
-                self.published(&source.publication.name)
-                    .await?
-                    .ok_or_else(|| SourceError::NoPublication(quote_identifier(&source.publication.name)))?,
-            ),
-        };
-        let rows = self
-            .query(
-                "SELECT n.nspname, c.relname,
-                        c.relreplident = 'n' OR (c.relreplident = 'd' AND NOT EXISTS
-                            (SELECT FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid AND i.indisprimary))
-                 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-                 WHERE c.relkind = 'r' AND c.relpersistence = 'p'
-                   AND n.nspname <> 'information_schema' AND n.nspname !~ '^pg_'
-                 ORDER BY 1, 2",
-                &[],
-            )
-            .await?;
-        let mut tables = Vec::new();
-        let mut without_identity = Vec::new();
-        for row in &rows {
-            let table = Table {
-                schema: row.get(0),
-                name: row.get(1),
-            };
-            if selection.holds(&table.schema, &table.name)
-                && published.as_ref().is_none_or(|published| published.contains(&table))
-            {
-                if row.get(2) {
-                    without_identity.push(table.quoted());
-                }
-                tables.push(table);
-            }
-        }
-        if let Some(first) = without_identity.first() {
-            return Err(SourceError::NoReplicaIdentity {
-                first: first.clone(),
-                tables: without_identity.join(", "),
-            });
-        }
-        if tables.is_empty() {
-            return Err(SourceError::NoTables {
-                database: source.database.clone(),
-                include: source.tables.include.join(", "),
-            });
-        }
-        Ok(tables)
-    }
-
     /// The tables of a publication, if it exists.
-    async fn published(&self, name: &str) -> Result<Option<Vec<Table>>, SourceError> {
+    pub(super) async fn published(&self, name: &str) -> Result<Option<Vec<Table>>, SourceError> {
         if self
             .query("SELECT FROM pg_catalog.pg_publication WHERE pubname = $1", &[&name])
             .await?
@@ -412,22 +426,16 @@ impl Catalog {
     /// # Errors
     /// When the role may not.
     pub async fn ensure_publication(&self, source: &PostgresSource, tables: &[Table]) -> Result<(), SourceError> {
-        if source.publication.management == PublicationManagement::External {
+        let published = self.published(&source.publication.name).await?;
+        let Some(change) = publication_change(source, published.as_deref(), tables) else {
             return Ok(());
-        }
-        let name = quote_identifier(&source.publication.name);
-        let list = || tables.iter().map(Table::quoted).collect::<Vec<_>>().join(", ");
-        let change = match self.published(&source.publication.name).await? {
-            Some(published) if published == tables => return Ok(()),
-            Some(_) => format!("ALTER PUBLICATION {name} SET TABLE {}", list()),
-            None => format!("CREATE PUBLICATION {name} FOR TABLE {}", list()),
         };
         match self.execute(&change).await {
             Ok(()) => Ok(()),
             Err(error) if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => {
                 Err(SourceError::PublicationForbidden {
                     user: quote_identifier(&self.user),
-                    publication: name,
+                    publication: quote_identifier(&source.publication.name),
                     database: quote_identifier(&source.database),
                     cause: error
                         .as_db_error()
@@ -473,19 +481,29 @@ impl Catalog {
         }))
     }
 
-    /// How far the server's WAL has grown.
+    /// How far the server's WAL has grown; of a standby, what it has replayed.
     ///
     /// # Errors
-    /// When the server does not answer, or is a standby.
+    /// When the server does not answer.
     pub async fn wal_position(&self) -> Result<Lsn, SourceError> {
         let rows = self
-            .query("SELECT pg_catalog.pg_current_wal_insert_lsn()::text", &[])
+            .query(
+                "SELECT (CASE WHEN pg_catalog.pg_is_in_recovery() THEN pg_catalog.pg_last_wal_replay_lsn()
+                              ELSE pg_catalog.pg_current_wal_insert_lsn() END)::text",
+                &[],
+            )
             .await?;
         let text: String = rows.first().map(|row| row.get(0)).unwrap_or_default();
-        text.parse().map_err(|_| SourceError::Server {
+        text.parse()
+            .map_err(|_| self.confused(&format!("its WAL position is {text:?}")))
+    }
+
+    /// The server answered what makes no sense.
+    pub(super) fn confused(&self, cause: &str) -> SourceError {
+        SourceError::Server {
             address: self.address.clone(),
-            cause: format!("its WAL position is {text:?}"),
-        })
+            cause: cause.to_owned(),
+        }
     }
 
     /// Names of the primary key's columns, for tables with REPLICA IDENTITY FULL, whose messages do not tell them.
@@ -540,6 +558,33 @@ impl Catalog {
     }
 }
 
+/// The SQL that makes a managed publication hold exactly these tables, if it does not.
+///
+/// It adds and drops rather than sets, since only what is added has to be the role's own.
+pub(super) fn publication_change(
+    source: &PostgresSource,
+    published: Option<&[Table]>,
+    tables: &[Table],
+) -> Option<String> {
+    if source.publication.management == PublicationManagement::External {
+        return None;
+    }
+    let name = quote_identifier(&source.publication.name);
+    let list = |tables: &[&Table]| tables.iter().map(|table| table.quoted()).collect::<Vec<_>>().join(", ");
+    let Some(published) = published else {
+        let all: Vec<_> = tables.iter().collect();
+        return Some(format!("CREATE PUBLICATION {name} FOR TABLE {};", list(&all)));
+    };
+    let joining: Vec<_> = tables.iter().filter(|table| !published.contains(table)).collect();
+    let leaving: Vec<_> = published.iter().filter(|table| !tables.contains(table)).collect();
+    let change = |verb, tables: &[&Table]| match tables {
+        [] => String::new(),
+        tables => format!("ALTER PUBLICATION {name} {verb} TABLE {};", list(tables)),
+    };
+    let sql = change("ADD", &joining) + &change("DROP", &leaving);
+    (!sql.is_empty()).then_some(sql)
+}
+
 /// Tells what a failure of the replication connection means for the user.
 #[must_use]
 pub fn wire_failure(source: &PostgresSource, user: &str, error: WireError) -> SourceError {
@@ -562,6 +607,7 @@ fn refused(source: &PostgresSource, user: &str, code: &str, message: &str) -> So
         "3D000" => SourceError::NoDatabase(source.database.clone()),
         "42501" => SourceError::NoReplicationAttribute(quote_identifier(user)),
         "53400" => SourceError::NoFreeSlot,
+        "53300" => SourceError::NoFreeConnection(message.to_owned()),
         "55P03" => SourceError::SlotWaitsForTransaction,
         "55006" => SourceError::SlotActive {
             slot: source.slot_name.clone(),

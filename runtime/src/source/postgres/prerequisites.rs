@@ -1,0 +1,250 @@
+//! Everything that a capture needs from the server, looked at before anything is made, and all that is missing said at once.
+//!
+//! Whether the role may replicate, and whether there is room for a walsender, is not guessed from the catalog: managed services grant
+//! that in ways of their own. It is seen when the replication connection is made, which is a part of the same look.
+
+use std::fmt;
+
+use meander_config::{PostgresSource, PublicationManagement};
+
+use crate::source::postgres::{
+    preflight::{Catalog, Selection, SourceError, Table, publication_change},
+    start::SlotState,
+    wire::quote_identifier,
+};
+
+/// `server_version_num` of the oldest version that is supported, and of the oldest whose standbys can decode.
+const OLDEST: i32 = 140_000;
+const OLDEST_STANDBY: i32 = 160_000;
+
+/// A selected table that is not captured, so that the others can be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RefusedTable {
+    /// The table.
+    pub table: Table,
+    /// Why.
+    pub cause: Refusal,
+}
+
+/// Why a selected table is not captured.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// To publish it would make the application's own UPDATE and DELETE fail.
+    NoReplicaIdentity,
+    /// Only its owner may publish it; this is the role that would have to be.
+    NotOwner(String),
+}
+
+impl Refusal {
+    /// One word for conditions and status.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::NoReplicaIdentity => "TableWithoutReplicaIdentity",
+            Self::NotOwner(_) => "TableNotOwned",
+        }
+    }
+}
+
+/// The cause and the remedy.
+impl fmt::Display for RefusedTable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let table = self.table.quoted();
+        match &self.cause {
+            Refusal::NoReplicaIdentity => write!(
+                f,
+                "{table} has no replica identity, and to publish it would make UPDATE and DELETE on it fail: add a primary key, run ALTER TABLE {table} REPLICA IDENTITY FULL;, or name it in tables.exclude"
+            ),
+            Refusal::NotOwner(user) => write!(
+                f,
+                "{table} is not role {user}'s to publish: run ALTER TABLE {table} OWNER TO {user};, name it in tables.exclude, or make the publication yourself and set publication.management to External"
+            ),
+        }
+    }
+}
+
+/// The selected tables.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tables {
+    /// Those that are captured, in order.
+    pub captured: Vec<Table>,
+    /// Those that cannot be.
+    pub refused: Vec<RefusedTable>,
+}
+
+/// What one look at the server says of it.
+struct Server {
+    version: i32,
+    version_name: String,
+    standby: bool,
+    wal_level: String,
+    slots_free: bool,
+    encoding: String,
+    may_create: bool,
+}
+
+impl Catalog {
+    /// Checks the server, selects the tables, and hands back the replication connection that was tried.
+    ///
+    /// # Errors
+    /// Everything that is missing.
+    pub async fn check<C>(
+        &self,
+        source: &PostgresSource,
+        selection: &Selection,
+        slot: Option<&SlotState>,
+        connected: Result<C, SourceError>,
+    ) -> Result<(Tables, C), SourceError> {
+        let server = self.server().await?;
+        let mut problems = Vec::new();
+        // Nothing more can be asked of it: its catalog is another one.
+        if server.version < OLDEST {
+            return Err(SourceError::Version(server.version_name));
+        }
+        if server.standby && server.version < OLDEST_STANDBY {
+            problems.push(SourceError::Standby(server.version_name));
+        }
+        if server.wal_level != "logical" {
+            problems.push(SourceError::WalLevel(server.wal_level));
+        }
+        if server.encoding == "SQL_ASCII" {
+            problems.push(SourceError::Encoding(quote_identifier(&source.database)));
+        }
+        if slot.is_none() && !server.slots_free {
+            problems.push(SourceError::NoFreeSlot);
+        }
+        let published = self.published(&source.publication.name).await?;
+        let user = || quote_identifier(&self.user);
+        match (source.publication.management, &published) {
+            (PublicationManagement::External, None) => {
+                problems.push(SourceError::NoPublication(quote_identifier(&source.publication.name)));
+            }
+            (PublicationManagement::Managed, None) if !server.may_create && !server.standby => {
+                problems.push(SourceError::NoCreatePrivilege {
+                    user: user(),
+                    database: quote_identifier(&source.database),
+                });
+            }
+            (PublicationManagement::Managed, Some(_)) if !self.owns_publication(&source.publication.name).await? => {
+                problems.push(SourceError::PublicationNotOwned {
+                    user: user(),
+                    publication: quote_identifier(&source.publication.name),
+                });
+            }
+            _ => {}
+        }
+        let tables = self.select_tables(source, selection).await?;
+        // An external publication that is not there holds none, which was said already.
+        let expected = published.is_some() || source.publication.management == PublicationManagement::Managed;
+        if tables.captured.is_empty() && expected {
+            problems.push(if tables.refused.is_empty() {
+                SourceError::NoTables {
+                    database: source.database.clone(),
+                    include: source.tables.include.join(", "),
+                }
+            } else {
+                SourceError::NoTableFit(tables.refused.clone())
+            });
+        }
+        if server.standby
+            && !tables.captured.is_empty()
+            && let Some(sql) = publication_change(source, published.as_deref(), &tables.captured)
+        {
+            problems.push(SourceError::StandbyPublication { sql });
+        }
+        match connected {
+            Ok(connection) if problems.is_empty() => Ok((tables, connection)),
+            Ok(_) => Err(SourceError::all(problems)),
+            Err(error) => {
+                problems.push(error);
+                Err(SourceError::all(problems))
+            }
+        }
+    }
+
+    async fn server(&self) -> Result<Server, SourceError> {
+        let rows = self
+            .query(
+                "SELECT current_setting('server_version_num')::int, current_setting('server_version'),
+                        pg_catalog.pg_is_in_recovery(), current_setting('wal_level'),
+                        (SELECT count(*) FROM pg_catalog.pg_replication_slots)
+                            < current_setting('max_replication_slots')::int,
+                        pg_catalog.pg_encoding_to_char(d.encoding)::text,
+                        pg_catalog.has_database_privilege(d.oid, 'CREATE')
+                 FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()",
+                &[],
+            )
+            .await?;
+        let row = rows
+            .first()
+            .ok_or_else(|| self.confused("it does not know its own database"))?;
+        Ok(Server {
+            version: row.get(0),
+            version_name: row.get(1),
+            standby: row.get(2),
+            wal_level: row.get(3),
+            slots_free: row.get(4),
+            encoding: row.get(5),
+            may_create: row.get(6),
+        })
+    }
+
+    async fn owns_publication(&self, name: &str) -> Result<bool, SourceError> {
+        let rows = self
+            .query(
+                "SELECT pg_catalog.pg_has_role(pubowner, 'USAGE') FROM pg_catalog.pg_publication WHERE pubname = $1",
+                &[&name],
+            )
+            .await?;
+        // One that was dropped a moment ago is made anew.
+        Ok(rows.first().is_none_or(|row| row.get(0)))
+    }
+
+    /// The tables of the globs; of an external publication only those that it holds.
+    ///
+    /// A table that cannot be published without harm is left out, at the start as later: one table that somebody made without a key
+    /// must neither break the application nor stop the capture of the others. What others have published is captured as it is.
+    ///
+    /// # Errors
+    /// When the server does not answer.
+    pub async fn select_tables(&self, source: &PostgresSource, selection: &Selection) -> Result<Tables, SourceError> {
+        let published = self.published(&source.publication.name).await?.unwrap_or_default();
+        let external = source.publication.management == PublicationManagement::External;
+        let rows = self
+            .query(
+                "SELECT n.nspname, c.relname,
+                        c.relreplident = 'f' OR EXISTS
+                            (SELECT FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid AND i.indisvalid AND i.indimmediate
+                             AND CASE c.relreplident WHEN 'd' THEN i.indisprimary WHEN 'i' THEN i.indisreplident END),
+                        pg_catalog.pg_has_role(c.relowner, 'USAGE')
+                 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+                 WHERE c.relkind = 'r' AND c.relpersistence = 'p'
+                   AND n.nspname <> 'information_schema' AND n.nspname !~ '^pg_'
+                 ORDER BY 1, 2",
+                &[],
+            )
+            .await?;
+        let mut tables = Tables::default();
+        for row in &rows {
+            let table = Table {
+                schema: row.get(0),
+                name: row.get(1),
+            };
+            if !selection.holds(&table.schema, &table.name) {
+                continue;
+            }
+            let (is_published, has_identity, is_own) = (published.contains(&table), row.get(2), row.get(3));
+            let cause = match (external, is_published, has_identity, is_own) {
+                (true, false, _, _) => continue,
+                (false, _, false, _) => Some(Refusal::NoReplicaIdentity),
+                (false, false, true, false) => Some(Refusal::NotOwner(quote_identifier(&self.user))),
+                (true, true, _, _) | (false, true, true, _) | (false, false, true, true) => None,
+            };
+            match cause {
+                Some(cause) => tables.refused.push(RefusedTable { table, cause }),
+                None => tables.captured.push(table),
+            }
+        }
+        Ok(tables)
+    }
+}
