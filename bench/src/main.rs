@@ -84,6 +84,7 @@ fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> CaptureC
             url_file: redis.url_file(),
             stream_prefix: name,
             max_length: None,
+            acknowledgement: meander_config::Acknowledgement::BestEffort,
         }),
         operator: None,
         admin_address: free_address(),

@@ -10,9 +10,10 @@ mod replay;
 
 pub use common::{LogLevel, Resources, SecretKeyReference, SecretReference};
 pub use pipeline::{
-    CdcPipeline, CdcPipelineSpec, CdcPipelineStatus, KafkaSink, KafkaTopics, PipelinePhase, PostgresSource,
-    Publication, PublicationManagement, RedisRetention, RedisSink, Replication, Runtime, SinkPosition, SinkPositions,
-    Sinks, Slot, SlotReclaimPolicy, SlotStatus, Source, TableSelection,
+    Acknowledgement, CdcPipeline, CdcPipelineSpec, CdcPipelineStatus, KafkaSink, KafkaTopics, PipelinePhase,
+    PostgresSource, Publication, PublicationManagement, RedisRetention, RedisSink, RedisState, RedisStatus,
+    Replication, Runtime, SinkPosition, SinkPositions, Sinks, Slot, SlotReclaimPolicy, SlotStatus, Source,
+    TableSelection,
 };
 pub use replay::{
     Beginning, GrpcTarget, LogTarget, Now, PipelineReference, ReplayEnd, ReplayJob, ReplayJobSpec, ReplayJobStatus,

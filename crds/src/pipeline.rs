@@ -24,7 +24,7 @@ use crate::common::{LogLevel, Resources, SecretKeyReference, SecretReference, co
     validation = Rule::new("!self.metadata.name.contains('.')").message("metadata.name must not contain a dot: names of labels and volumes are made from it; use a dash"),
     printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].status"),
     printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),
-    printcolumn(name = "Lag", type_ = "string", json_path = ".status.replication.lag", description = "Age of the oldest change that is not yet in every sink"),
+    printcolumn(name = "Lag", type_ = "string", json_path = ".status.replication.lag", description = "Age of the oldest change that is not yet in Kafka, or in Redis while that is attached"),
     printcolumn(name = "Events", type_ = "integer", json_path = ".status.replication.eventsTotal", description = "Changes published since the pipeline was created"),
     printcolumn(name = "Slot", type_ = "string", json_path = ".status.slot.name", priority = 1),
     printcolumn(name = "Confirmed LSN", type_ = "string", json_path = ".status.replication.confirmedFlushLsn", priority = 1),
@@ -237,6 +237,19 @@ pub struct RedisSink {
     /// How much each stream keeps; everything where it is left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retention: Option<RedisRetention>,
+    /// Whether PostgreSQL keeps its WAL until Redis has the changes.
+    #[serde(default)]
+    pub acknowledgement: Acknowledgement,
+}
+
+/// Whether PostgreSQL keeps its WAL until Redis has the changes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Acknowledgement {
+    /// It does not: what Kafka has is acknowledged, and a Redis that was away is refilled from Kafka.
+    #[default]
+    BestEffort,
+    /// It does: while Redis is away, the database's disk fills.
+    Required,
 }
 
 /// How much each stream keeps.
@@ -318,7 +331,7 @@ pub struct Replication {
     /// Position in the WAL up to which changes were received, as PostgreSQL writes it (`0/16B3748`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub received_lsn: Option<String>,
-    /// Position up to which changes are in every sink.
+    /// Position up to which changes are in Kafka.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub published_lsn: Option<String>,
     /// Position up to which PostgreSQL may forget its WAL.
@@ -327,7 +340,8 @@ pub struct Replication {
     /// The source's WAL position less the confirmed one, in bytes. Left out while `lag` is `unknown`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lag_bytes: Option<u64>,
-    /// Age of the oldest change that is received and not yet in every sink, in milliseconds. Left out while `lag` is `unknown`.
+    /// Age of the oldest change that is received and not yet in Kafka, or in Redis while that is attached, in milliseconds. Left out
+    /// while `lag` is `unknown`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lag_millis: Option<u64>,
     /// `lagMillis` for people: `0s`, `12s`, `3m`; `unknown` while the capture is down, held or silent.
@@ -365,7 +379,7 @@ pub struct SinkPositions {
     pub kafka: Option<SinkPosition>,
     /// Redis.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub redis: Option<SinkPosition>,
+    pub redis: Option<RedisStatus>,
 }
 
 /// How far a sink has come.
@@ -374,6 +388,31 @@ pub struct SinkPositions {
 pub struct SinkPosition {
     /// `epoch:LSN:ordinal` of the last change in the sink.
     pub position: String,
+}
+
+/// How Redis is doing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RedisStatus {
+    /// `epoch:LSN:ordinal` of the last change in it; left out before the first. While it is not attached, that is a place in the past.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub position: Option<String>,
+    /// Whether it gets changes as they come.
+    pub state: RedisState,
+    /// What went wrong last, whether or not it is mended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_error: Option<String>,
+}
+
+/// Whether Redis gets changes as they come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum RedisState {
+    /// It does.
+    Attached,
+    /// It gets from Kafka what it lacks.
+    Refilling,
+    /// It gets nothing: the condition SinksReady says why.
+    Detached,
 }
 
 fn default_port() -> u16 {

@@ -3,7 +3,7 @@
 
 mod support;
 
-use meander_crds::{CdcPipeline, RedisSink, ReplayJob};
+use meander_crds::{Acknowledgement, CdcPipeline, RedisSink, ReplayJob};
 use meander_operator::{error::Error, pipeline, replay};
 use support::settings;
 
@@ -68,6 +68,7 @@ fn every_setting_reaches_the_pod() {
         url: Some("redis://redis:6379/1".into()),
         stream_prefix: "s".into(),
         retention: serde_json::from_str(r#"{"maxLength": 1000}"#).unwrap(),
+        acknowledgement: Acknowledgement::Required,
     });
     let valid = pipeline::validate::validate(&pipeline, &pipeline_facts(), &settings()).unwrap();
     let objects = pipeline::build::build(&pipeline, &valid, &settings());

@@ -19,7 +19,7 @@ use meander_operator::{
     replay::{self, status::Outcome},
 };
 use meander_proto::v1::{
-    CaptureProgress, Condition, ProgressUpdate, ReplayProgress, ResolvedRange, progress_update::Progress,
+    CaptureProgress, Condition, ProgressUpdate, RedisState, ReplayProgress, ResolvedRange, progress_update::Progress,
     replay_progress::Phase,
 };
 use serde_json::{Value, from_value, json};
@@ -72,6 +72,8 @@ fn capture_report(conditions: Vec<Condition>) -> Observation {
         slot_name: "meander_default_trades".into(),
         kafka_position: "1:0/16B3700:2".into(),
         redis_position: "1:0/16B3700:2".into(),
+        redis_state: RedisState::Attached.into(),
+        redis_last_error: String::new(),
     };
     let report = ProgressUpdate {
         conditions,
@@ -199,8 +201,8 @@ fn each_state_has_its_phase_and_its_reason() {
     ]);
     let redis_gap = capture_report(vec![
         said("SourceReady", true, "Connected"),
-        said("SinksReady", true, "Connected"),
-        said("RedisGap", true, "EntriesLost"),
+        said("SinksReady", false, "HistoryMissing"),
+        said("RedisGap", true, "HistoryMissing"),
     ]);
     let silent = Observation {
         silence: Duration::from_secs(31),
@@ -272,7 +274,7 @@ fn each_state_has_its_phase_and_its_reason() {
         Some(&up),
         Ok(&valid),
         &redis_gap,
-        (Some(Failed), "False", "EntriesLost"),
+        (Some(Degraded), "False", "HistoryMissing"),
     );
     check(
         &suspended,

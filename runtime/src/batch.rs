@@ -53,11 +53,11 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// An empty batch with room for a full one.
+    /// An empty batch.
     #[must_use]
     pub fn new() -> Self {
         Self {
-            bytes: Vec::with_capacity(16 * 1024),
+            bytes: Vec::with_capacity(1024),
             ..Self::default()
         }
     }
@@ -166,5 +166,11 @@ impl Batch {
     #[must_use]
     pub fn size(&self) -> usize {
         self.bytes.len()
+    }
+
+    /// About how much memory it takes.
+    #[must_use]
+    pub fn memory(&self) -> usize {
+        self.bytes.capacity() + self.records.capacity() * size_of::<Record>() + size_of::<Self>()
     }
 }

@@ -19,17 +19,23 @@ pub const COMMIT_TIME_HEADER: &str = "meander-commit-time";
 /// Characters that Kafka does not allow become `_`. Two tables whose names become one are told apart by the caller.
 #[must_use]
 pub fn topic_name(prefix: &str, schema: &str, table: &str) -> String {
-    let mut name = String::with_capacity(prefix.len() + schema.len() + table.len() + 2);
-    for (index, part) in [prefix, schema, table].into_iter().enumerate() {
-        if index > 0 {
-            name.push('.');
-        }
-        name.extend(part.chars().map(|c| match c {
+    [prefix, schema, table].map(allowed).join(".")
+}
+
+/// Name of the Redis stream that holds what a topic holds; none if the topic is not under the prefix.
+#[must_use]
+pub fn stream_of_topic(topic: &str, topic_prefix: &str, stream_prefix: &str) -> Option<String> {
+    let rest = topic.strip_prefix(&allowed(topic_prefix))?.strip_prefix('.')?;
+    Some(format!("{}.{rest}", allowed(stream_prefix)))
+}
+
+fn allowed(part: &str) -> String {
+    part.chars()
+        .map(|c| match c {
             'a'..='z' | 'A'..='Z' | '0'..='9' | '.' | '_' | '-' => c,
             _ => '_',
-        }));
-    }
-    name
+        })
+        .collect()
 }
 
 /// Name of the pipeline's checkpoint topic: compacted, one partition.
@@ -94,4 +100,19 @@ pub struct Checkpoint {
     /// The slot was dropped on purpose after this; a new one starts a new epoch and is no gap.
     #[serde(default)]
     pub released: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_stream_of_a_topic_is_that_of_its_table() {
+        for (schema, table) in [("public", "trades"), ("a.b", "c"), ("Größe", "x y")] {
+            let topic = topic_name("shop.eu", schema, table);
+            let stream = topic_name("fast:shop", schema, table);
+            assert_eq!(stream_of_topic(&topic, "shop.eu", "fast:shop"), Some(stream));
+        }
+        assert_eq!(stream_of_topic("shop.eux.a.b", "shop.eu", "fast"), None);
+    }
 }

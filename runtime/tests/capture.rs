@@ -12,7 +12,7 @@ use log::{read_topic, wait_for_records};
 use meander_config::{CaptureConfig, PublicationManagement};
 use meander_proto::v1::{Operation, value::Kind};
 use meander_runtime::checkpoint::Tail;
-use meander_test_support::{Kafka, Postgres, Redis, Runtime, eventually, free_address, unique_name};
+use meander_test_support::{Kafka, Postgres, Redis, Runtime, eventually, free_address};
 use prost::Message as _;
 
 async fn execute(postgres: &Postgres, sql: &str) {
@@ -310,92 +310,6 @@ async fn a_server_without_logical_decoding_is_told_from_any_other() {
     execute(&postgres, "CREATE TABLE t (id int PRIMARY KEY)").await;
     let runtime = Runtime::capture(&config(&postgres, kafka, None));
     wait_for_failure(&runtime, "WalLevelNotLogical").await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn entries_of_somebody_else_in_a_stream_stop_the_capture_with_a_reason() {
-    let (postgres, redis, kafka) = (Postgres::start(&[]).await, Redis::start().await, Kafka::shared().await);
-    execute(&postgres, "CREATE TABLE t (id int PRIMARY KEY)").await;
-    let config = config(&postgres, kafka, Some(&redis));
-    let stream = format!("{}.public.t", config.kafka.topic_prefix);
-    let mut runtime = Runtime::capture(&config);
-    runtime.ready(LIMIT).await;
-    let mut connection = redis.connection().await;
-    execute(&postgres, "INSERT INTO t VALUES (1)").await;
-    let ours: String = eventually("the entry is in Redis", LIMIT, async || {
-        let last: Vec<(String, Vec<Vec<u8>>)> = redis::cmd("XREVRANGE")
-            .arg(&stream)
-            .arg(&["+", "-", "COUNT", "1"])
-            .query_async(&mut connection)
-            .await
-            .map_err(|error| error.to_string())?;
-        last.first()
-            .map(|(id, _)| id.clone())
-            .ok_or_else(|| "nothing yet".to_owned())
-    })
-    .await;
-    // As anybody would, whose id then falls between two of ours.
-    let foreign: String = redis::cmd("XADD")
-        .arg(&stream)
-        .arg(&["*", "a", "b"])
-        .query_async(&mut connection)
-        .await
-        .unwrap();
-    execute(&postgres, "INSERT INTO t VALUES (2)").await;
-    wait_for_failure(&runtime, "ForeignWriter").await;
-    // What the message says mends it, and nothing was lost.
-    let _: i64 = redis::cmd("XDEL")
-        .arg(&stream)
-        .arg(&foreign)
-        .query_async(&mut connection)
-        .await
-        .unwrap();
-    let _: String = redis::cmd("XSETID")
-        .arg(&stream)
-        .arg(&ours)
-        .query_async(&mut connection)
-        .await
-        .unwrap();
-    eventually("the entries are in Redis", LIMIT, async || {
-        let length: i64 = redis::cmd("XLEN")
-            .arg(&stream)
-            .query_async(&mut connection)
-            .await
-            .unwrap();
-        if length == 2 { Ok(()) } else { Err(length.to_string()) }
-    })
-    .await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_redis_that_forgot_what_it_acknowledged_is_a_gap() {
-    let (postgres, redis, kafka) = (Postgres::start(&[]).await, Redis::start().await, Kafka::shared().await);
-    execute(&postgres, "CREATE TABLE t (id int PRIMARY KEY)").await;
-    let config = config(&postgres, kafka, Some(&redis));
-    let mut runtime = Runtime::capture(&config);
-    runtime.ready(LIMIT).await;
-    execute(&postgres, "INSERT INTO t VALUES (1)").await;
-    eventually("the checkpoint knows what Redis has", LIMIT, async || {
-        checkpoint(&config)
-            .and_then(|checkpoint| checkpoint.redis)
-            .ok_or("nothing yet")
-    })
-    .await;
-    let mut connection = redis.connection().await;
-    let () = redis::cmd("FLUSHALL").query_async(&mut connection).await.unwrap();
-    runtime.kill9();
-    runtime.start_again();
-    wait_for_failure(&runtime, "EntriesLost").await;
-    assert!(runtime.terminate(LIMIT).success());
-
-    // Under another prefix there is nothing to miss: what the message says is a way out, and Kafka has lost nothing.
-    let mut anew = config.clone();
-    anew.redis.as_mut().unwrap().stream_prefix = unique_name("anew");
-    let mut runtime = Runtime::capture(&anew);
-    runtime.ready(LIMIT).await;
-    execute(&postgres, "INSERT INTO t VALUES (2)").await;
-    let records = wait_for_records(kafka, &format!("{}.public.t", config.kafka.topic_prefix), 2).await;
-    assert_eq!(records.len(), 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]

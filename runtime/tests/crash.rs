@@ -5,16 +5,13 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
-
-use std::{
-    path::Path,
-    process::{Command, Output},
-};
+#[path = "common/verifier.rs"]
+mod verifier;
 
 use common::LIMIT;
-use meander_config::CaptureConfig;
 use meander_test_support::{Kafka, Postgres, Redis, Runtime, eventually};
 use meander_workload::load::{self, Load};
+use verifier::verify;
 
 const CHANGES: u64 = 30_000;
 const KILLS: u64 = 5;
@@ -95,37 +92,4 @@ async fn five_kills_in_mid_stream_lose_and_double_nothing() {
         "{}",
         String::from_utf8_lossy(&verified.stdout)
     );
-}
-
-/// Builds and runs the verifier, which waits this long for what is missing.
-fn verify(postgres: &Postgres, kafka: &Kafka, redis: &Redis, config: &CaptureConfig, wait: &str) -> Output {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let verifier = Path::new(env!("CARGO_TARGET_TMPDIR")).join("meander-verify");
-    let built = Command::new("go")
-        .args(["build", "-o"])
-        .arg(&verifier)
-        .arg(".")
-        .current_dir(root.join("tests/verifier"))
-        .status()
-        .expect("go, which builds the verifier");
-    assert!(built.success(), "go build: {built}");
-    Command::new(&verifier)
-        .args([
-            "-postgres",
-            &postgres.url(),
-            "-kafka",
-            &kafka.bootstrap(),
-            "-redis",
-            &redis.url(),
-        ])
-        .args([
-            "-topic-prefix",
-            &config.kafka.topic_prefix,
-            "-stream-prefix",
-            &config.kafka.topic_prefix,
-        ])
-        .args(["-wait", wait, "-proto"])
-        .arg(root.join("proto"))
-        .output()
-        .unwrap()
 }

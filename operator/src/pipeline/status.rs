@@ -5,9 +5,10 @@ use std::time::Duration;
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use meander_crds::{
-    CdcPipeline, CdcPipelineStatus, PipelinePhase, Replication, SinkPosition, SinkPositions, SlotStatus,
+    CdcPipeline, CdcPipelineStatus, PipelinePhase, RedisState, RedisStatus, Replication, SinkPosition, SinkPositions,
+    SlotStatus,
 };
-use meander_proto::v1::{CaptureProgress, ProgressUpdate, progress_update::Progress};
+use meander_proto::v1::{CaptureProgress, ProgressUpdate, RedisState as Reported, progress_update::Progress};
 
 use super::{
     dereference::{Facts, is_available},
@@ -260,7 +261,7 @@ fn phase(inputs: &Inputs<'_>, judgements: &[Judgement], old: Option<PipelinePhas
     };
     if inputs.pipeline.metadata.deletion_timestamp.is_some() {
         PipelinePhase::Terminating
-    } else if is(SPEC_VALID, Status::False) || is(SOURCE_GAP, Status::True) || is(REDIS_GAP, Status::True) {
+    } else if is(SPEC_VALID, Status::False) || is(SOURCE_GAP, Status::True) {
         PipelinePhase::Failed
     } else if inputs.pipeline.spec.suspend {
         PipelinePhase::Suspended
@@ -270,6 +271,7 @@ fn phase(inputs: &Inputs<'_>, judgements: &[Judgement], old: Option<PipelinePhas
         PipelinePhase::Pending
     } else if is(SOURCE_READY, Status::False)
         || is(SINKS_READY, Status::False)
+        || is(REDIS_GAP, Status::True)
         || matches!(old, Some(PipelinePhase::Streaming | PipelinePhase::Degraded))
     {
         PipelinePhase::Degraded
@@ -295,14 +297,25 @@ fn replication(progress: &CaptureProgress) -> Replication {
 
 /// None before the first change: server-side apply takes an empty object in place of a full one for null, and refuses it.
 fn sinks(progress: &CaptureProgress) -> Option<SinkPositions> {
-    let at = |position: &str| {
-        (!position.is_empty()).then(|| SinkPosition {
-            position: position.to_owned(),
-        })
-    };
     let positions = SinkPositions {
-        kafka: at(&progress.kafka_position),
-        redis: at(&progress.redis_position),
+        kafka: (!progress.kafka_position.is_empty()).then(|| SinkPosition {
+            position: progress.kafka_position.clone(),
+        }),
+        redis: redis(progress),
     };
     (positions != SinkPositions::default()).then_some(positions)
+}
+
+fn redis(progress: &CaptureProgress) -> Option<RedisStatus> {
+    let some = |text: &str| (!text.is_empty()).then(|| text.to_owned());
+    Some(RedisStatus {
+        position: some(&progress.redis_position),
+        state: match progress.redis_state() {
+            Reported::Unspecified => return None,
+            Reported::Attached => RedisState::Attached,
+            Reported::Refilling => RedisState::Refilling,
+            Reported::Detached => RedisState::Detached,
+        },
+        last_error: some(&progress.redis_last_error),
+    })
 }

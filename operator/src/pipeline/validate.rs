@@ -5,7 +5,7 @@ use meander_config::{
     CaptureConfig, KafkaSink, PostgresSource, Publication, PublicationManagement, RedisSink, ResourceIdentity,
     TableSelection,
 };
-use meander_crds::{CdcPipeline, LogLevel, PublicationManagement as Management, Resources};
+use meander_crds::{Acknowledgement, CdcPipeline, LogLevel, PublicationManagement as Management, Resources};
 
 use super::dereference::Facts;
 use crate::{
@@ -110,6 +110,10 @@ pub fn validate(pipeline: &CdcPipeline, facts: &Facts, settings: &Settings) -> R
                 url_file,
                 stream_prefix: redis.stream_prefix.clone(),
                 max_length: redis.retention.as_ref().map(|retention| retention.max_length),
+                acknowledgement: match redis.acknowledgement {
+                    Acknowledgement::BestEffort => meander_config::Acknowledgement::BestEffort,
+                    Acknowledgement::Required => meander_config::Acknowledgement::Required,
+                },
             })
         }
     };

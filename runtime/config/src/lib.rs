@@ -173,6 +173,19 @@ pub struct RedisSink {
     /// Keep about this many entries in each stream; all where it is left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_length: Option<u64>,
+    /// What PostgreSQL is acknowledged on.
+    #[serde(default)]
+    pub acknowledgement: Acknowledgement,
+}
+
+/// Whether PostgreSQL keeps its WAL until Redis has the changes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Acknowledgement {
+    /// What Kafka has is acknowledged. Redis is refilled from there.
+    #[default]
+    BestEffort,
+    /// Only what Redis has as well.
+    Required,
 }
 
 /// The operator's ProgressTracker.

@@ -68,7 +68,6 @@ impl CaptureError {
         match self {
             Self::Source(error) => (ConditionType::SourceReady, error.reason()),
             Self::Gap(gap) => (ConditionType::SourceGap, gap.reason()),
-            Self::Sink(error @ SinkError::RedisGap { .. }) => (ConditionType::RedisGap, error.reason()),
             Self::Sink(error) => (ConditionType::SinksReady, error.reason()),
             Self::Decode(_) | Self::Assemble(_) | Self::Encode(_) => (ConditionType::SourceReady, "UnexpectedMessage"),
             Self::Admin(_) | Self::Task(_) => (ConditionType::Progressing, "InternalError"),
@@ -85,6 +84,7 @@ const HEALTHY_SESSION: Duration = Duration::from_secs(30);
 const STANDBY_PAUSE: Duration = Duration::from_secs(1);
 
 /// What every session shares.
+#[derive(Clone)]
 struct Context {
     config: CaptureConfig,
     reporter: ProgressReporter<CaptureProgress>,
@@ -97,6 +97,15 @@ impl Context {
         let message = message.into();
         self.reporter
             .update(|state| state.conditions.set(condition, status, reason, message));
+    }
+
+    fn sinks_are_ready(&self) {
+        self.set(
+            ConditionType::SinksReady,
+            true,
+            "Ready",
+            "Every sink takes what it is given.",
+        );
     }
 }
 
@@ -171,7 +180,7 @@ pub async fn run(config: CaptureConfig, shutdown: CancellationToken) -> Result<(
 impl Context {
     fn report(&self, error: &CaptureError) {
         let (condition, reason) = error.condition();
-        let is_gap = matches!(condition, ConditionType::SourceGap | ConditionType::RedisGap);
+        let is_gap = condition == ConditionType::SourceGap;
         self.metrics.failures.with_label_values(&[reason]).inc();
         tracing::warn!(%error, reason, "the session ended");
         self.set(condition, is_gap, reason, error.to_string());
@@ -181,7 +190,7 @@ impl Context {
             "Capture does not go on; it is tried again by itself."
         };
         self.set(ConditionType::Progressing, false, reason, progress);
-        if condition == ConditionType::SourceGap {
+        if is_gap {
             // The server answers: what was wrong with it before is over.
             self.set(ConditionType::SourceReady, true, "Ready", "The source can be reached.");
         }

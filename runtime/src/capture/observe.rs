@@ -6,21 +6,24 @@ use std::{
     time::Duration,
 };
 
-use meander_proto::v1::CaptureProgress;
-use prometheus::{IntCounterVec, IntGauge, Opts, Registry, core::Collector};
+use meander_proto::v1::{CaptureProgress, RedisState};
+use prometheus::{IntCounter, IntCounterVec, IntGauge, Opts, Registry, core::Collector};
 use tokio::{sync::watch, time::interval};
 
 use crate::{
-    capture::{status::Received, stream::now_micros},
+    capture::{Context, status::Received, stream::now_micros},
     log::Checkpoint,
-    progress::ProgressReporter,
-    sink::Durable,
+    progress::ConditionType,
+    sink::{
+        Durable, SinkError,
+        redis::feed::{self, Progress as RedisProgress, State},
+    },
 };
 
 const INTERVAL: Duration = Duration::from_millis(500);
 
-/// Batches that were handed to the sinks and are not yet in all of them, with the commit time of their first change. The queues bound
-/// how many there are.
+/// Batches that were handed to the sinks and are not yet in all that are attached, with the commit time of their first change. Queue
+/// and buffer bound how many there are.
 #[derive(Clone, Default)]
 pub(super) struct Inflight(Arc<Mutex<VecDeque<(u64, i64)>>>);
 
@@ -51,6 +54,7 @@ pub(super) struct Metrics {
     lag_millis: IntGauge,
     received: IntGauge,
     acknowledged: IntGauge,
+    pub(super) redis: feed::Metrics,
 }
 
 impl Metrics {
@@ -77,24 +81,44 @@ impl Metrics {
                 )?,
                 lag_millis: gauge(
                     "meander_capture_lag_milliseconds",
-                    "Age of the oldest change that is received and not in every sink.",
+                    "Age of the oldest change that is received and not in Kafka, or not in Redis while that is attached.",
                 )?,
                 received: gauge(
                     "meander_capture_received_lsn",
                     "Everything before this LSN was received.",
                 )?,
                 acknowledged: gauge("meander_capture_acknowledged_lsn", "PostgreSQL was told this LSN.")?,
+                redis: feed::Metrics {
+                    attached: gauge(
+                        "meander_capture_redis_attached",
+                        "1 while Redis gets changes as they come, 0 while it is away or refilled.",
+                    )?,
+                    refilled: IntCounter::new(
+                        "meander_capture_redis_refilled_entries_total",
+                        "Entries that were copied from Kafka to Redis.",
+                    )?,
+                    detachments: IntCounterVec::new(
+                        Opts::new(
+                            "meander_capture_redis_detachments_total",
+                            "Times that Redis was detached or could not be attached, by reason.",
+                        ),
+                        &["reason"],
+                    )?,
+                },
             })
         };
         match made() {
             Ok(metrics) => {
-                let collectors: [Box<dyn Collector>; 6] = [
+                let collectors: [Box<dyn Collector>; 9] = [
                     Box::new(metrics.failures.clone()),
                     Box::new(metrics.events.clone()),
                     Box::new(metrics.lag_bytes.clone()),
                     Box::new(metrics.lag_millis.clone()),
                     Box::new(metrics.received.clone()),
                     Box::new(metrics.acknowledged.clone()),
+                    Box::new(metrics.redis.attached.clone()),
+                    Box::new(metrics.redis.refilled.clone()),
+                    Box::new(metrics.redis.detachments.clone()),
                 ];
                 for collector in collectors {
                     if let Err(error) = registry.register(collector) {
@@ -108,40 +132,42 @@ impl Metrics {
     }
 }
 
-/// Observes a session until its publisher ends. `sinks` are Kafka, then Redis if there is one.
+/// Observes a session until its publisher ends.
 pub(super) async fn run(
-    reporter: ProgressReporter<CaptureProgress>,
-    metrics: Metrics,
-    sinks: Vec<watch::Receiver<Durable>>,
+    context: Context,
+    kafka: watch::Receiver<Durable>,
+    mut redis: Option<watch::Receiver<RedisProgress>>,
     mut checkpoint: watch::Receiver<Checkpoint>,
     received: Received,
     inflight: Inflight,
 ) {
+    let Context { reporter, metrics, .. } = &context;
     let mut ticks = interval(INTERVAL);
+    let mut redis_state = State::default();
     loop {
         // The last look comes after the publisher's end, so that the last numbers are the true ones.
         let ended = tokio::select! {
             _ = ticks.tick() => false,
+            () = another_state(redis.as_mut(), redis_state) => false,
             ended = async { while checkpoint.changed().await.is_ok() {} } => { let () = ended; true }
         };
-        let sinks: Vec<Durable> = sinks.iter().map(|sink| *sink.borrow()).collect();
+        let kafka = *kafka.borrow();
+        let redis = redis.as_mut().map(|redis| redis.borrow_and_update().clone());
+        if let Some(redis) = &redis {
+            redis_state = redis.state;
+            context.judge(redis);
+        }
         let checkpoint = checkpoint.borrow().clone();
-        let done = sinks.iter().map(|sink| sink.batches).min().unwrap_or(0);
+        // A Redis that is detached is no longer waited for.
+        let done = match &redis {
+            Some(redis) if redis.state == State::Attached => kafka.batches.min(redis.durable.batches),
+            _ => kafka.batches,
+        };
         let lag_micros = inflight
             .oldest(done)
             .map_or(0, |oldest| now_micros().saturating_sub(oldest).max(0));
         let lag_bytes = received.server().0.saturating_sub(checkpoint.acknowledged.0);
-        let text = |sink: Option<&Durable>| {
-            sink.and_then(|sink| sink.position)
-                .map(|position| position.to_string())
-                .unwrap_or_default()
-        };
-        let published_lsn = sinks
-            .iter()
-            .map(|sink| sink.safe)
-            .min()
-            .unwrap_or_default()
-            .max(checkpoint.acknowledged);
+        let text = |sink: Durable| sink.position.map(|position| position.to_string()).unwrap_or_default();
         metrics.events.set(signed(checkpoint.events_total));
         metrics.lag_bytes.set(signed(lag_bytes));
         metrics.lag_millis.set(lag_micros / 1000);
@@ -150,7 +176,7 @@ pub(super) async fn run(
         reporter.update(|state| {
             state.progress = CaptureProgress {
                 received_lsn: received.received().0,
-                published_lsn: published_lsn.0,
+                published_lsn: kafka.safe.max(checkpoint.acknowledged).0,
                 confirmed_flush_lsn: checkpoint.acknowledged.0,
                 lag_bytes,
                 lag_millis: (lag_micros / 1000).cast_unsigned(),
@@ -159,12 +185,61 @@ pub(super) async fn run(
                 epoch: u32::from(checkpoint.epoch),
                 owner_generation: checkpoint.owner_generation,
                 slot_name: std::mem::take(&mut state.progress.slot_name),
-                kafka_position: text(sinks.first()),
-                redis_position: text(sinks.get(1)),
+                kafka_position: text(kafka),
+                redis_position: redis.as_ref().map(|redis| text(redis.durable)).unwrap_or_default(),
+                redis_state: redis.as_ref().map_or(RedisState::Unspecified, reported).into(),
+                redis_last_error: redis
+                    .as_ref()
+                    .and_then(|redis| Some(redis.last_error.as_ref()?.to_string()))
+                    .unwrap_or_default(),
             };
         });
         if ended {
             return;
+        }
+    }
+}
+
+/// Waits until Redis's state is another one. Never ends without a Redis, or once nobody feeds it.
+async fn another_state(redis: Option<&mut watch::Receiver<RedisProgress>>, known: State) {
+    if let Some(redis) = redis
+        && redis.wait_for(|redis| redis.state != known).await.is_ok()
+    {
+        return;
+    }
+    std::future::pending().await
+}
+
+fn reported(redis: &RedisProgress) -> RedisState {
+    match redis.state {
+        State::Starting | State::Detached => RedisState::Detached,
+        State::Attached => RedisState::Attached,
+        State::Refilling => RedisState::Refilling,
+    }
+}
+
+impl Context {
+    /// Says how Redis is. Nothing is said of a Redis that was not tried yet.
+    fn judge(&self, redis: &RedisProgress) {
+        let (gap, sinks) = (ConditionType::RedisGap, ConditionType::SinksReady);
+        match (redis.state, redis.last_error.as_deref()) {
+            (State::Starting, _) | (State::Detached, None) => {}
+            (State::Attached, _) => {
+                self.sinks_are_ready();
+                self.set(gap, false, "NoGap", "Redis has everything that Kafka has.");
+            }
+            (State::Refilling, error) => {
+                let cause = error.map(|error| format!(" Before: {error}.")).unwrap_or_default();
+                let message = format!("Redis gets from Kafka what it lacks; capture into Kafka goes on.{cause}");
+                self.set(sinks, false, "RedisRefilling", message);
+            }
+            (State::Detached, Some(error)) => {
+                let message = format!("{error}. Capture into Kafka goes on.");
+                if matches!(error, SinkError::RedisGap { .. }) {
+                    self.set(gap, true, error.reason(), message.clone());
+                }
+                self.set(sinks, false, error.reason(), message);
+            }
         }
     }
 }

@@ -22,7 +22,6 @@ use crate::{
         SinkError,
         claims::Claims,
         kafka::KafkaSink,
-        redis::RedisSink,
         topics::{TopicSettings, Topics},
     },
     source::postgres::{
@@ -36,7 +35,7 @@ use crate::{
 /// How long reading the end of a partition may take.
 const TAIL_DEADLINE: Duration = Duration::from_secs(15);
 
-/// A session that owns the slot, and is the one writer of both sinks.
+/// A session that owns the slot, and is the one writer of Kafka. Redis is fed from there on: it is nothing to wait for.
 pub(super) struct Session {
     pub(super) catalog: Catalog,
     pub(super) selection: Selection,
@@ -47,7 +46,6 @@ pub(super) struct Session {
     /// What the status says; none, and so nothing, until a checkpoint says it.
     pub(super) acknowledged: watch::Sender<Option<Lsn>>,
     pub(super) kafka: KafkaSink,
-    pub(super) redis: Option<RedisSink>,
     pub(super) checkpoint: Checkpoint,
 }
 
@@ -134,19 +132,16 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
         "Ready",
         "The source is fit for capture.",
     );
-    let (kafka, redis, checkpoint) = open_sinks(context, &catalog, &tables, &checkpoint_topic, &server).await?;
+    let (kafka, checkpoint) = open_kafka(context, &catalog, &tables, &checkpoint_topic, &server).await?;
     context.set(
         ConditionType::SourceGap,
         false,
         "NoGap",
         "The source has everything since the checkpoint.",
     );
-    context.set(
-        ConditionType::SinksReady,
-        true,
-        "Ready",
-        "Every sink takes what it is given.",
-    );
+    if context.config.redis.is_none() {
+        context.sinks_are_ready();
+    }
     tracing::info!(
         generation = checkpoint.owner_generation,
         epoch = checkpoint.epoch,
@@ -163,7 +158,6 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
         status,
         acknowledged,
         kafka,
-        redis,
         checkpoint,
     })
 }
@@ -207,14 +201,14 @@ async fn read_own_checkpoint(context: &Context, topic: &str) -> Result<Option<Ch
     }
 }
 
-/// Becomes the one writer of both sinks.
-async fn open_sinks(
+/// Becomes the one writer of Kafka.
+async fn open_kafka(
     context: &Context,
     catalog: &Catalog,
     tables: &[Table],
     checkpoint_topic: &str,
     server: &ServerIdentity,
-) -> Result<(KafkaSink, Option<RedisSink>, Checkpoint), CaptureError> {
+) -> Result<(KafkaSink, Checkpoint), CaptureError> {
     let config = context.config.clone();
     let kafka = spawn_blocking(move || KafkaSink::open(&config)).await??;
     let before = read_own_checkpoint(context, checkpoint_topic).await?;
@@ -263,20 +257,7 @@ async fn open_sinks(
         let checkpoint = checkpoint.clone();
         spawn_blocking(move || kafka.commit_checkpoint(&checkpoint).map(|()| kafka)).await??
     };
-    let redis = match &context.config.redis {
-        Some(redis) => {
-            let sink = RedisSink::open(redis, &own_key(context), &checkpoint).await?;
-            context.set(
-                ConditionType::RedisGap,
-                false,
-                "NoGap",
-                "Redis has everything that it acknowledged.",
-            );
-            Some(sink)
-        }
-        None => None,
-    };
-    Ok((kafka, redis, checkpoint))
+    Ok((kafka, checkpoint))
 }
 
 /// The independent check of the checkpoint: no partition may hold a change past it.

@@ -1,9 +1,12 @@
 //! One session: from owning the slot to losing it.
 
+use std::{future::pending, time::Duration};
+
 use tokio::{
     runtime::Handle,
     sync::{mpsc, watch},
-    task::spawn_blocking,
+    task::{JoinError, JoinHandle, spawn_blocking},
+    time::timeout,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -17,9 +20,18 @@ use crate::{
     encode::ProtobufEncoder,
     position::Epoch,
     progress::ConditionType,
-    sink::{Durable, QUEUED_BATCHES},
+    sink::{
+        Durable, QUEUED_BATCHES,
+        redis::{
+            feed::Feed,
+            live::{Live, Offers},
+        },
+    },
     source::postgres::{assemble::Assembler, preflight::wire_failure},
 };
+
+/// How long the end of a session waits for Redis to take what is on its way; what it does not take is refilled by the next one.
+const PARTING: Duration = Duration::from_secs(5);
 
 /// Runs one session until `shutdown`, or until something fails.
 pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Result<(), CaptureError> {
@@ -33,7 +45,6 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
         mut status,
         acknowledged,
         kafka,
-        redis,
         checkpoint,
     } = tokio::select! {
         session = open(context) => session?,
@@ -45,22 +56,6 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
         ..Durable::default()
     });
     let (kafka_queue, kafka_batches) = mpsc::channel(QUEUED_BATCHES);
-    let mut sinks = vec![kafka_progress];
-    let mut queues = vec![kafka_queue];
-    let mut resume_after = checkpoint.published;
-    let mut redis_task = None;
-    if let Some(redis) = redis {
-        resume_after = resume_after.min(redis.position());
-        let (durable, progress) = watch::channel(Durable {
-            position: redis.position(),
-            ..Durable::default()
-        });
-        let (queue, batches) = mpsc::channel(QUEUED_BATCHES);
-        redis_task = Some(tokio::spawn(redis.publish(batches, sinks[0].clone(), durable)));
-        sinks.push(progress);
-        queues.push(queue);
-    }
-
     let (checkpoints, mut checkpoint_changes) = watch::channel(checkpoint.clone());
     acknowledged.send_replace(Some(checkpoint.acknowledged));
     let forward = tokio::spawn(async move {
@@ -69,16 +64,31 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
             acknowledged.send_replace(Some(at));
         }
     });
+    let mut redis_progress = None;
+    let mut redis_feed = None;
+    let redis_offers = config.redis.as_ref().map(|redis| {
+        let live = Live::default();
+        let (feed, progress) = Feed::new(
+            config,
+            redis,
+            live.clone(),
+            kafka_progress.clone(),
+            checkpoints.subscribe(),
+            context.metrics.redis.clone(),
+        );
+        redis_feed = Some(tokio::spawn(feed.run()));
+        redis_progress = Some(progress);
+        Offers::new(live)
+    });
     let inflight = Inflight::default();
     let observer = tokio::spawn(observe::run(
-        context.reporter.clone(),
-        context.metrics.clone(),
-        sinks.clone(),
+        context.clone(),
+        kafka_progress,
+        redis_progress.clone(),
         checkpoints.subscribe(),
         received.clone(),
         inflight.clone(),
     ));
-    let redis_progress = sinks.get(1).cloned();
     let mut kafka_task = spawn_blocking({
         let checkpoint = checkpoint.clone();
         let runtime = Handle::current();
@@ -108,40 +118,52 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
         topics,
         selection,
         &checkpoint,
-        resume_after,
         received,
         inflight,
     );
     let mut kafka_result = None;
-    let mut redis_result = None;
+    let queues = Queues {
+        kafka: kafka_queue,
+        redis: redis_offers,
+    };
     let result = tokio::select! {
-        result = stream.run(reader, &catalog, Queues::new(queues), shutdown) => result,
+        result = stream.run(reader, &catalog, queues, shutdown) => result,
         result = &mut kafka_task => {
             kafka_result = Some(result);
             Ok(())
         }
-        result = async { match &mut redis_task { Some(task) => task.await, None => std::future::pending().await } } => {
-            redis_result = Some(result);
-            redis_task = None;
-            Ok(())
-        }
+        error = crash(&mut redis_feed) => Err(error.into()),
         error = status.failed() => Err(wire_failure(&config.source, "", error).into()),
     };
     // The queues are closed now: the sinks take what is left, and the last checkpoint acknowledges it.
     context.ready.send_replace(false);
-    if let Some(task) = redis_task {
-        redis_result = Some(task.await);
-    }
     let kafka_result = match kafka_result {
         Some(result) => result,
         None => kafka_task.await,
     };
+    if let Some(mut feed) = redis_feed
+        && timeout(PARTING, &mut feed).await.is_err()
+    {
+        tracing::warn!("Redis did not take in time what was on its way; it will be refilled");
+        feed.abort();
+    }
     forward.await?;
     status.finish().await;
     observer.await?;
     // The first cause counts: what follows from it says less.
     result?;
-    redis_result.transpose()?.transpose()?;
     kafka_result??;
     Ok(())
+}
+
+/// Waits until the feed crashes: it ends by itself only with the session.
+async fn crash(feed: &mut Option<JoinHandle<()>>) -> JoinError {
+    if let Some(task) = feed
+        && let Err(error) = task.await
+    {
+        *feed = None;
+        return error;
+    }
+    *feed = None;
+    pending().await
 }

@@ -16,7 +16,7 @@ use crate::{
     encode::Encoder,
     log::{Checkpoint, topic_name},
     position::{Lsn, Position},
-    sink::topics::Topics,
+    sink::{redis::live::Offers, topics::Topics},
     source::postgres::{
         assemble::{Assembled, Assembler},
         pgoutput::{LogicalMessage, RelationMessage, decode},
@@ -25,21 +25,35 @@ use crate::{
     },
 };
 
-/// The queues of the sinks, which all get every batch.
-pub(super) struct Queues(Vec<mpsc::Sender<Arc<Batch>>>);
+/// Where every batch goes: Kafka, which is waited for, and Redis, if there is one, which never is.
+pub(super) struct Queues {
+    pub(super) kafka: mpsc::Sender<Arc<Batch>>,
+    pub(super) redis: Option<Offers>,
+}
 
 impl Queues {
-    pub(super) fn new(queues: Vec<mpsc::Sender<Arc<Batch>>>) -> Self {
-        Self(queues)
+    /// Waits until there is room. None when Kafka has ended, which the session learns by itself.
+    async fn reserve(&self) -> Option<Place<'_>> {
+        let kafka = self.kafka.reserve().await.ok()?;
+        Some(Place {
+            kafka,
+            redis: self.redis.as_ref(),
+        })
     }
+}
 
-    /// Waits until every sink has room. None when a sink has ended, which the session learns by itself.
-    async fn reserve(&self) -> Option<Vec<mpsc::Permit<'_, Arc<Batch>>>> {
-        let mut permits = Vec::with_capacity(self.0.len());
-        for queue in &self.0 {
-            permits.push(queue.reserve().await.ok()?);
+/// Room for one batch.
+struct Place<'a> {
+    kafka: mpsc::Permit<'a, Arc<Batch>>,
+    redis: Option<&'a Offers>,
+}
+
+impl Place<'_> {
+    fn take(self, batch: Arc<Batch>) {
+        if let Some(redis) = self.redis {
+            redis.offer(&batch);
         }
-        Some(permits)
+        self.kafka.send(batch);
     }
 }
 
@@ -52,10 +66,8 @@ pub(super) struct Stream<'a> {
     selection: Selection,
     /// Tables that an external publication holds and the globs do not: counted, and not captured.
     left_out: HashSet<u32>,
-    /// The last change in Kafka when the session started.
+    /// The last change in Kafka when the session started; what comes up to there is known.
     published: Option<Position>,
-    /// Every sink has all changes up to here.
-    resume_after: Option<Position>,
     received: Received,
     inflight: Inflight,
     batch: Batch,
@@ -76,7 +88,6 @@ impl<'a> Stream<'a> {
         topics: Topics,
         selection: Selection,
         checkpoint: &Checkpoint,
-        resume_after: Option<Position>,
         received: Received,
         inflight: Inflight,
     ) -> Self {
@@ -88,7 +99,6 @@ impl<'a> Stream<'a> {
             selection,
             left_out: HashSet::new(),
             published: checkpoint.published,
-            resume_after,
             received,
             inflight,
             batch: Batch::new(),
@@ -100,7 +110,7 @@ impl<'a> Stream<'a> {
         }
     }
 
-    /// Reads until `shutdown`, or until the connection or a sink ends.
+    /// Reads until `shutdown`, or until the connection or Kafka's sink ends.
     pub(super) async fn run(
         &mut self,
         mut reader: FrameReader,
@@ -123,22 +133,22 @@ impl<'a> Stream<'a> {
                     } => self.keepalive(wal_end, reply_requested),
                 }
                 if self.batch.is_full() {
-                    let permits = tokio::select! {
-                        permits = queues.reserve() => permits,
+                    let place = tokio::select! {
+                        place = queues.reserve() => place,
                         () = shutdown.cancelled() => None,
                     };
-                    match permits {
-                        Some(permits) => self.hand_on(permits),
+                    match place {
+                        Some(place) => self.hand_on(place),
                         None => return Ok(()),
                     }
                 }
             }
-            // What has come is handed on at once; while the sinks are busy, more of it gathers.
+            // What has come is handed on at once; while Kafka is busy, more of it gathers.
             tokio::select! {
                 biased;
                 () = shutdown.cancelled() => return Ok(()),
-                permits = queues.reserve(), if self.news => match permits {
-                    Some(permits) => self.hand_on(permits),
+                place = queues.reserve(), if self.news => match place {
+                    Some(place) => self.hand_on(place),
                     None => return Ok(()),
                 },
                 filled = reader.fill() => filled.map_err(wire)?,
@@ -146,7 +156,7 @@ impl<'a> Stream<'a> {
         }
     }
 
-    fn hand_on(&mut self, permits: Vec<mpsc::Permit<'_, Arc<Batch>>>) {
+    fn hand_on(&mut self, place: Place<'_>) {
         let mut batch = std::mem::replace(&mut self.batch, Batch::new());
         batch.complete = self.complete;
         batch.safe = self.safe;
@@ -154,10 +164,7 @@ impl<'a> Stream<'a> {
         if let Some(first) = batch.records().first() {
             self.inflight.push(self.batches, first.commit_time_micros);
         }
-        let batch = Arc::new(batch);
-        for permit in permits {
-            permit.send(Arc::clone(&batch));
-        }
+        place.take(Arc::new(batch));
         self.news = false;
     }
 
@@ -191,7 +198,7 @@ impl<'a> Stream<'a> {
             encoder,
             batch,
             high_time_micros,
-            resume_after,
+            published,
             left_out,
             news,
             ..
@@ -199,7 +206,7 @@ impl<'a> Stream<'a> {
         match assembler.take(&message)? {
             Assembled::Nothing => {}
             Assembled::Changes(changes) => changes.for_each(|change| {
-                if Some(change.position) > *resume_after && !left_out.contains(&change.relation.oid) {
+                if Some(change.position) > *published && !left_out.contains(&change.relation.oid) {
                     batch.high_time_micros = *high_time_micros;
                     encoder.encode(&change, batch)?;
                     *news = true;

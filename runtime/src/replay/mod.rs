@@ -198,7 +198,7 @@ impl JobReport {
             tokio::time::Instant::now(),
         );
         self.reporter.update(|state| state.progress = progress);
-        if let Some((topic, partition)) = range.emptied.first() {
+        if let Some((topic, partition)) = range.emptied.first().filter(|_| range.from.is_some()) {
             let others = range.emptied.len() - 1;
             self.set_truncated(format!(
                 "Kafka has deleted everything in partition {partition} of {topic} (and {others} more like it), so nobody can say \

@@ -39,7 +39,7 @@ pub struct Range {
     pub from: Option<i64>,
     /// Timestamp before which the last records are; none: bounded by `end` alone.
     pub to: Option<i64>,
-    /// The last whole transaction in the log when the range was resolved; none in an empty log.
+    /// The end of the log when the range was resolved, of a replay that of its last whole transaction; none in an empty log.
     pub end: Option<Position>,
     /// The greatest commit time in the log when the range was resolved, in microseconds.
     pub high_time: i64,
@@ -79,16 +79,20 @@ impl Range {
     /// Where a record is.
     #[must_use]
     pub fn place(&self, timestamp: i64, position: Position) -> Place {
-        let whole = self
-            .end
-            .is_some_and(|end| (position.epoch, position.commit_lsn) <= (end.epoch, end.commit_lsn));
-        if !whole || self.to.is_some_and(|to| timestamp >= to) {
+        let within = self.end.is_some_and(|end| position <= end);
+        if !within || self.to.is_some_and(|to| timestamp >= to) {
             Place::Beyond
         } else if self.from.is_some_and(|from| timestamp < from) {
             Place::Before
         } else {
             Place::Inside
         }
+    }
+
+    /// True if what Kafka deleted may have been in it.
+    #[must_use]
+    pub fn may_lack_its_start(&self) -> bool {
+        !self.emptied.is_empty() || self.partitions.iter().any(|stretch| stretch.truncated)
     }
 
     /// An upper bound of the records to come.
@@ -148,25 +152,59 @@ pub fn resolve(config: &ReplayConfig, stop: &CancellationToken) -> Result<Range,
         partitions: Vec::new(),
         emptied: Vec::new(),
     };
-    if range.end.is_none() {
-        return Ok(range);
+    if range.end.is_some() {
+        locate(&mut range, &config.kafka, &checkpoint_topic, stop)?;
     }
+    Ok(range)
+}
 
-    let committed = Offsets::connect(&config.kafka, "read_committed")?;
-    let partitions = committed.partitions(&config.kafka.topic_prefix, &checkpoint_topic)?;
-    let ends = Offsets::connect(&config.kafka, "read_uncommitted")?.list(&partitions, Offset::End)?;
+/// The range from a timestamp, or from the oldest change that Kafka holds, to the end of the log, which is in a committed checkpoint.
+/// Blocks; ends early when `stop` is cancelled.
+///
+/// # Errors
+/// When Kafka cannot say where it is.
+pub fn up_to(
+    kafka: &KafkaLog,
+    checkpoint_topic: &str,
+    from: Option<i64>,
+    end: Position,
+    stop: &CancellationToken,
+) -> Result<Range, ReplayError> {
+    let mut range = Range {
+        from,
+        to: None,
+        end: Some(end),
+        high_time: 0,
+        partitions: Vec::new(),
+        emptied: Vec::new(),
+    };
+    locate(&mut range, kafka, checkpoint_topic, stop)?;
+    Ok(range)
+}
+
+/// Finds the partitions of a range, and its stretches of them.
+fn locate(
+    range: &mut Range,
+    kafka: &KafkaLog,
+    checkpoint_topic: &str,
+    stop: &CancellationToken,
+) -> Result<(), ReplayError> {
+    let committed = Offsets::connect(kafka, "read_committed")?;
+    let partitions = committed.partitions(&kafka.topic_prefix, checkpoint_topic)?;
+    let ends = Offsets::connect(kafka, "read_uncommitted")?.list(&partitions, Offset::End)?;
     settle(&committed, &partitions, &ends, stop)?;
 
     // Only now, since neither question sees what is at or after the last stable offset.
     let lows = committed.list(&partitions, Offset::Beginning)?;
-    let starts = match range.from {
+    let from = range.from;
+    let starts = match from {
         Some(from) => committed.list(&partitions, Offset::Offset(from))?,
         None => lows.clone(),
     };
-    let tail = Tail::new(&config.kafka.bootstrap_servers, TIMEOUT).map_err(ReplayError::TailUnreadable)?;
+    let tail = Tail::new(&kafka.bootstrap_servers, TIMEOUT).map_err(ReplayError::TailUnreadable)?;
     for (index, (topic, partition)) in partitions.into_iter().enumerate() {
         let (low, end) = (lows[index].unwrap_or(0), ends[index].unwrap_or(0));
-        if low > 0 && low >= end && from.is_some() {
+        if low > 0 && low >= end {
             range.emptied.push((topic, partition));
             continue;
         }
@@ -189,11 +227,11 @@ pub fn resolve(config: &ReplayConfig, stop: &CancellationToken) -> Result<Range,
                 partition,
                 start,
                 end,
-                truncated: from.is_some() && low > 0 && start == low,
+                truncated: low > 0 && start == low,
             });
         }
     }
-    Ok(range)
+    Ok(())
 }
 
 /// The range as a subscriber takes it who goes on after `token`. Blocks.
@@ -361,7 +399,7 @@ mod tests {
 
     #[test]
     fn a_record_is_placed_by_its_timestamp_and_its_transaction() {
-        let range = range(Some(100), Some(200), "1:0/50:7");
+        let range = range(Some(100), Some(200), "1:0/50:18446744073709551615");
         let place = |timestamp, position: &str| range.place(timestamp, position.parse().unwrap());
         assert_eq!(place(99, "1:0/10:0"), Place::Before);
         assert_eq!(place(100, "1:0/10:0"), Place::Inside);

@@ -55,13 +55,24 @@ pub fn start(
     range: Range,
     after: Option<Coordinate>,
 ) -> mpsc::Receiver<Result<Read, ReplayError>> {
+    let group = format!("meander-replay.{}.{}", job.namespace, job.name);
+    start_with(kafka, group, PREFETCH_BYTES, range, after)
+}
+
+/// As [`start`], under a name of its own and with `prefetch` bytes of memory for what is fetched ahead.
+pub fn start_with(
+    kafka: &KafkaLog,
+    // Nothing is ever committed to the group and nobody joins it; the name shows up in quotas and in the brokers' logs.
+    group: String,
+    prefetch: usize,
+    range: Range,
+    after: Option<Coordinate>,
+) -> mpsc::Receiver<Result<Read, ReplayError>> {
     let (out, reads) = mpsc::channel(CHUNKS);
     let kafka = kafka.clone();
-    // Nothing is ever committed to the group and nobody joins it; the name shows up in quotas and in the brokers' logs.
-    let group = format!("meander-replay.{}.{}", job.namespace, job.name);
     let failed = out.clone();
     let read = move || {
-        let result = Reader::connect(&kafka, &group, range, after, out.clone()).and_then(Reader::run);
+        let result = Reader::connect(&kafka, &group, prefetch, range, after, out.clone()).and_then(Reader::run);
         match result {
             Ok(()) | Err(Stop::Unheard) => {}
             Err(Stop::Failed(error)) => {
@@ -113,6 +124,7 @@ impl Reader {
     fn connect(
         kafka: &KafkaLog,
         group: &str,
+        prefetch: usize,
         range: Range,
         after: Option<Coordinate>,
         out: mpsc::Sender<Result<Read, ReplayError>>,
@@ -121,8 +133,7 @@ impl Reader {
             doing: "starting to read the log",
             source,
         };
-        let share =
-            (PREFETCH_BYTES / range.partitions.len().max(1)).clamp(*PARTITION_BYTES.start(), *PARTITION_BYTES.end());
+        let share = (prefetch / range.partitions.len().max(1)).clamp(*PARTITION_BYTES.start(), *PARTITION_BYTES.end());
         let consumer: Arc<BaseConsumer<Context>> = Arc::new(
             client_config(&kafka.bootstrap_servers, group)
                 .set("queued.max.messages.kbytes", (share / 1024).to_string())

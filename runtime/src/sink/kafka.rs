@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use meander_config::CaptureConfig;
+use meander_config::{Acknowledgement, CaptureConfig};
 use rdkafka::{
     ClientConfig, ClientContext, Message as _,
     error::{KafkaError, RDKafkaErrorCode},
@@ -29,7 +29,10 @@ use crate::{
     batch::{Batch, Record},
     log::{COMMIT_TIME_HEADER, Checkpoint, PART_HEADER, POSITION_HEADER, RedisPlace, checkpoint_key, checkpoint_topic},
     position::{Lsn, Position},
-    sink::{Durable, SinkError},
+    sink::{
+        Durable, SinkError,
+        redis::feed::{Progress as RedisProgress, State as RedisState},
+    },
 };
 
 /// How long signing on as the producer may take: the broker answers only when the transaction of the producer before is settled.
@@ -47,7 +50,7 @@ const TRANSACTION_BYTES: usize = 8 * 1024 * 1024;
 const ACKNOWLEDGE_INTERVAL: Duration = Duration::from_secs(5);
 /// How often that is looked at while nothing comes.
 const TICK: Duration = Duration::from_secs(1);
-/// How long the end waits for Redis to take what Kafka has, so that the last checkpoint can acknowledge it.
+/// How long the end waits for Redis to take what Kafka has, where that is required to acknowledge it.
 const CLOSING_DEADLINE: Duration = Duration::from_secs(5);
 
 /// The first delivery that failed since the producer was made.
@@ -80,6 +83,8 @@ pub struct KafkaSink {
     checkpoint_topic: String,
     checkpoint_key: String,
     stream_prefix: Option<String>,
+    /// PostgreSQL is acknowledged only what Redis has as well.
+    redis_required: bool,
 }
 
 impl KafkaSink {
@@ -119,6 +124,10 @@ impl KafkaSink {
             checkpoint_topic: checkpoint_topic(namespace, name),
             checkpoint_key,
             stream_prefix: config.redis.as_ref().map(|redis| redis.stream_prefix.clone()),
+            redis_required: config
+                .redis
+                .as_ref()
+                .is_some_and(|redis| redis.acknowledgement == Acknowledgement::Required),
         })
     }
 
@@ -131,12 +140,18 @@ impl KafkaSink {
         self.commit(checkpoint)
     }
 
-    fn note_redis(&self, checkpoint: &mut Checkpoint, redis: Durable) {
+    /// Notes Redis's place in the checkpoint. Returns what may be acknowledged of what is `safe` in Kafka.
+    fn note_redis(&self, checkpoint: &mut Checkpoint, redis: Durable, safe: Lsn) -> Lsn {
         if let (Some(position), Some(stream_prefix)) = (redis.position, &self.stream_prefix) {
             checkpoint.redis = Some(RedisPlace {
                 stream_prefix: stream_prefix.clone(),
                 position,
             });
+        }
+        if self.redis_required {
+            safe.min(redis.safe)
+        } else {
+            safe
         }
     }
 
@@ -268,8 +283,8 @@ impl KafkaSink {
 
     /// Publishes batches until there are no more, which is the end of the capture. Blocks.
     ///
-    /// `redis` is how far Redis has come, if there is one: until it can be refilled from Kafka, PostgreSQL is acknowledged on the
-    /// lesser of both.
+    /// `redis` is how far Redis has come, if there is one. It is noted in the checkpoint; where it is required, PostgreSQL is
+    /// acknowledged on the lesser of both, and otherwise on what Kafka has alone.
     ///
     /// # Errors
     /// When a transaction does not succeed, or may not have.
@@ -278,7 +293,7 @@ impl KafkaSink {
         runtime: &Handle,
         mut checkpoint: Checkpoint,
         mut batches: mpsc::Receiver<Arc<Batch>>,
-        mut redis: Option<watch::Receiver<Durable>>,
+        mut redis: Option<watch::Receiver<RedisProgress>>,
         durable: &watch::Sender<Durable>,
         acknowledged: &watch::Sender<Checkpoint>,
     ) -> Result<(), SinkError> {
@@ -303,9 +318,7 @@ impl KafkaSink {
             transaction.advance(&mut state, &mut checkpoint);
             let mut safe = state.safe;
             if let Some(redis) = &redis {
-                let redis = *redis.borrow();
-                self.note_redis(&mut checkpoint, redis);
-                safe = safe.min(redis.safe);
+                safe = self.note_redis(&mut checkpoint, redis.borrow().durable, safe);
             }
             let acknowledges = safe > checkpoint.acknowledged && last_commit.elapsed() >= ACKNOWLEDGE_INTERVAL;
             if transaction.open || acknowledges {
@@ -327,18 +340,19 @@ impl KafkaSink {
         &self,
         runtime: &Handle,
         mut checkpoint: Checkpoint,
-        redis: Option<&mut watch::Receiver<Durable>>,
+        redis: Option<&mut watch::Receiver<RedisProgress>>,
         durable: &watch::Sender<Durable>,
         acknowledged: &watch::Sender<Checkpoint>,
     ) -> Result<(), SinkError> {
         let mut safe = durable.borrow().safe;
         if let Some(redis) = redis {
-            // An error of this means that Redis has taken all it will, which is just as well.
-            let caught_up = redis.wait_for(|redis| redis.safe >= safe);
-            let _ = runtime.block_on(timeout(CLOSING_DEADLINE, caught_up));
-            let redis = *redis.borrow();
-            self.note_redis(&mut checkpoint, redis);
-            safe = safe.min(redis.safe);
+            if self.redis_required {
+                // An error of this means that Redis has taken all it will, which is just as well.
+                let caught_up =
+                    redis.wait_for(|redis| redis.durable.safe >= safe || redis.state != RedisState::Attached);
+                let _ = runtime.block_on(timeout(CLOSING_DEADLINE, caught_up));
+            }
+            safe = self.note_redis(&mut checkpoint, redis.borrow().durable, safe);
         }
         if safe > checkpoint.acknowledged {
             checkpoint.acknowledged = safe;

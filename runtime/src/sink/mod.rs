@@ -21,7 +21,10 @@ pub struct Durable {
     pub batches: u64,
 }
 
-/// Why a sink stopped. The capture then starts anew from its checkpoint, as it does after a crash: there is one way back.
+/// What is wrong with a sink.
+///
+/// Where it is Kafka, the capture starts anew from its checkpoint, as it does after a crash: there is one way back. Where it is Redis,
+/// capture into Kafka goes on, and Redis is refilled from there.
 #[derive(Debug, thiserror::Error)]
 pub enum SinkError {
     /// Kafka does not answer.
@@ -132,15 +135,51 @@ pub enum SinkError {
         /// What to do.
         remedy: String,
     },
-    /// Redis lost entries that it had acknowledged, and PostgreSQL may no longer send them.
+    /// A later owner has the mark.
     #[error(
-        "Redis lost entries: it is complete up to {found}, and had acknowledged {expected}; Kafka has them. To go on, delete the pipeline with reclaimPolicy Retain and create it again with another streamPrefix"
+        "Redis was taken by owner generation {0}; if no other runtime runs, Kafka lost the checkpoint: choose another streamPrefix"
     )]
-    RedisGap {
+    RedisTaken(String),
+    /// Redis lost entries that it had acknowledged.
+    #[error(
+        "Redis lost entries: it is complete up to {found}, and had acknowledged {expected}; what is missing is refilled from Kafka"
+    )]
+    RedisLost {
         /// What the mark says now.
         found: String,
         /// What it had said.
         expected: String,
+    },
+    /// A stream is gone, and the mark is not.
+    #[error(
+        "stream {stream:?} was deleted; to have every stream filled anew from Kafka, delete the others as well, and then the mark: DEL {mark}"
+    )]
+    RedisStreamLost {
+        /// Name of the stream.
+        stream: String,
+        /// Name of the mark.
+        mark: String,
+    },
+    /// Redis takes less than comes.
+    #[error(
+        "Redis does not take changes as fast as they come, and its buffer of {} MiB was full; what it lacks is refilled from Kafka",
+        redis::BUFFER_BYTES >> 20
+    )]
+    RedisSlow,
+    /// Kafka cannot be read.
+    #[error("Redis cannot be refilled: {0}")]
+    Refill(String),
+    /// Neither Redis nor Kafka has them.
+    #[error(
+        "Redis lacks {missing} changes after {after} that Kafka no longer holds; let the topics keep them longer than Redis may be away, and to go on without these changes run HSET {mark} accept {missing}"
+    )]
+    RedisGap {
+        /// How many changes.
+        missing: u64,
+        /// The last change before them that Redis has.
+        after: String,
+        /// Name of the mark.
+        mark: String,
     },
 }
 
@@ -164,7 +203,12 @@ impl SinkError {
             Self::RedisCluster(_) => "RedisClusterUnsupported",
             Self::RedisFull(_) => "RedisOutOfMemory",
             Self::ForeignWriter { .. } => "ForeignWriter",
-            Self::RedisGap { .. } => "EntriesLost",
+            Self::RedisTaken(_) => "RedisTaken",
+            Self::RedisLost { .. } => "EntriesLost",
+            Self::RedisStreamLost { .. } => "StreamDeleted",
+            Self::RedisSlow => "RedisSlow",
+            Self::Refill(_) => "RefillFailed",
+            Self::RedisGap { .. } => "HistoryMissing",
         }
     }
 }

@@ -1,21 +1,25 @@
-//! The fast path: each batch is appended to its streams, and the mark moved, by one script.
+//! The fast path: changes are appended to their streams, and the mark moved, by one script.
 //!
 //! The mark is a hash of this pipeline alone: the generation of the owner that may write, the position up to which the streams are
-//! complete, and the last entry of each. A script runs as a whole or finds the mark elsewhere; so a batch that was sent twice is written once, and a writer that
-//! lost the slot to another writes nothing.
+//! complete, how many changes that is since the pipeline's beginning, and the last entry of each stream. A script runs as a whole or
+//! finds the mark elsewhere; so what was sent twice is written once, and a writer that lost the slot to another writes nothing.
+//!
+//! Kafka never waits for Redis. [`live`] holds what is on its way, [`feed`] takes it from there, and [`refill`] copies from Kafka what
+//! Redis missed.
 
-use std::{fs, sync::Arc, time::Duration};
+pub mod feed;
+pub mod live;
+mod refill;
+
+use std::{fs, time::Duration};
 
 use meander_config::RedisSink as Config;
 use redis::{AsyncConnectionConfig, Client, ConnectionAddr, ErrorKind, RedisError, Script, aio::MultiplexedConnection};
-use tokio::sync::{mpsc, watch};
 
-use crate::{
-    batch::{Batch, Record},
-    log::Checkpoint,
-    position::Position,
-    sink::{Durable, SinkError},
-};
+use crate::{position::Position, sink::SinkError};
+
+/// Memory for what is on its way to Redis. When it is full, Redis is refilled from Kafka instead.
+pub const BUFFER_BYTES: usize = 32 << 20;
 
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 /// How long one script may take. Redis answers nobody else meanwhile, so scripts are kept small.
@@ -28,15 +32,41 @@ const SCRIPT_BYTES: usize = 1024 * 1024;
 /// The value of an entry for a record that has none. No format has a value like it, and consumers of Debezium Server know it.
 const NO_VALUE: &[u8] = b"default";
 
-/// The writer that owns the mark.
-pub struct RedisSink {
+/// One record as it goes into its stream.
+#[derive(Clone, Copy, Debug)]
+struct Entry<'a> {
+    stream: &'a str,
+    position: Position,
+    part: u8,
+    /// The record's timestamp in Kafka, by which the place in the log is found again.
+    timestamp_millis: i64,
+    key: &'a [u8],
+    /// None for a tombstone.
+    value: Option<&'a [u8]>,
+}
+
+/// The owner of the mark.
+struct Writer {
     connection: MultiplexedConnection,
-    append: Script,
+    script: Script,
     address: String,
     mark: String,
     generation: String,
-    position: Option<Position>,
     max_length: String,
+    place: Place,
+}
+
+/// What the mark says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Place {
+    /// The last change that Redis has.
+    position: Option<Position>,
+    /// Its timestamp in Kafka.
+    timestamp_millis: Option<i64>,
+    /// How many of the pipeline's changes those up to there are.
+    events: u64,
+    /// So many changes may be missing: somebody said so.
+    accept: Option<u64>,
 }
 
 /// Name of the hash that holds the mark. It names the pipeline by the key of its checkpoint, so that two pipelines with one prefix
@@ -54,197 +84,184 @@ pub fn entry_id(position: Position, part: u8) -> String {
     format!("{milliseconds}-{sequence}")
 }
 
-impl RedisSink {
-    /// Connects, checks the server, and takes the mark for the owner generation of the checkpoint. `pipeline` is the key of that.
-    ///
-    /// # Errors
-    /// When Redis cannot be used, a later owner has the mark, or entries were lost.
-    pub async fn open(config: &Config, pipeline: &str, checkpoint: &Checkpoint) -> Result<Self, SinkError> {
+impl Writer {
+    /// Connects, checks the server, and takes the mark for an owner generation. `pipeline` is the key of its checkpoint.
+    async fn open(config: &Config, pipeline: &str, generation: u64) -> Result<Self, SinkError> {
         let (mut connection, address) = connect(config).await?;
         check_server(&mut connection, &address).await?;
         let mark = mark_key(&config.stream_prefix, pipeline);
-        let failed = |error: RedisError| failed(&address, &error);
-        let (generation, position): (Option<String>, Option<String>) = redis::cmd("HMGET")
-            .arg(&mark)
-            .arg(&["generation", "position"])
-            .query_async(&mut connection)
-            .await
-            .map_err(failed)?;
-        let owner: u64 = generation.as_deref().and_then(|text| text.parse().ok()).unwrap_or(0);
-        if owner >= checkpoint.owner_generation {
-            return Err(SinkError::Fenced(format!(
-                "Redis was taken by owner generation {owner}; if no other runtime runs, Kafka lost the checkpoint: choose another streamPrefix"
-            )));
-        }
-        let unreadable = |text: &String| SinkError::Redis {
-            address: address.clone(),
-            cause: format!("the mark {mark:?} holds {text:?}, which is not a position"),
-        };
-        let place: Option<Position> = position
-            .as_ref()
-            .map(|text| text.parse().map_err(|_| unreadable(text)))
-            .transpose()?;
-        // The checkpoint was written after Redis had acknowledged this, so Redis had it. Streams under another prefix are new ones.
-        let acknowledged = checkpoint
-            .redis
-            .as_ref()
-            .filter(|redis| redis.stream_prefix == config.stream_prefix)
-            .map(|redis| redis.position);
-        if place < acknowledged {
-            let text =
-                |position: Option<Position>| position.map_or("nothing".to_owned(), |position| position.to_string());
-            return Err(SinkError::RedisGap {
-                found: text(place),
-                expected: text(acknowledged),
-            });
-        }
-        let claimed: i32 = Script::new(include_str!("redis_claim.lua"))
+        let answer: Vec<String> = Script::new(include_str!("redis/claim.lua"))
             .key(&mark)
-            .arg(generation.unwrap_or_default())
-            .arg(position.unwrap_or_default())
-            .arg(checkpoint.owner_generation)
+            .arg(generation)
             .invoke_async(&mut connection)
             .await
-            .map_err(failed)?;
-        if claimed != 1 {
-            return Err(SinkError::Fenced(
-                "another owner took Redis at the same time".to_owned(),
-            ));
-        }
+            .map_err(|error| failed(&address, &error))?;
+        let place = match texts(&answer)[..] {
+            ["ok", position, timestamp, events, accept] => Place {
+                position: written(position),
+                timestamp_millis: written(timestamp),
+                events: written(events).unwrap_or(0),
+                accept: written(accept),
+            },
+            ["taken", owner] => return Err(SinkError::RedisTaken(owner.to_owned())),
+            _ => return Err(unexpected(&answer, &address, &mark)),
+        };
         Ok(Self {
             connection,
-            append: Script::new(include_str!("redis.lua")),
+            script: Script::new(include_str!("redis/append.lua")),
             address,
             mark,
-            generation: checkpoint.owner_generation.to_string(),
-            position: place,
+            generation: generation.to_string(),
             max_length: config.max_length.map(|length| length.to_string()).unwrap_or_default(),
+            place,
         })
     }
 
-    /// The last change that Redis has.
-    #[must_use]
-    pub fn position(&self) -> Option<Position> {
-        self.position
-    }
-
-    /// Appends batches until there are no more, which is the end of the capture. `kafka` is how far Kafka has come.
-    ///
-    /// # Errors
-    /// When Redis cannot be written to, or somebody else wrote.
-    pub async fn publish(
-        mut self,
-        mut batches: mpsc::Receiver<Arc<Batch>>,
-        mut kafka: watch::Receiver<Durable>,
-        durable: watch::Sender<Durable>,
-    ) -> Result<(), SinkError> {
-        while let Some(batch) = batches.recv().await {
-            if batch.kafka_first && kafka.wait_for(|kafka| kafka.position >= batch.last()).await.is_err() {
-                // Kafka took all it will, and the session is at its end.
-                return Ok(());
-            }
-            let new: Vec<&Record> = batch
-                .records()
-                .iter()
-                .filter(|record| Some(record.position) > self.position)
-                .collect();
-            let mut rest = &new[..];
-            while !rest.is_empty() {
-                let (chunk, after) = rest.split_at(chunk_length(&batch, rest));
-                self.append(&batch, chunk).await?;
-                rest = after;
-            }
-            durable.send_modify(|durable| {
-                durable.position = self.position;
-                durable.safe = durable.safe.max(batch.safe);
-                durable.batches += 1;
-            });
+    /// Appends records, which are after the mark and in order, and moves the mark to the last of them.
+    async fn append(&mut self, entries: &[Entry<'_>]) -> Result<(), SinkError> {
+        let mut rest = entries;
+        while !rest.is_empty() {
+            let (chunk, after) = rest.split_at(chunk_length(rest));
+            self.run(chunk).await?;
+            rest = after;
         }
         Ok(())
     }
 
-    async fn append(&mut self, batch: &Batch, records: &[&Record]) -> Result<(), SinkError> {
-        let Some(last) = records.last().map(|record| record.position) else {
-            return Ok(());
+    async fn run(&mut self, entries: &[Entry<'_>]) -> Result<(), SinkError> {
+        let Some(last) = entries.last() else { return Ok(()) };
+        let changes = entries.iter().filter(|entry| entry.part == 0).count();
+        let place = Place {
+            position: Some(last.position),
+            timestamp_millis: Some(last.timestamp_millis),
+            events: self.place.events + changes as u64,
+            accept: None,
         };
-        let mut call = self.append.key(&self.mark);
-        call.arg(&self.generation)
-            .arg(self.position.map(|position| position.to_string()).unwrap_or_default())
-            .arg(last.to_string())
+        let mut call = self.script.prepare_invoke();
+        call.key(&self.mark)
+            .arg(&self.generation)
+            .arg(text(self.place.position))
+            .arg(last.position.to_string())
+            .arg(last.timestamp_millis)
+            .arg(place.events)
             .arg(&self.max_length);
         let mut streams: Vec<&str> = Vec::new();
-        for record in records {
-            let stream = record.destination.stream.as_str();
-            let index = streams.iter().position(|known| *known == stream).unwrap_or_else(|| {
-                streams.push(stream);
-                call.key(stream);
-                streams.len() - 1
-            });
+        for entry in entries {
+            let index = streams
+                .iter()
+                .position(|known| *known == entry.stream)
+                .unwrap_or_else(|| {
+                    streams.push(entry.stream);
+                    call.key(entry.stream);
+                    streams.len() - 1
+                });
             // Lua counts from 1, and the mark is the first key.
             call.arg(index + 2)
-                .arg(entry_id(record.position, record.part))
-                .arg(record.position.to_string())
-                .arg(batch.key(record).unwrap_or_default())
-                .arg(batch.value(record).unwrap_or(NO_VALUE));
+                .arg(entry_id(entry.position, entry.part))
+                .arg(entry.position.to_string())
+                .arg(entry.key)
+                .arg(entry.value.unwrap_or(NO_VALUE));
         }
         let answer: Vec<String> = call
             .invoke_async(&mut self.connection)
             .await
             .map_err(|error| failed(&self.address, &error))?;
-        match answer.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        match texts(&answer)[..] {
             ["ok"] => {
-                self.position = Some(last);
+                self.place = place;
                 Ok(())
             }
-            ["foreign", stream, id, ours] => Err(SinkError::ForeignWriter {
-                stream: stream.to_owned(),
-                id: id.to_owned(),
-                remedy: if ours.is_empty() {
-                    format!("delete it: DEL {stream}")
-                } else {
-                    format!("delete what others wrote (XDEL) and set it back: XSETID {stream} {ours}")
-                },
-            }),
-            ["lost", stream] => Err(SinkError::RedisGap {
-                found: format!("nothing in stream {stream:?}"),
-                expected: self.position.map(|position| position.to_string()).unwrap_or_default(),
-            }),
-            ["mark", generation, position] => Err(self.mark_moved(generation, position)),
-            _ => Err(SinkError::Redis {
+            ["mark", generation, _] if generation.parse::<u64>().ok() > self.generation.parse::<u64>().ok() => {
+                Err(SinkError::RedisTaken(generation.to_owned()))
+            }
+            ["mark", _, position] if written(position) > self.place.position => Err(SinkError::Redis {
                 address: self.address.clone(),
-                cause: format!("unexpected answer {answer:?}"),
+                cause: "something was written whose answer was lost".to_owned(),
             }),
+            ["mark", _, position] => Err(SinkError::RedisLost {
+                found: said(written(position)),
+                expected: said(self.place.position),
+            }),
+            _ => Err(unexpected(&answer, &self.address, &self.mark)),
         }
     }
 
-    /// The mark is not where this writer left it.
-    fn mark_moved(&self, generation: &str, position: &str) -> SinkError {
-        let newer = generation.parse::<u64>().ok() > self.generation.parse::<u64>().ok();
-        if newer {
-            return SinkError::Fenced(format!("Redis was taken by owner generation {generation}"));
+    /// Counts changes that are gone for good as if Redis had them, which somebody allowed.
+    async fn accept(&mut self, missing: u64) -> Result<(), SinkError> {
+        let events = self.place.events + missing;
+        let accepted: i32 = Script::new(include_str!("redis/accept.lua"))
+            .key(&self.mark)
+            .arg(&self.generation)
+            .arg(text(self.place.position))
+            .arg(missing)
+            .arg(events)
+            .invoke_async(&mut self.connection)
+            .await
+            .map_err(|error| failed(&self.address, &error))?;
+        if accepted == 0 {
+            return Err(SinkError::Redis {
+                address: self.address.clone(),
+                cause: format!("the mark {:?} changed meanwhile", self.mark),
+            });
         }
-        SinkError::RedisGap {
-            found: if position.is_empty() {
-                "nothing".to_owned()
-            } else {
-                position.to_owned()
-            },
-            expected: self.position.map(|position| position.to_string()).unwrap_or_default(),
-        }
+        self.place.events = events;
+        self.place.accept = None;
+        Ok(())
     }
 }
 
 /// Records that go into the next script: whole changes only, because the mark speaks of changes.
-fn chunk_length(batch: &Batch, records: &[&Record]) -> usize {
+fn chunk_length(entries: &[Entry<'_>]) -> usize {
     let mut bytes = 0;
-    for (index, pair) in records.windows(2).enumerate() {
-        bytes += batch.value(pair[0]).unwrap_or(NO_VALUE).len();
+    for (index, pair) in entries.windows(2).enumerate() {
+        bytes += pair[0].value.map_or(0, <[u8]>::len);
         let whole = pair[0].position != pair[1].position;
         if whole && (index + 1 >= SCRIPT_RECORDS || bytes >= SCRIPT_BYTES) {
             return index + 1;
         }
     }
-    records.len()
+    entries.len()
+}
+
+fn texts(answer: &[String]) -> Vec<&str> {
+    answer.iter().map(String::as_str).collect()
+}
+
+/// A field of the mark; what cannot be read counts as not there, and is found out by the count of changes.
+fn written<T: std::str::FromStr>(field: &str) -> Option<T> {
+    field.parse().ok()
+}
+
+fn text(position: Option<Position>) -> String {
+    position.map(|position| position.to_string()).unwrap_or_default()
+}
+
+/// A position for people.
+fn said(position: Option<Position>) -> String {
+    position.map_or("nothing".to_owned(), |position| position.to_string())
+}
+
+/// What a script says of a stream that is not as this writer left it.
+fn unexpected(answer: &[String], address: &str, mark: &str) -> SinkError {
+    match texts(answer)[..] {
+        ["foreign", stream, id, ours] => SinkError::ForeignWriter {
+            stream: stream.to_owned(),
+            id: id.to_owned(),
+            remedy: if ours.is_empty() {
+                format!("delete it: DEL {stream}")
+            } else {
+                format!("delete what others wrote (XDEL) and set it back: XSETID {stream} {ours}")
+            },
+        },
+        ["lost", stream] => SinkError::RedisStreamLost {
+            stream: stream.to_owned(),
+            mark: mark.to_owned(),
+        },
+        _ => SinkError::Redis {
+            address: address.to_owned(),
+            cause: format!("unexpected answer {answer:?}"),
+        },
+    }
 }
 
 async fn connect(config: &Config) -> Result<(MultiplexedConnection, String), SinkError> {

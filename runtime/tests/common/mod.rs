@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use meander_config::{
-    CaptureConfig, KafkaSink, PostgresSource, Publication, PublicationManagement, RedisSink, ResourceIdentity,
-    TableSelection,
+    Acknowledgement, CaptureConfig, KafkaSink, PostgresSource, Publication, PublicationManagement, RedisSink,
+    ResourceIdentity, TableSelection,
 };
 use meander_runtime::{
     checkpoint::read_checkpoint,
@@ -50,6 +50,7 @@ pub fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> Capt
             url_file: redis.url_file(),
             stream_prefix: name,
             max_length: None,
+            acknowledgement: Acknowledgement::BestEffort,
         }),
         operator: None,
         admin_address: free_address(),

@@ -1,20 +1,16 @@
 -- Appends a batch and moves the mark, only if the mark is where this writer last saw it, and the streams are as it left them.
--- KEYS: the mark, then the streams. ARGV: generation, position the mark must have, position it gets, length to keep or '',
--- then for each record: index of its stream in KEYS, entry id, position, key, value.
+-- KEYS: the mark, then the streams. ARGV: generation, position the mark must have, position, timestamp and count of changes that it
+-- gets, length to keep or '', then for each record: index of its stream in KEYS, entry id, position, key, value.
 -- Returns {'ok'}, {'mark', generation, position} when the mark is elsewhere, {'foreign', stream, its last id, our last id or ''} when
 -- somebody else wrote to a stream, or {'lost', stream} when a stream that was written to is gone.
--- The mark's fields: generation, position, and for each stream `last:NAME`, the id of our last entry.
+-- All or nothing: Redis refuses for want of memory before the first write of a script, never after it.
+-- The mark's fields: generation, position, timestamp, events, and for each stream `last:NAME`, the id of our last entry.
+local FIRST = 7
 local mark = redis.call('HMGET', KEYS[1], 'generation', 'position')
 if mark[1] ~= ARGV[1] or (mark[2] or '') ~= ARGV[2] then
   return {'mark', mark[1] or '', mark[2] or ''}
 end
 
-local of_this_batch = {}
-for i = 5, #ARGV, 5 do
-  of_this_batch[ARGV[i] .. ' ' .. ARGV[i + 1]] = true
-end
--- Stream to the entry up to which the batch is in it already: a script that ran out of memory was cut short and left that behind.
-local done = {}
 for k = 2, #KEYS do
   local known = redis.call('HGET', KEYS[1], 'last:' .. KEYS[k])
   local found = false
@@ -28,27 +24,22 @@ for k = 2, #KEYS do
     return {'lost', KEYS[k]}
   end
   if found ~= known then
-    if not of_this_batch[k .. ' ' .. found] then
-      return {'foreign', KEYS[k], found, known or ''}
-    end
-    done[k] = found
+    return {'foreign', KEYS[k], found, known or ''}
   end
 end
 
 local last = {}
-for i = 5, #ARGV, 5 do
+for i = FIRST, #ARGV, 5 do
   local k, id = tonumber(ARGV[i]), ARGV[i + 1]
-  if done[k] then
-    if done[k] == id then done[k] = nil end
-  elseif ARGV[4] == '' then
+  if ARGV[6] == '' then
     redis.call('XADD', KEYS[k], id, 'position', ARGV[i + 2], 'key', ARGV[i + 3], 'value', ARGV[i + 4])
   else
-    redis.call('XADD', KEYS[k], 'MAXLEN', '~', ARGV[4], id, 'position', ARGV[i + 2], 'key', ARGV[i + 3], 'value', ARGV[i + 4])
+    redis.call('XADD', KEYS[k], 'MAXLEN', '~', ARGV[6], id, 'position', ARGV[i + 2], 'key', ARGV[i + 3], 'value', ARGV[i + 4])
   end
   last[k] = id
 end
 for k, id in pairs(last) do
   redis.call('HSET', KEYS[1], 'last:' .. KEYS[k], id)
 end
-redis.call('HSET', KEYS[1], 'position', ARGV[3])
+redis.call('HSET', KEYS[1], 'position', ARGV[3], 'timestamp', ARGV[4], 'events', ARGV[5])
 return {'ok'}

@@ -1,0 +1,33 @@
+-- Makes this writer the owner of the mark, unless a later owner has it, and looks whether every stream ends as the mark says.
+-- KEYS: the mark. ARGV: generation.
+-- Returns {'ok', position, timestamp, events, accept}, each '' where the mark does not say it, {'taken', generation}, or what
+-- append.lua says of a stream that is not as it was left.
+local owner = redis.call('HGET', KEYS[1], 'generation')
+if owner and tonumber(owner) > tonumber(ARGV[1]) then
+  return {'taken', owner}
+end
+-- A server that is out of memory refuses to write, even what is there already.
+if owner ~= ARGV[1] then
+  redis.call('HSET', KEYS[1], 'generation', ARGV[1])
+end
+
+local answer = {'ok', '', '', '', ''}
+local place = {position = 2, timestamp = 3, events = 4, accept = 5}
+local fields = redis.call('HGETALL', KEYS[1])
+for f = 1, #fields, 2 do
+  local name, value = fields[f], fields[f + 1]
+  if place[name] then answer[place[name]] = value end
+  if string.sub(name, 1, 5) == 'last:' then
+    local stream = string.sub(name, 6)
+    if redis.call('EXISTS', stream) == 0 then
+      return {'lost', stream}
+    end
+    local info = redis.call('XINFO', 'STREAM', stream)
+    for i = 1, #info, 2 do
+      if info[i] == 'last-generated-id' and info[i + 1] ~= value then
+        return {'foreign', stream, info[i + 1], value}
+      end
+    end
+  end
+end
+return answer

@@ -1,0 +1,342 @@
+//! Keeps Redis fed, for as long as a session lives.
+//!
+//! Redis is attached while it is written to from the live buffer. After any failure, and at the start, the buffer begins to collect,
+//! Redis is brought to where the buffer begins by copying from Kafka what it lacks, and goes on from the buffer; if the buffer was
+//! full by then, the same again. Neither gap nor double is possible: what is copied ends at or after the first change that the buffer
+//! has, what is in the buffer and copied already is passed over, and the mark admits only what follows it.
+
+use std::{sync::Arc, time::Duration};
+
+use backon::{BackoffBuilder as _, ExponentialBuilder};
+use meander_config::{CaptureConfig, KafkaLog, RedisSink as Config};
+use prometheus::{IntCounter, IntCounterVec, IntGauge};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep},
+};
+
+use crate::{
+    batch::Batch,
+    log::{Checkpoint, checkpoint_key, checkpoint_topic},
+    position::Position,
+    sink::{
+        Durable, SinkError,
+        redis::{
+            Entry, Writer,
+            live::{Live, Taken},
+            refill::{Source, missing},
+            said,
+        },
+    },
+};
+
+/// What is written before it is looked how Redis and the buffer are.
+const TAKE_BYTES: usize = 8 << 20;
+/// Pauses between two tries to reach Redis.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(250);
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// An attachment that lived this long was a success, after which the pauses start short again.
+const HEALTHY: Duration = Duration::from_secs(10);
+
+/// How Redis is doing.
+#[derive(Clone, Debug, Default)]
+pub struct Progress {
+    /// How far it has come. While it is not attached, that is a place in the past.
+    pub durable: Durable,
+    /// Whether it gets changes as they come.
+    pub state: State,
+    /// What went wrong last, whether or not it is mended.
+    pub last_error: Option<Arc<SinkError>>,
+}
+
+/// Whether Redis gets changes as they come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum State {
+    /// It was not tried yet.
+    #[default]
+    Starting,
+    /// It does.
+    Attached,
+    /// It gets from Kafka what it lacks.
+    Refilling,
+    /// It gets nothing; [`Progress::last_error`] is why.
+    Detached,
+}
+
+/// What the feed counts.
+#[derive(Clone)]
+pub struct Metrics {
+    /// 1 while Redis is attached.
+    pub attached: IntGauge,
+    /// Entries copied from Kafka.
+    pub refilled: IntCounter,
+    /// Times that Redis was detached, by reason.
+    pub detachments: IntCounterVec,
+}
+
+/// The one who writes to Redis.
+pub struct Feed {
+    config: Config,
+    pipeline: String,
+    generation: u64,
+    source: Source,
+    live: Live,
+    kafka: watch::Receiver<Durable>,
+    log: watch::Receiver<Checkpoint>,
+    progress: watch::Sender<Progress>,
+    metrics: Metrics,
+    /// The last change that Redis is known to have had.
+    acknowledged: Option<Position>,
+    /// A gap that nobody has accepted yet, so that it is not counted again and again.
+    gap: Option<(Option<Position>, u64)>,
+}
+
+impl Feed {
+    /// The feed of a session: `live` is what is offered to it, `kafka` how far Kafka has come, `log` the committed checkpoints.
+    #[must_use]
+    pub fn new(
+        capture: &CaptureConfig,
+        config: &Config,
+        live: Live,
+        kafka: watch::Receiver<Durable>,
+        log: watch::Receiver<Checkpoint>,
+        metrics: Metrics,
+    ) -> (Self, watch::Receiver<Progress>) {
+        let (namespace, name) = (&capture.pipeline.namespace, &capture.pipeline.name);
+        let checkpoint = log.borrow().clone();
+        // Streams under another prefix are new ones.
+        let acknowledged = checkpoint
+            .redis
+            .filter(|redis| redis.stream_prefix == config.stream_prefix)
+            .map(|redis| redis.position);
+        let (progress, watched) = watch::channel(Progress {
+            durable: Durable {
+                position: acknowledged,
+                ..Durable::default()
+            },
+            ..Progress::default()
+        });
+        let feed = Self {
+            pipeline: checkpoint_key(namespace, name, &capture.source.slot_name),
+            generation: checkpoint.owner_generation,
+            source: Source {
+                kafka: KafkaLog {
+                    bootstrap_servers: capture.kafka.bootstrap_servers.clone(),
+                    topic_prefix: capture.kafka.topic_prefix.clone(),
+                },
+                checkpoint_topic: checkpoint_topic(namespace, name),
+                group: format!("meander-refill.{namespace}.{name}"),
+                stream_prefix: config.stream_prefix.clone(),
+            },
+            config: config.clone(),
+            live,
+            kafka,
+            log,
+            progress,
+            metrics,
+            acknowledged,
+            gap: None,
+        };
+        (feed, watched)
+    }
+
+    /// Feeds Redis until nothing more is offered. What is in the buffer then is written if Redis is attached; otherwise the next
+    /// session refills it.
+    pub async fn run(mut self) {
+        let live = self.live.clone();
+        let new_pauses = || {
+            ExponentialBuilder::default()
+                .with_min_delay(SHORTEST_PAUSE)
+                .with_max_delay(LONGEST_PAUSE)
+                .with_jitter()
+                .without_max_times()
+                .build()
+        };
+        let mut pauses = new_pauses();
+        loop {
+            let started = Instant::now();
+            let ended = tokio::select! {
+                ended = self.feed() => ended,
+                () = live.abandoned() => return,
+            };
+            live.detach();
+            let Err(error) = ended else { return };
+            self.detached(error);
+            if started.elapsed() >= HEALTHY {
+                pauses = new_pauses();
+            }
+            tokio::select! {
+                () = sleep(pauses.next().unwrap_or(LONGEST_PAUSE)) => {}
+                () = live.abandoned() => return,
+            }
+        }
+    }
+
+    /// Brings Redis to where the buffer begins, and goes on from the buffer, until nothing more is offered.
+    async fn feed(&mut self) -> Result<(), SinkError> {
+        let mut writer = Writer::open(&self.config, &self.pipeline, self.generation).await?;
+        self.check_gap(&writer)?;
+        if writer.place.position < self.acknowledged {
+            self.detached(SinkError::RedisLost {
+                found: said(writer.place.position),
+                expected: said(self.acknowledged),
+            });
+            self.acknowledged = writer.place.position;
+        }
+        loop {
+            let offered = self.live.collect();
+            // Kafka's place is told after the checkpoint that holds it, so the checkpoint that is read second has it too.
+            let Ok(kafka) = self
+                .kafka
+                .wait_for(|kafka| kafka.position >= offered)
+                .await
+                .map(|kafka| *kafka)
+            else {
+                return Ok(());
+            };
+            let log = self.log.borrow().clone();
+            self.bring_up(&mut writer, &log).await?;
+            if !self.live.attach() {
+                continue;
+            }
+            self.attached(&writer, kafka);
+            if self.go_on(&mut writer).await? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Copies what Redis lacks of the log. Afterwards Redis has every change that the log counts, or an error says what is missing.
+    async fn bring_up(&mut self, writer: &mut Writer, log: &Checkpoint) -> Result<(), SinkError> {
+        if writer.place.position > log.published {
+            // It is ahead: the WAL will bring the same changes again, and Kafka will have them then.
+            return Ok(());
+        }
+        let result = async {
+            if writer.place.position < log.published {
+                let (progress, metrics) = (&self.progress, &self.metrics);
+                let copied = |writer: &Writer, count: usize| {
+                    metrics.refilled.inc_by(count as u64);
+                    progress.send_modify(|progress| {
+                        progress.state = State::Refilling;
+                        progress.durable.position = writer.place.position;
+                    });
+                };
+                self.source.refill(writer, log, copied).await?;
+            }
+            missing(writer, log, 0).await
+        }
+        .await;
+        if let Err(SinkError::RedisGap { missing, .. }) = &result {
+            self.gap = Some((writer.place.position, *missing));
+        }
+        self.acknowledged = self.acknowledged.max(writer.place.position);
+        result
+    }
+
+    /// A gap stays one until somebody accepts it or Redis changes: only that is looked at, since counting reads all of the log.
+    fn check_gap(&mut self, writer: &Writer) -> Result<(), SinkError> {
+        match self.gap {
+            Some((position, missing)) if position == writer.place.position && writer.place.accept != Some(missing) => {
+                Err(SinkError::RedisGap {
+                    missing,
+                    after: said(position),
+                    mark: writer.mark.clone(),
+                })
+            }
+            _ => {
+                self.gap = None;
+                Ok(())
+            }
+        }
+    }
+
+    /// Writes from the buffer. True at its end, false when it overflowed.
+    async fn go_on(&mut self, writer: &mut Writer) -> Result<bool, SinkError> {
+        loop {
+            let (batches, number) = match self.live.take(TAKE_BYTES).await {
+                Taken::Batches(batches, number) => (batches, number),
+                Taken::Closed => return Ok(true),
+                Taken::Overflowed => {
+                    self.detached(SinkError::RedisSlow);
+                    return Ok(false);
+                }
+            };
+            let mut safe = crate::position::Lsn::ZERO;
+            for batch in &batches {
+                if batch.kafka_first
+                    && self
+                        .kafka
+                        .wait_for(|kafka| kafka.position >= batch.last())
+                        .await
+                        .is_err()
+                {
+                    // Kafka took all it will, and the session is at its end.
+                    return Ok(true);
+                }
+                let entries = entries(batch, writer.place.position);
+                let writing = writer.append(&entries);
+                tokio::pin!(writing);
+                // A Redis that hangs is said to be slow once the buffer is full; whether it answers in the end is another thing.
+                tokio::select! {
+                    written = &mut writing => written?,
+                    () = self.live.overflowed() => {
+                        self.detached(SinkError::RedisSlow);
+                        return writing.await.map(|()| false);
+                    }
+                }
+                safe = safe.max(batch.safe);
+            }
+            self.acknowledged = writer.place.position;
+            self.progress.send_modify(|progress| {
+                progress.durable.position = writer.place.position;
+                progress.durable.safe = progress.durable.safe.max(safe);
+                progress.durable.batches = progress.durable.batches.max(number);
+            });
+        }
+    }
+
+    fn attached(&self, writer: &Writer, kafka: Durable) {
+        tracing::info!(position = said(writer.place.position), "Redis is attached");
+        self.metrics.attached.set(1);
+        self.progress.send_modify(|progress| {
+            progress.state = State::Attached;
+            // What Kafka has, Redis has now.
+            progress.durable = Durable {
+                position: writer.place.position,
+                safe: kafka.safe.max(progress.durable.safe),
+                batches: kafka.batches.max(progress.durable.batches),
+            };
+        });
+    }
+
+    fn detached(&self, error: SinkError) {
+        tracing::warn!(%error, reason = error.reason(), "Redis is detached");
+        self.metrics.attached.set(0);
+        self.metrics.detachments.with_label_values(&[error.reason()]).inc();
+        self.progress.send_modify(|progress| {
+            progress.state = State::Detached;
+            progress.last_error = Some(Arc::new(error));
+        });
+    }
+}
+
+impl Drop for Feed {
+    fn drop(&mut self) {
+        self.metrics.attached.set(0);
+    }
+}
+
+/// The records of a batch that Redis does not have yet.
+fn entries(batch: &Batch, after: Option<Position>) -> Vec<Entry<'_>> {
+    let new = batch.records().iter().filter(|record| Some(record.position) > after);
+    new.map(|record| Entry {
+        stream: &record.destination.stream,
+        position: record.position,
+        part: record.part,
+        timestamp_millis: record.timestamp_millis,
+        key: batch.key(record).unwrap_or_default(),
+        value: batch.value(record),
+    })
+    .collect()
+}

@@ -1,0 +1,401 @@
+//! Whatever befalls Redis, capture into Kafka goes on, and Redis is mended from there.
+//!
+//! Judged by `tests/verifier`, as a crash is: Kafka and Redis hold what the ledger says, entry for entry and in order.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+#[path = "common/verifier.rs"]
+mod verifier;
+
+use std::collections::BTreeMap;
+
+use common::LIMIT;
+use meander_config::CaptureConfig;
+use meander_runtime::{
+    log::{PART_HEADER, POSITION_HEADER, checkpoint_key},
+    position::Position,
+    sink::redis::mark_key,
+};
+use meander_test_support::{Kafka, Postgres, Redis, Runtime, eventually};
+use meander_workload::load::{self, Load};
+use rdkafka::{
+    Message as _, Offset, TopicPartitionList,
+    admin::{AdminClient, AdminOptions},
+    client::DefaultClientContext,
+    consumer::{BaseConsumer, Consumer as _},
+    error::KafkaError,
+    message::Headers as _,
+};
+use redis::aio::MultiplexedConnection;
+use tokio::task::JoinHandle;
+
+const TABLE: &str = "public.trades";
+const ATTACHED: &str = "meander_capture_redis_attached";
+const REFILLED: &str = "meander_capture_redis_refilled_entries_total";
+
+/// A pipeline with a watched table.
+struct Rig {
+    postgres: Postgres,
+    redis: Redis,
+    kafka: &'static Kafka,
+    config: CaptureConfig,
+    runtime: Runtime,
+}
+
+impl Rig {
+    async fn start() -> Self {
+        let (postgres, redis, kafka) = (Postgres::start(&[]).await, Redis::start().await, Kafka::shared().await);
+        let database: tokio_postgres::Config = postgres.url().parse().unwrap();
+        load::prepare(&load::connect(&database).await.unwrap(), TABLE)
+            .await
+            .unwrap();
+        let config = common::config(&postgres, kafka, Some(&redis));
+        let mut runtime = Runtime::capture(&config);
+        runtime.ready(LIMIT).await;
+        Self {
+            postgres,
+            redis,
+            kafka,
+            config,
+            runtime,
+        }
+    }
+
+    /// Makes so many changes, 2000 a second.
+    fn load(&self, changes: u64) -> JoinHandle<()> {
+        let database: tokio_postgres::Config = self.postgres.url().parse().unwrap();
+        let load = Load {
+            table: TABLE.to_owned(),
+            changes,
+            rate: 2000.0,
+            seed: 11,
+            clients: 2,
+            key_changes: true,
+        };
+        tokio::spawn(async move {
+            load::run(&database, &load).await.unwrap();
+        })
+    }
+
+    /// Waits until so many changes are in Kafka.
+    async fn in_kafka(&self, count: u64) {
+        eventually("the changes are in Kafka", LIMIT, async || {
+            let published = common::checkpoint(&self.config).map_or(0, |checkpoint| checkpoint.events_total);
+            if published >= count {
+                Ok(())
+            } else {
+                Err(format!("{published} of {count}"))
+            }
+        })
+        .await;
+    }
+
+    /// Waits until a metric has a value of this kind.
+    async fn metric(&self, name: &str, wanted: impl Fn(f64) -> bool) {
+        eventually(name, LIMIT, async || {
+            let (_, metrics) = self.runtime.get("/metrics").await.map_err(|error| error.to_string())?;
+            let value = metrics
+                .lines()
+                .find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
+            if value.is_some_and(&wanted) {
+                Ok(())
+            } else {
+                Err(metrics)
+            }
+        })
+        .await;
+    }
+
+    async fn attached(&self) {
+        self.metric(ATTACHED, |value| value == 1.0).await;
+    }
+
+    /// Waits until Redis was detached for this reason.
+    async fn detached(&self, reason: &str) {
+        let name = format!("meander_capture_redis_detachments_total{{reason=\"{reason}\"}}");
+        self.metric(&name, |value| value >= 1.0).await;
+    }
+
+    async fn redis<T: redis::FromRedisValue>(&self, command: &[&str]) -> T {
+        ask(&mut self.redis.connection().await, command).await
+    }
+
+    fn mark(&self) -> String {
+        let CaptureConfig { pipeline, source, .. } = &self.config;
+        mark_key(
+            &self.config.kafka.topic_prefix,
+            &checkpoint_key(&pipeline.namespace, &pipeline.name, &source.slot_name),
+        )
+    }
+
+    fn stream(&self) -> String {
+        format!("{}.{TABLE}", self.config.kafka.topic_prefix)
+    }
+
+    /// Waits for Redis, and compares everything.
+    async fn agrees(&self) {
+        self.attached().await;
+        let verified = verifier::verify(&self.postgres, self.kafka, &self.redis, &self.config, "60s");
+        assert!(
+            verified.status.success(),
+            "{}{}",
+            String::from_utf8_lossy(&verified.stdout),
+            String::from_utf8_lossy(&verified.stderr)
+        );
+    }
+}
+
+async fn ask<T: redis::FromRedisValue>(connection: &mut MultiplexedConnection, command: &[&str]) -> T {
+    redis::cmd(command[0])
+        .arg(&command[1..])
+        .query_async(connection)
+        .await
+        .unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_redis_that_was_away_is_refilled_and_capture_into_kafka_went_on() {
+    let mut rig = Rig::start().await;
+    let load = rig.load(8000);
+    rig.in_kafka(2000).await;
+    // It comes back with everything it had.
+    let () = rig.redis(&["SAVE"]).await;
+    rig.redis.stop();
+    rig.detached("RedisUnreachable").await;
+    rig.in_kafka(6000).await;
+    rig.redis.restart().await;
+    load.await.unwrap();
+    rig.agrees().await;
+    rig.metric(REFILLED, |value| value >= 4000.0).await;
+
+    // A stop of the pod does not wait for a Redis that is away, nor does a start.
+    rig.redis.stop();
+    rig.detached("RedisUnreachable").await;
+    assert!(
+        rig.runtime.terminate(LIMIT).success(),
+        "{}",
+        rig.runtime.process().log_tail()
+    );
+    rig.runtime.start_again();
+    rig.runtime.ready(LIMIT).await;
+    rig.load(500).await.unwrap();
+    rig.in_kafka(8500).await;
+    rig.redis.restart().await;
+    rig.agrees().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_redis_that_was_flushed_gets_everything_again() {
+    let rig = Rig::start().await;
+    let load = rig.load(6000);
+    rig.in_kafka(2000).await;
+    let () = rig.redis(&["FLUSHALL"]).await;
+    rig.detached("EntriesLost").await;
+    load.await.unwrap();
+    rig.agrees().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_redis_that_came_back_with_less_gets_the_rest() {
+    let mut rig = Rig::start().await;
+    let load = rig.load(8000);
+    rig.in_kafka(2000).await;
+    rig.attached().await;
+    let () = rig.redis(&["SAVE"]).await;
+    rig.in_kafka(4000).await;
+    rig.redis.restart().await;
+    rig.detached("EntriesLost").await;
+    load.await.unwrap();
+    rig.agrees().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_redis_that_is_full_is_refilled_once_it_has_memory_and_a_kill_in_mid_refill_does_no_harm() {
+    let mut rig = Rig::start().await;
+    rig.load(6000).await.unwrap();
+    rig.agrees().await;
+    let full: i64 = rig.redis(&["XLEN", &rig.stream()]).await;
+    let memory: String = rig.redis(&["INFO", "memory"]).await;
+    let used = |name: &str| -> u64 {
+        let value = memory
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        value.unwrap().trim().parse().unwrap()
+    };
+    // Half of what it takes: the refill that follows gets stuck in the middle.
+    let (start, now) = (used("used_memory_startup"), used("used_memory"));
+    let half = (start + (now - start) / 2).to_string();
+    let () = rig
+        .redis(&["CONFIG", "SET", "maxmemory", &half, "maxmemory-policy", "noeviction"])
+        .await;
+    let () = rig.redis(&["FLUSHALL"]).await;
+    rig.load(1000).await.unwrap();
+    rig.in_kafka(7000).await;
+    rig.detached("RedisOutOfMemory").await;
+    rig.runtime.kill9();
+    let length: i64 = rig.redis(&["XLEN", &rig.stream()]).await;
+    assert!(0 < length && length < full, "{length} of {full}: not in mid-refill");
+    rig.runtime.start_again();
+    rig.runtime.ready(LIMIT).await;
+    rig.detached("RedisOutOfMemory").await;
+    let () = rig.redis(&["CONFIG", "SET", "maxmemory", "0"]).await;
+    rig.agrees().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_redis_that_hangs_is_detached_once_the_buffer_is_full() {
+    let rig = Rig::start().await;
+    rig.load(2000).await.unwrap();
+    rig.agrees().await;
+    let mut connection = rig.redis.connection().await;
+    let () = ask(&mut connection, &["CLIENT", "PAUSE", "600000", "WRITE"]).await;
+    // Twice what the buffer takes.
+    let client = rig.postgres.client().await;
+    for _ in 0..2 {
+        client
+            .batch_execute("UPDATE trades SET note = repeat(md5(random()::text), 1000)")
+            .await
+            .unwrap();
+    }
+    rig.detached("RedisSlow").await;
+    let rows: i64 = client
+        .query_one("SELECT count(*) FROM trades", &[])
+        .await
+        .unwrap()
+        .get(0);
+    rig.in_kafka(2000 + 2 * rows.unsigned_abs()).await;
+    let () = ask(&mut connection, &["CLIENT", "UNPAUSE"]).await;
+    rig.agrees().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_foreign_entry_holds_redis_until_it_is_removed_and_kafka_not_at_all() {
+    let rig = Rig::start().await;
+    let load = rig.load(6000);
+    rig.in_kafka(1000).await;
+    rig.attached().await;
+    let mut connection = rig.redis.connection().await;
+    let foreign: String = ask(&mut connection, &["XADD", &rig.stream(), "*", "a", "b"]).await;
+    rig.detached("ForeignWriter").await;
+    rig.in_kafka(4000).await;
+    // What the message says mends it.
+    let ours: String = ask(
+        &mut connection,
+        &["HGET", &rig.mark(), &format!("last:{}", rig.stream())],
+    )
+    .await;
+    let _: i64 = ask(&mut connection, &["XDEL", &rig.stream(), &foreign]).await;
+    let () = ask(&mut connection, &["XSETID", &rig.stream(), &ours]).await;
+    load.await.unwrap();
+    rig.agrees().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_kafka_no_longer_holds_is_a_gap_until_somebody_accepts_it() {
+    let mut rig = Rig::start().await;
+    rig.load(3000).await.unwrap();
+    rig.agrees().await;
+    // Retention, as an administrator would force it: the first half of each partition.
+    let admin: AdminClient<DefaultClientContext> = rig.kafka.client_config().create().unwrap();
+    let mut before = TopicPartitionList::new();
+    for partition in 0..rig.config.kafka.partitions {
+        before
+            .add_partition_offset(&rig.stream(), partition, Offset::Offset(500))
+            .unwrap();
+    }
+    admin.delete_records(&before, &AdminOptions::new()).await.unwrap();
+    let () = rig.redis(&["FLUSHALL"]).await;
+    rig.load(1000).await.unwrap();
+    rig.detached("HistoryMissing").await;
+    rig.in_kafka(4000).await;
+    assert_eq!(
+        rig.redis::<i64>(&["XLEN", &rig.stream()]).await,
+        0,
+        "nothing is written past a gap"
+    );
+
+    // The condition says how many, and how to go on without them.
+    let log = std::fs::read_to_string(rig.runtime.process().log()).unwrap();
+    let missing = log.rsplit(" accept ").next().unwrap();
+    let missing: u64 = missing[..missing.find(|c: char| !c.is_ascii_digit()).unwrap()]
+        .parse()
+        .unwrap();
+    let _: i64 = rig
+        .redis(&["HSET", &rig.mark(), "accept", &(missing - 1).to_string()])
+        .await;
+    rig.load(1000).await.unwrap();
+    rig.in_kafka(5000).await;
+    assert_eq!(
+        rig.redis::<i64>(&["XLEN", &rig.stream()]).await,
+        0,
+        "another number accepts nothing"
+    );
+    let _: i64 = rig.redis(&["HSET", &rig.mark(), "accept", &missing.to_string()]).await;
+    rig.attached().await;
+    let held = tokio::task::block_in_place(|| positions_in_kafka(&rig));
+    let changes = held.iter().filter(|(_, part)| *part == 0).count() as u64;
+    assert_eq!(changes + missing, 5000);
+    eventually("Redis has what Kafka has", LIMIT, async || {
+        let entries: Vec<(String, BTreeMap<String, Vec<u8>>)> = rig.redis(&["XRANGE", &rig.stream(), "-", "+"]).await;
+        let positions: Vec<_> = entries
+            .iter()
+            .map(|(id, fields)| {
+                let sequence: u64 = id.rsplit('-').next().unwrap().parse().unwrap();
+                let position: Position = std::str::from_utf8(&fields["position"]).unwrap().parse().unwrap();
+                (position, sequence % 256)
+            })
+            .collect();
+        if positions == held {
+            Ok(())
+        } else {
+            Err(format!("{} entries, {} records", positions.len(), held.len()))
+        }
+    })
+    .await;
+
+    // It was accepted once, for this gap.
+    let accepted: Option<String> = rig.redis(&["HGET", &rig.mark(), "accept"]).await;
+    assert_eq!(accepted, None);
+    let () = rig.redis(&["FLUSHALL"]).await;
+    rig.load(10).await.unwrap();
+    rig.metric(ATTACHED, |value| value == 0.0).await;
+    rig.in_kafka(5010).await;
+    assert!(rig.runtime.terminate(LIMIT).success());
+}
+
+/// Position and part of every record that Kafka holds of the table, in order.
+fn positions_in_kafka(rig: &Rig) -> Vec<(Position, u64)> {
+    let consumer: BaseConsumer = rig
+        .kafka
+        .client_config()
+        .set("group.id", "test")
+        .set("isolation.level", "read_committed")
+        .set("enable.partition.eof", "true")
+        .create()
+        .unwrap();
+    let mut assignment = TopicPartitionList::new();
+    for partition in 0..rig.config.kafka.partitions {
+        assignment
+            .add_partition_offset(&rig.stream(), partition, Offset::Beginning)
+            .unwrap();
+    }
+    consumer.assign(&assignment).unwrap();
+    let (mut held, mut ends) = (Vec::new(), 0);
+    while ends < rig.config.kafka.partitions {
+        match consumer.poll(LIMIT).expect("kafka answers in time") {
+            Ok(message) => {
+                let header = |name: &str| {
+                    let headers = message.headers().unwrap();
+                    let found = headers.iter().find(|header| header.key == name)?;
+                    Some(std::str::from_utf8(found.value.unwrap()).unwrap().to_owned())
+                };
+                let part = header(PART_HEADER).map_or(0, |part| part.parse().unwrap());
+                held.push((header(POSITION_HEADER).unwrap().parse().unwrap(), part));
+            }
+            Err(KafkaError::PartitionEOF(_)) => ends += 1,
+            Err(error) => panic!("{error}"),
+        }
+    }
+    held.sort_unstable();
+    held
+}
