@@ -73,6 +73,7 @@ fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> CaptureC
                 management: PublicationManagement::Managed,
             },
             slot_name: name.clone(),
+            slot_failover: None,
         },
         kafka: KafkaSink {
             bootstrap_servers: vec![kafka.bootstrap()],

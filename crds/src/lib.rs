@@ -12,8 +12,8 @@ pub use common::{LogLevel, Resources, SecretKeyReference, SecretReference};
 pub use pipeline::{
     Acknowledgement, CdcPipeline, CdcPipelineSpec, CdcPipelineStatus, KafkaSink, KafkaTopics, PipelinePhase,
     PostgresSource, Publication, PublicationManagement, RedisRetention, RedisSink, RedisState, RedisStatus,
-    Replication, Runtime, SinkPosition, SinkPositions, Sinks, Slot, SlotReclaimPolicy, SlotStatus, Source,
-    TableSelection,
+    RefusedTable, Replication, Runtime, SinkPosition, SinkPositions, Sinks, Slot, SlotReclaimPolicy, SlotStatus,
+    Source, TableSelection, TablesStatus,
 };
 pub use replay::{
     Beginning, GrpcTarget, LogTarget, Now, PipelineReference, ReplayEnd, ReplayJob, ReplayJobSpec, ReplayJobStatus,

@@ -141,6 +141,11 @@ pub struct Slot {
     /// What happens to the slot, and to a managed publication, when the pipeline is deleted.
     #[serde(default)]
     pub reclaim_policy: SlotReclaimPolicy,
+    /// Keep the slot on the standbys too (PostgreSQL 17 or later), so that capture goes on after a failover. The standbys need
+    /// `sync_replication_slots`, and the primary should name them in `synchronized_standby_slots`. A slot that is there stays as it
+    /// is where this is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failover: Option<bool>,
 }
 
 /// What happens to the slot when the pipeline is deleted.
@@ -287,7 +292,7 @@ pub struct CdcPipelineStatus {
     /// One word for people; programs read the conditions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub phase: Option<PipelinePhase>,
-    /// Ready, SpecValid, SourceReady, SinksReady, RuntimeAvailable and Progressing; SourceGap and RedisGap while there is one.
+    /// Ready, SpecValid, SourceReady, SinksReady, RuntimeAvailable and Progressing; SourceGap, RedisGap and Degraded while there is one.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(schema_with = "conditions")]
     pub conditions: Vec<Condition>,
@@ -297,6 +302,9 @@ pub struct CdcPipelineStatus {
     /// The replication slot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub slot: Option<SlotStatus>,
+    /// The tables that `tables` selects.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tables: Option<TablesStatus>,
     /// How far each sink has come.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sinks: Option<SinkPositions>,
@@ -314,7 +322,8 @@ pub enum PipelinePhase {
     Starting,
     /// Changes flow.
     Streaming,
-    /// Changes do not flow everywhere; the Ready condition says why. It heals when the cause is gone.
+    /// Changes do not flow everywhere, or something needs a look; the condition Ready or Degraded says why. It heals when the cause
+    /// is gone.
     Degraded,
     /// `spec.suspend` is set.
     Suspended,
@@ -368,6 +377,62 @@ pub struct Replication {
 pub struct SlotStatus {
     /// Its name in PostgreSQL.
     pub name: String,
+    /// `reserved`, `extended`, `unreserved` or `lost`, as in pg_replication_slots.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wal_status: Option<String>,
+    /// WAL that PostgreSQL keeps for the slot, in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retained_wal_bytes: Option<u64>,
+    /// WAL that can still be written before the slot is in danger, in bytes. Left out where `max_slot_wal_keep_size` sets no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub safe_wal_bytes: Option<u64>,
+    /// The oldest WAL that the slot needs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restart_lsn: Option<String>,
+    /// Where the slot goes on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub confirmed_flush_lsn: Option<String>,
+    /// The server's process that sends its changes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub active_pid: Option<i32>,
+    /// The slot is kept on the standbys (PostgreSQL 17).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failover: Option<bool>,
+    /// The slot came from a primary (PostgreSQL 17).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub synced: Option<bool>,
+    /// Why the slot cannot be used any more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub invalidation_reason: Option<String>,
+    /// Since when nobody reads the slot (PostgreSQL 17).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("format" = "date-time"))]
+    pub inactive_since: Option<String>,
+}
+
+/// The tables that `tables` selects.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TablesStatus {
+    /// How many are captured.
+    pub captured: u64,
+    /// How many are left out, so that the others can be captured.
+    #[serde(default)]
+    pub refused_total: u64,
+    /// The first of those.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 20))]
+    pub refused: Vec<RefusedTable>,
+}
+
+/// A table that is selected and not captured.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RefusedTable {
+    /// The table, as SQL writes it.
+    pub table: String,
+    /// Why, in one word; the condition Degraded has the remedy.
+    pub reason: String,
 }
 
 /// How far each sink has come.

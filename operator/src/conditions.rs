@@ -19,6 +19,8 @@ pub const PROGRESSING: &str = "Progressing";
 pub const SOURCE_GAP: &str = "SourceGap";
 /// Changes were lost between Kafka and Redis.
 pub const REDIS_GAP: &str = "RedisGap";
+/// Changes flow, and something needs a look.
+pub const DEGRADED: &str = "Degraded";
 /// The replay can be run.
 pub const ACCEPTED: &str = "Accepted";
 /// The replay has ended well.
@@ -157,7 +159,7 @@ pub fn conditions(old: &[Condition], judgements: Vec<Judgement>, generation: i64
 
 /// Leaves out the conditions that others keep in the same list.
 pub fn keep_ours(conditions: &mut Vec<Condition>) {
-    const OURS: [&str; 15] = [
+    const OURS: [&str; 16] = [
         READY,
         SPEC_VALID,
         SOURCE_READY,
@@ -166,6 +168,7 @@ pub fn keep_ours(conditions: &mut Vec<Condition>) {
         PROGRESSING,
         SOURCE_GAP,
         REDIS_GAP,
+        DEGRADED,
         ACCEPTED,
         COMPLETE,
         FAILED,

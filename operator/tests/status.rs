@@ -19,8 +19,8 @@ use meander_operator::{
     replay::{self, status::Outcome},
 };
 use meander_proto::v1::{
-    CaptureProgress, Condition, ProgressUpdate, RedisState, ReplayProgress, ResolvedRange, progress_update::Progress,
-    replay_progress::Phase,
+    CaptureProgress, Condition, ProgressUpdate, RedisState, RefusedTable, ReplayProgress, ResolvedRange, SlotHealth,
+    progress_update::Progress, replay_progress::Phase,
 };
 use serde_json::{Value, from_value, json};
 
@@ -74,6 +74,23 @@ fn capture_report(conditions: Vec<Condition>) -> Observation {
         redis_position: "1:0/16B3700:2".into(),
         redis_state: RedisState::Attached.into(),
         redis_last_error: String::new(),
+        slot: Some(SlotHealth {
+            wal_status: "extended".into(),
+            retained_wal_bytes: Some(800 << 20),
+            safe_wal_bytes: Some(200 << 20),
+            restart_lsn: 0x16B_3000,
+            confirmed_flush_lsn: 0x16B_3700,
+            active_pid: Some(4242),
+            failover: Some(true),
+            synced: Some(false),
+            ..SlotHealth::default()
+        }),
+        captured_tables: 7,
+        refused_tables: vec![RefusedTable {
+            table: r#""public"."keyless""#.into(),
+            reason: "TableWithoutReplicaIdentity".into(),
+        }],
+        refused_tables_total: 1,
     };
     let report = ProgressUpdate {
         conditions,
@@ -159,6 +176,26 @@ fn a_capture_that_starts_again_does_not_take_back_how_far_it_was() {
     assert_eq!(events(&status), events(&before));
     assert_eq!(status.sinks, before.sinks);
     assert_eq!(ready(&status).2, "DatabaseUnreachable");
+}
+
+#[test]
+fn what_needs_a_look_while_changes_flow_is_degraded_and_ready() {
+    let pipeline = support::pipeline();
+    let mut observation = healthy();
+    let report = observation.report.as_mut().unwrap();
+    report.conditions.push(said("Degraded", true, "WalBudgetLow"));
+    let valid = valid(&pipeline);
+    let status = compute(&pipeline, Some(&facts(true)), Ok(&valid), &observation, at(0));
+    assert_eq!(ready(&status), (Some(PipelinePhase::Degraded), "True", "Streaming"));
+    assert_eq!(state(&status.conditions, "Degraded"), Some(("True", "WalBudgetLow")));
+
+    // The numbers of a slot move all the time, and are no reason to write at once.
+    let mut moved = status.clone();
+    moved.slot.as_mut().unwrap().retained_wal_bytes = Some(1);
+    let significant = pipeline::status::significant;
+    assert!(significant(&status) == significant(&moved));
+    moved.slot.as_mut().unwrap().wal_status = Some("lost".into());
+    assert!(significant(&status) != significant(&moved));
 }
 
 #[test]

@@ -59,6 +59,8 @@ pub enum ConditionType {
     SourceGap,
     /// Capture: Redis lost entries that Kafka no longer holds.
     RedisGap,
+    /// Capture: changes flow, and something needs a look.
+    Degraded,
     /// Replay: everything in the range is delivered.
     Complete,
     /// Replay: it cannot go on.
@@ -77,6 +79,7 @@ impl ConditionType {
             Self::Progressing => "Progressing",
             Self::SourceGap => "SourceGap",
             Self::RedisGap => "RedisGap",
+            Self::Degraded => "Degraded",
             Self::Complete => "Complete",
             Self::Failed => "Failed",
             Self::TruncatedRange => "TruncatedRange",

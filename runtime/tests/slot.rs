@@ -2,8 +2,11 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
+#[path = "common/log.rs"]
+mod log;
 
-use common::{LIMIT, checkpoint, config};
+use common::{LIMIT, checkpoint, config, wait_for_metric};
+use log::wait_for_records;
 use meander_config::CaptureConfig;
 use meander_test_support::{Kafka, Postgres, Runtime, eventually};
 
@@ -30,6 +33,16 @@ fn with_role(config: &mut CaptureConfig, folder: &std::path::Path, role: &str) {
     config.source.password_file = folder.join("password");
     std::fs::write(&config.source.username_file, role).unwrap();
     std::fs::write(&config.source.password_file, "its password").unwrap();
+}
+
+/// Waits until the first column of a query's only row is true.
+async fn wait_for(postgres: &Postgres, what: &str, sql: &str) {
+    let client = postgres.client().await;
+    eventually(what, LIMIT, async || {
+        let row = client.query_one(sql, &[]).await.map_err(|error| error.to_string())?;
+        if row.get(0) { Ok(()) } else { Err("not yet".to_owned()) }
+    })
+    .await;
 }
 
 async fn slots(postgres: &Postgres) -> Vec<String> {
@@ -82,4 +95,122 @@ async fn everything_that_is_missing_is_said_at_once_and_what_is_said_mends_it() 
     assert_eq!(slots(&postgres).await, [config.source.slot_name.clone()]);
     let generation = checkpoint(&config).unwrap().owner_generation;
     assert_eq!(generation, 1, "who was refused owned nothing");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tables_join_and_leave_a_running_capture_and_one_without_identity_breaks_nothing() {
+    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    execute(
+        &postgres,
+        "CREATE TABLE t (id int PRIMARY KEY); CREATE TABLE keyless (id int, n int)",
+    )
+    .await;
+    let config = config(&postgres, kafka, None);
+    let topic = |table: &str| format!("{}.public.{table}", config.kafka.topic_prefix);
+    let published = async |tables: &str| {
+        let sql = format!(
+            "SELECT coalesce(string_agg(tablename, ',' ORDER BY tablename), '') = '{tables}' FROM pg_publication_tables"
+        );
+        wait_for(&postgres, tables, &sql).await;
+    };
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    published("t").await;
+    wait_for_metric(&runtime, "meander_capture_tables_refused", |refused| refused == 1).await;
+    // Were it published, this would fail in the application.
+    execute(&postgres, "INSERT INTO keyless VALUES (1, 1); UPDATE keyless SET n = 2").await;
+
+    execute(&postgres, "CREATE TABLE joins (id int PRIMARY KEY)").await;
+    published("joins,t").await;
+    execute(&postgres, "INSERT INTO joins VALUES (1); INSERT INTO t VALUES (1)").await;
+    wait_for_records(kafka, &topic("joins"), 1).await;
+    execute(&postgres, "ALTER TABLE keyless ADD PRIMARY KEY (id)").await;
+    published("joins,keyless,t").await;
+    execute(&postgres, "UPDATE keyless SET n = 3; DROP TABLE t").await;
+    assert_eq!(wait_for_records(kafka, &topic("keyless"), 1).await.len(), 1);
+    // A key that goes would make the application's next UPDATE fail.
+    execute(&postgres, "ALTER TABLE joins DROP CONSTRAINT joins_pkey").await;
+    published("keyless").await;
+    wait_for_metric(&runtime, "meander_capture_tables ", |captured| captured == 1).await;
+    let generation = checkpoint(&config).unwrap().owner_generation;
+    assert_eq!(generation, 1, "all of that without a new session");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn making_a_slot_does_not_hang_behind_an_old_transaction_and_names_it() {
+    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    execute(&postgres, "CREATE TABLE t (id int PRIMARY KEY)").await;
+    let old = postgres.client().await;
+    old.batch_execute("BEGIN; INSERT INTO t VALUES (1)").await.unwrap();
+    let pid: i32 = old.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0);
+    let mut runtime = Runtime::capture(&config(&postgres, kafka, None));
+    let said = wait_for_log(&mut runtime, "SlotWaitsForTransaction").await;
+    assert!(said.contains(&format!("process {pid} of user")), "{said}");
+    wait_for(
+        &postgres,
+        "neither a slot nor a walsender is left",
+        "SELECT NOT EXISTS (SELECT FROM pg_replication_slots) AND NOT EXISTS (SELECT FROM pg_stat_replication)",
+    )
+    .await;
+    old.batch_execute("COMMIT").await.unwrap();
+    runtime.ready(LIMIT).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idle_database_in_a_busy_cluster_pins_no_wal() {
+    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    execute(&postgres, "CREATE TABLE t (id int PRIMARY KEY)").await;
+    execute(&postgres, "CREATE DATABASE busy").await;
+    let mut runtime = Runtime::capture(&config(&postgres, kafka, None));
+    runtime.ready(LIMIT).await;
+    let url = format!("{}/busy", postgres.url().rsplit_once('/').unwrap().0);
+    let (busy, connection) = tokio_postgres::connect(&url, tokio_postgres::NoTls).await.unwrap();
+    tokio::spawn(connection);
+    busy.batch_execute("CREATE TABLE load (note text)").await.unwrap();
+    for _ in 0..8 {
+        busy.batch_execute("INSERT INTO load SELECT repeat('x', 1000) FROM generate_series(1, 30000)")
+            .await
+            .unwrap();
+    }
+    // No heartbeat is needed: the server says how far it is, and that is acknowledged.
+    wait_for(
+        &postgres,
+        "the slot lets go of what others wrote",
+        "SELECT pg_current_wal_lsn() > '0/C000000' AND pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) < 32 << 20
+         FROM pg_replication_slots",
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_slot_is_looked_at_on_every_version_and_kept_on_standbys_where_that_is_asked() {
+    let kafka = Kafka::shared().await;
+    for version in Postgres::VERSIONS {
+        let postgres = Postgres::start_version(version, &[("max_slot_wal_keep_size", "64MB")]).await;
+        execute(&postgres, "CREATE TABLE t (id int PRIMARY KEY)").await;
+        let mut config = config(&postgres, kafka, None);
+        config.source.slot_failover = Some(true);
+        let mut runtime = Runtime::capture(&config);
+        if version < 17 {
+            wait_for_log(&mut runtime, "FailoverUnsupported").await;
+            assert!(slots(&postgres).await.is_empty());
+            runtime.terminate(LIMIT);
+            config.source.slot_failover = None;
+            runtime = Runtime::capture(&config);
+        }
+        runtime.ready(LIMIT).await;
+        // In whole segments, and the one that is being written comes on top.
+        let budget = |bytes| (1..=96 << 20).contains(&bytes);
+        wait_for_metric(&runtime, "meander_capture_slot_safe_wal_bytes", budget).await;
+        if version < 17 {
+            continue;
+        }
+        let failover = |is: bool| format!("SELECT failover = {is} FROM pg_replication_slots");
+        wait_for(&postgres, "a failover slot", &failover(true)).await;
+        assert!(runtime.terminate(LIMIT).success());
+        config.source.slot_failover = Some(false);
+        runtime = Runtime::capture(&config);
+        runtime.ready(LIMIT).await;
+        wait_for(&postgres, "no failover slot any more", &failover(false)).await;
+    }
 }

@@ -5,8 +5,8 @@ use std::time::Duration;
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use meander_crds::{
-    CdcPipeline, CdcPipelineStatus, PipelinePhase, RedisState, RedisStatus, Replication, SinkPosition, SinkPositions,
-    SlotStatus,
+    CdcPipeline, CdcPipelineStatus, PipelinePhase, RedisState, RedisStatus, RefusedTable, Replication, SinkPosition,
+    SinkPositions, SlotStatus, TablesStatus,
 };
 use meander_proto::v1::{CaptureProgress, ProgressUpdate, RedisState as Reported, progress_update::Progress};
 
@@ -16,8 +16,8 @@ use super::{
 };
 use crate::{
     conditions::{
-        Judgement, PROGRESSING, READY, REDIS_GAP, RUNTIME_AVAILABLE, SINKS_READY, SOURCE_GAP, SOURCE_READY, SPEC_VALID,
-        Status, conditions,
+        DEGRADED, Judgement, PROGRESSING, READY, REDIS_GAP, RUNTIME_AVAILABLE, SINKS_READY, SOURCE_GAP, SOURCE_READY,
+        SPEC_VALID, Status, conditions,
     },
     error::{Error, Reason},
     format,
@@ -50,16 +50,17 @@ pub fn status(inputs: &Inputs<'_>) -> CdcPipelineStatus {
     let mut judgements = judge(inputs, &old.conditions);
     judgements.insert(0, ready(inputs, &judgements));
     let phase = phase(inputs, &judgements, old.phase);
-    let progress = match inputs
+    let report = match inputs
         .observation
         .report
         .as_ref()
         .and_then(|report| report.progress.as_ref())
     {
-        // A capture that has not opened its source yet has nothing to say of how far it is, and what was said before still holds.
-        Some(Progress::Capture(progress)) if progress.epoch > 0 => Some(progress),
+        Some(Progress::Capture(progress)) => Some(progress),
         _ => None,
     };
+    // A capture that has not opened its source yet has nothing to say of how far it is, and what was said before still holds.
+    let progress = report.filter(|progress| progress.epoch > 0);
     let mut replication = progress.map(replication).or(old.replication);
     if let Some(replication) = replication.as_mut().filter(|_| !lag_is_known(inputs, &judgements)) {
         replication.lag_bytes = None;
@@ -71,9 +72,8 @@ pub fn status(inputs: &Inputs<'_>) -> CdcPipelineStatus {
         phase: Some(phase),
         conditions: conditions(&old.conditions, judgements, generation, inputs.now),
         replication,
-        slot: Some(SlotStatus {
-            name: slot_of(inputs.pipeline),
-        }),
+        slot: Some(slot(inputs.pipeline, report, old.slot)),
+        tables: report.and_then(tables).or(old.tables),
         sinks: progress.and_then(sinks).or(old.sinks),
         config_hash: inputs
             .outcome
@@ -89,7 +89,11 @@ pub fn significant(status: &CdcPipelineStatus) -> impl PartialEq + '_ {
         status.observed_generation,
         status.phase,
         &status.conditions,
-        &status.slot,
+        status.slot.as_ref().map(|slot| {
+            let facts = (slot.failover, slot.synced, &slot.wal_status, &slot.invalidation_reason);
+            (&slot.name, facts)
+        }),
+        &status.tables,
         &status.config_hash,
     )
 }
@@ -115,7 +119,7 @@ fn judge(inputs: &Inputs<'_>, old: &[Condition]) -> Vec<Judgement> {
     } else {
         judgements.extend(Judgement::remembered(PROGRESSING, old));
     }
-    for type_ in [SOURCE_GAP, REDIS_GAP] {
+    for type_ in [SOURCE_GAP, REDIS_GAP, DEGRADED] {
         let gap = match &inputs.observation.report {
             Some(report) => said(report, type_),
             // A gap does not close because the one who found it is silent.
@@ -265,6 +269,8 @@ fn phase(inputs: &Inputs<'_>, judgements: &[Judgement], old: Option<PipelinePhas
         PipelinePhase::Failed
     } else if inputs.pipeline.spec.suspend {
         PipelinePhase::Suspended
+    } else if is(READY, Status::True) && is(DEGRADED, Status::True) {
+        PipelinePhase::Degraded
     } else if is(READY, Status::True) {
         PipelinePhase::Streaming
     } else if inputs.outcome.is_err() && inputs.facts.is_some_and(|facts| facts.deployment.is_none()) {
@@ -278,6 +284,48 @@ fn phase(inputs: &Inputs<'_>, judgements: &[Judgement], old: Option<PipelinePhas
     } else {
         PipelinePhase::Starting
     }
+}
+
+/// What was last seen of the slot. It is remembered while nobody looks, since what it holds back stays.
+fn slot(pipeline: &CdcPipeline, progress: Option<&CaptureProgress>, old: Option<SlotStatus>) -> SlotStatus {
+    let name = slot_of(pipeline);
+    let said = |text: &str| (!text.is_empty()).then(|| text.to_owned());
+    match progress.and_then(|progress| progress.slot.as_ref()) {
+        Some(slot) => SlotStatus {
+            name,
+            wal_status: said(&slot.wal_status),
+            retained_wal_bytes: slot.retained_wal_bytes,
+            safe_wal_bytes: slot.safe_wal_bytes,
+            restart_lsn: format::lsn(slot.restart_lsn),
+            confirmed_flush_lsn: format::lsn(slot.confirmed_flush_lsn),
+            active_pid: slot.active_pid,
+            failover: slot.failover,
+            synced: slot.synced,
+            invalidation_reason: said(&slot.invalidation_reason),
+            inactive_since: format::time_of_micros(slot.inactive_since_micros),
+        },
+        None => SlotStatus {
+            name,
+            ..old.unwrap_or_default()
+        },
+    }
+}
+
+/// None until the tables were looked at.
+fn tables(progress: &CaptureProgress) -> Option<TablesStatus> {
+    let looked = progress.captured_tables > 0 || progress.refused_tables_total > 0;
+    looked.then(|| TablesStatus {
+        captured: progress.captured_tables,
+        refused_total: progress.refused_tables_total,
+        refused: progress
+            .refused_tables
+            .iter()
+            .map(|refused| RefusedTable {
+                table: refused.table.clone(),
+                reason: refused.reason.clone(),
+            })
+            .collect(),
+    })
 }
 
 fn replication(progress: &CaptureProgress) -> Replication {

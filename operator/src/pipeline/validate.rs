@@ -142,6 +142,7 @@ pub fn validate(pipeline: &CdcPipeline, facts: &Facts, settings: &Settings) -> R
                 },
             },
             slot_name: slot_of(pipeline),
+            slot_failover: postgres.slot.failover,
         },
         kafka: KafkaSink {
             bootstrap_servers: kafka.bootstrap_servers.clone(),

@@ -102,6 +102,9 @@ pub struct PostgresSource {
     pub publication: Publication,
     /// Name of the replication slot; at most 63 of `a-z`, `0-9` and `_`.
     pub slot_name: String,
+    /// Whether the slot is kept on the standbys (PostgreSQL 17); as it is where it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slot_failover: Option<bool>,
 }
 
 /// Globs over `schema.table`; what is excluded stays excluded.

@@ -18,6 +18,7 @@ use crate::{
         Durable, SinkError,
         redis::feed::{self, Progress as RedisProgress, State},
     },
+    source::postgres::{prerequisites::Tables, start::SlotState},
 };
 
 const INTERVAL: Duration = Duration::from_millis(500);
@@ -55,6 +56,10 @@ pub(super) struct Metrics {
     received: IntGauge,
     acknowledged: IntGauge,
     pub(super) redis: feed::Metrics,
+    slot_retained: IntGauge,
+    slot_safe: IntGauge,
+    tables: IntGauge,
+    tables_refused: IntGauge,
 }
 
 impl Metrics {
@@ -105,11 +110,24 @@ impl Metrics {
                         &["reason"],
                     )?,
                 },
+                slot_retained: gauge(
+                    "meander_capture_slot_retained_wal_bytes",
+                    "WAL that PostgreSQL keeps for the slot.",
+                )?,
+                slot_safe: gauge(
+                    "meander_capture_slot_safe_wal_bytes",
+                    "WAL that can be written before the slot is in danger; -1 without a limit.",
+                )?,
+                tables: gauge("meander_capture_tables", "Tables that are captured.")?,
+                tables_refused: gauge(
+                    "meander_capture_tables_refused",
+                    "Tables that are selected and cannot be captured.",
+                )?,
             })
         };
         match made() {
             Ok(metrics) => {
-                let collectors: [Box<dyn Collector>; 9] = [
+                let collectors: [Box<dyn Collector>; 13] = [
                     Box::new(metrics.failures.clone()),
                     Box::new(metrics.events.clone()),
                     Box::new(metrics.lag_bytes.clone()),
@@ -119,6 +137,10 @@ impl Metrics {
                     Box::new(metrics.redis.attached.clone()),
                     Box::new(metrics.redis.refilled.clone()),
                     Box::new(metrics.redis.detachments.clone()),
+                    Box::new(metrics.slot_retained.clone()),
+                    Box::new(metrics.slot_safe.clone()),
+                    Box::new(metrics.tables.clone()),
+                    Box::new(metrics.tables_refused.clone()),
                 ];
                 for collector in collectors {
                     if let Err(error) = registry.register(collector) {
@@ -129,6 +151,17 @@ impl Metrics {
             }
             Err(error) => unreachable!("a metric's name is not valid: {error}"),
         }
+    }
+
+    pub(super) fn slot(&self, slot: Option<&SlotState>) {
+        self.slot_retained
+            .set(signed(slot.and_then(|slot| slot.retained).unwrap_or(0)));
+        self.slot_safe.set(slot.and_then(|slot| slot.safe).map_or(-1, signed));
+    }
+
+    pub(super) fn tables(&self, tables: &Tables) {
+        self.tables.set(signed(tables.captured.len() as u64));
+        self.tables_refused.set(signed(tables.refused.len() as u64));
     }
 }
 
@@ -184,7 +217,6 @@ pub(super) async fn run(
                 events_total: checkpoint.events_total,
                 epoch: u32::from(checkpoint.epoch),
                 owner_generation: checkpoint.owner_generation,
-                slot_name: std::mem::take(&mut state.progress.slot_name),
                 kafka_position: text(kafka),
                 redis_position: redis.as_ref().map(|redis| text(redis.durable)).unwrap_or_default(),
                 redis_state: redis.as_ref().map_or(RedisState::Unspecified, reported).into(),
@@ -192,6 +224,8 @@ pub(super) async fn run(
                     .as_ref()
                     .and_then(|redis| Some(redis.last_error.as_ref()?.to_string()))
                     .unwrap_or_default(),
+                // What others report.
+                ..std::mem::take(&mut state.progress)
             };
         });
         if ended {

@@ -6,12 +6,13 @@
 
 use std::time::Duration;
 
+use meander_config::PostgresSource;
 use rdkafka::{Message as _, message::Headers as _};
 use tokio::{sync::watch, task::spawn_blocking};
 
 use crate::{
     capture::{
-        CaptureError, Context,
+        CaptureError, Context, monitor,
         status::{self, Received},
     },
     checkpoint::{Tail, TailError, read_checkpoint},
@@ -26,7 +27,6 @@ use crate::{
     },
     source::postgres::{
         preflight::{Catalog, Credentials, Selection, SourceError, Table, wire_failure},
-        prerequisites::Tables,
         start::{ServerIdentity, SlotState, SourceGap, Start, decide},
         wire::{ConnectOptions, FrameReader, ReplicationConnection, WireError, quote_identifier},
     },
@@ -60,7 +60,8 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
     let selection = Selection::new(&source.tables)?;
     let slot = catalog.slot(source).await?;
     // Whoever does not own the slot has no business with anything else either.
-    if slot.as_ref().is_some_and(|slot| slot.active) {
+    monitor::report(context, slot.as_ref(), None);
+    if slot.as_ref().is_some_and(|slot| slot.active_pid.is_some()) {
         return Err(SourceError::SlotActive {
             slot: source.slot_name.clone(),
         }
@@ -75,8 +76,9 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
     };
     let wire = |error| wire_failure(source, &credentials.user, error);
     let connected = ReplicationConnection::connect(&options).await.map_err(wire);
-    let (Tables { captured: tables, .. }, mut connection) =
-        catalog.check(source, &selection, slot.as_ref(), connected).await?;
+    let (tables, mut connection) = catalog.check(source, &selection, slot.as_ref(), connected).await?;
+    monitor::report(context, slot.as_ref(), Some(&tables));
+    let tables = tables.captured;
     let server = identify(&mut connection, &catalog, &wire).await?;
     let checkpoint_topic = checkpoint_topic(&config.pipeline.namespace, &config.pipeline.name);
     let makes_slot = slot.as_ref().is_none_or(|slot| slot.lost);
@@ -110,12 +112,13 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
     }
     catalog.ensure_publication(source, &tables).await?;
     if makes_slot {
-        let sql = format!(
-            "CREATE_REPLICATION_SLOT {} LOGICAL pgoutput NOEXPORT_SNAPSHOT",
-            quote_identifier(&source.slot_name)
-        );
+        create_slot(&mut connection, &catalog, source, &wire).await?;
+    } else if let Some(failover) = source.slot_failover
+        && slot.and_then(|slot| slot.failover).unwrap_or(false) != failover
+    {
+        let name = quote_identifier(&source.slot_name);
+        let sql = format!("ALTER_REPLICATION_SLOT {name} (FAILOVER {failover})");
         connection.query(&sql).await.map_err(wire)?;
-        tracing::info!(slot = source.slot_name, "made the replication slot");
     }
     let (reader, writer) = connection
         .start_replication(&source.slot_name, &source.publication.name)
@@ -160,6 +163,32 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
         kafka,
         checkpoint,
     })
+}
+
+/// Makes the slot, in bounded time: the server waits for every transaction that is older, and would do so for ever.
+async fn create_slot(
+    connection: &mut ReplicationConnection,
+    catalog: &Catalog,
+    source: &PostgresSource,
+    wire: impl Fn(WireError) -> SourceError,
+) -> Result<(), SourceError> {
+    let options = match source.slot_failover {
+        Some(true) => "(SNAPSHOT 'nothing', FAILOVER)",
+        // As version 14 understands it.
+        _ => "NOEXPORT_SNAPSHOT",
+    };
+    let name = quote_identifier(&source.slot_name);
+    let sql = format!("CREATE_REPLICATION_SLOT {name} LOGICAL pgoutput {options}");
+    match connection.query(&sql).await {
+        Ok(_) => {
+            tracing::info!(slot = source.slot_name, "made the replication slot");
+            Ok(())
+        }
+        // Each transaction is waited for as long as lock_timeout says, and all of them as long as a request may take.
+        Err(WireError::Timeout(_)) => Err(catalog.give_up_slot(source).await?),
+        Err(WireError::Server { code, .. }) if code == "55P03" => Err(catalog.give_up_slot(source).await?),
+        Err(error) => Err(wire(error)),
+    }
 }
 
 async fn identify(

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     capture::{
-        CaptureError, Context,
+        CaptureError, Context, monitor,
         observe::{self, Inflight},
         open::{Session, open},
         stream::{Queues, Stream},
@@ -133,6 +133,7 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
             Ok(())
         }
         error = crash(&mut redis_feed) => Err(error.into()),
+        () = monitor::run(context) => Ok(()),
         error = status.failed() => Err(wire_failure(&config.source, "", error).into()),
     };
     // The queues are closed now: the sinks take what is left, and the last checkpoint acknowledges it.

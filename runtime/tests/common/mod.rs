@@ -1,4 +1,5 @@
-//! What the tests of capture share.
+//! What the tests of capture share; none of them needs all of it.
+#![allow(dead_code)]
 
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use meander_runtime::{
     checkpoint::read_checkpoint,
     log::{Checkpoint, checkpoint_key, checkpoint_topic},
 };
-use meander_test_support::{Kafka, Postgres, Redis, free_address, unique_name};
+use meander_test_support::{Kafka, Postgres, Redis, Runtime, eventually, free_address, unique_name};
 
 /// For every wait.
 pub const LIMIT: Duration = Duration::from_secs(60);
@@ -39,6 +40,7 @@ pub fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> Capt
                 management: PublicationManagement::Managed,
             },
             slot_name: name.clone(),
+            slot_failover: None,
         },
         kafka: KafkaSink {
             bootstrap_servers: vec![kafka.bootstrap()],
@@ -55,6 +57,18 @@ pub fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> Capt
         operator: None,
         admin_address: free_address(),
     }
+}
+
+/// Waits until a metric of the runtime has such a value.
+pub async fn wait_for_metric(runtime: &Runtime, name: &str, is: impl Fn(i64) -> bool) {
+    eventually(name, LIMIT, async || {
+        let (_, metrics) = runtime.get("/metrics").await.map_err(|error| error.to_string())?;
+        let line = metrics
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
+        line.filter(|value| is(*value)).map_or(Err(metrics), |_| Ok(()))
+    })
+    .await;
 }
 
 /// The pipeline's checkpoint, if there is one.

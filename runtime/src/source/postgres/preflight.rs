@@ -164,10 +164,18 @@ pub enum SourceError {
     )]
     NoFreeConnection(String),
     /// Making the slot waits for a transaction that was open before.
+    #[error("making the replication slot waits for a transaction that is older, that of {0}")]
+    SlotWaitsForTransaction(String),
+    /// Making a slot on a standby waits for the primary.
     #[error(
-        "making the replication slot waits for a transaction that is older; find it with SELECT pid, xact_start, query FROM pg_stat_activity WHERE xact_start IS NOT NULL ORDER BY xact_start; and let it end"
+        "making the replication slot on a standby waits for the primary to log its running transactions; run there SELECT pg_log_standby_snapshot();"
     )]
-    SlotWaitsForTransaction,
+    SlotWaitsForPrimary,
+    /// The server is too old for failover slots.
+    #[error(
+        "PostgreSQL {0} has no failover slots, which came with version 17; leave source.postgres.slot.failover out"
+    )]
+    FailoverUnsupported(String),
     /// Another process reads the slot.
     #[error("replication slot {slot:?} is read by another process; this one waits until it is free")]
     SlotActive {
@@ -221,7 +229,9 @@ impl SourceError {
             Self::ForeignSlot { .. } => "SlotUsedElsewhere",
             Self::NoFreeSlot => "ReplicationSlotsExhausted",
             Self::NoFreeConnection(_) => "ConnectionsExhausted",
-            Self::SlotWaitsForTransaction => "SlotWaitsForTransaction",
+            Self::SlotWaitsForTransaction(_) => "SlotWaitsForTransaction",
+            Self::SlotWaitsForPrimary => "SlotWaitsForPrimary",
+            Self::FailoverUnsupported(_) => "FailoverUnsupported",
             Self::SlotActive { .. } => "SlotActive",
             Self::Server { .. } => "DatabaseError",
         }
@@ -421,17 +431,17 @@ impl Catalog {
         ))
     }
 
-    /// Makes a managed publication hold exactly these tables.
+    /// Makes a managed publication hold exactly these tables, and says whether anything had to change.
     ///
     /// # Errors
     /// When the role may not.
-    pub async fn ensure_publication(&self, source: &PostgresSource, tables: &[Table]) -> Result<(), SourceError> {
+    pub async fn ensure_publication(&self, source: &PostgresSource, tables: &[Table]) -> Result<bool, SourceError> {
         let published = self.published(&source.publication.name).await?;
         let Some(change) = publication_change(source, published.as_deref(), tables) else {
-            return Ok(());
+            return Ok(false);
         };
         match self.execute(&change).await {
-            Ok(()) => Ok(()),
+            Ok(()) => Ok(true),
             Err(error) if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => {
                 Err(SourceError::PublicationForbidden {
                     user: quote_identifier(&self.user),
@@ -454,8 +464,17 @@ impl Catalog {
     pub async fn slot(&self, source: &PostgresSource) -> Result<Option<SlotState>, SourceError> {
         let rows = self
             .query(
-                "SELECT plugin, database, confirmed_flush_lsn::text, coalesce(wal_status = 'lost', false), active
-                 FROM pg_catalog.pg_replication_slots WHERE slot_name = $1",
+                // As JSON, what a version does not know is null.
+                "SELECT plugin, database, confirmed_flush_lsn::text, restart_lsn::text, active_pid, wal_status, safe_wal_size,
+                        pg_catalog.pg_wal_lsn_diff(
+                            CASE WHEN pg_catalog.pg_is_in_recovery() THEN pg_catalog.pg_last_wal_replay_lsn()
+                                 ELSE pg_catalog.pg_current_wal_insert_lsn() END, restart_lsn)::int8,
+                        (j.slot->>'failover')::bool, (j.slot->>'synced')::bool,
+                        coalesce(j.slot->>'invalidation_reason',
+                                 CASE WHEN (j.slot->>'conflicting')::bool THEN 'conflict' END),
+                        (extract(epoch FROM (j.slot->>'inactive_since')::timestamptz) * 1000000)::int8
+                 FROM pg_catalog.pg_replication_slots s, LATERAL (SELECT pg_catalog.to_jsonb(s) AS slot) j
+                 WHERE slot_name = $1",
                 &[&source.slot_name],
             )
             .await?;
@@ -473,12 +492,82 @@ impl Catalog {
                 },
             });
         }
-        let confirmed_flush: Option<String> = row.get(2);
+        let lsn = |index: usize| {
+            row.get::<_, Option<String>>(index)
+                .and_then(|text| text.parse::<Lsn>().ok())
+        };
+        let bytes = |index: usize| {
+            row.get::<_, Option<i64>>(index)
+                .map(|bytes| bytes.max(0).cast_unsigned())
+        };
+        let wal_status: Option<String> = row.get(5);
+        let invalidation_reason: Option<String> = row.get(10);
         Ok(Some(SlotState {
-            confirmed_flush: confirmed_flush.and_then(|text| text.parse::<Lsn>().ok()),
-            lost: row.get(3),
-            active: row.get(4),
+            confirmed_flush: lsn(2),
+            restart: lsn(3),
+            lost: invalidation_reason.is_some() || wal_status.as_deref() == Some("lost"),
+            active_pid: row.get(4),
+            wal_status,
+            retained: bytes(7),
+            safe: bytes(6),
+            failover: row.get(8),
+            synced: row.get(9),
+            invalidation_reason,
+            inactive_since_micros: row.get(11),
         }))
+    }
+
+    /// Ends an attempt to make the slot whose answer nobody waits for any more, and says what it was waiting for.
+    ///
+    /// # Errors
+    /// When the server does not answer.
+    pub async fn give_up_slot(&self, source: &PostgresSource) -> Result<SourceError, SourceError> {
+        // Left alone, the walsender would go on waiting, and make a slot long after this. While it waits, the slot has no position.
+        self.query(
+            "SELECT pg_catalog.pg_cancel_backend(active_pid) FROM pg_catalog.pg_replication_slots
+             WHERE slot_name = $1 AND active_pid IS NOT NULL AND confirmed_flush_lsn IS NULL",
+            &[&source.slot_name],
+        )
+        .await?;
+        let standby = self.query("SELECT pg_catalog.pg_is_in_recovery()", &[]).await?;
+        if standby.first().is_some_and(|row| row.get(0)) {
+            return Ok(SourceError::SlotWaitsForPrimary);
+        }
+        // Every transaction that writes holds a lock on its own id, which everybody may see.
+        let rows = self
+            .query(
+                "SELECT l.pid, p.gid, a.usename::text,
+                        extract(epoch FROM now() - coalesce(a.xact_start, p.prepared))::int8
+                 FROM pg_catalog.pg_locks l
+                 LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
+                 LEFT JOIN pg_catalog.pg_prepared_xacts p ON p.transaction = l.transactionid
+                 WHERE l.locktype = 'transactionid' AND l.mode = 'ExclusiveLock' AND l.granted
+                   AND l.pid IS DISTINCT FROM pg_catalog.pg_backend_pid()
+                 ORDER BY pg_catalog.age(l.transactionid) DESC LIMIT 1",
+                &[],
+            )
+            .await?;
+        let blocker = rows.first().map(|row| {
+            let since = row
+                .get::<_, Option<i64>>(3)
+                .map_or(String::new(), |seconds| format!(", open for {seconds} s"));
+            let user = row
+                .get::<_, Option<String>>(2)
+                .map_or(String::new(), |user| format!(" of user {user:?}"));
+            match (row.get::<_, Option<i32>>(0), row.get::<_, Option<String>>(1)) {
+                (_, Some(gid)) => {
+                    let gid = quote_literal(&gid);
+                    format!("prepared transaction {gid}{since}: run COMMIT PREPARED {gid}; or ROLLBACK PREPARED {gid};")
+                }
+                (pid, None) => {
+                    let pid = pid.unwrap_or_default();
+                    format!("process {pid}{user}{since}: let it end, or run SELECT pg_terminate_backend({pid});")
+                }
+            }
+        });
+        Ok(SourceError::SlotWaitsForTransaction(
+            blocker.unwrap_or_else(|| "one that has just ended".to_owned()),
+        ))
     }
 
     /// How far the server's WAL has grown; of a standby, what it has replayed.
@@ -608,7 +697,6 @@ fn refused(source: &PostgresSource, user: &str, code: &str, message: &str) -> So
         "42501" => SourceError::NoReplicationAttribute(quote_identifier(user)),
         "53400" => SourceError::NoFreeSlot,
         "53300" => SourceError::NoFreeConnection(message.to_owned()),
-        "55P03" => SourceError::SlotWaitsForTransaction,
         "55006" => SourceError::SlotActive {
             slot: source.slot_name.clone(),
         },

@@ -13,9 +13,11 @@ use crate::source::postgres::{
     wire::quote_identifier,
 };
 
-/// `server_version_num` of the oldest version that is supported, and of the oldest whose standbys can decode.
+/// `server_version_num` of the oldest version that is supported, the oldest whose standbys can decode, and the oldest with failover
+/// slots.
 const OLDEST: i32 = 140_000;
 const OLDEST_STANDBY: i32 = 160_000;
+const OLDEST_FAILOVER: i32 = 170_000;
 
 /// A selected table that is not captured, so that the others can be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -102,7 +104,10 @@ impl Catalog {
             return Err(SourceError::Version(server.version_name));
         }
         if server.standby && server.version < OLDEST_STANDBY {
-            problems.push(SourceError::Standby(server.version_name));
+            problems.push(SourceError::Standby(server.version_name.clone()));
+        }
+        if source.slot_failover == Some(true) && server.version < OLDEST_FAILOVER {
+            problems.push(SourceError::FailoverUnsupported(server.version_name));
         }
         if server.wal_level != "logical" {
             problems.push(SourceError::WalLevel(server.wal_level));

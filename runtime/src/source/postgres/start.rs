@@ -23,14 +23,32 @@ pub struct ServerIdentity {
 }
 
 /// A row of `pg_replication_slots`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+///
+/// What a version does not know, or what is not so at the moment, is none.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SlotState {
-    /// Where it goes on; NULL while it is being made.
+    /// Where it goes on; none while it is being made.
     pub confirmed_flush: Option<Lsn>,
-    /// `wal_status` is `lost`: the server no longer has the WAL that the slot needs.
+    /// The oldest WAL that it needs.
+    pub restart: Option<Lsn>,
+    /// It cannot be used any more: the server no longer has the WAL that it needs, or has invalidated it.
     pub lost: bool,
-    /// A process reads it.
-    pub active: bool,
+    /// The process that reads it.
+    pub active_pid: Option<i32>,
+    /// `reserved`, `extended`, `unreserved` or `lost`.
+    pub wal_status: Option<String>,
+    /// Bytes of WAL from `restart` to the server's end.
+    pub retained: Option<u64>,
+    /// Bytes of WAL that can be written before the slot is in danger; none without `max_slot_wal_keep_size`.
+    pub safe: Option<u64>,
+    /// It is kept on the standbys (PostgreSQL 17).
+    pub failover: Option<bool>,
+    /// It came from the primary (PostgreSQL 17).
+    pub synced: Option<bool>,
+    /// Why it cannot be used any more (PostgreSQL 16).
+    pub invalidation_reason: Option<String>,
+    /// Since when nobody reads it (PostgreSQL 17), in microseconds since the Unix epoch.
+    pub inactive_since_micros: Option<i64>,
 }
 
 /// How to start.
@@ -235,8 +253,7 @@ mod tests {
     fn slot(at: u64) -> SlotState {
         SlotState {
             confirmed_flush: Some(Lsn(at)),
-            lost: false,
-            active: false,
+            ..SlotState::default()
         }
     }
 

@@ -1,0 +1,154 @@
+//! Looks at the source beside the stream: how the slot is doing, and which tables there are.
+//!
+//! It has a connection of its own, so that a statement which waits for a lock holds up nothing that the stream asks. Whether the capture
+//! goes on is for the stream to say: a look that fails is taken again.
+
+use std::time::Duration;
+
+use meander_config::PublicationManagement;
+use meander_proto::v1::{RefusedTable, SlotHealth};
+use tokio::time::{MissedTickBehavior, interval};
+
+use crate::{
+    capture::Context,
+    progress::ConditionType,
+    source::postgres::{
+        preflight::{Catalog, Credentials, Selection, SourceError},
+        prerequisites::Tables,
+        start::SlotState,
+    },
+};
+
+const INTERVAL: Duration = Duration::from_secs(10);
+/// The most tables that are named as refused; the status of a resource is no place for thousands.
+const NAMED_TABLES: usize = 20;
+/// The budget of WAL is low when less than this part of it, a quarter, is left.
+const LOW_BUDGET: u64 = 4;
+
+/// Looks every few seconds, for as long as it is polled.
+pub(super) async fn run(context: &Context) {
+    let mut ticks = interval(INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut catalog = None;
+    loop {
+        ticks.tick().await;
+        catalog = match look(context, catalog).await {
+            Ok(catalog) => Some(catalog),
+            Err(error) => {
+                tracing::warn!(%error, "the slot and the tables could not be looked at");
+                None
+            }
+        };
+    }
+}
+
+async fn look(context: &Context, catalog: Option<Catalog>) -> Result<Catalog, SourceError> {
+    let source = &context.config.source;
+    let catalog = match catalog {
+        Some(catalog) => catalog,
+        None => Catalog::connect(source, &Credentials::read(source)?).await?,
+    };
+    let slot = catalog.slot(source).await?;
+    let tables = catalog.select_tables(source, &Selection::new(&source.tables)?).await?;
+    // What joins is captured from its first change after this; what was dropped has left the publication by itself.
+    if source.publication.management == PublicationManagement::Managed
+        && catalog.ensure_publication(source, &tables.captured).await?
+    {
+        tracing::info!(
+            captured = tables.captured.len(),
+            refused = tables.refused.len(),
+            "the publication follows the tables"
+        );
+    }
+    report(context, slot.as_ref(), Some(&tables));
+    Ok(catalog)
+}
+
+/// Says what a look has shown.
+pub(super) fn report(context: &Context, slot: Option<&SlotState>, tables: Option<&Tables>) {
+    context.metrics.slot(slot);
+    context.reporter.update(|state| {
+        // Empty where there is none, which says something else than not to have looked.
+        state.progress.slot = Some(slot.map(health).unwrap_or_default());
+        let Some(tables) = tables else { return };
+        context.metrics.tables(tables);
+        state.progress.captured_tables = tables.captured.len() as u64;
+        state.progress.refused_tables_total = tables.refused.len() as u64;
+        state.progress.refused_tables = tables
+            .refused
+            .iter()
+            .take(NAMED_TABLES)
+            .map(|refused| RefusedTable {
+                table: refused.table.quoted(),
+                reason: refused.cause.reason().to_owned(),
+            })
+            .collect();
+        let problems: Vec<_> = slot.and_then(budget).into_iter().chain(left_out(tables)).collect();
+        let (degraded, reason) = match problems.first() {
+            Some((reason, _)) => (true, *reason),
+            None => (false, "Sound"),
+        };
+        let messages: Vec<_> = problems.into_iter().map(|(_, message)| message).collect();
+        state
+            .conditions
+            .set(ConditionType::Degraded, degraded, reason, messages.join(". Also: "));
+    });
+}
+
+fn health(slot: &SlotState) -> SlotHealth {
+    SlotHealth {
+        wal_status: slot.wal_status.clone().unwrap_or_default(),
+        retained_wal_bytes: slot.retained,
+        safe_wal_bytes: slot.safe,
+        restart_lsn: slot.restart.unwrap_or_default().0,
+        confirmed_flush_lsn: slot.confirmed_flush.unwrap_or_default().0,
+        active_pid: slot.active_pid,
+        failover: slot.failover,
+        synced: slot.synced,
+        invalidation_reason: slot.invalidation_reason.clone().unwrap_or_default(),
+        inactive_since_micros: slot.inactive_since_micros.unwrap_or_default(),
+    }
+}
+
+/// What `max_slot_wal_keep_size` leaves, once that is little.
+fn budget(slot: &SlotState) -> Option<(&'static str, String)> {
+    let (safe, retained) = (slot.safe?, slot.retained.unwrap_or(0));
+    let low = safe < safe.saturating_add(retained) / LOW_BUDGET;
+    let unreserved = slot.wal_status.as_deref() == Some("unreserved");
+    (low || unreserved).then(|| {
+        let mebibytes = |bytes: u64| bytes >> 20;
+        let message = format!(
+            "the replication slot holds back {} MiB of WAL, and PostgreSQL drops it after {} MiB more: see why the capture does not keep up, or run ALTER SYSTEM SET max_slot_wal_keep_size = '…'; SELECT pg_reload_conf();",
+            mebibytes(retained),
+            mebibytes(safe)
+        );
+        ("WalBudgetLow", message)
+    })
+}
+
+fn left_out(tables: &Tables) -> Option<(&'static str, String)> {
+    let first = tables.refused.first()?;
+    let more = match tables.refused.len() - 1 {
+        0 => String::new(),
+        more => format!("; and {more} more, see status.tables"),
+    };
+    Some((first.cause.reason(), format!("left out of the capture: {first}{more}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_budget_is_low_before_it_is_used_up_and_never_without_a_limit() {
+        let slot = |retained, safe| SlotState {
+            retained: Some(retained),
+            safe,
+            ..SlotState::default()
+        };
+        assert!(budget(&slot(900, None)).is_none());
+        assert!(budget(&slot(700, Some(300))).is_none());
+        assert!(budget(&slot(800, Some(200))).is_some());
+        assert!(budget(&slot(1100, Some(0))).is_some());
+    }
+}
