@@ -48,13 +48,13 @@ enum Kind {
 
 impl Kind {
     fn of(column: &Column) -> Self {
-        // OIDs of built-in types never change: src/include/catalog/pg_type.dat.
-        match column.type_oid {
-            20 | 21 | 23 | 26 => Self::Integer,
-            16 => Self::Boolean,
-            700 => Self::Float4,
-            701 => Self::Float8,
-            17 => Self::Binary,
+        // By its name, which a domain shares with the type that it is over. Only built-in types have a name without a schema.
+        match column.type_name.as_str() {
+            "int2" | "int4" | "int8" | "oid" => Self::Integer,
+            "bool" => Self::Boolean,
+            "float4" => Self::Float4,
+            "float8" => Self::Float8,
+            "bytea" => Self::Binary,
             _ => Self::Text,
         }
     }
@@ -384,15 +384,15 @@ mod tests {
         source::postgres::pgoutput::{LogicalMessage, decode},
     };
 
-    const TYPES: [(&str, u32); 8] = [
-        ("id", 20),
-        ("flag", 16),
-        ("single", 700),
-        ("double", 701),
-        ("payload", 17),
-        ("price", 1700),
-        ("note", 25),
-        ("at", 1184),
+    const TYPES: [(&str, &str); 8] = [
+        ("id", "int8"),
+        ("flag", "bool"),
+        ("single", "float4"),
+        ("double", "float8"),
+        ("payload", "bytea"),
+        ("price", "numeric"),
+        ("note", "text"),
+        ("at", "timestamptz"),
     ];
 
     fn relation() -> Arc<Relation> {
@@ -402,10 +402,10 @@ mod tests {
             table: "trades".to_owned(),
             columns: TYPES
                 .iter()
-                .map(|(name, oid)| Column {
+                .map(|(name, type_name)| Column {
                     name: (*name).to_owned(),
-                    type_oid: *oid,
-                    type_name: "?".to_owned(),
+                    type_oid: 0,
+                    type_name: (*type_name).to_owned(),
                     type_modifier: -1,
                     key: *name == "id",
                 })

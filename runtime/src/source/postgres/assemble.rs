@@ -227,7 +227,12 @@ impl Assembler {
                 _ => Err(AssembleError::OutOfOrder("Commit")),
             },
             LogicalMessage::Type { oid, schema, name } => {
-                self.type_names.insert(oid, format!("{schema}.{name}"));
+                // A domain has its own OID and the name of the type that it is over.
+                let name = match schema {
+                    "pg_catalog" => name.to_owned(),
+                    _ => format!("{schema}.{name}"),
+                };
+                self.type_names.insert(oid, name);
                 Ok(Assembled::Nothing)
             }
             LogicalMessage::Origin => Ok(Assembled::Nothing),

@@ -285,6 +285,9 @@ pub const SESSION_SETTINGS: &[(&str, &str)] = &[
     ("extra_float_digits", "3"),
     ("bytea_output", "hex"),
     ("lc_monetary", "C"),
+    // Names of tables, functions and types as values (regclass and its kin) are qualified unless they are built in.
+    ("search_path", "pg_catalog"),
+    ("quote_all_identifiers", "off"),
     // Creating a slot waits for every older transaction, and so does a change of a publication for its tables' locks.
     ("lock_timeout", "10s"),
     ("wal_sender_timeout", "10s"),
