@@ -3,7 +3,7 @@
 
 use std::{fs, path::Path, time::Duration};
 
-use globset::{Glob, GlobMatcher};
+use globset::{GlobBuilder, GlobMatcher};
 use meander_config::{PostgresSource, PublicationManagement, TableSelection};
 use tokio::{task::JoinHandle, time::timeout};
 use tokio_postgres::{Client, Config, NoTls, error::SqlState};
@@ -778,7 +778,10 @@ impl TableGlob {
             return Err(invalid("a part is empty or a quote is not closed".to_owned()));
         }
         let matcher = |part: &str| {
-            Glob::new(part)
+            // A backslash is a letter of a name like any other.
+            GlobBuilder::new(part)
+                .backslash_escape(false)
+                .build()
                 .map(|glob| glob.compile_matcher())
                 .map_err(|error| invalid(error.kind().to_string()))
         };
@@ -818,13 +821,22 @@ mod tests {
 
     #[test]
     fn names_are_read_as_sql_reads_them() {
-        let selection = selection(&[r#"Public."Order Lines""#, r#""a.b"."*""#, r#"x."[""y""]""#], &[]);
+        let selection = selection(
+            &[
+                r#"Public."Order Lines""#,
+                r#""a.b"."*""#,
+                r#"x."[""y""]""#,
+                r#""back\slash"."/""#,
+            ],
+            &[],
+        );
         assert!(selection.holds("public", "Order Lines"));
         assert!(!selection.holds("public", "order lines"));
         assert!(selection.holds("a.b", "*"));
         assert!(!selection.holds("a.b", "c"));
         assert!(selection.holds("x", r#"["y"]"#));
         assert!(!selection.holds("x", "y"));
+        assert!(selection.holds(r"back\slash", "/"));
     }
 
     #[test]
