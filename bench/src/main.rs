@@ -10,7 +10,7 @@ mod pacing;
 
 use clap::{Parser, Subcommand};
 use meander_config::{
-    CaptureConfig, KafkaSink, PostgresSource, Publication, PublicationManagement, RedisSink, ResourceIdentity,
+    CaptureConfig, KafkaSink, PostgresSource, Publication, PublicationManagement, RedisSink, ResourceIdentity, SslMode,
     TableSelection,
 };
 use meander_test_support::{Kafka, Postgres, Redis, free_address, unique_name};
@@ -64,6 +64,9 @@ fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> CaptureC
             database: postgres.database().to_owned(),
             username_file: postgres.username_file(),
             password_file: postgres.password_file(),
+            ssl_mode: SslMode::Disable,
+            ca_file: None,
+            client_certificate: None,
             tables: TableSelection {
                 include: vec!["public.trades".to_owned()],
                 exclude: vec![],

@@ -13,7 +13,7 @@ pub use pipeline::{
     Acknowledgement, CdcPipeline, CdcPipelineSpec, CdcPipelineStatus, KafkaSink, KafkaTopics, PipelinePhase,
     PostgresSource, Publication, PublicationManagement, RedisRetention, RedisSink, RedisState, RedisStatus,
     RefusedTable, Replication, Runtime, SinkPosition, SinkPositions, Sinks, Slot, SlotReclaimPolicy, SlotStatus,
-    Source, TableSelection, TablesStatus,
+    Source, SslMode, TableSelection, TablesStatus,
 };
 pub use replay::{
     Beginning, GrpcTarget, LogTarget, Now, PipelineReference, ReplayEnd, ReplayJob, ReplayJobSpec, ReplayJobStatus,

@@ -56,6 +56,11 @@ pub struct Source {
 
 /// A PostgreSQL database.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[x_kube(
+    validation = Rule::new("!has(self.caSecretRef) || self.sslMode in ['VerifyCA', 'VerifyFull']").message("caSecretRef is for checking the server's certificate: set sslMode to VerifyFull, or leave caSecretRef out"),
+    validation = Rule::new("self.sslMode != 'VerifyCA' || has(self.caSecretRef)").message("sslMode VerifyCA needs caSecretRef: without the host name a certificate of any public authority would do"),
+    validation = Rule::new("!has(self.clientCertSecretRef) || self.sslMode != 'Disable'").message("clientCertSecretRef needs TLS: set sslMode to VerifyFull, or leave clientCertSecretRef out")
+)]
 #[serde(rename_all = "camelCase")]
 pub struct PostgresSource {
     /// Host name or address. It may change, as long as it leads to the same database.
@@ -73,6 +78,17 @@ pub struct PostgresSource {
     /// Secret with the keys `username` and `password`. The user needs the attribute REPLICATION, SELECT on the captured tables,
     /// and, for a managed publication, CREATE on the database and ownership of the tables.
     pub credentials_secret_ref: SecretReference,
+    /// Whether the connection is encrypted, and what the server has to prove.
+    #[serde(default)]
+    pub ssl_mode: SslMode,
+    /// Key of a Secret that holds the certificates of the authorities which the server's certificate may come from, PEM; those of
+    /// Mozilla's list where it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_secret_ref: Option<SecretKeyReference>,
+    /// Secret of type `kubernetes.io/tls` with the certificate that the pipeline shows to the server, which has to ask for one
+    /// (`clientcert` in its pg_hba.conf).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub client_cert_secret_ref: Option<SecretReference>,
     /// Which tables are captured.
     pub tables: TableSelection,
     /// The publication that the slot is read through. Immutable.
@@ -82,6 +98,22 @@ pub struct PostgresSource {
     /// The replication slot.
     #[serde(default)]
     pub slot: Slot,
+}
+
+/// Whether a connection to PostgreSQL is encrypted, and what the server has to prove; the modes of libpq, without those that go on in
+/// plain text when the server, or somebody in between, says so.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum SslMode {
+    /// Nothing is encrypted: for a network that can be trusted.
+    Disable,
+    /// Encrypted, and no plain text is accepted. The server's certificate is not checked; with SCRAM, the password is bound to it.
+    #[default]
+    Require,
+    /// And the server's certificate comes from an authority in `caSecretRef`.
+    #[serde(rename = "VerifyCA")]
+    VerifyCa,
+    /// And it comes from an authority and is for `host`.
+    VerifyFull,
 }
 
 /// Globs over `schema.table`.

@@ -11,10 +11,10 @@ use k8s_openapi::{
     },
     apimachinery::pkg::{api::resource::Quantity, apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
 };
-use meander_config::OperatorLink;
+use meander_config::{ClientCertificate, OperatorLink};
 use meander_crds::{LogLevel, Resources};
 
-use crate::{context::Settings, naming::AUDIENCE};
+use crate::{context::Settings, naming::AUDIENCE, secrets::SecretFiles};
 
 /// Where a pod finds its configuration.
 pub const CONFIG_FOLDER: &str = "/etc/meander";
@@ -23,17 +23,6 @@ pub const SECRETS_FOLDER: &str = "/var/run/secrets/meander.dev";
 /// The one user of the runtime's image.
 const USER: i64 = 65532;
 const ADMIN_PORT: &str = "admin";
-
-/// A file that comes from a key of a Secret.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SecretFiles {
-    /// The volume's name, and its folder.
-    pub folder: &'static str,
-    /// The Secret's name.
-    pub secret: String,
-    /// (key, file name).
-    pub files: Vec<(String, &'static str)>,
-}
 
 /// A pod that runs one command of `meander-runtime`.
 #[derive(Clone, Debug)]
@@ -71,6 +60,14 @@ pub fn operator_link(settings: &Settings) -> OperatorLink {
 /// The file of a Secret in the pod.
 pub fn secret_file(folder: &str, file: &str) -> std::path::PathBuf {
     format!("{SECRETS_FOLDER}/{folder}/{file}").into()
+}
+
+/// The certificate and the key that [`SecretFiles::certificate`] puts there.
+pub fn client_certificate(folder: &str) -> ClientCertificate {
+    ClientCertificate {
+        certificate_file: secret_file(folder, "tls.crt"),
+        key_file: secret_file(folder, "tls.key"),
+    }
 }
 
 impl RuntimePod<'_> {

@@ -1,63 +1,170 @@
 //! Whether the Secrets that a spec names hold what they should. Their content is looked at here and goes nowhere.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use k8s_openapi::api::core::v1::Secret;
 use kube::Api;
+use meander_crds::{CdcPipeline, PostgresSource, RedisSink, ReplayJob, SecretKeyReference, SecretReference};
 
 use crate::{
+    conditions::{ACCEPTED, SINKS_READY, SOURCE_READY},
     context::Context,
     error::{Error, Reason},
 };
 
-/// The keys of a Secret that have a value; none if the Secret does not exist.
-pub type Keys = Option<BTreeSet<String>>;
-
-/// Reads the keys of a Secret.
-pub async fn keys(context: &Context, namespace: &str, name: &str, condition: &'static str) -> Result<Keys, Error> {
-    let api: Api<Secret> = Api::namespaced(context.client.clone(), namespace);
-    let secret = api
-        .get_opt(name)
-        .await
-        .map_err(|error| Error::from_api(condition, &format!("reading Secret {name}"), &error))?;
-    Ok(secret.map(|secret| {
-        secret
-            .data
-            .into_iter()
-            .flatten()
-            .filter(|(_, value)| !value.0.is_empty())
-            .map(|(key, _)| key)
-            .collect()
-    }))
+/// Files that a pod needs from a Secret.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SecretFiles {
+    /// The volume's name, and its folder.
+    pub folder: &'static str,
+    /// The Secret's name.
+    pub secret: String,
+    /// (key, file name).
+    pub files: Vec<(String, &'static str)>,
+    /// The condition that is false while it is not there.
+    pub condition: &'static str,
 }
 
-/// Says what to create when a Secret lacks something.
-pub fn require(
-    keys: &Keys,
-    namespace: &str,
-    name: &str,
-    required: &[&str],
-    condition: &'static str,
-) -> Result<(), Error> {
-    let literals = required
-        .iter()
-        .map(|key| format!("--from-literal={key}=..."))
-        .collect::<Vec<_>>()
-        .join(" ");
-    let command = format!("kubectl -n {namespace} create secret generic {name} {literals}");
-    match keys {
-        None => Err(Error::waiting(
-            condition,
-            Reason::SecretNotFound,
-            format!("Secret {name} does not exist; create it: {command}"),
-        )),
-        Some(keys) => match required.iter().find(|key| !keys.contains(**key)) {
-            None => Ok(()),
-            Some(key) => Err(Error::waiting(
-                condition,
-                Reason::SecretKeyNotFound,
-                format!("Secret {name} has no value for the key {key}; add it, or create the Secret anew: {command}"),
-            )),
-        },
+impl SecretFiles {
+    /// The keys `username` and `password`.
+    pub fn credentials(folder: &'static str, reference: &SecretReference, condition: &'static str) -> Self {
+        let files = ["username", "password"].map(|key| (key.to_owned(), key));
+        Self::new(folder, &reference.name, files, condition)
     }
+
+    /// The keys of a Secret of type `kubernetes.io/tls`.
+    pub fn certificate(folder: &'static str, reference: &SecretReference, condition: &'static str) -> Self {
+        let files = ["tls.crt", "tls.key"].map(|key| (key.to_owned(), key));
+        Self::new(folder, &reference.name, files, condition)
+    }
+
+    /// One key, as this file.
+    pub fn one(
+        folder: &'static str,
+        reference: &SecretKeyReference,
+        file: &'static str,
+        condition: &'static str,
+    ) -> Self {
+        Self::new(folder, &reference.name, [(reference.key.clone(), file)], condition)
+    }
+
+    fn new<const N: usize>(
+        folder: &'static str,
+        secret: &str,
+        files: [(String, &'static str); N],
+        condition: &'static str,
+    ) -> Self {
+        Self {
+            folder,
+            secret: secret.to_owned(),
+            files: files.into(),
+            condition,
+        }
+    }
+
+    /// The command that makes the Secret.
+    fn command(&self, namespace: &str) -> String {
+        let name = &self.secret;
+        if self.files.iter().any(|(_, file)| *file == "tls.key") {
+            return format!("kubectl -n {namespace} create secret tls {name} --cert=... --key=...");
+        }
+        let source = |file: &str| if file.ends_with(".crt") { "file" } else { "literal" };
+        let sources: Vec<String> = self
+            .files
+            .iter()
+            .map(|(key, file)| format!("--from-{}={key}=...", source(file)))
+            .collect();
+        format!(
+            "kubectl -n {namespace} create secret generic {name} {}",
+            sources.join(" ")
+        )
+    }
+}
+
+/// The Secrets that a pipeline's capture needs, each in a folder of its own.
+pub fn of_pipeline(pipeline: &CdcPipeline) -> Vec<SecretFiles> {
+    let mut secrets = of_postgres(&pipeline.spec.source.postgres);
+    secrets.extend(pipeline.spec.sinks.redis.iter().flat_map(of_redis));
+    secrets
+}
+
+/// The Secrets that a replay needs.
+pub fn of_replay(replay: &ReplayJob) -> Vec<SecretFiles> {
+    let serve = replay.spec.target.grpc.as_ref().and_then(|grpc| grpc.serve.as_ref());
+    serve
+        .map(|serve| SecretFiles::one("subscribers", &serve.token_secret_ref, "token", ACCEPTED))
+        .into_iter()
+        .collect()
+}
+
+fn of_postgres(postgres: &PostgresSource) -> Vec<SecretFiles> {
+    let credentials = SecretFiles::credentials("postgres", &postgres.credentials_secret_ref, SOURCE_READY);
+    let authority = postgres.ca_secret_ref.as_ref();
+    let certificate = postgres.client_cert_secret_ref.as_ref();
+    [credentials]
+        .into_iter()
+        .chain(authority.map(|reference| SecretFiles::one("postgres-ca", reference, "ca.crt", SOURCE_READY)))
+        .chain(certificate.map(|reference| SecretFiles::certificate("postgres-client", reference, SOURCE_READY)))
+        .collect()
+}
+
+fn of_redis(redis: &RedisSink) -> Vec<SecretFiles> {
+    let url = redis.url_secret_ref.as_ref();
+    url.map(|reference| SecretFiles::one("redis", reference, "url", SINKS_READY))
+        .into_iter()
+        .collect()
+}
+
+/// The keys that have a value, of each Secret that exists.
+pub type Keys = BTreeMap<String, BTreeSet<String>>;
+
+/// Reads the keys of these Secrets.
+pub async fn keys(context: &Context, namespace: &str, secrets: &[SecretFiles]) -> Result<Keys, Error> {
+    let api: Api<Secret> = Api::namespaced(context.client.clone(), namespace);
+    let mut keys = Keys::new();
+    for SecretFiles {
+        secret: name,
+        condition,
+        ..
+    } in secrets
+    {
+        if keys.contains_key(name) {
+            continue;
+        }
+        let secret = api
+            .get_opt(name)
+            .await
+            .map_err(|error| Error::from_api(condition, &format!("reading Secret {name}"), &error))?;
+        if let Some(secret) = secret {
+            let with_value = secret
+                .data
+                .into_iter()
+                .flatten()
+                .filter(|(_, value)| !value.0.is_empty());
+            keys.insert(name.clone(), with_value.map(|(key, _)| key).collect());
+        }
+    }
+    Ok(keys)
+}
+
+/// Says what to create when a Secret is not there or lacks something.
+///
+/// # Errors
+/// Waiting, for the first that does.
+pub fn require(keys: &Keys, namespace: &str, secrets: &[SecretFiles]) -> Result<(), Error> {
+    for wanted in secrets {
+        let name = &wanted.secret;
+        let waiting = |reason, message| Err(Error::waiting(wanted.condition, reason, message));
+        let command = wanted.command(namespace);
+        let Some(known) = keys.get(name) else {
+            let message = format!("Secret {name} does not exist; create it: {command}");
+            return waiting(Reason::SecretNotFound, message);
+        };
+        if let Some((key, _)) = wanted.files.iter().find(|(key, _)| !known.contains(key)) {
+            let message =
+                format!("Secret {name} has no value for the key {key}; add it, or create the Secret anew: {command}");
+            return waiting(Reason::SecretKeyNotFound, message);
+        }
+    }
+    Ok(())
 }

@@ -360,6 +360,19 @@ async fn a_pipeline_that_can_never_work_is_refused() {
             postgres(json!({"tables": {"exclude": ["a.b.c"]}})),
             "each entry of exclude is schema.table, such as audit.* or public.sessions",
         ),
+        (postgres(json!({"sslMode": "prefer"})), "spec.source.postgres.sslMode"),
+        (
+            postgres(json!({"sslMode": "Require", "caSecretRef": {"name": "ca", "key": "ca.crt"}})),
+            "caSecretRef is for checking the server's certificate: set sslMode to VerifyFull, or leave caSecretRef out",
+        ),
+        (
+            postgres(json!({"sslMode": "VerifyCA"})),
+            "sslMode VerifyCA needs caSecretRef: without the host name a certificate of any public authority would do",
+        ),
+        (
+            postgres(json!({"sslMode": "Disable", "clientCertSecretRef": {"name": "client"}})),
+            "clientCertSecretRef needs TLS: set sslMode to VerifyFull, or leave clientCertSecretRef out",
+        ),
         (
             postgres(json!({"publication": {"management": "External"}})),
             "publication.name is required when management is External: write the name of the publication that you created",

@@ -3,18 +3,13 @@
 
 mod support;
 
-use meander_crds::{Acknowledgement, CdcPipeline, RedisSink, ReplayJob};
+use meander_crds::{Acknowledgement, CdcPipeline, RedisSink, ReplayJob, SecretKeyReference, SecretReference, SslMode};
 use meander_operator::{error::Error, pipeline, replay};
 use support::settings;
 
-fn keys(names: &[&str]) -> Option<std::collections::BTreeSet<String>> {
-    Some(names.iter().map(|name| (*name).to_owned()).collect())
-}
-
 fn pipeline_facts() -> pipeline::dereference::Facts {
     pipeline::dereference::Facts {
-        credentials: keys(&["username", "password"]),
-        redis_url: keys(&["url"]),
+        secrets: support::keys(),
         ..Default::default()
     }
 }
@@ -22,8 +17,19 @@ fn pipeline_facts() -> pipeline::dereference::Facts {
 fn replay_facts() -> replay::dereference::Facts {
     replay::dereference::Facts {
         pipeline: Some(support::pipeline()),
-        token: keys(&["token"]),
+        secrets: support::keys(),
         ..Default::default()
+    }
+}
+
+fn secret(name: &str) -> SecretReference {
+    SecretReference { name: name.into() }
+}
+
+fn secret_key(name: &str, key: &str) -> SecretKeyReference {
+    SecretKeyReference {
+        name: name.into(),
+        key: key.into(),
     }
 }
 
@@ -60,6 +66,9 @@ fn every_setting_reaches_the_pod() {
     }))
     .unwrap();
     spec.source.postgres.slot.name = Some("a_slot".into());
+    spec.source.postgres.ssl_mode = SslMode::VerifyFull;
+    spec.source.postgres.ca_secret_ref = Some(secret_key("shop-ca", "ca.crt"));
+    spec.source.postgres.client_cert_secret_ref = Some(secret("shop-client"));
     spec.source.postgres.publication = serde_json::from_str(r#"{"name": "a_pub", "management": "External"}"#).unwrap();
     spec.source.postgres.tables.exclude = vec!["public.secrets".into()];
     spec.sinks.kafka.topics = serde_json::from_str(r#"{"partitions": 6, "replicationFactor": 3}"#).unwrap();
@@ -135,18 +144,26 @@ fn refusal(error: &Error) -> String {
 #[test]
 fn a_pipeline_waits_for_its_secrets() {
     type Change = fn(&mut pipeline::dereference::Facts);
-    let cases: [(&str, Change); 4] = [
-        ("no credentials", |facts| facts.credentials = None),
-        ("no password", |facts| facts.credentials = keys(&["username"])),
-        ("no redis url", |facts| facts.redis_url = None),
-        ("redis key", |facts| facts.redis_url = keys(&["URL"])),
+    let cases: [(&str, Change); 6] = [
+        ("no credentials", |facts| drop(facts.secrets.remove("shop-cdc"))),
+        ("no password", |facts| {
+            facts.secrets.get_mut("shop-cdc").unwrap().remove("password");
+        }),
+        ("no authority", |facts| drop(facts.secrets.remove("shop-ca"))),
+        ("no certificate", |facts| drop(facts.secrets.remove("shop-client"))),
+        ("no redis url", |facts| drop(facts.secrets.remove("shop-redis"))),
+        ("redis key", |facts| {
+            facts.secrets.get_mut("shop-redis").unwrap().remove("url");
+        }),
     ];
     let refusals: Vec<String> = cases
         .into_iter()
         .map(|(name, change)| {
-            let mut facts = pipeline_facts();
+            let (mut pipeline, mut facts) = (support::pipeline(), pipeline_facts());
+            pipeline.spec.source.postgres.ca_secret_ref = Some(secret_key("shop-ca", "ca.crt"));
+            pipeline.spec.source.postgres.client_cert_secret_ref = Some(secret("shop-client"));
             change(&mut facts);
-            let error = pipeline::validate::validate(&support::pipeline(), &facts, &settings()).unwrap_err();
+            let error = pipeline::validate::validate(&pipeline, &facts, &settings()).unwrap_err();
             format!("{name}: {}", refusal(&error))
         })
         .collect();
@@ -165,7 +182,7 @@ fn a_replay_waits_for_its_pipeline_and_its_secret() {
             let now = k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(jiff::Timestamp::UNIX_EPOCH);
             facts.pipeline.as_mut().unwrap().metadata.deletion_timestamp = Some(now);
         }),
-        ("no token", |_, facts| facts.token = None),
+        ("no token", |_, facts| facts.secrets.clear()),
         ("a time that is none", |replay, _| {
             replay.spec.from = serde_json::from_str(r#"{"time": "yesterday"}"#).unwrap();
         }),

@@ -40,10 +40,8 @@ fn deployment(available: bool) -> Deployment {
 }
 
 fn facts(available: bool) -> Facts {
-    let keys = |names: &[&str]| Some(names.iter().map(|name| (*name).to_owned()).collect());
     Facts {
-        credentials: keys(&["username", "password"]),
-        redis_url: keys(&["url"]),
+        secrets: support::keys(),
         deployment: Some(deployment(available)),
         pods: Vec::new(),
     }

@@ -11,3 +11,4 @@ pub mod progress;
 pub mod replay;
 pub mod sink;
 pub mod source;
+pub mod tls;

@@ -7,7 +7,7 @@ use meander_crds::CdcPipeline;
 use super::build::{capture_name, capture_selector};
 use crate::{
     apply::is_owned,
-    conditions::{RUNTIME_AVAILABLE, SINKS_READY, SOURCE_READY},
+    conditions::RUNTIME_AVAILABLE,
     context::Context,
     error::Error,
     secrets::{self, Keys},
@@ -16,10 +16,8 @@ use crate::{
 /// What the cluster holds.
 #[derive(Clone, Debug, Default)]
 pub struct Facts {
-    /// Keys of the Secret with the database's credentials.
-    pub credentials: Keys,
-    /// Keys of the Secret with the Redis URL; none too where the spec names no Secret.
-    pub redis_url: Keys,
+    /// Keys of the Secrets that the spec names.
+    pub secrets: Keys,
     /// The Deployment that captures.
     pub deployment: Option<Deployment>,
     /// Its pods, where they are needed to say why it is not available.
@@ -29,13 +27,6 @@ pub struct Facts {
 /// Reads the facts.
 pub async fn dereference(context: &Context, pipeline: &CdcPipeline) -> Result<Facts, Error> {
     let namespace = pipeline.namespace().unwrap_or_default();
-    let credentials = &pipeline.spec.source.postgres.credentials_secret_ref.name;
-    let redis_url = pipeline
-        .spec
-        .sinks
-        .redis
-        .as_ref()
-        .and_then(|redis| redis.url_secret_ref.as_ref());
     let deployments: Api<Deployment> = Api::namespaced(context.client.clone(), &namespace);
     let deployment = deployments
         .get_opt(&capture_name(pipeline))
@@ -48,11 +39,7 @@ pub async fn dereference(context: &Context, pipeline: &CdcPipeline) -> Result<Fa
         _ => Vec::new(),
     };
     Ok(Facts {
-        credentials: secrets::keys(context, &namespace, credentials, SOURCE_READY).await?,
-        redis_url: match redis_url {
-            Some(reference) => secrets::keys(context, &namespace, &reference.name, SINKS_READY).await?,
-            None => None,
-        },
+        secrets: secrets::keys(context, &namespace, &secrets::of_pipeline(pipeline)).await?,
         deployment,
         pods,
     })

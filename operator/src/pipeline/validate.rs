@@ -2,19 +2,21 @@
 
 use kube::ResourceExt as _;
 use meander_config::{
-    CaptureConfig, KafkaSink, PostgresSource, Publication, PublicationManagement, RedisSink, ResourceIdentity,
+    CaptureConfig, KafkaSink, PostgresSource, Publication, PublicationManagement, RedisSink, ResourceIdentity, SslMode,
     TableSelection,
 };
-use meander_crds::{Acknowledgement, CdcPipeline, LogLevel, PublicationManagement as Management, Resources};
+use meander_crds::{
+    Acknowledgement, CdcPipeline, LogLevel, PublicationManagement as Management, Resources, SslMode as Mode,
+};
 
 use super::dereference::Facts;
 use crate::{
-    conditions::{SINKS_READY, SOURCE_READY, SPEC_VALID},
+    conditions::SPEC_VALID,
     context::Settings,
     error::{Error, Reason},
     naming::{digest, slot_name},
-    pod::{self, CONFIG_FOLDER, SecretFiles},
-    secrets,
+    pod::{self, CONFIG_FOLDER},
+    secrets::{self, SecretFiles},
 };
 
 /// A pipeline that can be built.
@@ -63,40 +65,15 @@ pub fn validate(pipeline: &CdcPipeline, facts: &Facts, settings: &Settings) -> R
     let namespace = pipeline.namespace().unwrap_or_default();
     let spec = &pipeline.spec;
     let postgres = &spec.source.postgres;
-    let credentials = &postgres.credentials_secret_ref.name;
-    secrets::require(
-        &facts.credentials,
-        &namespace,
-        credentials,
-        &["username", "password"],
-        SOURCE_READY,
-    )?;
+    let mounted = secrets::of_pipeline(pipeline);
+    secrets::require(&facts.secrets, &namespace, &mounted)?;
 
-    let mut mounted = vec![SecretFiles {
-        folder: "postgres",
-        secret: credentials.clone(),
-        files: vec![("username".to_owned(), "username"), ("password".to_owned(), "password")],
-    }];
     let mut redis_url = None;
     let redis = match &spec.sinks.redis {
         None => None,
         Some(redis) => {
             let url_file = match (&redis.url_secret_ref, &redis.url) {
-                (Some(reference), _) => {
-                    secrets::require(
-                        &facts.redis_url,
-                        &namespace,
-                        &reference.name,
-                        &[&reference.key],
-                        SINKS_READY,
-                    )?;
-                    mounted.push(SecretFiles {
-                        folder: "redis",
-                        secret: reference.name.clone(),
-                        files: vec![(reference.key.clone(), "url")],
-                    });
-                    pod::secret_file("redis", "url")
-                }
+                (Some(_), _) => pod::secret_file("redis", "url"),
                 (None, Some(url)) => {
                     redis_url = Some(url.clone());
                     format!("{CONFIG_FOLDER}/redis-url").into()
@@ -126,6 +103,20 @@ pub fn validate(pipeline: &CdcPipeline, facts: &Facts, settings: &Settings) -> R
             database: postgres.database.clone(),
             username_file: pod::secret_file("postgres", "username"),
             password_file: pod::secret_file("postgres", "password"),
+            ssl_mode: match postgres.ssl_mode {
+                Mode::Disable => SslMode::Disable,
+                Mode::Require => SslMode::Require,
+                Mode::VerifyCa => SslMode::VerifyCa,
+                Mode::VerifyFull => SslMode::VerifyFull,
+            },
+            ca_file: postgres
+                .ca_secret_ref
+                .as_ref()
+                .map(|_| pod::secret_file("postgres-ca", "ca.crt")),
+            client_certificate: postgres
+                .client_cert_secret_ref
+                .as_ref()
+                .map(|_| pod::client_certificate("postgres-client")),
             tables: TableSelection {
                 include: postgres.tables.include.clone(),
                 exclude: postgres.tables.exclude.clone(),

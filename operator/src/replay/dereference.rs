@@ -20,8 +20,8 @@ use crate::{
 pub struct Facts {
     /// The pipeline whose log is replayed.
     pub pipeline: Option<CdcPipeline>,
-    /// Keys of the Secret with the subscribers' token; none too where the spec names no Secret.
-    pub token: Keys,
+    /// Keys of the Secrets that the spec and its pipeline's name.
+    pub secrets: Keys,
     /// The Job that replays.
     pub job: Option<Job>,
     /// Its pods.
@@ -90,14 +90,10 @@ pub async fn dereference(context: &Context, replay: &ReplayJob) -> Result<Facts,
         }
         None => Vec::new(),
     };
-    let serve = replay.spec.target.grpc.as_ref().and_then(|grpc| grpc.serve.as_ref());
-    let token = match serve {
-        Some(serve) => secrets::keys(context, &namespace, &serve.token_secret_ref.name, ACCEPTED).await?,
-        None => None,
-    };
+    let secrets = secrets::keys(context, &namespace, &secrets::of_replay(replay)).await?;
     Ok(Facts {
         pipeline,
-        token,
+        secrets,
         job,
         pods,
     })

@@ -11,8 +11,8 @@ use crate::{
     context::Settings,
     error::{Error, Reason},
     pipeline::validate::{identity_of, slot_of},
-    pod::{self, SecretFiles},
-    secrets,
+    pod,
+    secrets::{self, SecretFiles},
 };
 
 /// A replay that can be built.
@@ -83,7 +83,8 @@ pub fn validate(replay: &ReplayJob, facts: &Facts, settings: &Settings) -> Resul
         .parse()
         .map_err(|error| invalid(format!("speed: {error}")))?;
 
-    let mut mounted = Vec::new();
+    let mounted = secrets::of_replay(replay);
+    secrets::require(&facts.secrets, &namespace, &mounted)?;
     let mut serve_port = None;
     let grpc = spec.target.grpc.as_ref();
     let target = match (
@@ -96,13 +97,6 @@ pub fn validate(replay: &ReplayJob, facts: &Facts, settings: &Settings) -> Resul
             endpoint: endpoint.clone(),
         },
         (None, None, Some(serve)) => {
-            let token = &serve.token_secret_ref;
-            secrets::require(&facts.token, &namespace, &token.name, &[&token.key], ACCEPTED)?;
-            mounted.push(SecretFiles {
-                folder: "subscribers",
-                secret: token.name.clone(),
-                files: vec![(token.key.clone(), "token")],
-            });
             serve_port = Some(serve.port);
             ReplayTarget::GrpcServe {
                 address: ([0, 0, 0, 0], serve.port).into(),

@@ -4,7 +4,7 @@
 use std::{fs, path::Path, time::Duration};
 
 use meander_crds::{CdcPipeline, ReplayJob};
-use meander_operator::{context::Settings, progress::Observation};
+use meander_operator::{context::Settings, progress::Observation, secrets::Keys};
 use serde::de::DeserializeOwned;
 
 pub fn settings() -> Settings {
@@ -38,6 +38,18 @@ pub fn replay(file: &str) -> ReplayJob {
     replay.metadata.uid = Some("22222222-2222-2222-2222-222222222222".into());
     replay.metadata.generation = Some(1);
     replay
+}
+
+/// Every Secret that the examples name, whole.
+pub fn keys() -> Keys {
+    let secret = |name: &str, keys: &[&str]| (name.to_owned(), keys.iter().map(|key| (*key).to_owned()).collect());
+    Keys::from([
+        secret("shop-cdc", &["username", "password"]),
+        secret("shop-redis", &["url"]),
+        secret("shop-ca", &["ca.crt"]),
+        secret("shop-client", &["tls.crt", "tls.key"]),
+        secret("replay-token", &["token"]),
+    ])
 }
 
 /// A resource that was seen just now for the first time.

@@ -96,6 +96,16 @@ pub struct PostgresSource {
     pub username_file: PathBuf,
     /// File that holds the password.
     pub password_file: PathBuf,
+    /// Whether the connection is encrypted, and what the server has to prove.
+    #[serde(default)]
+    pub ssl_mode: SslMode,
+    /// File with the certificates of the authorities that the server's certificate may come from, PEM; those of Mozilla's list
+    /// where it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_file: Option<PathBuf>,
+    /// What this client proves itself with, beside the password.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub client_certificate: Option<ClientCertificate>,
     /// Which tables are captured.
     pub tables: TableSelection,
     /// The publication.
@@ -105,6 +115,32 @@ pub struct PostgresSource {
     /// Whether the slot is kept on the standbys (PostgreSQL 17); as it is where it is left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub slot_failover: Option<bool>,
+}
+
+/// Whether a connection to PostgreSQL is encrypted, and what the server has to prove. There is no mode that asks for encryption and
+/// goes on without: it would promise nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SslMode {
+    /// Nothing is encrypted.
+    Disable,
+    /// Encrypted; the server's certificate is not checked.
+    #[default]
+    Require,
+    /// And the server's certificate comes from the authority.
+    #[serde(rename = "VerifyCA")]
+    VerifyCa,
+    /// And it is for the host name.
+    VerifyFull,
+}
+
+/// What a client proves itself with in TLS.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ClientCertificate {
+    /// File with the certificate, and those between it and the authority, PEM.
+    pub certificate_file: PathBuf,
+    /// File with its private key, PEM, not encrypted.
+    pub key_file: PathBuf,
 }
 
 /// Globs over `schema.table`; what is excluded stays excluded.

@@ -28,7 +28,7 @@ use crate::{
     source::postgres::{
         preflight::{Catalog, Credentials, Selection, SourceError, Table, wire_failure},
         start::{ServerIdentity, SlotState, SourceGap, Start, decide},
-        wire::{ConnectOptions, FrameReader, ReplicationConnection, WireError, quote_identifier},
+        wire::{FrameReader, ReplicationConnection, WireError, quote_identifier},
     },
 };
 
@@ -67,15 +67,8 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
         }
         .into());
     }
-    let options = ConnectOptions {
-        host: &source.host,
-        port: source.port,
-        database: &source.database,
-        user: &credentials.user,
-        password: &credentials.password,
-    };
     let wire = |error| wire_failure(source, &credentials.user, error);
-    let connected = ReplicationConnection::connect(&options).await.map_err(wire);
+    let connected = ReplicationConnection::connect(source, &credentials).await.map_err(wire);
     let (tables, mut connection) = catalog.check(source, &selection, slot.as_ref(), connected).await?;
     monitor::report(context, slot.as_ref(), Some(&tables));
     let tables = tables.captured;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use meander_config::{
     Acknowledgement, CaptureConfig, KafkaSink, PostgresSource, Publication, PublicationManagement, RedisSink,
-    ResourceIdentity, TableSelection,
+    ResourceIdentity, SslMode, TableSelection,
 };
 use meander_runtime::{
     checkpoint::read_checkpoint,
@@ -31,6 +31,9 @@ pub fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> Capt
             database: postgres.database().to_owned(),
             username_file: postgres.username_file(),
             password_file: postgres.password_file(),
+            ssl_mode: SslMode::Disable,
+            ca_file: None,
+            client_certificate: None,
             tables: TableSelection {
                 include: vec!["public.*".to_owned()],
                 exclude: vec![],

@@ -25,6 +25,7 @@ mod postgres;
 pub mod process;
 mod redis;
 mod runtime;
+mod tls;
 mod wait;
 
 use std::{
@@ -34,7 +35,13 @@ use std::{
 };
 
 pub use crate::{
-    kafka::Kafka, ports::free_address, postgres::Postgres, redis::Redis, runtime::Runtime, wait::eventually,
+    kafka::Kafka,
+    ports::free_address,
+    postgres::Postgres,
+    redis::Redis,
+    runtime::Runtime,
+    tls::{Authority, Identity},
+    wait::eventually,
 };
 
 /// Where `tests/setup.sh` puts what it fetches and builds.

@@ -4,5 +4,6 @@ pub mod assemble;
 pub mod pgoutput;
 pub mod preflight;
 pub mod prerequisites;
+pub mod socket;
 pub mod start;
 pub mod wire;

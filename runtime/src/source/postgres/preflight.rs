@@ -6,12 +6,17 @@ use std::{fs, path::Path, time::Duration};
 use globset::{GlobBuilder, GlobMatcher};
 use meander_config::{PostgresSource, PublicationManagement, TableSelection};
 use tokio::{task::JoinHandle, time::timeout};
-use tokio_postgres::{Client, Config, NoTls, error::SqlState};
+use tokio_postgres::{
+    Client, Config,
+    config::{SslMode, SslNegotiation},
+    error::SqlState,
+};
 
 use crate::{
     position::Lsn,
     source::postgres::{
         prerequisites::RefusedTable,
+        socket::{self, Settled, SocketError},
         start::SlotState,
         wire::{SESSION_SETTINGS, WireError, quote_identifier, quote_literal},
     },
@@ -39,6 +44,47 @@ pub enum SourceError {
         address: String,
         /// Why.
         cause: String,
+    },
+    /// The server has no TLS, and the spec asks for it.
+    #[error(
+        "PostgreSQL at {address} does not offer TLS, and nothing was sent to it; turn it on there (ssl = on), or set sslMode to Disable if the network between can be trusted"
+    )]
+    TlsNotOffered {
+        /// `host:port`.
+        address: String,
+    },
+    /// The server's certificate is not good enough.
+    #[error("the certificate of PostgreSQL at {address} is refused: {cause}")]
+    Certificate {
+        /// `host:port`.
+        address: String,
+        /// What is wrong with it, and what to do.
+        cause: String,
+    },
+    /// No agreement on TLS.
+    #[error(
+        "no TLS with PostgreSQL at {address}: {cause}; check that ssl is on there and that nothing between ends TLS"
+    )]
+    TlsHandshake {
+        /// `host:port`.
+        address: String,
+        /// Why.
+        cause: String,
+    },
+    /// A certificate or key of ours cannot be used.
+    #[error("{0}; check the Secrets that caSecretRef and clientCertSecretRef name")]
+    TlsFile(String),
+    /// No entry of pg_hba.conf lets this client in.
+    #[error(
+        "PostgreSQL does not admit user {user:?}: {cause};{hint} add an entry to its pg_hba.conf and run SELECT pg_reload_conf();"
+    )]
+    NotAdmitted {
+        /// The role.
+        user: String,
+        /// The server's words.
+        cause: String,
+        /// What else may help.
+        hint: &'static str,
     },
     /// Wrong user or password.
     #[error(
@@ -210,6 +256,11 @@ impl SourceError {
         match self {
             Self::Credentials { .. } => "CredentialsUnreadable",
             Self::Unreachable { .. } => "DatabaseUnreachable",
+            Self::TlsNotOffered { .. } => "TlsNotOffered",
+            Self::Certificate { .. } => "CertificateRefused",
+            Self::TlsHandshake { .. } => "TlsFailed",
+            Self::TlsFile(_) => "CertificateUnreadable",
+            Self::NotAdmitted { .. } => "ConnectionNotAdmitted",
             Self::Authentication { .. } => "AuthenticationFailed",
             Self::NoDatabase(_) => "DatabaseNotFound",
             Self::Several(problems) => problems.first().map_or("DatabaseError", Self::reason),
@@ -309,6 +360,69 @@ impl Table {
     }
 }
 
+/// Opens a connection for SQL, as secure as the spec asks. The task drives it: it ends with the client, and with the connection.
+///
+/// # Errors
+/// When the server cannot be reached, is not as secure as asked, or refuses.
+pub async fn connect(
+    source: &PostgresSource,
+    credentials: &Credentials,
+) -> Result<(Client, JoinHandle<()>), SourceError> {
+    let settings: Vec<String> = SESSION_SETTINGS
+        .iter()
+        .filter(|(name, _)| *name != "application_name" && *name != "client_encoding")
+        .map(|(name, value)| format!("-c {name}={}", value.replace(' ', "\\ ")))
+        .collect();
+    let mut config = Config::new();
+    config
+        .dbname(&source.database)
+        .user(&credentials.user)
+        .password(&credentials.password)
+        .application_name("meander")
+        .options(settings.join(" "))
+        // What `Settled` needs, which takes the socket as it is: encrypted already, or meant to be plain.
+        .ssl_mode(SslMode::Require)
+        .ssl_negotiation(SslNegotiation::Direct);
+    let connected = timeout(DEADLINE, async {
+        let socket = socket::open(source).await.map_err(|error| no_socket(source, error))?;
+        config
+            .connect_raw(socket, Settled)
+            .await
+            .map_err(|error| match error.as_db_error() {
+                None => SourceError::Unreachable {
+                    address: address(source),
+                    cause: with_cause(&error),
+                },
+                Some(db) => refused(source, &credentials.user, db.code().code(), db.message()),
+            })
+    });
+    let (client, connection) = connected.await.unwrap_or_else(|_| {
+        Err(SourceError::Unreachable {
+            address: address(source),
+            cause: "no answer".to_owned(),
+        })
+    })?;
+    // The connection's own error comes back from the query that meets it.
+    Ok((client, tokio::spawn(async move { drop(connection.await) })))
+}
+
+fn address(source: &PostgresSource) -> String {
+    format!("{}:{}", source.host, source.port)
+}
+
+/// Tells what it means for the user that there is no connection.
+fn no_socket(source: &PostgresSource, error: SocketError) -> SourceError {
+    let address = address(source);
+    let cause = error.to_string();
+    match error {
+        SocketError::Io(_) => SourceError::Unreachable { address, cause },
+        SocketError::TlsNotOffered => SourceError::TlsNotOffered { address },
+        SocketError::Certificate(cause) => SourceError::Certificate { address, cause },
+        SocketError::Handshake(_) | SocketError::HostName(..) => SourceError::TlsHandshake { address, cause },
+        SocketError::File(_) | SocketError::ClientCertificate(_) => SourceError::TlsFile(cause),
+    }
+}
+
 /// A connection for questions about the catalog.
 pub struct Catalog {
     client: Client,
@@ -329,47 +443,11 @@ impl Catalog {
     /// # Errors
     /// When the server cannot be reached, or refuses.
     pub async fn connect(source: &PostgresSource, credentials: &Credentials) -> Result<Self, SourceError> {
-        let address = format!("{}:{}", source.host, source.port);
-        let settings: Vec<String> = SESSION_SETTINGS
-            .iter()
-            .filter(|(name, _)| *name != "application_name" && *name != "client_encoding")
-            .map(|(name, value)| format!("-c {name}={}", value.replace(' ', "\\ ")))
-            .collect();
-        let mut config = Config::new();
-        config
-            .host(&source.host)
-            .port(source.port)
-            .dbname(&source.database)
-            .user(&credentials.user)
-            .password(&credentials.password)
-            .application_name("meander")
-            .options(settings.join(" "))
-            .connect_timeout(DEADLINE);
-        let connected = timeout(DEADLINE, config.connect(NoTls)).await;
-        let (client, connection) = match connected {
-            Err(_) => {
-                return Err(SourceError::Unreachable {
-                    address,
-                    cause: "no answer".to_owned(),
-                });
-            }
-            Ok(Err(error)) => {
-                return Err(match error.as_db_error() {
-                    None => SourceError::Unreachable {
-                        address,
-                        cause: with_cause(&error),
-                    },
-                    Some(db) => refused(source, &credentials.user, db.code().code(), db.message()),
-                });
-            }
-            Ok(Ok(connected)) => connected,
-        };
-        // The connection's own error comes back from the query that meets it.
-        let driver = tokio::spawn(async move { drop(connection.await) });
+        let (client, driver) = connect(source, credentials).await?;
         Ok(Self {
             client,
             driver,
-            address,
+            address: address(source),
             user: credentials.user.clone(),
         })
     }
@@ -679,8 +757,9 @@ pub(super) fn publication_change(
 pub fn wire_failure(source: &PostgresSource, user: &str, error: WireError) -> SourceError {
     match error {
         WireError::Server { code, message } => refused(source, user, &code, &message),
+        WireError::Socket(error) => no_socket(source, error),
         other => SourceError::Unreachable {
-            address: format!("{}:{}", source.host, source.port),
+            address: address(source),
             cause: other.to_string(),
         },
     }
@@ -689,6 +768,16 @@ pub fn wire_failure(source: &PostgresSource, user: &str, error: WireError) -> So
 /// Tells what a refusal means, by its SQLSTATE.
 fn refused(source: &PostgresSource, user: &str, code: &str, message: &str) -> SourceError {
     match code {
+        // The words are in the server's own language, but not the name of the file.
+        "28000" if message.contains("pg_hba.conf") => SourceError::NotAdmitted {
+            user: user.to_owned(),
+            cause: message.to_owned(),
+            hint: if source.ssl_mode == meander_config::SslMode::Disable {
+                " set sslMode to Require if the server wants TLS, or"
+            } else {
+                ""
+            },
+        },
         "28000" | "28P01" => SourceError::Authentication {
             user: user.to_owned(),
             cause: message.to_owned(),
@@ -701,7 +790,7 @@ fn refused(source: &PostgresSource, user: &str, code: &str, message: &str) -> So
             slot: source.slot_name.clone(),
         },
         _ => SourceError::Server {
-            address: format!("{}:{}", source.host, source.port),
+            address: address(source),
             cause: message.to_owned(),
         },
     }

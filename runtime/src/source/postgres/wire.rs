@@ -8,26 +8,29 @@ use std::{io, time::Duration};
 
 use bytes::{Buf as _, BytesMut};
 use fallible_iterator::FallibleIterator as _;
+use meander_config::PostgresSource;
 use postgres_protocol::{
     authentication::{
         md5_hash,
-        sasl::{ChannelBinding, SCRAM_SHA_256, ScramSha256},
+        sasl::{ChannelBinding, SCRAM_SHA_256, SCRAM_SHA_256_PLUS, ScramSha256},
     },
     message::{
-        backend::{ErrorFields, Message},
+        backend::{AuthenticationSaslBody, ErrorFields, Message},
         frontend,
     },
 };
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::{
-        TcpStream,
-        tcp::{OwnedReadHalf, OwnedWriteHalf},
-    },
+    io::{AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadHalf, WriteHalf, split},
     time::timeout,
 };
 
-use crate::position::Lsn;
+use crate::{
+    position::Lsn,
+    source::postgres::{
+        preflight::Credentials,
+        socket::{self, Socket, SocketError},
+    },
+};
 
 /// How long connecting, signing in and each simple query may take.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(15);
@@ -42,6 +45,9 @@ const MAX_FRAME: usize = (2 << 30) + 64 * 1024;
 /// Why the connection cannot be used any more.
 #[derive(Debug, thiserror::Error)]
 pub enum WireError {
+    /// There is no connection, or none that is as secure as asked.
+    #[error("{0}")]
+    Socket(#[from] SocketError),
     /// The network failed, or the server closed the connection.
     #[error("{0}")]
     Io(#[from] io::Error),
@@ -64,23 +70,9 @@ pub enum WireError {
     Protocol(String),
 }
 
-/// Where and as whom to connect.
-pub struct ConnectOptions<'a> {
-    /// Host name or address.
-    pub host: &'a str,
-    /// TCP port.
-    pub port: u16,
-    /// Database.
-    pub database: &'a str,
-    /// Role with the REPLICATION attribute.
-    pub user: &'a str,
-    /// Its password.
-    pub password: &'a str,
-}
-
 /// A signed-in connection in replication mode.
 pub struct ReplicationConnection {
-    stream: TcpStream,
+    stream: Socket,
     buffer: BytesMut,
 }
 
@@ -88,20 +80,13 @@ impl ReplicationConnection {
     /// Connects and signs in.
     ///
     /// # Errors
-    /// When the server cannot be reached, or refuses.
-    pub async fn connect(options: &ConnectOptions<'_>) -> Result<Self, WireError> {
-        within_deadline(Self::connect_inner(options)).await
+    /// When the server cannot be reached, is not as secure as asked, or refuses.
+    pub async fn connect(source: &PostgresSource, credentials: &Credentials) -> Result<Self, WireError> {
+        within_deadline(Self::connect_inner(source, credentials)).await
     }
 
-    async fn connect_inner(options: &ConnectOptions<'_>) -> Result<Self, WireError> {
-        let stream = TcpStream::connect((options.host, options.port)).await?;
-        stream.set_nodelay(true)?;
-        // An unplugged server is noticed by the keepalives that we ask it for; this makes the kernel give up as well.
-        socket2::SockRef::from(&stream).set_tcp_keepalive(
-            &socket2::TcpKeepalive::new()
-                .with_time(Duration::from_secs(5))
-                .with_interval(Duration::from_secs(2)),
-        )?;
+    async fn connect_inner(source: &PostgresSource, credentials: &Credentials) -> Result<Self, WireError> {
+        let stream = socket::open(source).await?;
         let mut connection = Self {
             stream,
             buffer: BytesMut::with_capacity(8 * 1024),
@@ -109,16 +94,16 @@ impl ReplicationConnection {
         let mut out = BytesMut::new();
         frontend::startup_message(
             [
-                ("user", options.user),
-                ("database", options.database),
+                ("user", credentials.user.as_str()),
+                ("database", source.database.as_str()),
                 ("replication", "database"),
             ]
             .into_iter()
             .chain(SESSION_SETTINGS.iter().copied()),
             &mut out,
         )?;
-        connection.stream.write_all(&out).await?;
-        connection.authenticate(options).await?;
+        send(&mut connection.stream, &out).await?;
+        connection.authenticate(credentials).await?;
         loop {
             match connection.message().await? {
                 Message::ReadyForQuery(_) => return Ok(connection),
@@ -128,22 +113,24 @@ impl ReplicationConnection {
         }
     }
 
-    async fn authenticate(&mut self, options: &ConnectOptions<'_>) -> Result<(), WireError> {
+    async fn authenticate(&mut self, credentials: &Credentials) -> Result<(), WireError> {
         let mut scram: Option<ScramSha256> = None;
         loop {
             let mut out = BytesMut::new();
             match self.message().await? {
                 Message::AuthenticationOk => return Ok(()),
                 Message::AuthenticationMd5Password(body) => {
-                    let hash = md5_hash(options.user.as_bytes(), options.password.as_bytes(), body.salt());
+                    let hash = md5_hash(
+                        credentials.user.as_bytes(),
+                        credentials.password.as_bytes(),
+                        body.salt(),
+                    );
                     frontend::password_message(hash.as_bytes(), &mut out)?;
                 }
                 Message::AuthenticationSasl(body) => {
-                    if !body.mechanisms().any(|mechanism| Ok(mechanism == SCRAM_SHA_256))? {
-                        return Err(WireError::UnsupportedAuthentication("SASL other than SCRAM-SHA-256"));
-                    }
-                    let client = ScramSha256::new(options.password.as_bytes(), ChannelBinding::unsupported());
-                    frontend::sasl_initial_response(SCRAM_SHA_256, client.message(), &mut out)?;
+                    let (mechanism, binding) = self.scram_mechanism(&body)?;
+                    let client = ScramSha256::new(credentials.password.as_bytes(), binding);
+                    frontend::sasl_initial_response(mechanism, client.message(), &mut out)?;
                     scram = Some(client);
                 }
                 Message::AuthenticationSaslContinue(body) => {
@@ -165,8 +152,22 @@ impl ReplicationConnection {
                 _ => return Err(WireError::UnsupportedAuthentication("an unknown kind of")),
             }
             if !out.is_empty() {
-                self.stream.write_all(&out).await?;
+                send(&mut self.stream, &out).await?;
             }
+        }
+    }
+
+    /// Bound to the TLS session where both sides can. Where only this side can, it says so under the protection of the password, and
+    /// a server that could as well, from which somebody in the middle hid it, refuses.
+    fn scram_mechanism(&self, offered: &AuthenticationSaslBody) -> Result<(&'static str, ChannelBinding), WireError> {
+        let offers = |wanted: &str| offered.mechanisms().any(|mechanism| Ok(mechanism == wanted));
+        match self.stream.server_end_point() {
+            Some(end_point) if offers(SCRAM_SHA_256_PLUS)? => {
+                Ok((SCRAM_SHA_256_PLUS, ChannelBinding::tls_server_end_point(end_point)))
+            }
+            Some(_) if offers(SCRAM_SHA_256)? => Ok((SCRAM_SHA_256, ChannelBinding::unrequested())),
+            None if offers(SCRAM_SHA_256)? => Ok((SCRAM_SHA_256, ChannelBinding::unsupported())),
+            _ => Err(WireError::UnsupportedAuthentication("SASL other than SCRAM-SHA-256")),
         }
     }
 
@@ -238,7 +239,7 @@ impl ReplicationConnection {
             }
         })
         .await?;
-        let (read, write) = self.stream.into_split();
+        let (read, write) = split(self.stream);
         Ok((
             FrameReader {
                 read,
@@ -254,7 +255,7 @@ impl ReplicationConnection {
     async fn send_query(&mut self, sql: &str) -> Result<(), WireError> {
         let mut out = BytesMut::new();
         frontend::query(sql, &mut out)?;
-        Ok(self.stream.write_all(&out).await?)
+        send(&mut self.stream, &out).await
     }
 
     async fn message(&mut self) -> Result<Message, WireError> {
@@ -314,7 +315,7 @@ pub enum Frame<'a> {
 
 /// The reading half of the stream.
 pub struct FrameReader {
-    read: OwnedReadHalf,
+    read: ReadHalf<Socket>,
     buffer: Vec<u8>,
     start: usize,
     end: usize,
@@ -423,7 +424,7 @@ fn lsn_at(bytes: &[u8], offset: usize) -> Lsn {
 
 /// The writing half of the stream.
 pub struct StatusWriter {
-    write: OwnedWriteHalf,
+    write: WriteHalf<Socket>,
 }
 
 impl StatusWriter {
@@ -443,10 +444,14 @@ impl StatusWriter {
         message[22..30].copy_from_slice(&flushed.0.to_be_bytes());
         // The client's clock is for display only.
         message[38] = u8::from(reply);
-        Ok(timeout(REQUEST_DEADLINE, self.write.write_all(&message))
-            .await
-            .map_err(|_| WireError::Timeout(REQUEST_DEADLINE))??)
+        within_deadline(send(&mut self.write, &message)).await
     }
+}
+
+/// Without the flush, TLS could keep a part.
+async fn send(stream: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> Result<(), WireError> {
+    stream.write_all(bytes).await?;
+    Ok(stream.flush().await?)
 }
 
 async fn within_deadline<T>(work: impl Future<Output = Result<T, WireError>>) -> Result<T, WireError> {

@@ -1,0 +1,313 @@
+//! Encrypted and authenticated connections, against real servers that insist on them.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use common::{LIMIT, config};
+use meander_config::{ClientCertificate, PostgresSource, SslMode};
+use meander_runtime::source::postgres::{
+    preflight::{self, Credentials, wire_failure},
+    wire::ReplicationConnection,
+};
+use meander_test_support::{Authority, Identity, Kafka, Postgres, Runtime, eventually};
+use rdkafka::{
+    ClientConfig, Offset, TopicPartitionList,
+    consumer::{BaseConsumer, Consumer as _},
+    error::KafkaError,
+};
+
+async fn execute(postgres: &Postgres, sql: &str) {
+    postgres.client().await.batch_execute(sql).await.unwrap();
+}
+
+/// Waits until a topic holds so many records, and says how many it then holds.
+async fn wait_for_records(client: &ClientConfig, topic: &str, count: usize) -> usize {
+    eventually("the records are in Kafka", LIMIT, async || {
+        let found = tokio::task::block_in_place(|| count_records(client, topic));
+        if found >= count { Ok(found) } else { Err(found) }
+    })
+    .await
+}
+
+fn count_records(client: &ClientConfig, topic: &str) -> usize {
+    let consumer: BaseConsumer = client
+        .clone()
+        .set("group.id", "meander-test")
+        .set("isolation.level", "read_committed")
+        .set("enable.partition.eof", "true")
+        .set("enable.auto.commit", "false")
+        .create()
+        .unwrap();
+    let metadata = consumer.fetch_metadata(Some(topic), LIMIT).unwrap();
+    let partitions: Vec<i32> = metadata.topics()[0].partitions().iter().map(|p| p.id()).collect();
+    let mut assignment = TopicPartitionList::new();
+    for partition in &partitions {
+        assignment
+            .add_partition_offset(topic, *partition, Offset::Beginning)
+            .unwrap();
+    }
+    consumer.assign(&assignment).unwrap();
+    let (mut records, mut ends) = (0, 0);
+    while ends < partitions.len() {
+        match consumer.poll(LIMIT).expect("kafka answers in time") {
+            Ok(_) => records += 1,
+            Err(KafkaError::PartitionEOF(_)) => ends += 1,
+            Err(error) => panic!("{error}"),
+        }
+    }
+    records
+}
+
+/// Waits until a session has ended for this reason.
+async fn wait_for_failure(runtime: &Runtime, reason: &str) {
+    let wanted = format!("meander_capture_failures_total{{reason=\"{reason}\"}}");
+    eventually(&wanted, LIMIT, async || {
+        let (_, metrics) = runtime.get("/metrics").await.map_err(|error| error.to_string())?;
+        if metrics.contains(&wanted) {
+            Ok(())
+        } else {
+            Err(metrics)
+        }
+    })
+    .await;
+}
+
+/// A server with TLS. The superuser, who sets things up, comes as always; the role `meander` is let in by `hostssl` lines only.
+struct TlsPostgres {
+    server: Postgres,
+    authority: Authority,
+    certificate: Identity,
+    folder: tempfile::TempDir,
+}
+
+impl TlsPostgres {
+    /// `options` follow the method in the lines for `meander`.
+    async fn start(hosts: &[&str], options: &str) -> Self {
+        let authority = Authority::new();
+        let certificate = authority.server(hosts);
+        let folder = tempfile::tempdir().unwrap();
+        let hba = folder.path().join("pg_hba.conf");
+        fs::write(
+            &hba,
+            format!(
+                "host all postgres 127.0.0.1/32 scram-sha-256
+                 hostssl all meander 127.0.0.1/32 scram-sha-256 {options}\n"
+            ),
+        )
+        .unwrap();
+        for path in [folder.path(), hba.as_path(), &certificate.key_file] {
+            give_to_postgres(path);
+        }
+        let text = |path: &Path| path.display().to_string();
+        let server = Postgres::start(&[
+            ("ssl", "on"),
+            ("ssl_cert_file", &text(&certificate.certificate_file)),
+            ("ssl_key_file", &text(&certificate.key_file)),
+            ("ssl_ca_file", &text(&authority.file())),
+            ("hba_file", &text(&hba)),
+        ])
+        .await;
+        execute(
+            &server,
+            "CREATE ROLE meander LOGIN REPLICATION PASSWORD 'one'; GRANT CREATE ON DATABASE postgres TO meander;
+             CREATE TABLE t (id int PRIMARY KEY); ALTER TABLE t OWNER TO meander",
+        )
+        .await;
+        fs::write(folder.path().join("username"), "meander").unwrap();
+        fs::write(folder.path().join("password"), "one").unwrap();
+        Self {
+            server,
+            authority,
+            certificate,
+            folder,
+        }
+    }
+
+    /// Connects as `meander`, to the host, with the mode, trusting the authority.
+    fn aim(&self, source: &mut PostgresSource, host: &str, mode: SslMode, authority: Option<PathBuf>) {
+        source.host = host.to_owned();
+        source.ssl_mode = mode;
+        source.ca_file = authority;
+        source.username_file = self.folder.path().join("username");
+        source.password_file = self.folder.path().join("password");
+    }
+}
+
+/// PostgreSQL takes a key only from a file that nobody else can read, and runs as another user when the tests run as root.
+fn give_to_postgres(path: &Path) {
+    if fs::metadata("/proc/self")
+        .map(|metadata| std::os::unix::fs::MetadataExt::uid(&metadata))
+        .unwrap()
+        == 0
+    {
+        let done = std::process::Command::new("chown")
+            .arg("postgres")
+            .arg(path)
+            .status()
+            .unwrap();
+        assert!(done.success());
+    }
+    let mode = if path.is_dir() { 0o755 } else { 0o600 };
+    fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
+}
+
+/// How both kinds of connection end: nothing, or the reason and the sentence.
+async fn try_both(source: &PostgresSource) -> Result<(), (&'static str, String)> {
+    let credentials = Credentials::read(source).unwrap();
+    let sql = preflight::connect(source, &credentials).await.map(drop);
+    let replication = ReplicationConnection::connect(source, &credentials)
+        .await
+        .map(drop)
+        .map_err(|error| wire_failure(source, &credentials.user, error));
+    let told = |result: Result<(), preflight::SourceError>| result.map_err(|error| (error.reason(), error.to_string()));
+    let (sql, replication) = (told(sql), told(replication));
+    assert_eq!(sql, replication, "both connections are protected alike");
+    sql
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn postgresql_has_to_prove_what_ssl_mode_asks_and_each_failure_says_what_to_do() {
+    let (postgres, kafka) = (TlsPostgres::start(&["localhost"], "").await, Kafka::shared().await);
+    let stranger = Authority::new();
+    let (ours, theirs) = (Some(postgres.authority.file()), Some(stranger.file()));
+    let mut source = config(&postgres.server, kafka, None).source;
+    let refused = |outcome: Result<(), (&'static str, String)>, reason: &str, words: &str| {
+        let (found, sentence) = outcome.unwrap_err();
+        assert_eq!(found, reason, "{sentence}");
+        assert!(sentence.contains(words), "{sentence}");
+    };
+
+    postgres.aim(&mut source, "127.0.0.1", SslMode::Disable, None);
+    refused(
+        try_both(&source).await,
+        "ConnectionNotAdmitted",
+        "set sslMode to Require",
+    );
+    // Anybody's certificate will do here; the password is bound to the session all the same.
+    postgres.aim(&mut source, "127.0.0.1", SslMode::Require, None);
+    try_both(&source).await.unwrap();
+    postgres.aim(&mut source, "127.0.0.1", SslMode::VerifyCa, ours.clone());
+    try_both(&source).await.unwrap();
+    postgres.aim(&mut source, "localhost", SslMode::VerifyFull, ours.clone());
+    try_both(&source).await.unwrap();
+
+    postgres.aim(&mut source, "127.0.0.1", SslMode::VerifyFull, ours.clone());
+    refused(
+        try_both(&source).await,
+        "CertificateRefused",
+        "does not hold \"127.0.0.1\"",
+    );
+    postgres.aim(&mut source, "localhost", SslMode::VerifyCa, theirs);
+    refused(
+        try_both(&source).await,
+        "CertificateRefused",
+        "does not come from an authority in caSecretRef",
+    );
+    // Nor from one of Mozilla's list, which is trusted where no authority is named.
+    postgres.aim(&mut source, "localhost", SslMode::VerifyFull, None);
+    refused(
+        try_both(&source).await,
+        "CertificateRefused",
+        "does not come from an authority",
+    );
+    postgres.aim(
+        &mut source,
+        "localhost",
+        SslMode::VerifyCa,
+        Some(postgres.folder.path().join("password")),
+    );
+    refused(
+        try_both(&source).await,
+        "CertificateUnreadable",
+        "does not hold certificates",
+    );
+
+    postgres
+        .certificate
+        .replace_by(&postgres.authority.expired_server(&["localhost"]));
+    execute(&postgres.server, "SELECT pg_reload_conf()").await;
+    postgres.aim(&mut source, "localhost", SslMode::VerifyFull, ours);
+    let expired = eventually(
+        "the server shows its new certificate",
+        LIMIT,
+        async || match try_both(&source).await {
+            Err(told) => Ok(told),
+            Ok(()) => Err("the old one"),
+        },
+    )
+    .await;
+    refused(Err(expired), "CertificateRefused", "has expired");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_without_tls_is_refused_unless_plain_text_is_asked_for() {
+    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    let mut source = config(&postgres, kafka, None).source;
+    try_both(&source).await.unwrap();
+    source.ssl_mode = SslMode::Require;
+    let (reason, sentence) = try_both(&source).await.unwrap_err();
+    assert_eq!(reason, "TlsNotOffered", "{sentence}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_capture_over_tls_shows_its_certificate_and_survives_a_new_password() {
+    let postgres = TlsPostgres::start(&["localhost"], "clientcert=verify-full").await;
+    let kafka = Kafka::shared().await;
+    let mut config = config(&postgres.server, kafka, None);
+    let authority = Some(postgres.authority.file());
+    postgres.aim(&mut config.source, "localhost", SslMode::VerifyFull, authority);
+    let (reason, sentence) = try_both(&config.source).await.unwrap_err();
+    assert_eq!(reason, "AuthenticationFailed", "{sentence}");
+    assert!(sentence.contains("client certificate"), "{sentence}");
+
+    let client = postgres.authority.client("meander");
+    config.source.client_certificate = Some(ClientCertificate {
+        certificate_file: client.certificate_file,
+        key_file: client.key_file,
+    });
+    let topic = format!("{}.public.t", config.kafka.topic_prefix);
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    execute(&postgres.server, "INSERT INTO t SELECT generate_series(1, 20000)").await;
+    wait_for_records(&kafka.client_config(), &topic, 20_000).await;
+    let plain: i64 = postgres
+        .server
+        .client()
+        .await
+        .query_one(
+            "SELECT count(*) FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE usename = 'meander' AND NOT ssl",
+            &[],
+        )
+        .await
+        .unwrap()
+        .get(0);
+    assert_eq!(plain, 0);
+
+    // A new password does not end a session that runs; the next one needs it, and takes it once the file has it.
+    execute(
+        &postgres.server,
+        "ALTER ROLE meander PASSWORD 'two'; INSERT INTO t VALUES (0)",
+    )
+    .await;
+    wait_for_records(&kafka.client_config(), &topic, 20_001).await;
+    execute(
+        &postgres.server,
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'meander'",
+    )
+    .await;
+    wait_for_failure(&runtime, "AuthenticationFailed").await;
+    fs::write(&config.source.password_file, "two").unwrap();
+    runtime.ready(LIMIT).await;
+    execute(&postgres.server, "INSERT INTO t VALUES (-1)").await;
+    assert_eq!(wait_for_records(&kafka.client_config(), &topic, 20_002).await, 20_002);
+    let log = fs::read_to_string(runtime.process().log()).unwrap();
+    assert!(
+        !log.contains("'one'") && !log.contains("\"one\"") && !log.contains("\"two\""),
+        "{log}"
+    );
+}
