@@ -3,7 +3,6 @@
 //! Judged by `tests/verifier` and the ledger, as in `crash.rs`.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-#[allow(dead_code)] // It has more than these tests need.
 mod common;
 #[path = "common/verifier.rs"]
 mod verifier;

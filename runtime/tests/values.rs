@@ -4,7 +4,6 @@
 //! bit (`record_image_eq`), and print as the same text.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-#[allow(dead_code)] // It has more than these tests need.
 mod common;
 #[path = "common/log.rs"]
 mod log;
