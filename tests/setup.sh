@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Installs what the tests and the demo need and a bare Debian 12 machine lacks.
 #
-#   tests/setup.sh [base|rust|kafka|postgres|cluster|lint]...   these parts (default: all)
+#   tests/setup.sh [base|rust|kafka|postgres|debezium|cluster|lint]...   these parts (default: all)
 #   tests/setup.sh path                           prints what to put before PATH
-#   eval "$(tests/setup.sh env)"                  exports PATH, MEANDER_CACHE, KAFKA_HOME
+#   eval "$(tests/setup.sh env)"                  exports PATH, MEANDER_CACHE, KAFKA_HOME, DEBEZIUM_HOME
 #
 # Running it again is cheap: what is there is skipped. Everything but the
 # distribution's packages goes to $MEANDER_CACHE (default ~/.cache/meander).
@@ -124,6 +124,17 @@ setup_postgres() {
   done
 }
 
+make_debezium() {
+  mvn -B -q -f "$MEANDER_TESTS/differential/pom.xml" dependency:copy-dependencies \
+    -DincludeScope=runtime -DoutputDirectory="$1"
+}
+
+setup_debezium() {
+  [ ! -d "$DEBEZIUM_HOME" ] || return 0
+  command -v mvn >/dev/null || die "part debezium needs mvn (part base installs it)"
+  step "debezium: $DEBEZIUM_VERSION" in_place "$DEBEZIUM_HOME" make_debezium
+}
+
 # build_go ARGUMENT...: the machine's own Go as it is where it is new enough,
 # since fetching another one takes minutes.
 build_go() {
@@ -178,19 +189,19 @@ setup_lint() {
 
 environment() {
   # shellcheck disable=SC2016 # the reader's shell expands it
-  printf 'export MEANDER_CACHE=%q KAFKA_HOME=%q PATH=%q:"$PATH"\n' \
-    "$MEANDER_CACHE" "$KAFKA_HOME" "$TOOLS_PATH:$KAFKA_HOME/bin"
+  printf 'export MEANDER_CACHE=%q KAFKA_HOME=%q DEBEZIUM_HOME=%q PATH=%q:"$PATH"\n' \
+    "$MEANDER_CACHE" "$KAFKA_HOME" "$DEBEZIUM_HOME" "$TOOLS_PATH:$KAFKA_HOME/bin"
 }
 
 main() {
   local part
-  [ $# -gt 0 ] || set -- base rust kafka postgres cluster lint
+  [ $# -gt 0 ] || set -- base rust kafka postgres debezium cluster lint
   for part; do
     case $part in
-      base | rust | kafka | postgres | cluster | lint) "setup_$part" ;;
+      base | rust | kafka | postgres | debezium | cluster | lint) "setup_$part" ;;
       path) echo "$TOOLS_PATH:$KAFKA_HOME/bin" ;;
       env) environment ;;
-      *) die "unknown part $part; there are base, rust, kafka, postgres, cluster, lint, path, env" ;;
+      *) die "unknown part $part; there are base, rust, kafka, postgres, debezium, cluster, lint, path, env" ;;
     esac
   done
 }

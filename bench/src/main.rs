@@ -10,8 +10,8 @@ mod pacing;
 
 use clap::{Parser, Subcommand};
 use meander_config::{
-    CaptureConfig, KafkaSink, PostgresSource, Publication, PublicationManagement, RedisSink, ResourceIdentity, SslMode,
-    TableSelection,
+    CaptureConfig, Format, KafkaSink, PostgresSource, Publication, PublicationManagement, RedisSink, ResourceIdentity,
+    SslMode, TableSelection,
 };
 use meander_test_support::{Kafka, Postgres, Redis, free_address, unique_name};
 
@@ -78,6 +78,7 @@ fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> CaptureC
             slot_name: name.clone(),
             slot_failover: None,
         },
+        format: Format::Protobuf,
         kafka: KafkaSink {
             bootstrap_servers: vec![kafka.bootstrap()],
             topic_prefix: name.clone(),

@@ -31,12 +31,23 @@ use crate::common::{LogLevel, Resources, SecretKeyReference, SecretReference, co
     printcolumn(name = "Reason", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].reason", priority = 1),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
+#[x_kube(
+    validation = Rule::new("!has(self.debezium) || self.format == 'DebeziumJson'").message("debezium is for the format DebeziumJson only: remove it, or set format"),
+    validation = Rule::new("has(self.debezium) == has(oldSelf.debezium) && (!has(self.debezium) || self.debezium == oldSelf.debezium)").message("debezium is immutable: create another CdcPipeline, with another topicPrefix")
+)]
 #[serde(rename_all = "camelCase")]
 pub struct CdcPipelineSpec {
     /// The database that is captured.
     pub source: Source,
     /// Where changes are published.
     pub sinks: Sinks,
+    /// What keys and values look like, in both sinks. Immutable.
+    #[serde(default)]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("format is immutable: create another CdcPipeline, with another topicPrefix"))]
+    pub format: PipelineFormat,
+    /// For the format DebeziumJson. Immutable.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub debezium: Option<Debezium>,
     /// Stop capturing. The slot stays, and with it the WAL that has not been read: the database's disk fills while a busy
     /// pipeline is suspended.
     #[serde(default)]
@@ -44,6 +55,35 @@ pub struct CdcPipelineSpec {
     /// The pod that captures.
     #[serde(default)]
     pub runtime: Runtime,
+}
+
+/// What keys and values look like.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum PipelineFormat {
+    /// `meander.v1.ChangeRecord`: every value exactly, and small.
+    #[default]
+    Protobuf,
+    /// The events of Debezium's PostgreSQL connector with its default settings, for consumers that read those. What its types
+    /// cannot hold (NaN in a numeric, types that it does not know) is missing.
+    DebeziumJson,
+}
+
+/// How Debezium's events are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Debezium {
+    /// Each key and value is an object of `schema` and `payload`, as Kafka Connect's JSON converter writes them by default; sinks
+    /// of Kafka Connect need it. Without it they are the payload alone, which is a fraction of the size.
+    #[serde(default = "default_schemas")]
+    pub schemas: bool,
+}
+
+impl Default for Debezium {
+    fn default() -> Self {
+        Self {
+            schemas: default_schemas(),
+        }
+    }
 }
 
 /// The database that is captured.
@@ -514,6 +554,10 @@ pub enum RedisState {
 
 fn default_port() -> u16 {
     5432
+}
+
+fn default_schemas() -> bool {
+    true
 }
 
 fn default_partitions() -> i32 {

@@ -335,6 +335,10 @@ async fn a_pipeline_that_can_never_work_is_refused() {
     let long = "n".repeat(51);
     let creations = [
         (
+            json!({"spec": {"debezium": {"schemas": true}}}),
+            "debezium is for the format DebeziumJson only: remove it, or set format",
+        ),
+        (
             json!({"metadata": {"name": long}}),
             "metadata.name must have at most 50 characters: the names of the pods are made from it",
         ),
@@ -463,6 +467,16 @@ async fn a_pipeline_that_can_never_work_is_refused() {
             postgres(json!({"slot": {"name": "s"}})),
             postgres(json!({"slot": null})),
             "slot.name is immutable: create another CdcPipeline",
+        ),
+        (
+            none.clone(),
+            json!({"spec": {"format": "DebeziumJson"}}),
+            "format is immutable: create another CdcPipeline, with another topicPrefix",
+        ),
+        (
+            json!({"spec": {"format": "DebeziumJson"}}),
+            json!({"spec": {"debezium": {"schemas": false}}}),
+            "debezium is immutable: create another CdcPipeline, with another topicPrefix",
         ),
         (
             none.clone(),

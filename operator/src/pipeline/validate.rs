@@ -2,11 +2,12 @@
 
 use kube::ResourceExt as _;
 use meander_config::{
-    CaptureConfig, KafkaSink, PostgresSource, Publication, PublicationManagement, RedisSink, ResourceIdentity, SslMode,
-    TableSelection,
+    CaptureConfig, Format, KafkaSink, PostgresSource, Publication, PublicationManagement, RedisSink, ResourceIdentity,
+    SslMode, TableSelection,
 };
 use meander_crds::{
-    Acknowledgement, CdcPipeline, LogLevel, PublicationManagement as Management, Resources, SslMode as Mode,
+    Acknowledgement, CdcPipeline, LogLevel, PipelineFormat, PublicationManagement as Management, Resources,
+    SslMode as Mode,
 };
 
 use super::dereference::Facts;
@@ -134,6 +135,12 @@ pub fn validate(pipeline: &CdcPipeline, facts: &Facts, settings: &Settings) -> R
             },
             slot_name: slot_of(pipeline),
             slot_failover: postgres.slot.failover,
+        },
+        format: match spec.format {
+            PipelineFormat::Protobuf => Format::Protobuf,
+            PipelineFormat::DebeziumJson => Format::DebeziumJson {
+                schemas: spec.debezium.unwrap_or_default().schemas,
+            },
         },
         kafka: KafkaSink {
             bootstrap_servers: kafka.bootstrap_servers.clone(),

@@ -20,6 +20,9 @@ pub struct CaptureConfig {
     pub pipeline: ResourceIdentity,
     /// Where changes come from.
     pub source: PostgresSource,
+    /// What keys and values look like, in both sinks.
+    #[serde(default)]
+    pub format: Format,
     /// The durable log.
     pub kafka: KafkaSink,
     /// The fast path.
@@ -173,6 +176,20 @@ pub enum PublicationManagement {
     Managed,
     /// Somebody else; the runtime checks it.
     External,
+}
+
+/// What keys and values look like.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all_fields = "camelCase", deny_unknown_fields)]
+pub enum Format {
+    /// `meander.v1.ChangeRecord` under a key in JSON.
+    #[default]
+    Protobuf,
+    /// The events of Debezium's PostgreSQL connector.
+    DebeziumJson {
+        /// Each key and value is an object of a schema and a payload.
+        schemas: bool,
+    },
 }
 
 /// The Kafka cluster that changes are published to.

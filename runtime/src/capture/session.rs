@@ -2,6 +2,7 @@
 
 use std::{future::pending, time::Duration};
 
+use meander_config::{CaptureConfig, Format};
 use tokio::{
     runtime::Handle,
     sync::{mpsc, watch},
@@ -17,7 +18,7 @@ use crate::{
         open::{Session, open},
         stream::{Queues, Stream},
     },
-    encode::ProtobufEncoder,
+    encode::{DebeziumEncoder, Encoder, ProtobufEncoder},
     position::Epoch,
     progress::ConditionType,
     sink::{
@@ -32,6 +33,17 @@ use crate::{
 
 /// How long the end of a session waits for Redis to take what is on its way; what it does not take is refilled by the next one.
 const PARTING: Duration = Duration::from_secs(5);
+
+fn encoder(config: &CaptureConfig) -> Box<dyn Encoder> {
+    match config.format {
+        Format::Protobuf => Box::new(ProtobufEncoder::default()),
+        Format::DebeziumJson { schemas } => Box::new(DebeziumEncoder::new(
+            &config.kafka.topic_prefix,
+            &config.source.database,
+            schemas,
+        )),
+    }
+}
 
 /// Runs one session until `shutdown`, or until something fails.
 pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Result<(), CaptureError> {
@@ -114,7 +126,7 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
     let mut stream = Stream::new(
         config,
         Assembler::new(Epoch(checkpoint.epoch)),
-        Box::new(ProtobufEncoder::default()),
+        encoder(config),
         topics,
         selection,
         &checkpoint,

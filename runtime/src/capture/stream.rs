@@ -19,6 +19,7 @@ use crate::{
     sink::{redis::live::Offers, topics::Topics},
     source::postgres::{
         assemble::{Assembled, Assembler},
+        details::TableDetails,
         pgoutput::{LogicalMessage, RelationMessage, decode},
         preflight::{Catalog, Selection, wire_failure},
         wire::{Frame, FrameReader},
@@ -125,6 +126,7 @@ impl<'a> Stream<'a> {
                 match frame {
                     Frame::Data { wal_end, message } => {
                         self.received.set_server(wal_end);
+                        self.assembler.at(wal_end);
                         self.message(message, catalog).await?;
                     }
                     Frame::Keepalive {
@@ -268,7 +270,13 @@ impl<'a> Stream<'a> {
             .as_ref()
             .map(|redis| topic_name(&redis.stream_prefix, schema, table))
             .unwrap_or_default();
-        self.encoder.prepare(&relation, Arc::new(Destination { topic, stream }));
+        let details = if self.encoder.wants_details() {
+            catalog.details(&relation).await?
+        } else {
+            TableDetails::default()
+        };
+        self.encoder
+            .prepare(&relation, &details, Arc::new(Destination { topic, stream }));
         self.assembler.learn(Arc::new(relation));
         Ok(())
     }

@@ -3,10 +3,8 @@
 //! `{"trade_id":"0b5c…","traded_at":"2026-11-21 07:00:00.123456+00"}` can be read with any tool, and equal keys are equal bytes, so
 //! all changes of a row are in one partition.
 
-use std::io::Write as _;
-
 use crate::{
-    encode::EncodeError,
+    encode::{EncodeError, json::write_string},
     source::{
         Relation,
         postgres::pgoutput::{Datum, Tuple},
@@ -32,10 +30,10 @@ pub(super) fn write(
         };
         out.push(separator);
         separator = b',';
-        write_json_string(&column.name, out);
+        write_string(&column.name, out);
         out.push(b':');
         match datum {
-            Datum::Text(text) => write_json_string(text, out),
+            Datum::Text(text) => write_string(text, out),
             Datum::Null => out.extend_from_slice(b"null"),
             Datum::UnchangedToast => {
                 return Err(EncodeError::AbsentKey {
@@ -59,37 +57,4 @@ pub(super) fn differs(relation: &Relation, old: Tuple<'_>, new: Tuple<'_>) -> bo
         .iter()
         .zip(old.values().zip(new.values()))
         .any(|(column, (old, new))| column.key && new != Datum::UnchangedToast && old != new)
-}
-
-fn write_json_string(text: &str, out: &mut Vec<u8>) {
-    out.push(b'"');
-    let mut rest = text.as_bytes();
-    // RFC 8259 wants these escaped and nothing else.
-    while let Some(at) = rest.iter().position(|byte| matches!(byte, b'"' | b'\\' | 0..0x20)) {
-        out.extend_from_slice(&rest[..at]);
-        match rest[at] {
-            byte @ (b'"' | b'\\') => out.extend([b'\\', byte]),
-            // Writing into memory cannot fail.
-            byte => drop(write!(out, "\\u{byte:04x}")),
-        }
-        rest = &rest[at + 1..];
-    }
-    out.extend_from_slice(rest);
-    out.push(b'"');
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    proptest! {
-        #[test]
-        fn any_text_is_a_json_string_that_reads_back(text in ".*") {
-            let mut out = Vec::new();
-            write_json_string(&text, &mut out);
-            prop_assert_eq!(serde_json::from_slice::<String>(&out).unwrap(), text);
-        }
-    }
 }

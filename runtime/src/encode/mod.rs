@@ -1,21 +1,27 @@
 //! What a change looks like on the wire: one format per pipeline, the same bytes for every sink. A new format is a new file here.
 
+mod debezium;
+mod json;
 mod key;
 mod protobuf;
 
 use std::sync::Arc;
 
+pub use debezium::DebeziumEncoder;
 pub use protobuf::ProtobufEncoder;
 
 use crate::{
     batch::{Batch, Destination},
-    source::{Change, Relation},
+    source::{Change, Relation, postgres::details::TableDetails},
 };
 
 /// Turns changes into records.
 pub trait Encoder: Send {
+    /// True if the format says more of a table than the log does. Otherwise the details are empty.
+    fn wants_details(&self) -> bool;
+
     /// Prepares for the changes of a table in its present shape; replaces what was prepared for the same OID.
-    fn prepare(&mut self, relation: &Relation, destination: Arc<Destination>);
+    fn prepare(&mut self, relation: &Relation, details: &TableDetails, destination: Arc<Destination>);
 
     /// Appends the record or records of a change.
     ///
@@ -44,6 +50,18 @@ pub enum EncodeError {
         table: String,
         /// The column.
         column: String,
+    },
+    /// A value of the key that the format cannot carry, so that rows would not be told apart.
+    #[error(
+        "{table}.{column} is part of the key and holds a {type_name} that DebeziumJson has no form for; name the table in tables.exclude, or use the format Protobuf"
+    )]
+    KeyWithoutForm {
+        /// The table.
+        table: String,
+        /// The column.
+        column: String,
+        /// Its type.
+        type_name: String,
     },
     /// The table was never prepared.
     #[error("a change of relation {0}, which was not prepared")]

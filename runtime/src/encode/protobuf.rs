@@ -16,7 +16,10 @@ use crate::{
     encode::{EncodeError, Encoder, key},
     source::{
         Change, Column, Operation, Relation, Snapshot,
-        postgres::pgoutput::{Datum, OldTuple, Tuple},
+        postgres::{
+            details::TableDetails,
+            pgoutput::{Datum, OldTuple, Tuple},
+        },
     },
 };
 
@@ -72,7 +75,11 @@ struct Part<'a> {
 }
 
 impl Encoder for ProtobufEncoder {
-    fn prepare(&mut self, relation: &Relation, destination: Arc<Destination>) {
+    fn wants_details(&self) -> bool {
+        false
+    }
+
+    fn prepare(&mut self, relation: &Relation, _details: &TableDetails, destination: Arc<Destination>) {
         let message = v1::Relation {
             schema: relation.schema.clone(),
             table: relation.table.clone(),
@@ -444,6 +451,7 @@ mod tests {
         let mut encoder = ProtobufEncoder::default();
         encoder.prepare(
             &relation,
+            &TableDetails::default(),
             Arc::new(Destination {
                 topic: "t".to_owned(),
                 stream: "s".to_owned(),
@@ -459,6 +467,8 @@ mod tests {
             },
             commit_time_micros: 1_763_700_000_000_001,
             transaction_id: 777,
+            lsn: Lsn(0x16B_3000),
+            previous_end: None,
         };
         let mut batch = Batch::new();
         encoder.encode(&change, &mut batch)?;

@@ -8,7 +8,7 @@ pub mod postgres;
 use std::sync::Arc;
 
 use crate::{
-    position::Position,
+    position::{Lsn, Position},
     source::postgres::pgoutput::{OldTuple, Tuple},
 };
 
@@ -53,6 +53,10 @@ pub struct Change<'a> {
     pub commit_time_micros: i64,
     /// The source's transaction id; 0 for a snapshot.
     pub transaction_id: u32,
+    /// Where the change itself is in the source's log. It is neither unique nor in the order of the changes.
+    pub lsn: Lsn,
+    /// Where the transaction before this one ended, if this session has seen its end.
+    pub previous_end: Option<Lsn>,
 }
 
 /// What an application wrote into the log beside its tables, for whoever reads it.

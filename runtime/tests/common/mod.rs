@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use meander_config::{
-    Acknowledgement, CaptureConfig, KafkaSink, PostgresSource, Publication, PublicationManagement, RedisSink,
+    Acknowledgement, CaptureConfig, Format, KafkaSink, PostgresSource, Publication, PublicationManagement, RedisSink,
     ResourceIdentity, SslMode, TableSelection,
 };
 use meander_runtime::{
@@ -45,6 +45,7 @@ pub fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> Capt
             slot_name: name.clone(),
             slot_failover: None,
         },
+        format: Format::Protobuf,
         kafka: KafkaSink {
             bootstrap_servers: vec![kafka.bootstrap()],
             topic_prefix: name.clone(),

@@ -19,6 +19,7 @@
 // A failure here is the test's failure.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod debezium;
 mod kafka;
 mod ports;
 mod postgres;
@@ -35,6 +36,7 @@ use std::{
 };
 
 pub use crate::{
+    debezium::Debezium,
     kafka::Kafka,
     ports::free_address,
     postgres::Postgres,

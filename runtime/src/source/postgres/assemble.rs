@@ -55,6 +55,8 @@ pub enum Assembled<'a> {
 pub struct Changes<'a> {
     relations: &'a HashMap<u32, Arc<Relation>>,
     transaction: Transaction,
+    lsn: Lsn,
+    previous_end: Option<Lsn>,
     first: Position,
     kind: Kind<'a>,
 }
@@ -82,6 +84,8 @@ impl Changes<'_> {
                 },
                 commit_time_micros: self.transaction.commit_time_micros,
                 transaction_id: self.transaction.xid,
+                lsn: self.lsn,
+                previous_end: self.previous_end,
             })
         };
         match self.kind {
@@ -129,6 +133,10 @@ pub struct Assembler {
     relations: HashMap<u32, Arc<Relation>>,
     type_names: HashMap<u32, String>,
     transaction: Option<Transaction>,
+    /// Where the next message is in the WAL.
+    place: Lsn,
+    /// Where the last transaction ended.
+    last_end: Option<Lsn>,
 }
 
 impl Assembler {
@@ -140,7 +148,14 @@ impl Assembler {
             relations: HashMap::new(),
             type_names: HashMap::new(),
             transaction: None,
+            place: Lsn::ZERO,
+            last_end: None,
         }
+    }
+
+    /// Says where the next message is in the WAL.
+    pub fn at(&mut self, lsn: Lsn) {
+        self.place = lsn;
     }
 
     /// The epoch that changes get.
@@ -220,10 +235,13 @@ impl Assembler {
                 Ok(Assembled::Nothing)
             }
             LogicalMessage::Commit { commit_lsn, end_lsn } => match self.transaction.take() {
-                Some(transaction) if transaction.commit_lsn == commit_lsn => Ok(Assembled::Committed {
-                    complete: Position::end_of_transaction(self.epoch, commit_lsn),
-                    end_lsn,
-                }),
+                Some(transaction) if transaction.commit_lsn == commit_lsn => {
+                    self.last_end = Some(end_lsn);
+                    Ok(Assembled::Committed {
+                        complete: Position::end_of_transaction(self.epoch, commit_lsn),
+                        end_lsn,
+                    })
+                }
                 _ => Err(AssembleError::OutOfOrder("Commit")),
             },
             LogicalMessage::Type { oid, schema, name } => {
@@ -290,6 +308,8 @@ impl Assembler {
         Ok(Assembled::Changes(Changes {
             relations: &self.relations,
             transaction,
+            lsn: self.place,
+            previous_end: self.last_end,
             first,
             kind,
         }))

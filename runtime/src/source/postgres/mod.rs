@@ -1,6 +1,7 @@
 //! PostgreSQL 14 to 18: a logical replication slot, read through `pgoutput`.
 
 pub mod assemble;
+pub mod details;
 pub mod pgoutput;
 pub mod preflight;
 pub mod prerequisites;

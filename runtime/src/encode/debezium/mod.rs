@@ -1,0 +1,671 @@
+//! The format `DebeziumJson`: the events of Debezium's PostgreSQL connector with its default settings, as Kafka Connect's JSON
+//! converter writes them, so that consumers of Debezium read them unchanged.
+//!
+//! Everything that is the same for every change of a table, above all the schemas, is made once and copied. What differs from
+//! Debezium is listed in `docs/debezium.md`.
+
+mod decimal;
+mod default;
+mod geometry;
+mod literal;
+mod time;
+mod value;
+
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use self::{
+    super::{
+        EncodeError, Encoder,
+        json::{self, write_string},
+    },
+    value::{Kind, Unfit},
+};
+use crate::{
+    batch::{Batch, Destination},
+    source::{
+        Change, Operation, Relation,
+        postgres::{
+            details::TableDetails,
+            pgoutput::{Datum, OldTuple, Tuple},
+        },
+    },
+};
+
+/// Header of the records that end an old key: the new one.
+const NEW_KEY_HEADER: &str = "__debezium.newkey";
+/// Header of the record that begins a new key: the old one.
+const OLD_KEY_HEADER: &str = "__debezium.oldkey";
+/// Header of a record in which a field does not hold the column's value: a JSON object of `before` and `after`, each an array of names.
+/// It is ours: Debezium leaves the reader to guess.
+const UNAVAILABLE_HEADER: &str = "meander-unavailable";
+
+/// Encodes changes as Debezium does.
+pub struct DebeziumEncoder {
+    topic_prefix: String,
+    database: String,
+    schemas: bool,
+    prepared: HashMap<u32, Prepared>,
+}
+
+impl DebeziumEncoder {
+    /// An encoder for a pipeline. With `schemas` each key and value is an object of a schema and a payload.
+    #[must_use]
+    pub fn new(topic_prefix: &str, database: &str, schemas: bool) -> Self {
+        Self {
+            topic_prefix: topic_prefix.to_owned(),
+            database: database.to_owned(),
+            schemas,
+            prepared: HashMap::new(),
+        }
+    }
+}
+
+/// A column that is carried.
+struct Field {
+    /// Its place in the row.
+    index: usize,
+    /// The name as JSON, with a colon.
+    label: Vec<u8>,
+    kind: Kind,
+    optional: bool,
+    default: Option<Vec<u8>>,
+    /// What stands for NULL: for a column without NULLs, that the source did not tell the value.
+    null: Vec<u8>,
+    /// What stands for a large value that was left as it was.
+    unavailable: Vec<u8>,
+}
+
+/// What is the same for every change of a table.
+struct Prepared {
+    destination: Arc<Destination>,
+    schemas: bool,
+    fields: Vec<Field>,
+    /// The fields of the key in its order.
+    key: Vec<usize>,
+    key_head: Vec<u8>,
+    value_head: Vec<u8>,
+    /// From `"source"` up to its first number.
+    source_head: Vec<u8>,
+    /// From the name of the database up to the sequence.
+    source_middle: Vec<u8>,
+    /// From the name of the schema up to the transaction's id.
+    source_tail: Vec<u8>,
+}
+
+/// One record of a change.
+struct Part<'a> {
+    number: u8,
+    /// None for a tombstone.
+    operation: Option<&'static str>,
+    key: Row<'a>,
+    before: Option<Row<'a>>,
+    after: Option<Row<'a>>,
+    header: Option<(&'static str, Row<'a>)>,
+}
+
+/// A row, and where to find the values that it leaves out as unchanged.
+#[derive(Clone, Copy)]
+struct Row<'a> {
+    row: Tuple<'a>,
+    unchanged: Option<Tuple<'a>>,
+}
+
+impl<'a> Row<'a> {
+    fn alone(row: Tuple<'a>) -> Self {
+        Self { row, unchanged: None }
+    }
+
+    fn datums(self) -> Vec<Datum<'a>> {
+        let mut datums: Vec<Datum<'a>> = self.row.values().collect();
+        if let Some(unchanged) = self.unchanged
+            && datums.contains(&Datum::UnchangedToast)
+        {
+            for (datum, old) in datums.iter_mut().zip(unchanged.values()) {
+                if *datum == Datum::UnchangedToast && matches!(old, Datum::Text(_)) {
+                    *datum = old;
+                }
+            }
+        }
+        datums
+    }
+}
+
+impl Encoder for DebeziumEncoder {
+    fn wants_details(&self) -> bool {
+        true
+    }
+
+    fn prepare(&mut self, relation: &Relation, details: &TableDetails, destination: Arc<Destination>) {
+        let fields: Vec<Field> = relation
+            .columns
+            .iter()
+            .enumerate()
+            .filter_map(|(index, column)| {
+                let type_details = details.types.get(&column.type_oid)?;
+                let modifier = if type_details.domain {
+                    type_details.modifier
+                } else {
+                    column.type_modifier
+                };
+                let kind = Kind::of(type_details, modifier)?;
+                let known = details.columns.get(&column.name);
+                let mut label = Vec::new();
+                write_string(&column.name, &mut label);
+                label.push(b':');
+                let optional = known.is_none_or(|column| column.optional);
+                let default = known
+                    .and_then(|column| column.default.as_deref())
+                    .and_then(|expression| default::default(&kind, type_details, expression));
+                let null = match &default {
+                    _ if optional => b"null".to_vec(),
+                    Some(default) => default.clone(),
+                    None => kind.filler(),
+                };
+                let unavailable = kind.unavailable().unwrap_or_else(|| null.clone());
+                Some(Field {
+                    index,
+                    label,
+                    kind,
+                    optional,
+                    default,
+                    null,
+                    unavailable,
+                })
+            })
+            .collect();
+        let by_name = |name: &String| {
+            fields
+                .iter()
+                .position(|field| relation.columns[field.index].name == *name)
+        };
+        let mut key: Vec<usize> = details.key.iter().filter_map(by_name).collect();
+        if key.is_empty() {
+            // The catalog has no key any more; the log still had.
+            let is_key = |field: &Field| relation.columns[field.index].key;
+            key = (0..fields.len()).filter(|at| is_key(&fields[*at])).collect();
+        }
+        let mut source_head = b"\"source\":{\"version\":".to_vec();
+        write_string(env!("CARGO_PKG_VERSION"), &mut source_head);
+        source_head.extend_from_slice(b",\"connector\":\"postgresql\",\"name\":");
+        write_string(&self.topic_prefix, &mut source_head);
+        source_head.extend_from_slice(b",\"ts_ms\":");
+        let mut source_middle = b",\"db\":".to_vec();
+        write_string(&self.database, &mut source_middle);
+        source_middle.extend_from_slice(b",\"sequence\":\"[");
+        let mut source_tail = b",\"schema\":".to_vec();
+        write_string(&relation.schema, &mut source_tail);
+        source_tail.extend_from_slice(b",\"table\":");
+        write_string(&relation.table, &mut source_tail);
+        source_tail.extend_from_slice(b",\"txId\":");
+        let mut prepared = Prepared {
+            destination,
+            schemas: self.schemas,
+            fields,
+            key,
+            key_head: Vec::new(),
+            value_head: Vec::new(),
+            source_head,
+            source_middle,
+            source_tail,
+        };
+        prepared.write_heads();
+        self.prepared.insert(relation.oid, prepared);
+    }
+
+    fn encode(&mut self, change: &Change<'_>, batch: &mut Batch) -> Result<(), EncodeError> {
+        let prepared = self
+            .prepared
+            .get_mut(&change.relation.oid)
+            .ok_or(EncodeError::Unprepared(change.relation.oid))?;
+        let part = |operation, key| Part {
+            number: 0,
+            operation: Some(operation),
+            key,
+            before: None,
+            after: None,
+            header: None,
+        };
+        match change.operation {
+            Operation::Insert { new } => {
+                let new = Row::alone(new);
+                prepared.record(
+                    change,
+                    batch,
+                    &Part {
+                        after: Some(new),
+                        ..part("c", new)
+                    },
+                )
+            }
+            Operation::Read { new, .. } => {
+                let new = Row::alone(new);
+                prepared.record(
+                    change,
+                    batch,
+                    &Part {
+                        after: Some(new),
+                        ..part("r", new)
+                    },
+                )
+            }
+            Operation::Update { old, new } => {
+                let old = old.as_ref().map(OldTuple::tuple);
+                let new = Row {
+                    row: new,
+                    unchanged: old,
+                };
+                let old = old.map(Row::alone);
+                let Some(old) = old.filter(|old| prepared.key_differs(*old, new)) else {
+                    return prepared.record(
+                        change,
+                        batch,
+                        &Part {
+                            before: old,
+                            after: Some(new),
+                            ..part("u", new)
+                        },
+                    );
+                };
+                prepared.end_of(change, batch, old, Some((NEW_KEY_HEADER, new)))?;
+                prepared.record(
+                    change,
+                    batch,
+                    &Part {
+                        number: 2,
+                        after: Some(new),
+                        header: Some((OLD_KEY_HEADER, old)),
+                        ..part("c", new)
+                    },
+                )
+            }
+            Operation::Delete { old } => prepared.end_of(change, batch, Row::alone(old.tuple()), None),
+            // Debezium leaves them out by default, and it has no markers around a snapshot.
+            Operation::Truncate | Operation::SnapshotBegin { .. } | Operation::SnapshotEnd { .. } => Ok(()),
+        }
+    }
+}
+
+impl Prepared {
+    /// The end of a key: the DELETE, and the tombstone by which a compacted topic forgets the key.
+    fn end_of(
+        &mut self,
+        change: &Change<'_>,
+        batch: &mut Batch,
+        old: Row<'_>,
+        header: Option<(&'static str, Row<'_>)>,
+    ) -> Result<(), EncodeError> {
+        let delete = Part {
+            number: 0,
+            operation: Some("d"),
+            key: old,
+            before: Some(old),
+            after: None,
+            header,
+        };
+        self.record(change, batch, &delete)?;
+        self.record(
+            change,
+            batch,
+            &Part {
+                number: 1,
+                operation: None,
+                before: None,
+                ..delete
+            },
+        )
+    }
+
+    fn key_differs(&self, old: Row<'_>, new: Row<'_>) -> bool {
+        let (old, new) = (old.datums(), new.datums());
+        self.key.iter().any(|at| {
+            let index = self.fields[*at].index;
+            new[index] != Datum::UnchangedToast && old[index] != new[index]
+        })
+    }
+
+    fn record(&mut self, change: &Change<'_>, batch: &mut Batch, part: &Part<'_>) -> Result<(), EncodeError> {
+        loop {
+            match self.try_record(change, batch, part) {
+                Err(Stopped::NewLabel { field, label }) => self.learn_label(field, &label),
+                Err(Stopped::Failed(error)) => return Err(error),
+                Ok(()) => return Ok(()),
+            }
+        }
+    }
+
+    fn try_record(&self, change: &Change<'_>, batch: &mut Batch, part: &Part<'_>) -> Result<(), Stopped> {
+        // First, because nothing may fail once the record is in the batch.
+        let header = match part.header {
+            Some((name, key)) => {
+                let mut value = Vec::new();
+                self.write_key_fields(change.relation, key, Decimals::Plain, &mut value)?;
+                Some((name, value))
+            }
+            None => None,
+        };
+        let mut unavailable = Unavailable::default();
+        batch.push(
+            change.position,
+            part.number,
+            change.commit_time_micros,
+            &self.destination,
+            |out| self.write_key(change.relation, part.key, out),
+            |out| match part.operation {
+                Some(operation) => {
+                    self.write_value(change, operation, part, &mut unavailable, out)?;
+                    Ok(true)
+                }
+                None => Ok(false),
+            },
+        )?;
+        if let Some((name, value)) = header {
+            batch.header(name, |out| out.extend_from_slice(&value));
+        }
+        if !(unavailable.before.is_empty() && unavailable.after.is_empty()) {
+            batch.header(UNAVAILABLE_HEADER, |out| self.write_unavailable(&unavailable, out));
+        }
+        Ok(())
+    }
+
+    fn write_value(
+        &self,
+        change: &Change<'_>,
+        operation: &str,
+        part: &Part<'_>,
+        unavailable: &mut Unavailable,
+        out: &mut Vec<u8>,
+    ) -> Result<(), Stopped> {
+        out.extend_from_slice(&self.value_head);
+        out.extend_from_slice(b"{\"before\":");
+        self.write_row(change.relation, part.before, &mut unavailable.before, out)?;
+        out.extend_from_slice(b",\"after\":");
+        self.write_row(change.relation, part.after, &mut unavailable.after, out)?;
+        out.push(b',');
+        self.write_source(change, out);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let (millis, micros, nanos) = (now.as_millis(), now.as_micros(), now.as_nanos());
+        json::write(
+            out,
+            format_args!(
+                ",\"transaction\":null,\"op\":\"{operation}\",\"ts_ms\":{millis},\"ts_us\":{micros},\"ts_ns\":{nanos}}}"
+            ),
+        );
+        self.end(out);
+        Ok(())
+    }
+
+    fn write_source(&self, change: &Change<'_>, out: &mut Vec<u8>) {
+        let micros = change.commit_time_micros;
+        let millis = micros.div_euclid(1000);
+        let snapshot = match change.operation {
+            Operation::Read { snapshot, .. } if snapshot.incremental => "incremental",
+            Operation::Read { .. } => "true",
+            _ => "false",
+        };
+        let lsn = change.lsn.0;
+        out.extend_from_slice(&self.source_head);
+        json::write(out, format_args!("{millis},\"snapshot\":\"{snapshot}\""));
+        out.extend_from_slice(&self.source_middle);
+        match change.previous_end {
+            Some(end) => json::write(out, format_args!("\\\"{}\\\"", end.0)),
+            None => out.extend_from_slice(b"null"),
+        }
+        json::write(
+            out,
+            format_args!(
+                ",\\\"{lsn}\\\"]\",\"ts_us\":{micros},\"ts_ns\":{}",
+                micros.saturating_mul(1000)
+            ),
+        );
+        out.extend_from_slice(&self.source_tail);
+        match change.transaction_id {
+            // A snapshot is of no transaction.
+            0 => out.extend_from_slice(b"null"),
+            id => json::write(out, format_args!("{id}")),
+        }
+        json::write(
+            out,
+            format_args!(",\"lsn\":{lsn},\"xmin\":null,\"origin\":null,\"origin_lsn\":null}}"),
+        );
+    }
+
+    fn write_row(
+        &self,
+        relation: &Relation,
+        row: Option<Row<'_>>,
+        unavailable: &mut Vec<usize>,
+        out: &mut Vec<u8>,
+    ) -> Result<(), Stopped> {
+        let Some(row) = row else {
+            out.extend_from_slice(b"null");
+            return Ok(());
+        };
+        let datums = row.datums();
+        let mut separator = b'{';
+        for (at, field) in self.fields.iter().enumerate() {
+            out.push(separator);
+            separator = b',';
+            out.extend_from_slice(&field.label);
+            match datums[field.index] {
+                Datum::Null => out.extend_from_slice(&field.null),
+                Datum::UnchangedToast => {
+                    out.extend_from_slice(&field.unavailable);
+                    unavailable.push(at);
+                }
+                Datum::Text(text) => {
+                    let start = out.len();
+                    match field.kind.write(text, out) {
+                        Ok(()) => {}
+                        Err(Unfit::NoForm) => {
+                            out.truncate(start);
+                            out.extend_from_slice(&field.null);
+                            unavailable.push(at);
+                        }
+                        Err(unfit) => return Err(self.stopped(relation, at, unfit, text)),
+                    }
+                }
+            }
+        }
+        if separator == b'{' {
+            out.push(b'{');
+        }
+        out.push(b'}');
+        Ok(())
+    }
+
+    fn write_key(&self, relation: &Relation, row: Row<'_>, out: &mut Vec<u8>) -> Result<bool, Stopped> {
+        if self.key.is_empty() {
+            return Ok(false);
+        }
+        out.extend_from_slice(&self.key_head);
+        self.write_key_fields(relation, row, Decimals::Bytes, out)?;
+        self.end(out);
+        Ok(true)
+    }
+
+    fn write_key_fields(
+        &self,
+        relation: &Relation,
+        row: Row<'_>,
+        decimals: Decimals,
+        out: &mut Vec<u8>,
+    ) -> Result<(), Stopped> {
+        let datums = row.datums();
+        let mut separator = b'{';
+        for at in &self.key {
+            let field = &self.fields[*at];
+            out.push(separator);
+            separator = b',';
+            out.extend_from_slice(&field.label);
+            match datums[field.index] {
+                Datum::Null => out.extend_from_slice(&field.null),
+                Datum::Text(text) if decimals == Decimals::Plain && matches!(field.kind, Kind::Decimal { .. }) => {
+                    out.extend_from_slice(text.as_bytes());
+                }
+                Datum::Text(text) => field
+                    .kind
+                    .write(text, out)
+                    .map_err(|unfit| self.stopped(relation, *at, unfit, text))?,
+                Datum::UnchangedToast => {
+                    let column = &relation.columns[field.index];
+                    return Err(Stopped::Failed(EncodeError::AbsentKey {
+                        table: format!("{}.{}", relation.schema, relation.table),
+                        column: column.name.clone(),
+                    }));
+                }
+            }
+        }
+        if separator == b'{' {
+            out.push(b'{');
+        }
+        out.push(b'}');
+        Ok(())
+    }
+
+    fn write_unavailable(&self, unavailable: &Unavailable, out: &mut Vec<u8>) {
+        let mut separator = b'{';
+        for (name, fields) in [("before", &unavailable.before), ("after", &unavailable.after)] {
+            if fields.is_empty() {
+                continue;
+            }
+            out.push(separator);
+            separator = b',';
+            write_string(name, out);
+            for (place, at) in fields.iter().enumerate() {
+                out.extend_from_slice(if place == 0 { b":[" } else { b"," });
+                let label = &self.fields[*at].label;
+                out.extend_from_slice(&label[..label.len() - 1]);
+            }
+            out.push(b']');
+        }
+        out.push(b'}');
+    }
+
+    /// Closes the object around schema and payload.
+    fn end(&self, out: &mut Vec<u8>) {
+        if self.schemas {
+            out.push(b'}');
+        }
+    }
+
+    fn stopped(&self, relation: &Relation, at: usize, unfit: Unfit, text: &str) -> Stopped {
+        let column = &relation.columns[self.fields[at].index];
+        let table = format!("{}.{}", relation.schema, relation.table);
+        match unfit {
+            Unfit::NewLabel => Stopped::NewLabel {
+                field: at,
+                label: text.to_owned(),
+            },
+            Unfit::NoForm => Stopped::Failed(EncodeError::KeyWithoutForm {
+                table,
+                column: column.name.clone(),
+                type_name: column.type_name.clone(),
+            }),
+            Unfit::Malformed => Stopped::Failed(EncodeError::Value {
+                table,
+                column: column.name.clone(),
+                type_name: column.type_name.clone(),
+            }),
+        }
+    }
+
+    /// A label that was added to an enum comes before any message that would say so.
+    fn learn_label(&mut self, field: usize, label: &str) {
+        match &mut self.fields[field].kind {
+            Kind::Enum(labels) => labels.push(label.to_owned()),
+            // The text is the whole array's.
+            Kind::Array(element, delimiter) => {
+                if let Kind::Enum(labels) = &mut **element {
+                    let _ = literal::elements(label, *delimiter, |text| {
+                        if let Some(text) = text.filter(|text| !labels.iter().any(|label| label == text)) {
+                            labels.push(text.into_owned());
+                        }
+                        Ok(())
+                    });
+                }
+            }
+            _ => {}
+        }
+        self.write_heads();
+    }
+
+    /// Makes the schemas, or nothing without them.
+    fn write_heads(&mut self) {
+        if !self.schemas {
+            return;
+        }
+        let topic = self.destination.topic.clone();
+        let fields = |which: &mut dyn Iterator<Item = usize>, out: &mut Vec<u8>| {
+            for (place, at) in which.enumerate() {
+                let field = &self.fields[at];
+                out.extend_from_slice(if place == 0 { b"{" } else { b",{" });
+                field.kind.write_schema(field.optional, field.default.as_deref(), out);
+                out.extend_from_slice(b",\"field\":");
+                out.extend_from_slice(&field.label[..field.label.len() - 1]);
+                out.push(b'}');
+            }
+        };
+        let mut key_head = b"{\"schema\":{\"type\":\"struct\",\"fields\":[".to_vec();
+        fields(&mut self.key.iter().copied(), &mut key_head);
+        json::write(
+            &mut key_head,
+            format_args!("],\"optional\":false,\"name\":\"{topic}.Key\"}},\"payload\":"),
+        );
+        let mut row = Vec::new();
+        fields(&mut (0..self.fields.len()), &mut row);
+        let mut value_head = b"{\"schema\":{\"type\":\"struct\",\"fields\":[".to_vec();
+        for name in ["before", "after"] {
+            value_head.extend_from_slice(b"{\"type\":\"struct\",\"fields\":[");
+            value_head.extend_from_slice(&row);
+            json::write(
+                &mut value_head,
+                format_args!("],\"optional\":true,\"name\":\"{topic}.Value\",\"field\":\"{name}\"}},"),
+            );
+        }
+        value_head.extend_from_slice(ENVELOPE.as_bytes());
+        json::write(
+            &mut value_head,
+            format_args!("],\"optional\":false,\"name\":\"{topic}.Envelope\",\"version\":2}},\"payload\":"),
+        );
+        (self.key_head, self.value_head) = (key_head, value_head);
+    }
+}
+
+/// How decimals are written.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Decimals {
+    /// As everywhere in keys and values.
+    Bytes,
+    /// As numbers: Connect's converter of headers does it so.
+    Plain,
+}
+
+impl From<EncodeError> for Stopped {
+    fn from(error: EncodeError) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// Why a record was not written.
+enum Stopped {
+    /// An enum has a label that is not in the schema yet, or an array holds one.
+    NewLabel {
+        field: usize,
+        label: String,
+    },
+    Failed(EncodeError),
+}
+
+/// Fields that do not hold the column's value.
+#[derive(Default)]
+struct Unavailable {
+    before: Vec<usize>,
+    after: Vec<usize>,
+}
+
+/// What the schema of every table has after the rows.
+const ENVELOPE: &str = r#"{"type":"struct","fields":[{"type":"string","optional":false,"field":"version"},{"type":"string","optional":false,"field":"connector"},{"type":"string","optional":false,"field":"name"},{"type":"int64","optional":false,"field":"ts_ms"},{"type":"string","optional":true,"name":"io.debezium.data.Enum","version":1,"parameters":{"allowed":"true,first,first_in_data_collection,last_in_data_collection,last,false,incremental"},"default":"false","field":"snapshot"},{"type":"string","optional":false,"field":"db"},{"type":"string","optional":true,"field":"sequence"},{"type":"int64","optional":true,"field":"ts_us"},{"type":"int64","optional":true,"field":"ts_ns"},{"type":"string","optional":false,"field":"schema"},{"type":"string","optional":false,"field":"table"},{"type":"int64","optional":true,"field":"txId"},{"type":"int64","optional":true,"field":"lsn"},{"type":"int64","optional":true,"field":"xmin"},{"type":"string","optional":true,"field":"origin"},{"type":"int64","optional":true,"field":"origin_lsn"}],"optional":false,"name":"io.debezium.connector.postgresql.Source","version":1,"field":"source"},{"type":"struct","fields":[{"type":"string","optional":false,"field":"id"},{"type":"int64","optional":false,"field":"total_order"},{"type":"int64","optional":false,"field":"data_collection_order"}],"optional":true,"name":"event.block","version":1,"field":"transaction"},{"type":"string","optional":false,"field":"op"},{"type":"int64","optional":true,"field":"ts_ms"},{"type":"int64","optional":true,"field":"ts_us"},{"type":"int64","optional":true,"field":"ts_ns"}"#;

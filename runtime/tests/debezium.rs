@@ -1,0 +1,513 @@
+//! The format DebeziumJson, above all against Debezium itself: one workload, captured by both from the same database, compared event by
+//! event. What may differ is listed here with a name, as in `docs/debezium.md`, and a difference that does not occur any more fails too.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use common::{LIMIT, config};
+use meander_config::{CaptureConfig, Format, PublicationManagement};
+use meander_test_support::{Debezium, Kafka, Postgres, Redis, Runtime, eventually, unique_name};
+use rdkafka::{
+    Message as _, Offset, TopicPartitionList,
+    consumer::{BaseConsumer, Consumer as _},
+    error::KafkaError,
+    message::Headers as _,
+};
+use serde_json::{Value, json};
+
+const SCHEMA: &str = include_str!("../../tests/differential/schema.sql");
+const WORKLOAD: &str = include_str!("../../tests/differential/workload.sql");
+
+/// A record as both write it; the topic's prefix is replaced by `PREFIX`.
+#[derive(Debug)]
+struct Event {
+    key: Option<Value>,
+    value: Option<Value>,
+    headers: BTreeMap<String, String>,
+}
+
+/// Every topic of a prefix, by its name after the prefix.
+fn read_all(kafka: &Kafka, prefix: &str) -> BTreeMap<String, Vec<Event>> {
+    let consumer: BaseConsumer = kafka
+        .client_config()
+        .set("group.id", "test")
+        .set("isolation.level", "read_committed")
+        .set("enable.partition.eof", "true")
+        .set("enable.auto.commit", "false")
+        .create()
+        .unwrap();
+    let metadata = consumer.fetch_metadata(None, LIMIT).unwrap();
+    let topics: Vec<&str> = metadata
+        .topics()
+        .iter()
+        .map(|topic| topic.name())
+        .filter(|name| name.starts_with(&format!("{prefix}.")))
+        .collect();
+    let mut assignment = TopicPartitionList::new();
+    for topic in &topics {
+        assignment.add_partition_offset(topic, 0, Offset::Beginning).unwrap();
+    }
+    consumer.assign(&assignment).unwrap();
+    let mut events: BTreeMap<String, Vec<Event>> = BTreeMap::new();
+    let mut ends = 0;
+    while ends < topics.len() {
+        match consumer.poll(LIMIT).expect("Kafka answers in time") {
+            Ok(message) => {
+                let text = |bytes: &[u8]| std::str::from_utf8(bytes).unwrap().replace(prefix, "PREFIX");
+                let json = |bytes: &[u8]| serde_json::from_str(&text(bytes)).unwrap();
+                let headers = message.headers().into_iter().flat_map(|headers| headers.iter());
+                events
+                    .entry(message.topic()[prefix.len() + 1..].to_owned())
+                    .or_default()
+                    .push(Event {
+                        key: message.key().map(json),
+                        value: message.payload().map(json),
+                        headers: headers
+                            .map(|header| (header.key.to_owned(), text(header.value.unwrap_or_default())))
+                            .collect(),
+                    });
+            }
+            Err(KafkaError::PartitionEOF(_)) => ends += 1,
+            Err(error) => panic!("{error}"),
+        }
+    }
+    events
+}
+
+/// Waits until a topic holds this many records.
+async fn wait_for_events(kafka: &Kafka, prefix: &str, topic: &str, count: usize) -> Vec<Event> {
+    eventually(&format!("{count} records in {prefix}.{topic}"), LIMIT, async || {
+        let events = tokio::task::block_in_place(|| read_all(kafka, prefix))
+            .remove(topic)
+            .unwrap_or_default();
+        if events.len() >= count {
+            Ok(events)
+        } else {
+            Err(format!("{}", events.len()))
+        }
+    })
+    .await
+}
+
+/// A capture of everything, in this format, with topics of one partition.
+fn debezium_config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>, schemas: bool) -> CaptureConfig {
+    let mut config = config(postgres, kafka, redis);
+    config.format = Format::DebeziumJson { schemas };
+    config.source.tables.include = vec!["*.*".to_owned()];
+    config.kafka.partitions = 1;
+    config
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_events_are_those_of_debezium() {
+    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    let client = postgres.client().await;
+    client.batch_execute(SCHEMA).await.unwrap();
+    client
+        .batch_execute("CREATE PUBLICATION everything FOR ALL TABLES")
+        .await
+        .unwrap();
+    let theirs_prefix = unique_name("theirs");
+    let mut debezium = Debezium::start(&postgres, kafka, &theirs_prefix, "theirs", "everything").await;
+    let mut config = debezium_config(&postgres, kafka, None, true);
+    config.source.publication.name = "everything".to_owned();
+    config.source.publication.management = PublicationManagement::External;
+    let ours_prefix = config.kafka.topic_prefix.clone();
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+
+    for (stage, statements) in WORKLOAD.split("----- then\n").enumerate() {
+        for statement in statements.split_inclusive(";\n") {
+            client
+                .batch_execute(statement)
+                .await
+                .unwrap_or_else(|error| panic!("{statement}: {error:?}"));
+        }
+        client
+            .execute("INSERT INTO finished VALUES ($1)", &[&i32::try_from(stage).unwrap()])
+            .await
+            .unwrap();
+        for prefix in [&theirs_prefix, &ours_prefix] {
+            wait_for_events(kafka, prefix, "public.finished", stage + 1).await;
+        }
+    }
+    // Its producer does not keep the order of topics: only its end says that all is there.
+    debezium.stop();
+    runtime.terminate(LIMIT);
+
+    let (theirs, ours) =
+        tokio::task::block_in_place(|| (read_all(kafka, &theirs_prefix), read_all(kafka, &ours_prefix)));
+    assert_eq!(theirs.keys().collect::<Vec<_>>(), ours.keys().collect::<Vec<_>>());
+    let mut unexplained = Vec::new();
+    let mut reasons = BTreeSet::new();
+    let mut compared = 0;
+    for (topic, theirs) in &theirs {
+        let ours = &ours[topic];
+        assert_eq!(theirs.len(), ours.len(), "events of {topic}: {theirs:#?} {ours:#?}");
+        for (number, (theirs, ours)) in theirs.iter().zip(ours).enumerate() {
+            compared += 1;
+            for difference in differences(theirs, ours) {
+                match reason(topic, number, theirs, &difference) {
+                    Some(reason) => drop(reasons.insert(reason)),
+                    None => unexplained.push(format!("{topic} {number} {difference:?}")),
+                }
+            }
+        }
+    }
+    assert!(
+        unexplained.is_empty(),
+        "{} differences:\n{}",
+        unexplained.len(),
+        unexplained.join("\n")
+    );
+    let gone: Vec<String> = all_reasons().difference(&reasons).cloned().collect();
+    assert!(gone.is_empty(), "Debezium does this as we do now: {gone:?}");
+    println!("{compared} events of {} topics are those of Debezium", theirs.len());
+
+    let unavailable = |topic: &str, number: usize| ours[topic][number].headers.get("meander-unavailable").cloned();
+    assert_eq!(
+        unavailable("public.extremes", 5).as_deref(),
+        Some(r#"{"after":["ts"]}"#)
+    );
+    let large = unavailable("public.toasted", 1).unwrap();
+    assert!(large.starts_with(r#"{"after":["t","v","ba","#), "{large}");
+    assert_eq!(unavailable("public.toasted", 0), None);
+}
+
+#[derive(Debug)]
+struct Difference {
+    path: String,
+    theirs: Value,
+    ours: Value,
+}
+
+/// What stands for a field that is not there.
+fn absent() -> Value {
+    json!("<absent>")
+}
+
+fn differences(theirs: &Event, ours: &Event) -> Vec<Difference> {
+    let mut out = Vec::new();
+    let both = [("key", &theirs.key, &ours.key), ("value", &theirs.value, &ours.value)];
+    for (path, theirs, ours) in both {
+        let value = |value: &Option<Value>| value.clone().unwrap_or_else(absent);
+        compare(path, &value(theirs), &value(ours), &mut out);
+    }
+    let headers = |event: &Event, not: &str| {
+        let headers = event.headers.iter().filter(|(name, _)| !name.starts_with(not));
+        json!(headers.collect::<BTreeMap<_, _>>())
+    };
+    compare(
+        "headers",
+        &headers(theirs, "__debezium.context."),
+        &headers(ours, "meander-"),
+        &mut out,
+    );
+    out
+}
+
+fn compare(path: &str, theirs: &Value, ours: &Value, out: &mut Vec<Difference>) {
+    match (theirs, ours) {
+        (Value::Object(theirs), Value::Object(ours)) => {
+            for name in theirs.keys().chain(ours.keys()).collect::<BTreeSet<_>>() {
+                let field = |object: &serde_json::Map<String, Value>| object.get(name).cloned().unwrap_or_else(absent);
+                compare(&format!("{path}/{name}"), &field(theirs), &field(ours), out);
+            }
+        }
+        // The fields of a schema, in their order but for those that only one has.
+        (Value::Array(theirs), Value::Array(ours))
+            if theirs.iter().all(|item| item["field"].is_string()) && !theirs.is_empty() =>
+        {
+            let names = |fields: &[Value]| fields.iter().map(|field| field["field"].clone()).collect::<Vec<_>>();
+            let (their_names, our_names) = (names(theirs), names(ours));
+            let common = |names: &[Value], others: &[Value]| -> Value {
+                names.iter().filter(|name| others.contains(name)).cloned().collect()
+            };
+            compare(
+                &format!("{path}/order"),
+                &common(&their_names, &our_names),
+                &common(&our_names, &their_names),
+                out,
+            );
+            for name in their_names
+                .iter()
+                .chain(our_names.iter().filter(|name| !their_names.contains(name)))
+            {
+                let field = |fields: &[Value]| {
+                    fields
+                        .iter()
+                        .find(|field| field["field"] == *name)
+                        .cloned()
+                        .unwrap_or_else(absent)
+                };
+                compare(
+                    &format!("{path}/{}", name.as_str().unwrap()),
+                    &field(theirs),
+                    &field(ours),
+                    out,
+                );
+            }
+        }
+        _ if theirs == ours => {}
+        _ => out.push(Difference {
+            path: path.to_owned(),
+            theirs: theirs.clone(),
+            ours: ours.clone(),
+        }),
+    }
+}
+
+/// Values that differ on purpose: the table, the number of the event, the field, what is ours, and why.
+const VALUES: &[(&str, usize, &str, &str, &str)] = &[
+    ("public.arrays", 0, "tm", "[45296123456]", "time[] to the microsecond"),
+    (
+        "public.arrays",
+        0,
+        "e",
+        r#"["sad","very happy",null]"#,
+        "arrays with a NULL",
+    ),
+    ("public.extremes", 16, "tv", r#"["'a'",null]"#, "arrays with a NULL"),
+    (
+        "public.extremes",
+        16,
+        "isa",
+        r#"["0-393-04002-X",null]"#,
+        "arrays with a NULL",
+    ),
+    (
+        "public.extremes",
+        10,
+        "da",
+        "[2146033979,-2147472691,18262]",
+        "extremes in arrays",
+    ),
+    (
+        "public.extremes",
+        10,
+        "tza",
+        r#"["infinity","-infinity","2020-01-01T00:00:00.000000Z"]"#,
+        "extremes in arrays",
+    ),
+    (
+        "public.extremes",
+        10,
+        "tma",
+        "[86400000000,45296999999,null]",
+        "extremes in arrays",
+    ),
+    ("public.extremes", 11, "da", "[-735160]", "extremes in arrays"),
+    (
+        "public.extremes",
+        11,
+        "tsa",
+        "[-63517824000000000]",
+        "extremes in arrays",
+    ),
+    (
+        "public.extremes",
+        11,
+        "tza",
+        r#"["-0043-03-15T00:00:00.000000Z"]"#,
+        "extremes in arrays",
+    ),
+    ("public.extremes", 17, "bxa", BOXES, "arrays of geometric types"),
+    (
+        "public.extremes",
+        17,
+        "lna",
+        r#"[{"a":1.0,"b":2.0,"c":3.0}]"#,
+        "arrays of geometric types",
+    ),
+    (
+        "public.extremes",
+        17,
+        "cca",
+        r#"[{"center":{"x":0.0,"y":0.0,"wkb":"AQEAAAAAAAAAAAAAAAAAAAAAAAAA","srid":null},"radius":1.0}]"#,
+        "arrays of geometric types",
+    ),
+    (
+        "public.extremes",
+        17,
+        "lsa",
+        r#"[{"wkb":"AQIAAAACAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAPA/AAAAAAAA8D8=","srid":null,"extensions":{"type":"lseg"}}]"#,
+        "arrays of geometric types",
+    ),
+    (
+        "public.extremes",
+        17,
+        "poa",
+        r#"[{"wkb":"AQMAAAABAAAABAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAPA/AAAAAAAA8D8AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=","srid":null,"extensions":{"type":"polygon"}}]"#,
+        "arrays of geometric types",
+    ),
+    ("public.numbers", 0, "n5_m2", r#""ew==""#, "negative scale"),
+    ("public.numbers", 1, "n5_m2", r#""/nlh""#, "negative scale"),
+    ("public.numbers", 3, "n5_m2", r#""AQ==""#, "negative scale"),
+    ("public.numbers", 21, "n5_m2", r#""ew==""#, "negative scale"),
+    ("public.numbers", 5, "r", "1e-45", "shortest digits of float4"),
+    ("public.texts", 0, "na", r#""a_name""#, "name, and quoted enums"),
+    ("public.texts", 1, "na", r#""""#, "name, and quoted enums"),
+    ("public.texts", 0, "em", r#""b'c""#, "name, and quoted enums"),
+    ("public.texts", 1, "em", r#""a""#, "name, and quoted enums"),
+    ("public.defaults", 0, "em", r#""a""#, "name, and quoted enums"),
+    ("public.defaults", 1, "em", r#""a""#, "name, and quoted enums"),
+    (
+        "public.extremes",
+        9,
+        "tz",
+        r#""20:00:01Z""#,
+        "timetz with seconds in its offset",
+    ),
+    ("public.toasted", 1, "nu", UNAVAILABLE_NUMBER, "unchanged large values"),
+    ("public.toasted", 1, "f", UNAVAILABLE_CODES, "unchanged large values"),
+    ("public.toasted", 1, "tsa", UNAVAILABLE_CODES, "unchanged large values"),
+    ("public.toasted", 4, "nu", UNAVAILABLE_NUMBER, "unchanged large values"),
+    ("public.toasted", 4, "f", UNAVAILABLE_CODES, "unchanged large values"),
+    ("public.toasted", 4, "tsa", UNAVAILABLE_CODES, "unchanged large values"),
+    ("public.extremes", 13, "i2", "null", "arrays of more dimensions"),
+    ("public.extremes", 14, "e2", "null", "arrays of more dimensions"),
+    ("public.extremes", 14, "bo", "null", "arrays of more dimensions"),
+    ("public.extremes", 5, "ts", "null", "timestamps beyond 64 bits"),
+    ("public.unknown", 0, "ba", "\"<absent>\"", "bit(n)[]"),
+];
+const BOXES: &str = r#"[{"wkb":"AQMAAAABAAAABQAAAAAAAAAAAPA/AAAAAAAA8D8AAAAAAADwPwAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA8D8AAAAAAADwPwAAAAAAAPA/","srid":null,"extensions":{"type":"box"}},{"wkb":"AQMAAAABAAAABQAAAAAAAAAAAABAAAAAAAAAAEAAAAAAAAAAQAAAAAAAAPA/AAAAAAAA8D8AAAAAAADwPwAAAAAAAPA/AAAAAAAAAEAAAAAAAAAAQAAAAAAAAABA","srid":null,"extensions":{"type":"box"}}]"#;
+const UNAVAILABLE_NUMBER: &str = r#"{"scale":0,"value":"X19kZWJleml1bV91bmF2YWlsYWJsZV92YWx1ZQ=="}"#;
+const UNAVAILABLE_CODES: &str =
+    "[95,95,100,101,98,101,122,105,117,109,95,117,110,97,118,97,105,108,97,98,108,101,95,118,97,108,117,101]";
+
+const VERSION: &str = "version";
+const CLOCK: &str = "clock";
+const NULL: &str = "NULL in a column with a default";
+const ELEMENTS: &str = "elements are optional";
+const HSTORE: &str = "order of an hstore";
+const SCALE: &str = "negative scale";
+const QUOTED_ENUM: &str = "name, and quoted enums";
+const BIT_ARRAY: &str = "bit(n)[]";
+
+fn all_reasons() -> BTreeSet<String> {
+    let rules = [VERSION, CLOCK, NULL, ELEMENTS, HSTORE, SCALE, QUOTED_ENUM, BIT_ARRAY];
+    let values = VALUES.iter().map(|(.., reason)| *reason);
+    rules.into_iter().chain(values).map(str::to_owned).collect()
+}
+
+/// Why it differs, if it may.
+fn reason(topic: &str, number: usize, theirs: &Event, difference: &Difference) -> Option<String> {
+    let Difference {
+        path,
+        theirs: their,
+        ours: our,
+    } = difference;
+    let parts: Vec<&str> = path.split('/').collect();
+    let found = match parts[..] {
+        ["value", "payload", "source", "version"] => Some(VERSION),
+        ["value", "payload", "ts_ms" | "ts_us" | "ts_ns"] if our.is_i64() => Some(CLOCK),
+        ["value", "schema", .., "items", "optional"] if *our == json!(true) => Some(ELEMENTS),
+        ["value", "schema", .., "n5_m2", "parameters", "scale"] if *our == json!("-2") => Some(SCALE),
+        ["value", "schema", .., "em", "default"] if *our == json!("a") => Some(QUOTED_ENUM),
+        ["value", "schema", .., "ba"] if topic == "public.unknown" && *our == absent() => Some(BIT_ARRAY),
+        ["value", "payload", row @ ("before" | "after"), field, ..] => {
+            let listed = VALUES.iter().find(|(table, event, name, value, _)| {
+                // A value that is an object differs in its parts where theirs is one too.
+                (*table, *event, *name) == (topic, number, field)
+                    && parts.len() == 4
+                    && serde_json::from_str::<Value>(value).unwrap() == *our
+            });
+            let rows = &theirs.value.as_ref().unwrap()["schema"]["fields"];
+            let fields = &rows[usize::from(row == "after")]["fields"];
+            let schema = fields
+                .as_array()
+                .unwrap()
+                .iter()
+                .find(|schema| schema["field"] == field);
+            let object = |value: &Value| serde_json::from_str::<serde_json::Map<String, Value>>(value.as_str()?).ok();
+            if let Some((.., reason)) = listed {
+                Some(*reason)
+            } else if our.is_null() && schema.is_some_and(|schema| schema["default"] == *their) {
+                Some(NULL)
+            } else if object(their).is_some_and(|their| Some(their) == object(our)) {
+                Some(HSTORE)
+            } else {
+                None
+            }
+        }
+        _ => None,
+    };
+    found.map(str::to_owned)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_schemas_a_record_is_the_payload_and_a_tombstone_survives_a_crash_and_reaches_redis() {
+    let (postgres, redis, kafka) = (Postgres::start(&[]).await, Redis::start().await, Kafka::shared().await);
+    let client = postgres.client().await;
+    client
+        .batch_execute("CREATE TABLE trades (id int PRIMARY KEY, price numeric(8, 2) NOT NULL, note text)")
+        .await
+        .unwrap();
+    let config = debezium_config(&postgres, kafka, Some(&redis), false);
+    let prefix = &config.kafka.topic_prefix;
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    client
+        .batch_execute(
+            "BEGIN; INSERT INTO trades VALUES (1, 1.5, 'a'); UPDATE trades SET id = 2; COMMIT; DELETE FROM trades",
+        )
+        .await
+        .unwrap();
+    wait_for_events(kafka, prefix, "public.trades", 6).await;
+    runtime.kill9();
+    runtime.start_again();
+    client
+        .batch_execute("INSERT INTO trades VALUES (3, 2, NULL)")
+        .await
+        .unwrap();
+    let events = wait_for_events(kafka, prefix, "public.trades", 7).await;
+
+    let seen: Vec<Value> = events
+        .iter()
+        .map(|event| {
+            let value = event.value.as_ref();
+            json!([
+                event.key,
+                value.map(|value| [&value["op"], &value["before"], &value["after"]]),
+                event.headers.get("meander-part")
+            ])
+        })
+        .collect();
+    let row = |id: i32, price: &str, note: Option<&str>| json!({"id": id, "price": price, "note": note});
+    assert_eq!(
+        seen,
+        [
+            json!([{"id": 1}, ["c", null, row(1, "AJY=", Some("a"))], null]),
+            json!([{"id": 1}, ["d", row(1, "AA==", None), null], null]),
+            json!([{"id": 1}, null, "1"]),
+            json!([{"id": 2}, ["c", null, row(2, "AJY=", Some("a"))], "2"]),
+            json!([{"id": 2}, ["d", row(2, "AA==", None), null], null]),
+            json!([{"id": 2}, null, "1"]),
+            json!([{"id": 3}, ["c", null, row(3, "AMg=", None)], null]),
+        ]
+    );
+    let value = events[0].value.as_ref().unwrap();
+    assert_eq!(value["source"]["table"], "trades");
+    assert_eq!(value["source"]["snapshot"], "false");
+
+    let stream = format!("{prefix}.public.trades");
+    let values = eventually("all entries are in Redis", LIMIT, async || {
+        let entries: redis::streams::StreamRangeReply = redis::cmd("XRANGE")
+            .arg(&[&stream, "-", "+"])
+            .query_async(&mut redis.connection().await)
+            .await
+            .map_err(|error| error.to_string())?;
+        let values: Vec<String> = entries.ids.iter().map(|entry| entry.get("value").unwrap()).collect();
+        if values.len() == 7 {
+            Ok(values)
+        } else {
+            Err(format!("{}", values.len()))
+        }
+    })
+    .await;
+    let tombstones: Vec<usize> = (0..7).filter(|at| values[*at] == "default").collect();
+    assert_eq!(tombstones, [2, 5]);
+    assert_eq!(serde_json::from_str::<Value>(&values[0]).unwrap()["op"], "c");
+}
