@@ -6,7 +6,7 @@ export MEANDER_CACHE
 # Outside of the clone, so that a fresh clone builds in seconds what another one has built.
 export CARGO_TARGET_DIR ?= $(MEANDER_CACHE)/target
 
-.PHONY: help demo demo-down test lint fmt crds binaries images bench clean
+.PHONY: help demo demo-down test test-long fuzz lint fmt crds binaries images bench clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,6 +19,12 @@ demo-down: ## Take away what the demo made
 
 test: ## Everything that must hold before a change lands
 	@tests/run.sh
+
+test-long: ## The long forms of tests: a transaction of ten million rows
+	@tests/run.sh long
+
+fuzz: ## Ten minutes of wrong messages for the decoder
+	@tests/run.sh fuzz
 
 lint: ## Formatting, clippy, dependency rules, generated files
 	@tests/run.sh lint

@@ -5,11 +5,15 @@
 #   tests/run.sh lint         formatting, clippy, dependency rules, charts
 #   tests/run.sh unit         the Rust and Go tests, with real services and a real API server
 #   tests/run.sh e2e          on a cluster of its own
+#   tests/run.sh long         what takes too long for every change
+#   tests/run.sh fuzz         wrong messages for the decoder, for ten minutes or MEANDER_FUZZ_SECONDS
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 : "${MEANDER_CACHE:=${XDG_CACHE_HOME:-$HOME/.cache}/meander}"
 export MEANDER_CACHE CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$MEANDER_CACHE/target}
 passed=0 failed=0
+# shellcheck disable=SC2016 # an awk program
+RUST_RESULTS='/^test result:/ { p += $4; f += $6 }'
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 
@@ -52,9 +56,21 @@ lint() {
 unit() {
   # The order matters: the tests start the runtime that lies beside them.
   check "build" cargo build -q --locked --workspace
-  # shellcheck disable=SC2016 # awk programs
-  counted "Rust tests" '/^test result:/ { p += $4; f += $6 }' env RUST_BACKTRACE=0 cargo test --locked --workspace --no-fail-fast
+  counted "Rust tests" "$RUST_RESULTS" env RUST_BACKTRACE=0 cargo test --locked --workspace --no-fail-fast
+  # shellcheck disable=SC2016 # an awk program
   counted "Go tests" '/^ *--- PASS/ { p++ } /^ *--- FAIL/ { f++ }' env -C tests/verifier go test -v ./...
+}
+
+# As users run it: optimised.
+long() {
+  check "build" cargo build -q --release --locked -p meander-runtime
+  counted "long tests" "$RUST_RESULTS" env MEANDER_LARGE_ROWS=10000000 \
+    cargo test --release --locked -p meander-runtime --test large -- --nocapture
+}
+
+fuzz() {
+  counted "fuzzing" "$RUST_RESULTS" env MEANDER_FUZZ_SECONDS="${MEANDER_FUZZ_SECONDS:-600}" \
+    cargo test --locked -p meander-runtime --test fuzz -- --nocapture
 }
 
 e2e() {

@@ -1,0 +1,142 @@
+//! One transaction that is far larger than memory, with a crash in the middle of it.
+//!
+//! `make test` runs it with few rows; `make test-long` with ten million, which MEANDER_LARGE_ROWS says.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use std::{env, fs, time::Duration};
+
+use common::{checkpoint, config};
+use meander_runtime::{checkpoint::Tail, log::POSITION_HEADER, position::Position};
+use meander_test_support::{Kafka, Postgres, Runtime, eventually};
+use rdkafka::{
+    Message as _, Offset, TopicPartitionList,
+    consumer::{BaseConsumer, Consumer as _},
+    message::Headers as _,
+};
+
+const ROWS: u64 = 150_000;
+/// Ten million rows take minutes to decode, publish and read back.
+const LIMIT: Duration = Duration::from_secs(3600);
+/// What the runtime may take, whatever the size of a transaction.
+const MEMORY_MIB: u64 = 192;
+
+/// The most memory that the process has had in use, in MiB.
+fn peak_memory(runtime: &mut Runtime) -> u64 {
+    let id = runtime.process().id().unwrap();
+    let status = fs::read_to_string(format!("/proc/{id}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() / 1024
+}
+
+/// Waits until Kafka has the transaction's changes before this ordinal.
+async fn wait_until_published(config: &meander_config::CaptureConfig, ordinal: u64) {
+    eventually("changes are published", LIMIT, async || {
+        let published = checkpoint(config).and_then(|checkpoint| checkpoint.published);
+        published
+            .filter(|published| published.ordinal >= ordinal)
+            .map(drop)
+            .ok_or_else(|| format!("{published:?}"))
+    })
+    .await;
+}
+
+/// Reads the topic and checks that each change of the one transaction is in it once, and in order in each partition.
+fn check(kafka: &Kafka, topic: &str, rows: u64) {
+    let consumer: BaseConsumer = kafka
+        .client_config()
+        .set("group.id", "test")
+        .set("isolation.level", "read_committed")
+        .set("enable.partition.eof", "true")
+        .set("enable.auto.commit", "false")
+        .create()
+        .unwrap();
+    let partitions = Tail::new(&[kafka.bootstrap()], LIMIT)
+        .unwrap()
+        .partitions(topic)
+        .unwrap();
+    let mut assignment = TopicPartitionList::new();
+    for partition in &partitions {
+        assignment
+            .add_partition_offset(topic, *partition, Offset::Beginning)
+            .unwrap();
+    }
+    consumer.assign(&assignment).unwrap();
+    let mut seen = vec![false; usize::try_from(rows).unwrap()];
+    let mut last = vec![None; partitions.len()];
+    let mut ends = 0;
+    while ends < partitions.len() {
+        let message = match consumer.poll(Duration::from_secs(60)).expect("kafka answers in time") {
+            Ok(message) => message,
+            Err(rdkafka::error::KafkaError::PartitionEOF(_)) => {
+                ends += 1;
+                continue;
+            }
+            Err(error) => panic!("{error}"),
+        };
+        let headers = message.headers().unwrap();
+        let header = headers.iter().find(|header| header.key == POSITION_HEADER).unwrap();
+        let position: Position = std::str::from_utf8(header.value.unwrap()).unwrap().parse().unwrap();
+        let last = &mut last[usize::try_from(message.partition()).unwrap()];
+        assert!(*last < Some(position), "{position} comes after {last:?}");
+        *last = Some(position);
+        // The rows were inserted in the order of their ids.
+        let key = format!("{{\"id\":\"{}\"}}", position.ordinal + 1);
+        assert_eq!(message.key().unwrap(), key.as_bytes());
+        let place = &mut seen[usize::try_from(position.ordinal).unwrap()];
+        assert!(!*place, "{position} is there twice");
+        *place = true;
+    }
+    let missing = seen.iter().filter(|seen| !**seen).count();
+    assert_eq!(missing, 0, "changes are missing");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transaction_far_larger_than_memory_is_captured_once_and_in_order_through_a_crash() {
+    let rows = env::var("MEANDER_LARGE_ROWS").map_or(ROWS, |rows| rows.parse().unwrap());
+    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    let client = postgres.client().await;
+    client
+        .batch_execute("CREATE TABLE large (id int PRIMARY KEY, note text)")
+        .await
+        .unwrap();
+    let config = config(&postgres, kafka, None);
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    client
+        .execute(
+            &format!("INSERT INTO large SELECT i, 'the note of row ' || i FROM generate_series(1, {rows}) i"),
+            &[],
+        )
+        .await
+        .unwrap();
+
+    wait_until_published(&config, rows / 3).await;
+    let before_the_crash = peak_memory(&mut runtime);
+    runtime.kill9();
+    runtime.start_again();
+    wait_until_published(&config, rows * 2 / 3).await;
+    let walsender = "SELECT pid FROM pg_stat_replication";
+    let walsender_before: i32 = client.query_one(walsender, &[]).await.unwrap().get(0);
+    wait_until_published(&config, rows - 1).await;
+    let walsender_after: i32 = client.query_one(walsender, &[]).await.unwrap().get(0);
+    assert_eq!(
+        walsender_before, walsender_after,
+        "the server was answered all the time"
+    );
+    let peak = before_the_crash.max(peak_memory(&mut runtime));
+    println!("{rows} rows in one transaction: the runtime took {peak} MiB of memory at most");
+    assert!(peak < MEMORY_MIB, "{peak} MiB of memory");
+
+    let topic = format!("{}.public.large", config.kafka.topic_prefix);
+    tokio::task::block_in_place(|| check(kafka, &topic, rows));
+    let checkpoint = checkpoint(&config).unwrap();
+    assert_eq!(checkpoint.events_total, rows);
+    let complete = checkpoint.complete.unwrap();
+    assert_eq!(
+        complete,
+        Position::end_of_transaction(complete.epoch, complete.commit_lsn)
+    );
+    assert!(runtime.terminate(Duration::from_secs(60)).success());
+}
