@@ -91,6 +91,7 @@ fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> CaptureC
             max_length: None,
             acknowledgement: meander_config::Acknowledgement::BestEffort,
         }),
+        accept_source_gap: None,
         operator: None,
         admin_address: free_address(),
     }

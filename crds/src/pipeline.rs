@@ -377,6 +377,9 @@ pub struct CdcPipelineStatus {
     /// The tables that `tables` selects.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tables: Option<TablesStatus>,
+    /// The last gap that was accepted by the annotation `meander.dev/accept-source-gap`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub accepted_gap: Option<AcceptedGap>,
     /// How far each sink has come.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sinks: Option<SinkPositions>,
@@ -480,6 +483,26 @@ pub struct SlotStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("format" = "date-time"))]
     pub inactive_since: Option<String>,
+}
+
+/// Changes that are lost to the pipeline, and that somebody accepted.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct AcceptedGap {
+    /// The name by which it was accepted.
+    pub id: String,
+    /// Why, as in the condition SourceGap.
+    pub reason: String,
+    /// Changes were captured up to here, in the epoch before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lost_after_lsn: Option<String>,
+    /// They are captured again from here, in the epoch that began then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resumed_lsn: Option<String>,
+    /// When capture went on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("format" = "date-time"))]
+    pub time: Option<String>,
 }
 
 /// The tables that `tables` selects.

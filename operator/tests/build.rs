@@ -59,6 +59,8 @@ fn a_deleted_pipeline_becomes_a_job() {
 #[test]
 fn every_setting_reaches_the_pod() {
     let mut pipeline = support::pipeline();
+    let annotation = ("meander.dev/accept-source-gap".into(), "1:0/16B3748".into());
+    pipeline.metadata.annotations = Some([annotation].into());
     let spec = &mut pipeline.spec;
     spec.suspend = true;
     spec.format = PipelineFormat::DebeziumJson;
@@ -73,6 +75,7 @@ fn every_setting_reaches_the_pod() {
     spec.source.postgres.ssl_mode = SslMode::VerifyFull;
     spec.source.postgres.ca_secret_ref = Some(secret_key("shop-ca", "ca.crt"));
     spec.source.postgres.client_cert_secret_ref = Some(secret("shop-client"));
+    spec.source.postgres.slot.failover = Some(true);
     spec.source.postgres.publication = serde_json::from_str(r#"{"name": "a_pub", "management": "External"}"#).unwrap();
     spec.source.postgres.tables.exclude = vec!["public.secrets".into()];
     spec.sinks.kafka.topics = serde_json::from_str(r#"{"partitions": 6, "replicationFactor": 3}"#).unwrap();

@@ -19,8 +19,8 @@ use meander_operator::{
     replay::{self, status::Outcome},
 };
 use meander_proto::v1::{
-    CaptureProgress, Condition, ProgressUpdate, RedisState, RefusedTable, ReplayProgress, ResolvedRange, SlotHealth,
-    progress_update::Progress, replay_progress::Phase,
+    AcceptedGap, CaptureProgress, Condition, ProgressUpdate, RedisState, RefusedTable, ReplayProgress, ResolvedRange,
+    SlotHealth, progress_update::Progress, replay_progress::Phase,
 };
 use serde_json::{Value, from_value, json};
 
@@ -89,6 +89,13 @@ fn capture_report(conditions: Vec<Condition>) -> Observation {
             reason: "TableWithoutReplicaIdentity".into(),
         }],
         refused_tables_total: 1,
+        accepted_gap: Some(AcceptedGap {
+            id: "1:0/16B3700".into(),
+            reason: "SlotMissing".into(),
+            lost_after_lsn: 0x16B_3700,
+            resumed_lsn: 0x16B_3748,
+            time_micros: 1_763_632_800_500_000,
+        }),
     };
     let report = ProgressUpdate {
         conditions,

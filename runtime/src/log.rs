@@ -100,6 +100,25 @@ pub struct Checkpoint {
     /// The slot was dropped on purpose after this; a new one starts a new epoch and is no gap.
     #[serde(default)]
     pub released: bool,
+    /// The last gap that somebody accepted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub accepted_gap: Option<AcceptedGap>,
+}
+
+/// Changes that were lost between the source and the log, and somebody's word to go on without them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AcceptedGap {
+    /// The name by which it was accepted: epoch and place up to which it was captured.
+    pub id: String,
+    /// One word, as in the condition.
+    pub reason: String,
+    /// Captured up to here, in the epoch before.
+    pub lost_after: Lsn,
+    /// Captured again from here, in the epoch that began then.
+    pub resumed_at: Lsn,
+    /// When capture went on, in microseconds since the Unix epoch.
+    pub time_micros: i64,
 }
 
 #[cfg(test)]

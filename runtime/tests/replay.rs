@@ -207,6 +207,7 @@ impl Log {
             high_time_micros: self.high_time,
             events_total: self.events,
             released: false,
+            accepted_gap: None,
         };
         let topic = checkpoint_topic(&self.pipeline.namespace, &self.pipeline.name);
         let value = serde_json::to_vec(&checkpoint).unwrap();

@@ -5,10 +5,13 @@ mod common;
 #[path = "common/log.rs"]
 mod log;
 
+use std::collections::BTreeMap;
+
 use common::{LIMIT, checkpoint, config, wait_for_metric};
 use log::wait_for_records;
 use meander_config::CaptureConfig;
-use meander_test_support::{Kafka, Postgres, Runtime, eventually};
+use meander_proto::v1::{Operation, value::Kind};
+use meander_test_support::{Kafka, Postgres, Redis, Runtime, eventually};
 
 async fn execute(postgres: &Postgres, sql: &str) {
     postgres.client().await.batch_execute(sql).await.unwrap();
@@ -213,4 +216,134 @@ async fn the_slot_is_looked_at_on_every_version_and_kept_on_standbys_where_that_
         runtime.ready(LIMIT).await;
         wait_for(&postgres, "no failover slot any more", &failover(false)).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_failover_capture_goes_on_in_the_same_epoch_with_nothing_lost_or_doubled() {
+    let kafka = Kafka::shared().await;
+    let mut primary = Postgres::start_version(17, &[("hot_standby_feedback", "on")]).await;
+    execute(&primary, "CREATE TABLE t (id int PRIMARY KEY)").await;
+    let standby = primary
+        .standby(&[("sync_replication_slots", "on"), ("hot_standby_feedback", "on")])
+        .await;
+    // What the standby does not have is not sent to the capture either.
+    execute(&primary, "ALTER SYSTEM SET synchronized_standby_slots = 'standby'").await;
+    execute(&primary, "SELECT pg_reload_conf()").await;
+    let mut config = config(&primary, kafka, None);
+    config.source.slot_failover = Some(true);
+    let topic = format!("{}.public.t", config.kafka.topic_prefix);
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    execute(&primary, "INSERT INTO t SELECT generate_series(1, 500)").await;
+    wait_for_records(kafka, &topic, 500).await;
+    let client = primary.client().await;
+    let synced = standby.client().await;
+    eventually("the standby has the slot", LIMIT, async || {
+        // A slot becomes fit for use on the standby once it has seen the primary's running transactions.
+        let logged = client.batch_execute("SELECT pg_log_standby_snapshot()").await;
+        logged.map_err(|error| error.to_string())?;
+        let rows = synced
+            .query(
+                "SELECT FROM pg_replication_slots WHERE synced AND NOT temporary AND NOT conflicting",
+                &[],
+            )
+            .await;
+        match rows.map_err(|error| error.to_string())?.len() {
+            1 => Ok(()),
+            slots => Err(format!("{slots} slots")),
+        }
+    })
+    .await;
+    execute(&primary, "INSERT INTO t SELECT generate_series(501, 1000)").await;
+    wait_for_records(kafka, &topic, 1000).await;
+    runtime.kill9();
+    drop(client);
+    primary.kill9();
+    synced.batch_execute("SELECT pg_promote()").await.unwrap();
+    wait_for(&standby, "the standby is the primary", "SELECT NOT pg_is_in_recovery()").await;
+    execute(&standby, "INSERT INTO t SELECT generate_series(1001, 1500)").await;
+
+    // A service leads to it, as in life.
+    config.source.port = standby.port();
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    let records = wait_for_records(kafka, &topic, 1500).await;
+    let ids: Vec<_> = records
+        .iter()
+        .map(|(_, _, record)| record.after.as_ref().unwrap().values[0].kind.clone().unwrap())
+        .collect();
+    assert_eq!(ids, (1..=1500).map(Kind::Integer).collect::<Vec<_>>());
+    let checkpoint = checkpoint(&config).unwrap();
+    assert_eq!((checkpoint.epoch, checkpoint.timeline), (1, 2));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gap_that_is_accepted_by_its_name_is_noted_in_the_log_and_accepts_no_other() {
+    let (postgres, redis, kafka) = (Postgres::start(&[]).await, Redis::start().await, Kafka::shared().await);
+    execute(&postgres, "CREATE TABLE t (id int PRIMARY KEY)").await;
+    let mut config = config(&postgres, kafka, Some(&redis));
+    let topic = format!("{}.public.t", config.kafka.topic_prefix);
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    execute(&postgres, "INSERT INTO t VALUES (1)").await;
+    wait_for_records(kafka, &topic, 1).await;
+    assert!(runtime.terminate(LIMIT).success());
+    let drop_slot = "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots";
+    execute(&postgres, drop_slot).await;
+    execute(&postgres, "INSERT INTO t VALUES (2)").await;
+    runtime.start_again();
+    let gap = format!("1:{}", checkpoint(&config).unwrap().acknowledged);
+    let said = wait_for_log(&mut runtime, "SlotMissing").await;
+    assert!(said.contains(&format!("meander.dev/accept-source-gap={gap}")), "{said}");
+    assert!(runtime.terminate(LIMIT).success());
+
+    config.accept_source_gap = Some(gap.clone());
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    execute(&postgres, "INSERT INTO t VALUES (3)").await;
+    let records = wait_for_records(kafka, &topic, 3).await;
+    let noted = checkpoint(&config).unwrap().accepted_gap.unwrap();
+    assert_eq!(
+        (noted.id.as_str(), noted.reason.as_str()),
+        (gap.as_str(), "SlotMissing")
+    );
+    let (position, key, note) = &records[1];
+    let told = note.source_gap.clone().unwrap();
+    assert_eq!(
+        (position.as_str(), key, note.operation()),
+        ("2:0/0:0", &None, Operation::SourceGap)
+    );
+    assert_eq!((told.id, told.resumed_lsn), (gap, noted.resumed_at.0));
+    assert_eq!(records[2].2.coordinate.unwrap().epoch, 2);
+    // Redis has the same, in the same order.
+    let mut connection = redis.connection().await;
+    eventually("the entries are in Redis", LIMIT, async || {
+        let entries: Vec<(String, BTreeMap<String, Vec<u8>>)> = redis::cmd("XRANGE")
+            .arg(&topic)
+            .arg(&["-", "+"])
+            .query_async(&mut connection)
+            .await
+            .map_err(|error| error.to_string())?;
+        let positions: Vec<_> = entries
+            .iter()
+            .map(|(_, fields)| String::from_utf8(fields["position"].clone()).unwrap())
+            .collect();
+        if positions
+            == records
+                .iter()
+                .map(|(position, ..)| position.clone())
+                .collect::<Vec<_>>()
+        {
+            Ok(())
+        } else {
+            Err(positions.join(" "))
+        }
+    })
+    .await;
+
+    assert!(runtime.terminate(LIMIT).success());
+    execute(&postgres, drop_slot).await;
+    runtime.start_again();
+    wait_for_log(&mut runtime, "SlotMissing").await;
+    assert!(slots(&postgres).await.is_empty(), "the second gap was not accepted");
 }

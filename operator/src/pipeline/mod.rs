@@ -61,7 +61,9 @@ pub async fn run(
 ) {
     let (store, writer) = reflector::store();
     // Statuses are written here and nowhere else: only what others change is worth a reconcile.
-    let changes = predicates::generation.combine(predicates::finalizers);
+    let changes = predicates::generation
+        .combine(predicates::finalizers)
+        .combine(predicates::annotations);
     let pipelines = watcher(api_of(&context), watcher::Config::default())
         .default_backoff()
         .reflect(writer)

@@ -5,8 +5,8 @@ use std::time::Duration;
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use meander_crds::{
-    CdcPipeline, CdcPipelineStatus, PipelinePhase, RedisState, RedisStatus, RefusedTable, Replication, SinkPosition,
-    SinkPositions, SlotStatus, TablesStatus,
+    AcceptedGap, CdcPipeline, CdcPipelineStatus, PipelinePhase, RedisState, RedisStatus, RefusedTable, Replication,
+    SinkPosition, SinkPositions, SlotStatus, TablesStatus,
 };
 use meander_proto::v1::{CaptureProgress, ProgressUpdate, RedisState as Reported, progress_update::Progress};
 
@@ -74,6 +74,7 @@ pub fn status(inputs: &Inputs<'_>) -> CdcPipelineStatus {
         replication,
         slot: Some(slot(inputs.pipeline, report, old.slot)),
         tables: report.and_then(tables).or(old.tables),
+        accepted_gap: progress.and_then(accepted_gap).or(old.accepted_gap),
         sinks: progress.and_then(sinks).or(old.sinks),
         config_hash: inputs
             .outcome
@@ -309,6 +310,17 @@ fn slot(pipeline: &CdcPipeline, progress: Option<&CaptureProgress>, old: Option<
             ..old.unwrap_or_default()
         },
     }
+}
+
+fn accepted_gap(progress: &CaptureProgress) -> Option<AcceptedGap> {
+    let gap = progress.accepted_gap.as_ref()?;
+    Some(AcceptedGap {
+        id: gap.id.clone(),
+        reason: gap.reason.clone(),
+        lost_after_lsn: format::lsn(gap.lost_after_lsn),
+        resumed_lsn: format::lsn(gap.resumed_lsn),
+        time: format::time_of_micros(gap.time_micros),
+    })
 }
 
 /// None until the tables were looked at.

@@ -20,6 +20,9 @@ use crate::{
     secrets::{self, SecretFiles},
 };
 
+/// The annotation by which somebody accepts a gap in the source, with the name of the gap as its value.
+pub const ACCEPT_SOURCE_GAP: &str = "meander.dev/accept-source-gap";
+
 /// A pipeline that can be built.
 #[derive(Clone, Debug)]
 pub struct ValidPipeline {
@@ -149,6 +152,7 @@ pub fn validate(pipeline: &CdcPipeline, facts: &Facts, settings: &Settings) -> R
             replication_factor: kafka.topics.replication_factor,
         },
         redis,
+        accept_source_gap: pipeline.annotations().get(ACCEPT_SOURCE_GAP).cloned(),
         operator: Some(pod::operator_link(settings)),
         admin_address: ([0, 0, 0, 0], 9464).into(),
     };

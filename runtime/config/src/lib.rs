@@ -23,6 +23,9 @@ pub struct CaptureConfig {
     /// What keys and values look like, in both sinks.
     #[serde(default)]
     pub format: Format,
+    /// The `SourceGap` that somebody accepts, by the name that its message gives. It accepts that one, once, and no other.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub accept_source_gap: Option<String>,
     /// The durable log.
     pub kafka: KafkaSink,
     /// The fast path.

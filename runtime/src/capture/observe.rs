@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use meander_proto::v1::{CaptureProgress, RedisState};
+use meander_proto::v1::{AcceptedGap, CaptureProgress, RedisState};
 use prometheus::{IntCounter, IntCounterVec, IntGauge, Opts, Registry, core::Collector};
 use tokio::{sync::watch, time::interval};
 
@@ -224,6 +224,13 @@ pub(super) async fn run(
                     .as_ref()
                     .and_then(|redis| Some(redis.last_error.as_ref()?.to_string()))
                     .unwrap_or_default(),
+                accepted_gap: checkpoint.accepted_gap.as_ref().map(|gap| AcceptedGap {
+                    id: gap.id.clone(),
+                    reason: gap.reason.clone(),
+                    lost_after_lsn: gap.lost_after.0,
+                    resumed_lsn: gap.resumed_at.0,
+                    time_micros: gap.time_micros,
+                }),
                 // What others report.
                 ..std::mem::take(&mut state.progress)
             };

@@ -4,19 +4,22 @@
 //! fences every one before it; only then is the checkpoint read, since nobody can change it any more; it is compared with the slot;
 //! and a checkpoint with the next owner generation is committed before Redis is claimed with that generation.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use meander_config::PostgresSource;
 use rdkafka::{Message as _, message::Headers as _};
 use tokio::{sync::watch, task::spawn_blocking};
 
 use crate::{
+    batch::{Batch, Destination},
     capture::{
         CaptureError, Context, monitor,
+        session::encoder,
         status::{self, Received},
+        stream::now_micros,
     },
     checkpoint::{Tail, TailError, read_checkpoint},
-    log::{Checkpoint, POSITION_HEADER, checkpoint_key, checkpoint_topic, claims_topic, topic_name},
+    log::{AcceptedGap, Checkpoint, POSITION_HEADER, checkpoint_key, checkpoint_topic, claims_topic, topic_name},
     position::{Epoch, Lsn, Position},
     progress::ConditionType,
     sink::{
@@ -25,10 +28,14 @@ use crate::{
         kafka::KafkaSink,
         topics::{TopicSettings, Topics},
     },
-    source::postgres::{
-        preflight::{Catalog, Credentials, Selection, SourceError, Table, wire_failure},
-        start::{ServerIdentity, SlotState, SourceGap, Start, decide},
-        wire::{FrameReader, ReplicationConnection, WireError, quote_identifier},
+    source::{
+        Change, Operation, Relation,
+        postgres::{
+            details::TableDetails,
+            preflight::{Catalog, Credentials, Selection, SourceError, Table, wire_failure},
+            start::{Loss, Pipeline, ServerIdentity, SlotState, SourceGap, Start, decide, timeline_history},
+            wire::{FrameReader, ReplicationConnection, WireError, quote_identifier},
+        },
     },
 };
 
@@ -75,11 +82,14 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
     let server = identify(&mut connection, &catalog, &wire).await?;
     let checkpoint_topic = checkpoint_topic(&config.pipeline.namespace, &config.pipeline.name);
     let makes_slot = slot.as_ref().is_none_or(|slot| slot.lost);
+    let mut accepted_loss = None;
     if makes_slot {
         // There is no slot to own yet, so this look fences nobody, and what it finds is looked at again by the owner. But a pipeline
         // that will be refused must not leave a slot behind, which would keep WAL for nobody.
         let checkpoint = read_own_checkpoint(context, &checkpoint_topic).await?;
-        start(checkpoint.as_ref(), context, slot.as_ref(), &server)?;
+        if let Start::Accept(_, loss) = start(checkpoint.as_ref(), context, slot.as_ref(), &server)? {
+            accepted_loss = Some(loss);
+        }
         let published = checkpoint.and_then(|checkpoint| checkpoint.published);
         check_log(context, &tables, published, &checkpoint_topic).await?;
     }
@@ -105,6 +115,10 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
     }
     catalog.ensure_publication(source, &tables).await?;
     if makes_slot {
+        if slot.is_some() {
+            // Nothing can be read from it any more, and that was accepted.
+            catalog.drop_slot(source).await?;
+        }
         create_slot(&mut connection, &catalog, source, &wire).await?;
     } else if let Some(failover) = source.slot_failover
         && slot.and_then(|slot| slot.failover).unwrap_or(false) != failover
@@ -128,7 +142,7 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
         "Ready",
         "The source is fit for capture.",
     );
-    let (kafka, checkpoint) = open_kafka(context, &catalog, &tables, &checkpoint_topic, &server).await?;
+    let (kafka, checkpoint) = open_kafka(context, &catalog, &tables, &checkpoint_topic, &server, accepted_loss).await?;
     context.set(
         ConditionType::SourceGap,
         false,
@@ -189,12 +203,26 @@ async fn identify(
     catalog: &Catalog,
     wire: impl Fn(WireError) -> SourceError,
 ) -> Result<ServerIdentity, CaptureError> {
-    let rows = connection.query("IDENTIFY_SYSTEM").await.map_err(wire)?;
+    let rows = connection.query("IDENTIFY_SYSTEM").await.map_err(&wire)?;
     let field = |index: usize| rows.first().and_then(|row| row.get(index)?.clone()).unwrap_or_default();
+    let timeline = field(1).parse().unwrap_or(0);
+    let history = match timeline {
+        // The first has none.
+        0 | 1 => vec![],
+        timeline => {
+            let rows = connection
+                .query(&format!("TIMELINE_HISTORY {timeline}"))
+                .await
+                .map_err(wire)?;
+            let file = rows.first().and_then(|row| row.get(1)?.as_deref()).unwrap_or_default();
+            timeline_history(file)
+        }
+    };
     Ok(ServerIdentity {
         system_identifier: field(0),
-        timeline: field(1).parse().unwrap_or(0),
+        timeline,
         position: catalog.wal_position().await?,
+        history,
     })
 }
 
@@ -204,7 +232,12 @@ fn start(
     slot: Option<&SlotState>,
     server: &ServerIdentity,
 ) -> Result<Start, SourceGap> {
-    decide(checkpoint, &context.config.source.slot_name, slot, server)
+    let pipeline = Pipeline {
+        name: &context.config.pipeline.name,
+        slot: &context.config.source.slot_name,
+        accepted: context.config.accept_source_gap.as_deref(),
+    };
+    decide(checkpoint, pipeline, slot, server)
 }
 
 /// The key of this pipeline's checkpoint.
@@ -230,6 +263,7 @@ async fn open_kafka(
     tables: &[Table],
     checkpoint_topic: &str,
     server: &ServerIdentity,
+    accepted_loss: Option<Loss>,
 ) -> Result<(KafkaSink, Checkpoint), CaptureError> {
     let config = context.config.clone();
     let kafka = spawn_blocking(move || KafkaSink::open(&config)).await??;
@@ -253,33 +287,113 @@ async fn open_kafka(
         high_time_micros: 0,
         events_total: 0,
         released: false,
+        accepted_gap: None,
     });
-    match decision {
-        Start::Resume => checkpoint.released = false,
-        Start::Adopt(epoch, at) => {
-            checkpoint.epoch = epoch.0;
-            checkpoint.acknowledged = at;
-            checkpoint.released = false;
+    check_log(context, tables, checkpoint.published, checkpoint_topic).await?;
+    let mut records = Batch::default();
+    let stands_at = slot.and_then(|slot| slot.confirmed_flush);
+    match (decision, stands_at) {
+        (Start::Resume, _) => {}
+        (Start::Follow(left), _) => follow(&mut checkpoint, left, server.timeline),
+        (Start::Adopt(epoch, at), _) => {
             checkpoint.redis = None;
-            checkpoint.system_identifier.clone_from(&server.system_identifier);
-            checkpoint.timeline = server.timeline;
+            checkpoint.begin_epoch(epoch, at, server);
+        }
+        (Start::Accept(epoch, loss), Some(at)) => {
+            // What was found before the slot was made says more than that the new one stands elsewhere.
+            let reason = accepted_loss.as_ref().unwrap_or(&loss).reason();
+            records = accept(context, &mut checkpoint, tables, reason, (epoch, at), server)?;
         }
         // The slot is being read by this session.
-        Start::CreateSlot(_) => {
-            return Err(SourceError::Server {
-                address: context.config.source.host.clone(),
-                cause: "the replication slot vanished while it was read".to_owned(),
-            }
-            .into());
+        (Start::CreateSlot(_) | Start::Accept(..), _) => {
+            return Err(catalog
+                .confused("the replication slot vanished while it was read")
+                .into());
         }
     }
-    check_log(context, tables, checkpoint.published, checkpoint_topic).await?;
+    checkpoint.released = false;
     checkpoint.owner_generation += 1;
     let kafka = {
         let checkpoint = checkpoint.clone();
-        spawn_blocking(move || kafka.commit_checkpoint(&checkpoint).map(|()| kafka)).await??
+        spawn_blocking(move || kafka.commit_batch(&records, &checkpoint).map(|()| kafka)).await??
     };
     Ok((kafka, checkpoint))
+}
+
+/// Goes over to the timeline of a promoted server, which has everything that was published.
+fn follow(checkpoint: &mut Checkpoint, left: Lsn, timeline: u32) {
+    tracing::warn!(from = checkpoint.timeline, to = timeline, %left, "the server was promoted, and nothing is lost");
+    checkpoint.timeline = timeline;
+    // Past that place LSNs stand for other WAL than they did; to acknowledge them would skip what is in it now.
+    checkpoint.acknowledged = checkpoint.acknowledged.min(left);
+    // The same of transactions that held nothing to publish; the last that did is whole if one after it was complete.
+    if checkpoint.complete.is_some_and(|complete| complete.commit_lsn >= left) {
+        checkpoint.complete = checkpoint
+            .published
+            .map(|published| Position::end_of_transaction(published.epoch, published.commit_lsn));
+    }
+}
+
+/// Goes on in the next epoch without what is lost, and notes that at its beginning: in the checkpoint, and in the topic of each table.
+fn accept(
+    context: &Context,
+    checkpoint: &mut Checkpoint,
+    tables: &[Table],
+    reason: &str,
+    (epoch, at): (Epoch, Lsn),
+    server: &ServerIdentity,
+) -> Result<Batch, CaptureError> {
+    let gap = AcceptedGap {
+        id: context.config.accept_source_gap.clone().unwrap_or_default(),
+        reason: reason.to_owned(),
+        lost_after: checkpoint.acknowledged,
+        resumed_at: at,
+        time_micros: now_micros(),
+    };
+    tracing::warn!(gap.id, gap.reason, resumed_at = %at, "a gap in the source was accepted");
+    let mut encoder = encoder(&context.config);
+    let mut records = Batch::default();
+    // A running maximum does not fall, and what is still to come may be older than now.
+    records.high_time_micros = checkpoint.high_time_micros;
+    checkpoint.begin_epoch(epoch, at, server);
+    let mut position = Position {
+        epoch,
+        commit_lsn: Lsn::ZERO,
+        ordinal: 0,
+    };
+    for table in tables {
+        let relation = Relation {
+            oid: 0,
+            schema: table.schema.clone(),
+            table: table.name.clone(),
+            columns: vec![],
+        };
+        let destination = Destination {
+            topic: topic_name(&context.config.kafka.topic_prefix, &table.schema, &table.name),
+            stream: context
+                .config
+                .redis
+                .as_ref()
+                .map(|redis| topic_name(&redis.stream_prefix, &table.schema, &table.name))
+                .unwrap_or_default(),
+        };
+        encoder.prepare(&relation, &TableDetails::default(), Arc::new(destination));
+        let change = Change {
+            relation: &Arc::new(relation),
+            operation: Operation::SourceGap { gap: &gap },
+            position,
+            commit_time_micros: gap.time_micros,
+            transaction_id: 0,
+            lsn: at,
+            previous_end: None,
+        };
+        encoder.encode(&change, &mut records)?;
+        position.ordinal += 1;
+    }
+    checkpoint.published = records.last().or(checkpoint.published);
+    checkpoint.complete = Some(Position::end_of_transaction(epoch, Lsn::ZERO));
+    checkpoint.accepted_gap = Some(gap);
+    Ok(records)
 }
 
 /// The independent check of the checkpoint: no partition may hold a change past it.

@@ -34,7 +34,7 @@ use crate::{
 /// How long the end of a session waits for Redis to take what is on its way; what it does not take is refilled by the next one.
 const PARTING: Duration = Duration::from_secs(5);
 
-fn encoder(config: &CaptureConfig) -> Box<dyn Encoder> {
+pub(super) fn encoder(config: &CaptureConfig) -> Box<dyn Encoder> {
     match config.format {
         Format::Protobuf => Box::new(ProtobufEncoder::default()),
         Format::DebeziumJson { schemas } => Box::new(DebeziumEncoder::new(

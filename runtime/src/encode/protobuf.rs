@@ -72,6 +72,7 @@ struct Part<'a> {
     after: Option<Tuple<'a>>,
     key_changed: bool,
     snapshot: Option<v1::Snapshot>,
+    source_gap: Option<v1::SourceGap>,
 }
 
 impl Encoder for ProtobufEncoder {
@@ -117,6 +118,7 @@ impl Encoder for ProtobufEncoder {
             after,
             key_changed: false,
             snapshot: None,
+            source_gap: None,
         };
         let of_snapshot = |snapshot: &Snapshot, rows| {
             Some(v1::Snapshot {
@@ -165,6 +167,19 @@ impl Encoder for ProtobufEncoder {
                 &part(v1::Operation::Delete, Some((old.tuple(), None)), Some(old), None),
             ),
             Operation::Truncate => self.record(change, batch, &part(v1::Operation::Truncate, None, None, None)),
+            Operation::SourceGap { gap } => self.record(
+                change,
+                batch,
+                &Part {
+                    source_gap: Some(v1::SourceGap {
+                        id: gap.id.clone(),
+                        reason: gap.reason.clone(),
+                        lost_after_lsn: gap.lost_after.0,
+                        resumed_lsn: gap.resumed_at.0,
+                    }),
+                    ..part(v1::Operation::SourceGap, None, None, None)
+                },
+            ),
             Operation::Read { new, snapshot } => self.record(
                 change,
                 batch,
@@ -204,6 +219,7 @@ mod field {
     pub(super) const TRANSACTION_ID: u32 = 7;
     pub(super) const KEY_CHANGED: u32 = 8;
     pub(super) const SNAPSHOT: u32 = 9;
+    pub(super) const SOURCE_GAP: u32 = 13;
 }
 
 impl ProtobufEncoder {
@@ -260,6 +276,9 @@ impl ProtobufEncoder {
                 }
                 if let Some(snapshot) = &part.snapshot {
                     prost::encoding::message::encode(field::SNAPSHOT, snapshot, out);
+                }
+                if let Some(gap) = &part.source_gap {
+                    prost::encoding::message::encode(field::SOURCE_GAP, gap, out);
                 }
                 Ok(true)
             },

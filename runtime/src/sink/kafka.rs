@@ -136,7 +136,18 @@ impl KafkaSink {
     /// # Errors
     /// When the transaction does not succeed, or may not have.
     pub fn commit_checkpoint(&self, checkpoint: &Checkpoint) -> Result<(), SinkError> {
+        self.commit_batch(&Batch::default(), checkpoint)
+    }
+
+    /// Commits a batch and the checkpoint that speaks of it. Blocks.
+    ///
+    /// # Errors
+    /// When the transaction does not succeed, or may not have.
+    pub fn commit_batch(&self, batch: &Batch, checkpoint: &Checkpoint) -> Result<(), SinkError> {
         self.begin()?;
+        for record in batch.records() {
+            self.produce(batch, record)?;
+        }
         self.commit(checkpoint)
     }
 

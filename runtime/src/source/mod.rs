@@ -8,6 +8,7 @@ pub mod postgres;
 use std::sync::Arc;
 
 use crate::{
+    log::AcceptedGap,
     position::{Lsn, Position},
     source::postgres::pgoutput::{OldTuple, Tuple},
 };
@@ -103,6 +104,11 @@ pub enum Operation<'a> {
     },
     /// The table was emptied.
     Truncate,
+    /// Changes of the table may be lost before this.
+    SourceGap {
+        /// What is known of it.
+        gap: &'a AcceptedGap,
+    },
     /// A row as a snapshot found it.
     Read {
         /// The row.

@@ -58,6 +58,7 @@ pub fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> Capt
             max_length: None,
             acknowledgement: Acknowledgement::BestEffort,
         }),
+        accept_source_gap: None,
         operator: None,
         admin_address: free_address(),
     }

@@ -45,6 +45,7 @@ pub struct Postgres {
     process: Process,
     port: u16,
     folder: TempDir,
+    installation: Installation,
 }
 
 impl Postgres {
@@ -62,12 +63,43 @@ impl Postgres {
     }
 
     async fn start_installation(major: Option<u32>, settings: &[(&str, &str)]) -> Self {
+        let installation = Installation::get(major);
         let folder = folder("postgres");
+        let data = folder.path().join("data");
+        run(Command::new("cp").arg("-a").arg(&installation.template).arg(&data));
+        Self::launch(installation, folder, settings).await
+    }
+
+    /// Starts a hot standby of this server, which streams from the physical slot `standby`. For a copy of its data the server is ended
+    /// and started again.
+    pub async fn standby(&mut self, settings: &[(&str, &str)]) -> Self {
+        let client = self.client().await;
+        let made = client.batch_execute("SELECT pg_create_physical_replication_slot('standby', true)");
+        made.await.unwrap();
+        drop(client);
+        self.stop();
+        let folder = folder("postgres");
+        let data = folder.path().join("data");
+        run(Command::new("cp")
+            .arg("-a")
+            .arg(self.folder.path().join("data"))
+            .arg(&data));
+        run(as_postgres(Path::new("touch")).arg(data.join("standby.signal")));
+        self.start_again().await;
+        let primary = format!(
+            "host=127.0.0.1 port={} user={USER} password={PASSWORD} dbname={DATABASE}",
+            self.port
+        );
+        let settings: Vec<_> = [("primary_conninfo", primary.as_str()), ("primary_slot_name", "standby")]
+            .into_iter()
+            .chain(settings.iter().copied())
+            .collect();
+        Self::launch(self.installation.clone(), folder, &settings).await
+    }
+
+    async fn launch(installation: Installation, folder: TempDir, settings: &[(&str, &str)]) -> Self {
         let port = free_port();
         let data = folder.path().join("data");
-        let installation = Installation::get(major);
-        run(Command::new("cp").arg("-a").arg(&installation.template).arg(&data));
-
         let mut command = as_postgres(&installation.programs.join("postgres"));
         command.arg("-D").arg(&data).args(["-p", &port.to_string()]);
         for (name, value) in SETTINGS.iter().chain(settings) {
@@ -77,7 +109,12 @@ impl Postgres {
         let process = Process::start("postgres", folder.path(), &command, Signal::QUIT);
         fs::write(folder.path().join("username"), USER).unwrap();
         fs::write(folder.path().join("password"), PASSWORD).unwrap();
-        let mut postgres = Self { process, port, folder };
+        let mut postgres = Self {
+            process,
+            port,
+            folder,
+            installation,
+        };
         postgres.ready().await;
         postgres
     }

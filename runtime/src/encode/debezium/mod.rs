@@ -284,7 +284,10 @@ impl Encoder for DebeziumEncoder {
             }
             Operation::Delete { old } => prepared.end_of(change, batch, Row::alone(old.tuple()), None),
             // Debezium leaves them out by default, and it has no markers around a snapshot.
-            Operation::Truncate | Operation::SnapshotBegin { .. } | Operation::SnapshotEnd { .. } => Ok(()),
+            Operation::Truncate
+            | Operation::SnapshotBegin { .. }
+            | Operation::SnapshotEnd { .. }
+            | Operation::SourceGap { .. } => Ok(()),
         }
     }
 }

@@ -115,7 +115,10 @@ fn check_width(relation: &Relation, operation: &Operation<'_>) -> Result<(), Ass
             check(*new)
         }
         Operation::Delete { old } => check(old.tuple()),
-        Operation::Truncate | Operation::SnapshotBegin { .. } | Operation::SnapshotEnd { .. } => Ok(()),
+        Operation::SourceGap { .. }
+        | Operation::Truncate
+        | Operation::SnapshotBegin { .. }
+        | Operation::SnapshotEnd { .. } => Ok(()),
     }
 }
 

@@ -666,7 +666,8 @@ impl Catalog {
     }
 
     /// The server answered what makes no sense.
-    pub(super) fn confused(&self, cause: &str) -> SourceError {
+    #[must_use]
+    pub fn confused(&self, cause: &str) -> SourceError {
         SourceError::Server {
             address: self.address.clone(),
             cause: cause.to_owned(),
@@ -694,26 +695,7 @@ impl Catalog {
     /// # Errors
     /// When the server refuses, above all while the slot is read.
     pub async fn drop_slot_and_publication(&self, source: &PostgresSource) -> Result<(), SourceError> {
-        let found = self
-            .query(
-                "SELECT slot_name FROM pg_catalog.pg_replication_slots WHERE slot_name = $1",
-                &[&source.slot_name],
-            )
-            .await?;
-        if !found.is_empty() {
-            let sql = format!(
-                "SELECT pg_catalog.pg_drop_replication_slot({})",
-                quote_literal(&source.slot_name)
-            );
-            if let Err(error) = self.execute(&sql).await {
-                return Err(match error.code() {
-                    Some(&SqlState::OBJECT_IN_USE) => SourceError::SlotActive {
-                        slot: source.slot_name.clone(),
-                    },
-                    _ => self.failed(&error),
-                });
-            }
-        }
+        self.drop_slot(source).await?;
         if source.publication.management == PublicationManagement::Managed {
             let sql = format!(
                 "DROP PUBLICATION IF EXISTS {}",
@@ -722,6 +704,23 @@ impl Catalog {
             self.execute(&sql).await.map_err(|error| self.failed(&error))?;
         }
         Ok(())
+    }
+
+    /// Drops the slot, if it is there.
+    ///
+    /// # Errors
+    /// When the server refuses, above all while the slot is read.
+    pub async fn drop_slot(&self, source: &PostgresSource) -> Result<(), SourceError> {
+        let sql = format!(
+            "SELECT pg_catalog.pg_drop_replication_slot(slot_name) FROM pg_catalog.pg_replication_slots WHERE slot_name = {}",
+            quote_literal(&source.slot_name)
+        );
+        self.execute(&sql).await.map_err(|error| match error.code() {
+            Some(&SqlState::OBJECT_IN_USE) => SourceError::SlotActive {
+                slot: source.slot_name.clone(),
+            },
+            _ => self.failed(&error),
+        })
     }
 }
 

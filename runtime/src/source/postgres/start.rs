@@ -8,10 +8,7 @@ use crate::{
     position::{Epoch, Lsn},
 };
 
-/// What a person does about a gap: there is no way to go on as if nothing had been lost.
-const REMEDY: &str = "to start anew, delete the pipeline with reclaimPolicy Delete and create it again: its log goes on in the next epoch";
-
-/// What IDENTIFY_SYSTEM says.
+/// What IDENTIFY_SYSTEM and TIMELINE_HISTORY say.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServerIdentity {
     /// Made by initdb; a restored backup keeps it, a new cluster has another.
@@ -20,6 +17,20 @@ pub struct ServerIdentity {
     pub timeline: u32,
     /// How far its WAL has grown.
     pub position: Lsn,
+    /// The timelines that this one descends from, each with the place where it was left.
+    pub history: Vec<(u32, Lsn)>,
+}
+
+/// Reads the file that TIMELINE_HISTORY sends: a line for each ancestor, with its number and the place where it was left. What is no
+/// such line is a comment.
+#[must_use]
+pub fn timeline_history(file: &str) -> Vec<(u32, Lsn)> {
+    file.lines()
+        .filter_map(|line| {
+            let mut fields = line.split_whitespace();
+            Some((fields.next()?.parse().ok()?, fields.next()?.parse().ok()?))
+        })
+        .collect()
 }
 
 /// A row of `pg_replication_slots`.
@@ -60,13 +71,38 @@ pub enum Start {
     Adopt(Epoch, Lsn),
     /// Go on after the checkpoint.
     Resume,
+    /// Go on after the checkpoint, on the timeline of a promoted server: what was published came before the place where the timelines
+    /// parted. What was acknowledged past that place means nothing on the new one.
+    Follow(Lsn),
+    /// Somebody accepted the loss: go on where the slot stands, or where a new one will, in this epoch.
+    Accept(Epoch, Loss),
 }
 
 /// Changes are missing between the checkpoint and what the source can still send.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SourceGap {
+    /// Somebody has to decide.
+    #[error(
+        "{loss}; to go on without them in the next epoch, run kubectl annotate cdcpipeline {pipeline} meander.dev/accept-source-gap={id} (without Kubernetes: acceptSourceGap: {id})"
+    )]
+    Lost {
+        /// What is lost.
+        loss: Loss,
+        /// Names this gap and no other: the epoch, and the place up to which it was captured.
+        id: String,
+        /// The name of the pipeline.
+        pipeline: String,
+    },
+    /// There is no epoch after the last.
+    #[error("the pipeline has seen 255 epochs; create it under another name")]
+    EpochsExhausted,
+}
+
+/// What is lost, and why.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Loss {
     /// The slot is gone.
-    #[error("replication slot {slot:?} is gone: changes committed after {after} are lost to this pipeline; {REMEDY}")]
+    #[error("replication slot {slot:?} is gone: changes committed after {after} are lost to this pipeline")]
     SlotMissing {
         /// Its name.
         slot: String,
@@ -75,7 +111,7 @@ pub enum SourceGap {
     },
     /// The server removed WAL that the slot needs.
     #[error(
-        "replication slot {slot:?} lost WAL that it needs: changes committed after {after} are lost to this pipeline; {REMEDY}"
+        "replication slot {slot:?} lost WAL that it needs: changes committed after {after} are lost to this pipeline"
     )]
     SlotLost {
         /// Its name.
@@ -85,7 +121,7 @@ pub enum SourceGap {
     },
     /// Somebody advanced the slot, or dropped it and made it again.
     #[error(
-        "replication slot {slot:?} stands at {slot_at}, past the checkpoint at {after}: changes between them are lost to this pipeline; {REMEDY}"
+        "replication slot {slot:?} stands at {slot_at}, past the checkpoint at {after}: changes between them are lost to this pipeline"
     )]
     SlotAhead {
         /// Its name.
@@ -96,26 +132,32 @@ pub enum SourceGap {
         after: Lsn,
     },
     /// The host name leads to another cluster than before.
-    #[error("the server is not the one this pipeline captured: system identifier {now}, was {before}; {REMEDY}")]
+    #[error(
+        "the server is not the one this pipeline captured (system identifier {now}, was {before}): it was made anew, upgraded or replaced, and changes of the old one may be lost"
+    )]
     OtherServer {
         /// Of the server.
         now: String,
         /// Of the checkpoint.
         before: String,
     },
-    /// The server was promoted, and whether it had received everything that was captured is not known.
+    /// The server was promoted, and does not have all that was captured.
     #[error(
-        "the server is on timeline {now}, the pipeline captured timeline {before}: changes may differ between them; {REMEDY}"
+        "the server is on timeline {now}, the pipeline captured timeline {before} up to {captured}, and {parted}: what was captured is not what the server has"
     )]
     OtherTimeline {
         /// Of the server.
         now: u32,
         /// Of the checkpoint.
         before: u32,
+        /// The last commit that was published.
+        captured: Lsn,
+        /// Where the two parted, in words.
+        parted: String,
     },
     /// The server is behind what was captured from it: it was restored from a backup or a snapshot.
     #[error(
-        "the server's WAL ends at {now}, before {captured}, which was captured from it: it was set back to an earlier state; {REMEDY}"
+        "the server's WAL ends at {now}, before {captured}, which was captured from it: it was set back to an earlier state"
     )]
     ServerBehind {
         /// Where its WAL ends.
@@ -123,13 +165,10 @@ pub enum SourceGap {
         /// What was captured.
         captured: Lsn,
     },
-    /// There is no epoch after the last.
-    #[error("the pipeline has seen 255 epochs; create it under another name")]
-    EpochsExhausted,
 }
 
-impl SourceGap {
-    /// One word for conditions and metrics.
+impl Loss {
+    /// One word for conditions, status and the stream.
     #[must_use]
     pub fn reason(&self) -> &'static str {
         match self {
@@ -139,18 +178,49 @@ impl SourceGap {
             Self::OtherServer { .. } => "OtherServer",
             Self::OtherTimeline { .. } => "OtherTimeline",
             Self::ServerBehind { .. } => "ServerBehind",
+        }
+    }
+}
+
+impl Checkpoint {
+    /// LSNs from here on are not comparable with those before, or do not follow them without a gap.
+    pub fn begin_epoch(&mut self, epoch: Epoch, at: Lsn, server: &ServerIdentity) {
+        self.epoch = epoch.0;
+        self.acknowledged = at;
+        self.system_identifier.clone_from(&server.system_identifier);
+        self.timeline = server.timeline;
+    }
+}
+
+impl SourceGap {
+    /// One word for conditions and metrics.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Lost { loss, .. } => loss.reason(),
             Self::EpochsExhausted => "EpochsExhausted",
         }
     }
 }
 
+/// What a pipeline says about itself when it starts.
+#[derive(Clone, Copy, Debug)]
+pub struct Pipeline<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// Its slot's name.
+    pub slot: &'a str,
+    /// The gap that somebody accepted.
+    pub accepted: Option<&'a str>,
+}
+
 /// Compares what was published with what the source has.
 ///
 /// # Errors
-/// When changes are missing between the two.
+/// When changes are missing between the two, and nobody accepted that.
 pub fn decide(
     checkpoint: Option<&Checkpoint>,
-    slot_name: &str,
+    pipeline: Pipeline<'_>,
     slot: Option<&SlotState>,
     server: &ServerIdentity,
 ) -> Result<Start, SourceGap> {
@@ -158,66 +228,109 @@ pub fn decide(
     // compared with it. Unless the drop failed, and the slot still is where it was: then the old life goes on.
     let (checkpoint, epoch) = match checkpoint {
         None => (None, Epoch::FIRST),
-        Some(released) if released.released && !continues(released, slot, server) => {
-            let next = released.epoch.checked_add(1).ok_or(SourceGap::EpochsExhausted)?;
-            (None, Epoch(next))
-        }
+        Some(released) if released.released && !continues(released, slot, server) => (None, next(released.epoch)?),
         Some(checkpoint) => (Some(checkpoint), Epoch(checkpoint.epoch)),
     };
-    let Some(checkpoint) = checkpoint else {
-        return match slot {
-            None => Ok(Start::CreateSlot(epoch)),
-            Some(SlotState {
-                confirmed_flush: Some(at),
-                lost: false,
-                ..
-            }) => Ok(Start::Adopt(epoch, *at)),
-            Some(_) => Err(SourceGap::SlotLost {
-                slot: slot_name.to_owned(),
-                after: Lsn::ZERO,
-            }),
-        };
+    let (compared, after) = match checkpoint {
+        None => (first(epoch, pipeline.slot, slot), Lsn::ZERO),
+        Some(checkpoint) => (resume(checkpoint, pipeline.slot, slot, server), checkpoint.acknowledged),
     };
-    let after = checkpoint.acknowledged;
+    compared.or_else(|loss| {
+        // The epoch grows with the acceptance, so that it accepts nothing a second time. All of a gap has one name, so that what is
+        // accepted while the slot is gone still is when it has been made anew.
+        let id = format!("{}:{after}", epoch.0);
+        if pipeline.accepted == Some(id.as_str()) {
+            Ok(Start::Accept(next(epoch.0)?, loss))
+        } else {
+            Err(SourceGap::Lost {
+                loss,
+                id,
+                pipeline: pipeline.name.to_owned(),
+            })
+        }
+    })
+}
+
+fn next(epoch: u8) -> Result<Epoch, SourceGap> {
+    epoch.checked_add(1).map(Epoch).ok_or(SourceGap::EpochsExhausted)
+}
+
+/// The start of a pipeline that has nothing to go on from.
+fn first(epoch: Epoch, name: &str, slot: Option<&SlotState>) -> Result<Start, Loss> {
+    match slot {
+        None => Ok(Start::CreateSlot(epoch)),
+        Some(SlotState {
+            confirmed_flush: Some(at),
+            lost: false,
+            ..
+        }) => Ok(Start::Adopt(epoch, *at)),
+        Some(_) => Err(Loss::SlotLost {
+            slot: name.to_owned(),
+            after: Lsn::ZERO,
+        }),
+    }
+}
+
+fn resume(
+    checkpoint: &Checkpoint,
+    name: &str,
+    slot: Option<&SlotState>,
+    server: &ServerIdentity,
+) -> Result<Start, Loss> {
     if server.system_identifier != checkpoint.system_identifier {
-        return Err(SourceGap::OtherServer {
+        return Err(Loss::OtherServer {
             now: server.system_identifier.clone(),
             before: checkpoint.system_identifier.clone(),
         });
     }
-    if server.timeline != checkpoint.timeline {
-        return Err(SourceGap::OtherTimeline {
-            now: server.timeline,
-            before: checkpoint.timeline,
-        });
-    }
-    let captured = checkpoint
-        .published
-        .map_or(after, |published| published.commit_lsn.max(after));
+    let published = checkpoint.published.map_or(Lsn::ZERO, |published| published.commit_lsn);
+    let (start, after) = if server.timeline == checkpoint.timeline {
+        (Start::Resume, checkpoint.acknowledged)
+    } else {
+        let left = server
+            .history
+            .iter()
+            .find_map(|(timeline, left)| (*timeline == checkpoint.timeline).then_some(*left));
+        match left {
+            // A commit record that begins before the place ends before it too: a timeline is left between two records.
+            Some(left) if published < left => (Start::Follow(left), checkpoint.acknowledged.min(left)),
+            _ => {
+                return Err(Loss::OtherTimeline {
+                    now: server.timeline,
+                    before: checkpoint.timeline,
+                    captured: published,
+                    parted: left.map_or("the one does not descend from the other".to_owned(), |left| {
+                        format!("the two parted at {left}")
+                    }),
+                });
+            }
+        }
+    };
+    let captured = published.max(after);
     if server.position < captured {
-        return Err(SourceGap::ServerBehind {
+        return Err(Loss::ServerBehind {
             now: server.position,
             captured,
         });
     }
-    let slot_name = slot_name.to_owned();
+    let slot_name = name.to_owned();
     match slot {
-        None => Err(SourceGap::SlotMissing { slot: slot_name, after }),
+        None => Err(Loss::SlotMissing { slot: slot_name, after }),
         Some(
             SlotState { lost: true, .. }
             | SlotState {
                 confirmed_flush: None, ..
             },
-        ) => Err(SourceGap::SlotLost { slot: slot_name, after }),
+        ) => Err(Loss::SlotLost { slot: slot_name, after }),
         Some(SlotState {
             confirmed_flush: Some(slot_at),
             ..
-        }) if *slot_at > after => Err(SourceGap::SlotAhead {
+        }) if *slot_at > after => Err(Loss::SlotAhead {
             slot: slot_name,
             slot_at: *slot_at,
             after,
         }),
-        Some(_) => Ok(Start::Resume),
+        Some(_) => Ok(start),
     }
 }
 
@@ -232,7 +345,9 @@ fn continues(released: &Checkpoint, slot: Option<&SlotState>, server: &ServerIde
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::panic)]
     use super::*;
+    use crate::position::Position;
 
     fn checkpoint() -> Checkpoint {
         Checkpoint {
@@ -247,6 +362,7 @@ mod tests {
             high_time_micros: 0,
             events_total: 0,
             released: false,
+            accepted_gap: None,
         }
     }
 
@@ -258,12 +374,30 @@ mod tests {
     }
 
     fn start(checkpoint: Option<&Checkpoint>, slot: Option<SlotState>) -> Result<Start, &'static str> {
-        let server = ServerIdentity {
+        start_on(&server(), None, checkpoint, slot).map_err(|gap| gap.reason())
+    }
+
+    fn server() -> ServerIdentity {
+        ServerIdentity {
             system_identifier: "7".to_owned(),
             timeline: 1,
             position: Lsn(1000),
+            history: vec![],
+        }
+    }
+
+    fn start_on(
+        server: &ServerIdentity,
+        accepted: Option<&str>,
+        checkpoint: Option<&Checkpoint>,
+        slot: Option<SlotState>,
+    ) -> Result<Start, SourceGap> {
+        let pipeline = Pipeline {
+            name: "p",
+            slot: "s",
+            accepted,
         };
-        decide(checkpoint, "s", slot.as_ref(), &server).map_err(|gap| gap.reason())
+        decide(checkpoint, pipeline, slot.as_ref(), server)
     }
 
     #[test]
@@ -317,6 +451,56 @@ mod tests {
             ..checkpoint()
         };
         assert_eq!(start(Some(&ahead), Some(slot(50))), Err("ServerBehind"));
+    }
+
+    #[test]
+    fn a_promoted_server_is_followed_if_nothing_published_lies_past_the_place_where_it_parted() {
+        let promoted = |left: u64| ServerIdentity {
+            timeline: 3,
+            history: timeline_history(&format!(
+                "1\t0/{left:X}\tno recovery target specified\n\n2\t0/{:X}\tno recovery target specified\n",
+                left + 50
+            )),
+            ..server()
+        };
+        let published = |at: u64| Checkpoint {
+            published: Some(Position::end_of_transaction(Epoch::FIRST, Lsn(at))),
+            acknowledged: Lsn(120),
+            ..checkpoint()
+        };
+        let on = |left, at, slot_at| start_on(&promoted(left), None, Some(&published(at)), Some(slot(slot_at)));
+        assert_eq!(on(100, 99, 100), Ok(Start::Follow(Lsn(100))));
+        assert_eq!(on(100, 100, 100).unwrap_err().reason(), "OtherTimeline");
+        // What was acknowledged on the old timeline says nothing of the new one.
+        assert_eq!(on(100, 99, 101).unwrap_err().reason(), "SlotAhead");
+        let stranger = ServerIdentity {
+            history: vec![(2, Lsn(500))],
+            ..promoted(100)
+        };
+        let gap = start_on(&stranger, None, Some(&published(50)), Some(slot(50))).unwrap_err();
+        assert_eq!(gap.reason(), "OtherTimeline");
+    }
+
+    #[test]
+    fn a_gap_is_accepted_by_its_name_and_once() {
+        let lost = |accepted, checkpoint: &Checkpoint, slot| start_on(&server(), accepted, Some(checkpoint), slot);
+        let SourceGap::Lost { id, .. } = lost(None, &checkpoint(), None).unwrap_err() else {
+            panic!("not a gap that can be accepted");
+        };
+        assert_eq!(id, "1:0/64");
+        let accepted = |slot| match lost(Some("1:0/64"), &checkpoint(), slot) {
+            Ok(Start::Accept(epoch, loss)) => (epoch, loss.reason()),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(accepted(None), (Epoch(2), "SlotMissing"));
+        // The new slot was made, and the process died before it could say so.
+        assert_eq!(accepted(Some(slot(500))), (Epoch(2), "SlotAhead"));
+        let later = Checkpoint {
+            epoch: 2,
+            ..checkpoint()
+        };
+        assert_eq!(lost(Some("1:0/64"), &later, None).unwrap_err().reason(), "SlotMissing");
+        assert_eq!(lost(Some("1:0/64"), &checkpoint(), Some(slot(100))), Ok(Start::Resume));
     }
 
     #[test]
