@@ -10,8 +10,8 @@ mod pacing;
 
 use clap::{Parser, Subcommand};
 use meander_config::{
-    CaptureConfig, Format, KafkaSink, PostgresSource, Publication, PublicationManagement, RedisSink, ResourceIdentity,
-    SslMode, TableSelection,
+    CaptureConfig, Format, KafkaSink, Origin, Partitions, PostgresSource, Publication, PublicationManagement,
+    RedisSink, ResourceIdentity, SslMode, TableSelection,
 };
 use meander_test_support::{Kafka, Postgres, Redis, free_address, unique_name};
 
@@ -71,9 +71,12 @@ fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> CaptureC
                 include: vec!["public.trades".to_owned()],
                 exclude: vec![],
             },
+            message_prefixes: vec![],
+            origin: Origin::Any,
             publication: Publication {
                 name: name.clone(),
                 management: PublicationManagement::Managed,
+                partitions: Partitions::Root,
             },
             slot_name: name.clone(),
             slot_failover: None,

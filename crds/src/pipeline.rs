@@ -32,6 +32,7 @@ use crate::common::{LogLevel, Resources, SecretKeyReference, SecretReference, co
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[x_kube(
+    validation = Rule::new("!has(self.source.postgres.messagePrefixes) || self.format == 'Protobuf'").message("messagePrefixes is for the format Protobuf only: remove it, or set format"),
     validation = Rule::new("!has(self.debezium) || self.format == 'DebeziumJson'").message("debezium is for the format DebeziumJson only: remove it, or set format"),
     validation = Rule::new("has(self.debezium) == has(oldSelf.debezium) && (!has(self.debezium) || self.debezium == oldSelf.debezium)").message("debezium is immutable: create another CdcPipeline, with another topicPrefix")
 )]
@@ -131,6 +132,16 @@ pub struct PostgresSource {
     pub client_cert_secret_ref: Option<SecretReference>,
     /// Which tables are captured.
     pub tables: TableSelection,
+    /// Prefixes of the logical messages (`pg_logical_emit_message`) that are published, to the topic `<topicPrefix>.message`; `*` stands
+    /// for any characters, `?` for any one. None are where it is left out.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 32), inner(length(min = 1, max = 128)))]
+    #[x_kube(validation = Rule::new("self.all(prefix, !prefix.startsWith('meander.'))").message("messagePrefixes must not begin with meander.: those messages are the pipeline's own"))]
+    pub message_prefixes: Vec<String>,
+    /// Which transactions are captured, by where they come from. Immutable: it decides how changes are counted.
+    #[serde(default)]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("origin is immutable: create another CdcPipeline"))]
+    pub origin: Origin,
     /// The publication that the slot is read through. Immutable.
     #[serde(default)]
     #[x_kube(validation = Rule::new("self == oldSelf").message("publication is immutable: create another CdcPipeline"))]
@@ -154,6 +165,17 @@ pub enum SslMode {
     VerifyCa,
     /// And it comes from an authority and is for `host`.
     VerifyFull,
+}
+
+/// Which transactions are captured, by where they come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Origin {
+    /// All. A record says the replication origin of its transaction, if there is one.
+    #[default]
+    Any,
+    /// Those that the database did not get by replication itself, so that two databases can be captured that replicate each other. Needs
+    /// PostgreSQL 16.
+    None,
 }
 
 /// Globs over `schema.table`.
@@ -188,6 +210,20 @@ pub struct Publication {
     /// Who creates and changes it.
     #[serde(default)]
     pub management: PublicationManagement,
+    /// What a partitioned table is captured as. It is for a managed publication; an external one says it by its own
+    /// `publish_via_partition_root`.
+    #[serde(default)]
+    pub partitions: Partitions,
+}
+
+/// What a partitioned table is captured as.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Partitions {
+    /// One table, whatever partition a row is in, also as partitions come and go. `tables` names the partitioned table.
+    #[default]
+    Root,
+    /// Each partition as a table of its own, with its own name, topic and stream. `tables` names the partitions.
+    Leaf,
 }
 
 /// Who creates and changes the publication.

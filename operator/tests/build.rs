@@ -76,8 +76,11 @@ fn every_setting_reaches_the_pod() {
     spec.source.postgres.ca_secret_ref = Some(secret_key("shop-ca", "ca.crt"));
     spec.source.postgres.client_cert_secret_ref = Some(secret("shop-client"));
     spec.source.postgres.slot.failover = Some(true);
-    spec.source.postgres.publication = serde_json::from_str(r#"{"name": "a_pub", "management": "External"}"#).unwrap();
+    spec.source.postgres.publication =
+        serde_json::from_str(r#"{"name": "a_pub", "management": "External", "partitions": "Leaf"}"#).unwrap();
     spec.source.postgres.tables.exclude = vec!["public.secrets".into()];
+    spec.source.postgres.message_prefixes = vec!["app.*".into()];
+    spec.source.postgres.origin = meander_crds::Origin::None;
     spec.sinks.kafka.topics = serde_json::from_str(r#"{"partitions": 6, "replicationFactor": 3}"#).unwrap();
     spec.sinks.redis = Some(RedisSink {
         url_secret_ref: None,

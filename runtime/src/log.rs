@@ -38,6 +38,12 @@ fn allowed(part: &str) -> String {
         .collect()
 }
 
+/// Name of the topic (or Redis stream) of the logical messages. No table's has it: those have one dot more.
+#[must_use]
+pub fn message_topic(prefix: &str) -> String {
+    format!("{prefix}.message")
+}
+
 /// Name of the pipeline's checkpoint topic: compacted, one partition.
 #[must_use]
 pub fn checkpoint_topic(namespace: &str, pipeline: &str) -> String {

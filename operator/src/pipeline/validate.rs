@@ -2,8 +2,8 @@
 
 use kube::ResourceExt as _;
 use meander_config::{
-    CaptureConfig, Format, KafkaSink, PostgresSource, Publication, PublicationManagement, RedisSink, ResourceIdentity,
-    SslMode, TableSelection,
+    CaptureConfig, Format, KafkaSink, Origin, Partitions, PostgresSource, Publication, PublicationManagement,
+    RedisSink, ResourceIdentity, SslMode, TableSelection,
 };
 use meander_crds::{
     Acknowledgement, CdcPipeline, LogLevel, PipelineFormat, PublicationManagement as Management, Resources,
@@ -135,6 +135,15 @@ pub fn validate(pipeline: &CdcPipeline, facts: &Facts, settings: &Settings) -> R
                     Management::Managed => PublicationManagement::Managed,
                     Management::External => PublicationManagement::External,
                 },
+                partitions: match postgres.publication.partitions {
+                    meander_crds::Partitions::Root => Partitions::Root,
+                    meander_crds::Partitions::Leaf => Partitions::Leaf,
+                },
+            },
+            message_prefixes: postgres.message_prefixes.clone(),
+            origin: match postgres.origin {
+                meander_crds::Origin::Any => Origin::Any,
+                meander_crds::Origin::None => Origin::None,
             },
             slot_name: slot_of(pipeline),
             slot_failover: postgres.slot.failover,

@@ -114,6 +114,12 @@ pub struct PostgresSource {
     pub client_certificate: Option<ClientCertificate>,
     /// Which tables are captured.
     pub tables: TableSelection,
+    /// Globs over the prefixes of the logical messages that are published. Prefixes that begin with `meander.` are ours and never are.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub message_prefixes: Vec<String>,
+    /// Which transactions are captured, by where they come from.
+    #[serde(default)]
+    pub origin: Origin,
     /// The publication.
     pub publication: Publication,
     /// Name of the replication slot; at most 63 of `a-z`, `0-9` and `_`.
@@ -149,6 +155,16 @@ pub struct ClientCertificate {
     pub key_file: PathBuf,
 }
 
+/// Which transactions are captured, by where they come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Origin {
+    /// All.
+    #[default]
+    Any,
+    /// Those that the server did not get by replication itself. PostgreSQL 16 and later.
+    None,
+}
+
 /// Globs over `schema.table`; what is excluded stays excluded.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -169,6 +185,19 @@ pub struct Publication {
     /// Who creates and changes it.
     #[serde(default)]
     pub management: PublicationManagement,
+    /// What a partitioned table is captured as, if the publication is managed.
+    #[serde(default)]
+    pub partitions: Partitions,
+}
+
+/// What a partitioned table is captured as.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Partitions {
+    /// One table, whatever partition a row is in.
+    #[default]
+    Root,
+    /// Each partition as a table of its own.
+    Leaf,
 }
 
 /// Who creates and changes the publication.

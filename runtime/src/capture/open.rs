@@ -128,7 +128,7 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
         connection.query(&sql).await.map_err(wire)?;
     }
     let (reader, writer) = connection
-        .start_replication(&source.slot_name, &source.publication.name)
+        .start_replication(&source.slot_name, &source.publication.name, source.origin)
         .await
         .map_err(wire)?;
     let received = Received::default();

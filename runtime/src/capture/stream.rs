@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     batch::{Batch, Destination},
-    capture::{CaptureError, observe::Inflight, status::Received},
+    capture::{CaptureError, messages::Messages, observe::Inflight, status::Received},
     encode::Encoder,
     log::{Checkpoint, topic_name},
     position::{Lsn, Position},
@@ -65,6 +65,7 @@ pub(super) struct Stream<'a> {
     encoder: Box<dyn Encoder>,
     topics: Topics,
     selection: Selection,
+    messages: Messages,
     /// Tables that an external publication holds and the globs do not: counted, and not captured.
     left_out: HashSet<u32>,
     /// The last change in Kafka when the session started; what comes up to there is known.
@@ -98,6 +99,7 @@ impl<'a> Stream<'a> {
             encoder,
             topics,
             selection,
+            messages: Messages::new(config),
             left_out: HashSet::new(),
             published: checkpoint.published,
             received,
@@ -202,6 +204,11 @@ impl<'a> Stream<'a> {
             high_time_micros,
             published,
             left_out,
+            messages,
+            topics,
+            complete,
+            safe,
+            received,
             news,
             ..
         } = self;
@@ -215,8 +222,26 @@ impl<'a> Stream<'a> {
                 }
                 Ok::<_, CaptureError>(())
             })?,
-            // What needs them knows them by their prefix; none is published.
-            Assembled::Message(_) => {}
+            Assembled::Message(message) => {
+                if Some(message.position) > *published && messages.hold(&message) {
+                    let topic = &messages.destination.topic;
+                    topics.ensure_data(topic, "logical messages").await?;
+                    batch.high_time_micros = *high_time_micros;
+                    let time = message
+                        .transaction
+                        .as_ref()
+                        .map(|transaction| transaction.commit_time_micros);
+                    let time = time.unwrap_or(*high_time_micros);
+                    encoder.encode_message(&message, time, &messages.destination, batch)?;
+                    *news = true;
+                    if message.transaction.is_none() {
+                        // It is complete in itself. Its position is that of the last byte of its record.
+                        *complete = Some(message.position);
+                        *safe = Lsn(message.position.commit_lsn.0 + 1);
+                        received.set_received(*safe);
+                    }
+                }
+            }
             Assembled::Committed { complete, end_lsn } => {
                 self.complete = Some(complete);
                 self.safe = end_lsn;

@@ -12,7 +12,7 @@ pub use protobuf::ProtobufEncoder;
 
 use crate::{
     batch::{Batch, Destination},
-    source::{Change, Relation, postgres::details::TableDetails},
+    source::{Change, Message, Relation, postgres::details::TableDetails},
 };
 
 /// Turns changes into records.
@@ -28,6 +28,18 @@ pub trait Encoder: Send {
     /// # Errors
     /// When the change holds what the format, or PostgreSQL, cannot mean.
     fn encode(&mut self, change: &Change<'_>, batch: &mut Batch) -> Result<(), EncodeError>;
+
+    /// Appends the record of a logical message. `commit_time_micros` is its transaction's, or the log's for one that has none.
+    ///
+    /// # Errors
+    /// When the format cannot carry it.
+    fn encode_message(
+        &mut self,
+        message: &Message<'_>,
+        commit_time_micros: i64,
+        destination: &Arc<Destination>,
+        batch: &mut Batch,
+    ) -> Result<(), EncodeError>;
 }
 
 /// A change that cannot be encoded. It is never passed over.
@@ -63,6 +75,9 @@ pub enum EncodeError {
         /// Its type.
         type_name: String,
     },
+    /// The format has no form for it.
+    #[error("the format does not carry logical messages: leave messagePrefixes out")]
+    Message,
     /// The table was never prepared.
     #[error("a change of relation {0}, which was not prepared")]
     Unprepared(u32),

@@ -13,9 +13,9 @@ use prost::{
 
 use crate::{
     batch::{Batch, Destination},
-    encode::{EncodeError, Encoder, key},
+    encode::{EncodeError, Encoder, json, key},
     source::{
-        Change, Column, Operation, Relation, Snapshot,
+        Change, Column, Message, Operation, Relation, Snapshot,
         postgres::{
             details::TableDetails,
             pgoutput::{Datum, OldTuple, Tuple},
@@ -206,6 +206,59 @@ impl Encoder for ProtobufEncoder {
             ),
         }
     }
+
+    fn encode_message(
+        &mut self,
+        message: &Message<'_>,
+        commit_time_micros: i64,
+        destination: &Arc<Destination>,
+        batch: &mut Batch,
+    ) -> Result<(), EncodeError> {
+        let Message {
+            prefix,
+            content,
+            position,
+            transaction,
+        } = message;
+        batch.push(
+            *position,
+            0,
+            commit_time_micros,
+            destination,
+            |out| {
+                out.extend_from_slice(b"{\"prefix\":");
+                json::write_string(prefix, out);
+                out.push(b'}');
+                Ok(true)
+            },
+            |out| {
+                let record = v1::ChangeRecord {
+                    coordinate: Some(v1::Coordinate {
+                        epoch: u32::from(position.epoch.0),
+                        commit_lsn: position.commit_lsn.0,
+                        ordinal: position.ordinal,
+                        part: 0,
+                    }),
+                    operation: v1::Operation::Message.into(),
+                    commit_time_micros,
+                    transaction_id: transaction.as_ref().map_or(0, |transaction| transaction.id),
+                    message: Some(v1::LogicalMessage {
+                        prefix: (*prefix).to_owned(),
+                        content: content.to_vec(),
+                        transactional: transaction.is_some(),
+                    }),
+                    origin: transaction
+                        .as_ref()
+                        .and_then(|transaction| transaction.origin.as_deref())
+                        .unwrap_or_default()
+                        .to_owned(),
+                    ..v1::ChangeRecord::default()
+                };
+                record.encode_raw(out);
+                Ok(true)
+            },
+        )
+    }
 }
 
 /// Field numbers of `ChangeRecord`.
@@ -220,6 +273,7 @@ mod field {
     pub(super) const KEY_CHANGED: u32 = 8;
     pub(super) const SNAPSHOT: u32 = 9;
     pub(super) const SOURCE_GAP: u32 = 13;
+    pub(super) const ORIGIN: u32 = 12;
 }
 
 impl ProtobufEncoder {
@@ -279,6 +333,9 @@ impl ProtobufEncoder {
                 }
                 if let Some(gap) = &part.source_gap {
                     prost::encoding::message::encode(field::SOURCE_GAP, gap, out);
+                }
+                if let Some(origin) = change.origin {
+                    write_bytes(field::ORIGIN, origin.as_bytes(), out);
                 }
                 Ok(true)
             },
@@ -488,6 +545,7 @@ mod tests {
             transaction_id: 777,
             lsn: Lsn(0x16B_3000),
             previous_end: None,
+            origin: Some("upstream"),
         };
         let mut batch = Batch::new();
         encoder.encode(&change, &mut batch)?;
@@ -540,8 +598,8 @@ mod tests {
         );
         assert_eq!(record.operation(), v1::Operation::Insert);
         assert_eq!(
-            (record.commit_time_micros, record.transaction_id),
-            (1_763_700_000_000_001, 777)
+            (record.commit_time_micros, record.transaction_id, record.origin.as_str()),
+            (1_763_700_000_000_001, 777, "upstream")
         );
         assert_eq!(record.relation.as_ref().unwrap().columns.len(), 8);
         assert_eq!(record.before, None);

@@ -58,10 +58,12 @@ pub struct Change<'a> {
     pub lsn: Lsn,
     /// Where the transaction before this one ended, if this session has seen its end.
     pub previous_end: Option<Lsn>,
+    /// Where the transaction comes from, if the source had got it by replication itself.
+    pub origin: Option<&'a str>,
 }
 
 /// What an application wrote into the log beside its tables, for whoever reads it.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Message<'a> {
     /// Says whose it is.
     pub prefix: &'a str,
@@ -74,12 +76,14 @@ pub struct Message<'a> {
 }
 
 /// The transaction that a [`Message`] is part of.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct MessageTransaction {
     /// The source's commit time, in microseconds since 1970-01-01T00:00:00Z.
     pub commit_time_micros: i64,
     /// The source's transaction id.
     pub id: u32,
+    /// Where it comes from, if the source had got it by replication itself.
+    pub origin: Option<Arc<str>>,
 }
 
 /// What happened.

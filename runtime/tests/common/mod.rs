@@ -4,8 +4,8 @@
 use std::time::Duration;
 
 use meander_config::{
-    Acknowledgement, CaptureConfig, Format, KafkaSink, PostgresSource, Publication, PublicationManagement, RedisSink,
-    ResourceIdentity, SslMode, TableSelection,
+    Acknowledgement, CaptureConfig, Format, KafkaSink, Origin, Partitions, PostgresSource, Publication,
+    PublicationManagement, RedisSink, ResourceIdentity, SslMode, TableSelection,
 };
 use meander_runtime::{
     checkpoint::read_checkpoint,
@@ -38,9 +38,12 @@ pub fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> Capt
                 include: vec!["public.*".to_owned()],
                 exclude: vec![],
             },
+            message_prefixes: vec![],
+            origin: Origin::Any,
             publication: Publication {
                 name: name.clone(),
                 management: PublicationManagement::Managed,
+                partitions: Partitions::Root,
             },
             slot_name: name.clone(),
             slot_failover: None,

@@ -27,7 +27,7 @@ use self::{
 use crate::{
     batch::{Batch, Destination},
     source::{
-        Change, Operation, Relation,
+        Change, Message, Operation, Relation,
         postgres::{
             details::TableDetails,
             pgoutput::{Datum, OldTuple, Tuple},
@@ -289,6 +289,16 @@ impl Encoder for DebeziumEncoder {
             | Operation::SnapshotEnd { .. }
             | Operation::SourceGap { .. } => Ok(()),
         }
+    }
+
+    fn encode_message(
+        &mut self,
+        _message: &Message<'_>,
+        _commit_time_micros: i64,
+        _destination: &Arc<Destination>,
+        _batch: &mut Batch,
+    ) -> Result<(), EncodeError> {
+        Err(EncodeError::Message)
     }
 }
 

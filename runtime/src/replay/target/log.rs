@@ -75,6 +75,11 @@ fn line(record: &Record) -> Result<Value, TargetError> {
     line.insert("commitTime".to_owned(), json!(commit_time.to_string()));
     line.insert("topic".to_owned(), json!(&*record.topic));
     line.insert("operation".to_owned(), json!(operation));
+    if let Some(message) = &change.message {
+        line.insert("prefix".to_owned(), json!(message.prefix));
+        line.insert("content".to_owned(), json!(hex(&message.content)));
+        return Ok(Value::Object(line));
+    }
     line.insert("schema".to_owned(), json!(relation.schema));
     line.insert("table".to_owned(), json!(relation.table));
     // A DELETE knows its key only from before, and an UPDATE that changed it is published under the new one.

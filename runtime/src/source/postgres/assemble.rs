@@ -86,6 +86,7 @@ impl Changes<'_> {
                 transaction_id: self.transaction.xid,
                 lsn: self.lsn,
                 previous_end: self.previous_end,
+                origin: self.transaction.origin.as_deref(),
             })
         };
         match self.kind {
@@ -122,12 +123,13 @@ fn check_width(relation: &Relation, operation: &Operation<'_>) -> Result<(), Ass
     }
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 struct Transaction {
     commit_lsn: Lsn,
     commit_time_micros: i64,
     xid: u32,
     next_ordinal: u64,
+    origin: Option<Arc<str>>,
 }
 
 /// Keeps the shape of every table and the place within the open transaction.
@@ -234,6 +236,7 @@ impl Assembler {
                     commit_time_micros,
                     xid,
                     next_ordinal: 0,
+                    origin: None,
                 });
                 Ok(Assembled::Nothing)
             }
@@ -256,7 +259,11 @@ impl Assembler {
                 self.type_names.insert(oid, name);
                 Ok(Assembled::Nothing)
             }
-            LogicalMessage::Origin => Ok(Assembled::Nothing),
+            LogicalMessage::Origin { name } => {
+                let transaction = self.transaction.as_mut().ok_or(AssembleError::OutOfOrder("Origin"))?;
+                transaction.origin = Some(name.into());
+                Ok(Assembled::Nothing)
+            }
             LogicalMessage::Relation(_) => Err(AssembleError::OutOfOrder("Relation")),
             LogicalMessage::Message {
                 transactional: false,
@@ -292,6 +299,7 @@ impl Assembler {
                     transaction: Some(MessageTransaction {
                         commit_time_micros: transaction.commit_time_micros,
                         id: transaction.xid,
+                        origin: transaction.origin,
                     }),
                 }))
             }
@@ -327,7 +335,7 @@ impl Assembler {
             ordinal: transaction.next_ordinal,
         };
         transaction.next_ordinal += count;
-        Ok((*transaction, first))
+        Ok((transaction.clone(), first))
     }
 }
 

@@ -77,7 +77,10 @@ pub enum LogicalMessage<'a> {
         relations: Oids<'a>,
     },
     /// Where the transaction comes from, if it was replicated itself.
-    Origin,
+    Origin {
+        /// Name of the replication origin.
+        name: &'a str,
+    },
     /// What `pg_logical_emit_message` wrote.
     Message {
         /// Part of a transaction, and gone with it when that is rolled back; otherwise sent as soon as it is in the WAL.
@@ -289,8 +292,7 @@ pub fn decode(message: &[u8]) -> Result<LogicalMessage<'_>, DecodeError> {
         }
         b'O' => {
             let _commit_lsn = cursor.u64()?;
-            let _name = cursor.string()?;
-            LogicalMessage::Origin
+            LogicalMessage::Origin { name: cursor.string()? }
         }
         b'M' => {
             let transactional = cursor.u8()? & 1 == 1;

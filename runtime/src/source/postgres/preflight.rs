@@ -4,7 +4,7 @@
 use std::{fs, path::Path, time::Duration};
 
 use globset::{GlobBuilder, GlobMatcher};
-use meander_config::{PostgresSource, PublicationManagement, TableSelection};
+use meander_config::{Partitions, PostgresSource, PublicationManagement, TableSelection};
 use tokio::{task::JoinHandle, time::timeout};
 use tokio_postgres::{
     Client, Config,
@@ -121,6 +121,11 @@ pub enum SourceError {
         "the database's encoding is SQL_ASCII, in which the bytes of a text mean nothing certain; copy it into one that was made by CREATE DATABASE {0} ENCODING 'UTF8' TEMPLATE template0;"
     )]
     Encoding(String),
+    /// Only newer versions tell a transaction's origin in time.
+    #[error(
+        "source.postgres.origin: None needs PostgreSQL 16, and the server is {0}; upgrade it, or set origin to Any and leave records with an origin out where they are read"
+    )]
+    OriginFilter(String),
     /// The server does not write what logical decoding needs.
     #[error(
         "wal_level is {0}, and capture needs logical; run ALTER SYSTEM SET wal_level = logical; and restart PostgreSQL"
@@ -268,6 +273,7 @@ impl SourceError {
             Self::Standby(_) => "StandbyUnsupported",
             Self::StandbyPublication { .. } => "PublicationOnStandby",
             Self::Encoding(_) => "EncodingUnsupported",
+            Self::OriginFilter(_) => "OriginFilterUnsupported",
             Self::WalLevel(_) => "WalLevelNotLogical",
             Self::NoReplicationAttribute(_) => "ReplicationNotPermitted",
             Self::NoTables { .. } => "NoTablesMatch",
@@ -739,7 +745,11 @@ pub(super) fn publication_change(
     let list = |tables: &[&Table]| tables.iter().map(|table| table.quoted()).collect::<Vec<_>>().join(", ");
     let Some(published) = published else {
         let all: Vec<_> = tables.iter().collect();
-        return Some(format!("CREATE PUBLICATION {name} FOR TABLE {};", list(&all)));
+        let via_root = source.publication.partitions == Partitions::Root;
+        return Some(format!(
+            "CREATE PUBLICATION {name} FOR TABLE {} WITH (publish_via_partition_root = {via_root});",
+            list(&all)
+        ));
     };
     let joining: Vec<_> = tables.iter().filter(|table| !published.contains(table)).collect();
     let leaving: Vec<_> = published.iter().filter(|table| !tables.contains(table)).collect();

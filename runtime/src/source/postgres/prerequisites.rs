@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use meander_config::{PostgresSource, PublicationManagement};
+use meander_config::{Origin, Partitions, PostgresSource, PublicationManagement};
 
 use crate::source::postgres::{
     preflight::{Catalog, Selection, SourceError, Table, publication_change},
@@ -17,6 +17,8 @@ use crate::source::postgres::{
 /// slots.
 const OLDEST: i32 = 140_000;
 const OLDEST_STANDBY: i32 = 160_000;
+/// That of the oldest version that filters by origin.
+const OLDEST_ORIGIN_FILTER: i32 = 160_000;
 const OLDEST_FAILOVER: i32 = 170_000;
 
 /// A selected table that is not captured, so that the others can be.
@@ -107,7 +109,10 @@ impl Catalog {
             problems.push(SourceError::Standby(server.version_name.clone()));
         }
         if source.slot_failover == Some(true) && server.version < OLDEST_FAILOVER {
-            problems.push(SourceError::FailoverUnsupported(server.version_name));
+            problems.push(SourceError::FailoverUnsupported(server.version_name.clone()));
+        }
+        if source.origin == Origin::None && server.version < OLDEST_ORIGIN_FILTER {
+            problems.push(SourceError::OriginFilter(server.version_name));
         }
         if server.wal_level != "logical" {
             problems.push(SourceError::WalLevel(server.wal_level));
@@ -217,14 +222,19 @@ impl Catalog {
         let external = source.publication.management == PublicationManagement::External;
         let rows = self
             .query(
-                "SELECT n.nspname, c.relname,
-                        c.relreplident = 'f' OR EXISTS
-                            (SELECT FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid AND i.indisvalid AND i.indimmediate
-                             AND CASE c.relreplident WHEN 'd' THEN i.indisprimary WHEN 'i' THEN i.indisreplident END),
-                        pg_catalog.pg_has_role(c.relowner, 'USAGE')
-                 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-                 WHERE c.relkind = 'r' AND c.relpersistence = 'p'
-                   AND n.nspname <> 'information_schema' AND n.nspname !~ '^pg_'
+                // A change of a partitioned table is checked against the identity of the partition that it happens in.
+                "WITH identified AS (
+                    SELECT c.*, c.relreplident = 'f' OR EXISTS
+                        (SELECT FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid AND i.indisvalid AND i.indimmediate
+                         AND CASE c.relreplident WHEN 'd' THEN i.indisprimary WHEN 'i' THEN i.indisreplident END) AS identity
+                    FROM pg_catalog.pg_class c WHERE c.relkind IN ('r', 'p') AND c.relpersistence = 'p')
+                 SELECT n.nspname, c.relname,
+                        c.identity AND NOT EXISTS
+                            (SELECT FROM pg_catalog.pg_partition_tree(c.oid) t JOIN identified l ON l.oid = t.relid
+                             WHERE t.isleaf AND NOT l.identity),
+                        pg_catalog.pg_has_role(c.relowner, 'USAGE'), c.relkind = 'p', c.relispartition
+                 FROM identified c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+                 WHERE n.nspname <> 'information_schema' AND n.nspname !~ '^pg_'
                  ORDER BY 1, 2",
                 &[],
             )
@@ -236,6 +246,15 @@ impl Catalog {
                 name: row.get(1),
             };
             if !selection.holds(&table.schema, &table.name) {
+                continue;
+            }
+            // An external publication lists a partitioned table as it publishes it.
+            let (is_partitioned, is_partition): (bool, bool) = (row.get(4), row.get(5));
+            let has_its_own_name = match source.publication.partitions {
+                Partitions::Root => !is_partition,
+                Partitions::Leaf => !is_partitioned,
+            };
+            if !external && !has_its_own_name {
                 continue;
             }
             let (is_published, has_identity, is_own) = (published.contains(&table), row.get(2), row.get(3));

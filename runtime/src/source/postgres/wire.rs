@@ -8,7 +8,7 @@ use std::{io, time::Duration};
 
 use bytes::{Buf as _, BytesMut};
 use fallible_iterator::FallibleIterator as _;
-use meander_config::PostgresSource;
+use meander_config::{Origin, PostgresSource};
 use postgres_protocol::{
     authentication::{
         md5_hash,
@@ -208,14 +208,20 @@ impl ReplicationConnection {
         mut self,
         slot: &str,
         publication: &str,
+        origin: Origin,
     ) -> Result<(FrameReader, StatusWriter), WireError> {
         // 0/0 asks for the slot's own position: the server would silently skip ahead of ours anyway, so what the slot says is
         // compared with the checkpoint instead.
         let command = format!(
-            "START_REPLICATION SLOT {} LOGICAL 0/0 (proto_version '1', publication_names {}, messages 'true')",
+            "START_REPLICATION SLOT {} LOGICAL 0/0 (proto_version '1', publication_names {}, messages 'true'{})",
             quote_identifier(slot),
             // The option holds a list of identifiers inside a string literal.
             quote_literal(&quote_identifier(publication)),
+            // Older versions do not know the option, and send all.
+            match origin {
+                Origin::Any => "",
+                Origin::None => ", origin 'none'",
+            },
         );
         within_deadline(async {
             self.send_query(&command).await?;
