@@ -92,6 +92,7 @@ fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> CaptureC
             url_file: redis.url_file(),
             stream_prefix: name,
             max_length: None,
+            durability: meander_config::Durability::None,
             acknowledgement: meander_config::Acknowledgement::BestEffort,
         }),
         accept_source_gap: None,

@@ -350,9 +350,24 @@ pub struct RedisSink {
     /// How much each stream keeps; everything where it is left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retention: Option<RedisRetention>,
+    /// When a change counts as being in Redis.
+    #[serde(default)]
+    pub durability: RedisDurability,
     /// Whether PostgreSQL keeps its WAL until Redis has the changes.
     #[serde(default)]
     pub acknowledgement: Acknowledgement,
+}
+
+/// When a change counts as being in Redis.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum RedisDurability {
+    /// When Redis has answered. What it loses in a crash is noticed, and refilled from Kafka.
+    #[default]
+    None,
+    /// When it is in the append-only file on disk. Needs `appendonly yes`, and before Redis 7.2 `appendfsync always`.
+    Aof,
+    /// When a replica has it.
+    Replica,
 }
 
 /// Whether PostgreSQL keeps its WAL until Redis has the changes.

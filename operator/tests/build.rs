@@ -4,7 +4,8 @@
 mod support;
 
 use meander_crds::{
-    Acknowledgement, CdcPipeline, PipelineFormat, RedisSink, ReplayJob, SecretKeyReference, SecretReference, SslMode,
+    Acknowledgement, CdcPipeline, PipelineFormat, RedisDurability, RedisSink, ReplayJob, SecretKeyReference,
+    SecretReference, SslMode,
 };
 use meander_operator::{error::Error, pipeline, replay};
 use support::settings;
@@ -87,6 +88,7 @@ fn every_setting_reaches_the_pod() {
         url: Some("redis://redis:6379/1".into()),
         stream_prefix: "s".into(),
         retention: serde_json::from_str(r#"{"maxLength": 1000}"#).unwrap(),
+        durability: RedisDurability::Aof,
         acknowledgement: Acknowledgement::Required,
     });
     let valid = pipeline::validate::validate(&pipeline, &pipeline_facts(), &settings()).unwrap();

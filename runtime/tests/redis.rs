@@ -10,7 +10,7 @@ mod verifier;
 use std::collections::BTreeMap;
 
 use common::LIMIT;
-use meander_config::CaptureConfig;
+use meander_config::{Acknowledgement, CaptureConfig, Durability, RedisSink};
 use meander_runtime::{
     log::{PART_HEADER, POSITION_HEADER, checkpoint_key},
     position::Position,
@@ -44,12 +44,17 @@ struct Rig {
 
 impl Rig {
     async fn start() -> Self {
-        let (postgres, redis, kafka) = (Postgres::start(&[]).await, Redis::start().await, Kafka::shared().await);
+        Self::start_with(Redis::start().await, |_| {}).await
+    }
+
+    async fn start_with(redis: Redis, set: fn(&mut RedisSink)) -> Self {
+        let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
         let database: tokio_postgres::Config = postgres.url().parse().unwrap();
         load::prepare(&load::connect(&database).await.unwrap(), TABLE)
             .await
             .unwrap();
-        let config = common::config(&postgres, kafka, Some(&redis));
+        let mut config = common::config(&postgres, kafka, Some(&redis));
+        set(config.redis.as_mut().unwrap());
         let mut runtime = Runtime::capture(&config);
         runtime.ready(LIMIT).await;
         Self {
@@ -132,10 +137,21 @@ impl Rig {
         format!("{}.{TABLE}", self.config.kafka.topic_prefix)
     }
 
+    /// Whether PostgreSQL may forget everything that is written now.
+    async fn acknowledged(&self) -> bool {
+        let client = self.postgres.client().await;
+        let behind = "SELECT confirmed_flush_lsn < pg_current_wal_insert_lsn() - 4096 FROM pg_replication_slots";
+        !client.query_one(behind, &[]).await.unwrap().get::<_, bool>(0)
+    }
+
     /// Waits for Redis, and compares everything.
     async fn agrees(&self) {
         self.attached().await;
-        let verified = verifier::verify(&self.postgres, self.kafka, &self.redis, &self.config, "60s");
+        self.agrees_with(&self.redis).await;
+    }
+
+    async fn agrees_with(&self, redis: &Redis) {
+        let verified = verifier::verify(&self.postgres, self.kafka, redis, &self.config, "60s");
         assert!(
             verified.status.success(),
             "{}{}",
@@ -162,9 +178,13 @@ async fn a_redis_that_was_away_is_refilled_and_capture_into_kafka_went_on() {
     let () = rig.redis(&["SAVE"]).await;
     rig.redis.stop();
     rig.detached("RedisUnreachable").await;
-    rig.in_kafka(6000).await;
-    rig.redis.restart().await;
     load.await.unwrap();
+    rig.in_kafka(8000).await;
+    eventually("PostgreSQL forgets its WAL", LIMIT, async || {
+        rig.acknowledged().await.then_some(()).ok_or("it keeps it")
+    })
+    .await;
+    rig.redis.restart().await;
     rig.agrees().await;
     rig.metric(REFILLED, |value| value >= 4000.0).await;
 
@@ -192,6 +212,22 @@ async fn a_redis_that_was_flushed_gets_everything_again() {
     let () = rig.redis(&["FLUSHALL"]).await;
     rig.detached("EntriesLost").await;
     load.await.unwrap();
+    rig.agrees().await;
+
+    // Also when nothing is written that would meet it.
+    let stream = rig.stream();
+    let entries = async || rig.redis::<i64>(&["XLEN", &stream]).await;
+    let before = entries().await;
+    let () = rig.redis(&["FLUSHALL"]).await;
+    eventually("Redis has everything again", LIMIT, async || {
+        let now = entries().await;
+        if now == before {
+            Ok(())
+        } else {
+            Err(format!("{now} of {before}"))
+        }
+    })
+    .await;
     rig.agrees().await;
 }
 
@@ -398,4 +434,71 @@ fn positions_in_kafka(rig: &Rig) -> Vec<(Position, u64)> {
     }
     held.sort_unstable();
     held
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_acknowledgement_required_postgresql_keeps_what_redis_lacks() {
+    let redis = Redis::start().await;
+    let mut rig = Rig::start_with(redis, |redis| redis.acknowledgement = Acknowledgement::Required).await;
+    rig.load(1000).await.unwrap();
+    rig.agrees().await;
+    let () = rig.redis(&["SAVE"]).await;
+    rig.redis.stop();
+    rig.detached("RedisUnreachable").await;
+    rig.load(1000).await.unwrap();
+    rig.in_kafka(2000).await;
+    // What a clean end acknowledges is all that may be acknowledged.
+    assert!(rig.runtime.terminate(LIMIT).success());
+    assert!(!rig.acknowledged().await);
+    rig.runtime.start_again();
+    rig.redis.restart().await;
+    rig.agrees().await;
+    eventually("PostgreSQL forgets its WAL", LIMIT, async || {
+        rig.acknowledged().await.then_some(()).ok_or("it keeps it")
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_counts_as_being_in_redis_survives_its_crash_where_that_is_asked_for() {
+    let redis = Redis::start_with(&["--appendonly", "yes"]).await;
+    let mut rig = Rig::start_with(redis, |redis| redis.durability = Durability::Aof).await;
+    let version: String = rig.redis(&["INFO", "server"]).await;
+    let has_waitaof = !version.contains("redis_version:6.") && !version.contains("redis_version:7.0.");
+    if !has_waitaof {
+        // The settings that Redis has by itself lose a second.
+        rig.detached("RedisNotDurable").await;
+        let () = rig.redis(&["CONFIG", "SET", "appendfsync", "always"]).await;
+    }
+    rig.attached().await;
+    let load = rig.load(4000);
+    rig.in_kafka(2000).await;
+    rig.redis.restart().await;
+    rig.detached("RedisUnreachable").await;
+    if !has_waitaof {
+        let () = rig.redis(&["CONFIG", "SET", "appendfsync", "always"]).await;
+    }
+    load.await.unwrap();
+    rig.agrees().await;
+    let (_, metrics) = rig.runtime.get("/metrics").await.unwrap();
+    assert!(!metrics.contains("EntriesLost"), "{metrics}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_counts_as_being_in_redis_is_on_a_replica_where_that_is_asked_for() {
+    let redis = Redis::start().await;
+    let port = redis.port().to_string();
+    let rig = Rig::start_with(redis, |redis| redis.durability = Durability::Replica).await;
+    rig.detached("RedisNotDurable").await;
+    let mut replica = Redis::start_with(&["--replicaof", "127.0.0.1", &port]).await;
+    rig.attached().await;
+    let load = rig.load(3000);
+    rig.in_kafka(1000).await;
+    replica.stop();
+    rig.metric(ATTACHED, |value| value == 0.0).await;
+    rig.in_kafka(3000).await;
+    replica.restart().await;
+    load.await.unwrap();
+    rig.agrees().await;
+    rig.agrees_with(&replica).await;
 }

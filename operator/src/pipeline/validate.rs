@@ -2,12 +2,11 @@
 
 use kube::ResourceExt as _;
 use meander_config::{
-    CaptureConfig, Format, KafkaSink, Origin, Partitions, PostgresSource, Publication, PublicationManagement,
-    RedisSink, ResourceIdentity, SslMode, TableSelection,
+    CaptureConfig, Durability, Format, KafkaSink, Origin, Partitions, PostgresSource, Publication, PublicationManagement, RedisSink, ResourceIdentity, SslMode, TableSelection,
 };
 use meander_crds::{
-    Acknowledgement, CdcPipeline, LogLevel, PipelineFormat, PublicationManagement as Management, Resources,
-    SslMode as Mode,
+    Acknowledgement, CdcPipeline, LogLevel, PipelineFormat, PublicationManagement as Management, RedisDurability,
+    Resources, SslMode as Mode,
 };
 
 use super::dereference::Facts;
@@ -91,6 +90,11 @@ pub fn validate(pipeline: &CdcPipeline, facts: &Facts, settings: &Settings) -> R
                 url_file,
                 stream_prefix: redis.stream_prefix.clone(),
                 max_length: redis.retention.as_ref().map(|retention| retention.max_length),
+                durability: match redis.durability {
+                    RedisDurability::None => Durability::None,
+                    RedisDurability::Aof => Durability::Aof,
+                    RedisDurability::Replica => Durability::Replica,
+                },
                 acknowledgement: match redis.acknowledgement {
                     Acknowledgement::BestEffort => meander_config::Acknowledgement::BestEffort,
                     Acknowledgement::Required => meander_config::Acknowledgement::Required,

@@ -261,9 +261,24 @@ pub struct RedisSink {
     /// Keep about this many entries in each stream; all where it is left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_length: Option<u64>,
+    /// When a change counts as being in Redis.
+    #[serde(default)]
+    pub durability: Durability,
     /// What PostgreSQL is acknowledged on.
     #[serde(default)]
     pub acknowledgement: Acknowledgement,
+}
+
+/// When a change counts as being in Redis.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Durability {
+    /// When Redis has answered.
+    #[default]
+    None,
+    /// When it is in the append-only file on disk.
+    Aof,
+    /// When a replica has it.
+    Replica,
 }
 
 /// Whether PostgreSQL keeps its WAL until Redis has the changes.

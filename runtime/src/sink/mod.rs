@@ -166,6 +166,16 @@ pub enum SinkError {
         redis::BUFFER_BYTES >> 20
     )]
     RedisSlow,
+    /// It does not keep entries as it should.
+    #[error("Redis at {address} does not make entries durable as sinks.redis.durability asks: {cause}; {remedy}")]
+    RedisNotDurable {
+        /// `host:port`.
+        address: String,
+        /// Why not.
+        cause: String,
+        /// What to do.
+        remedy: String,
+    },
     /// Kafka cannot be read.
     #[error("Redis cannot be refilled: {0}")]
     Refill(String),
@@ -207,6 +217,7 @@ impl SinkError {
             Self::RedisLost { .. } => "EntriesLost",
             Self::RedisStreamLost { .. } => "StreamDeleted",
             Self::RedisSlow => "RedisSlow",
+            Self::RedisNotDurable { .. } => "RedisNotDurable",
             Self::Refill(_) => "RefillFailed",
             Self::RedisGap { .. } => "HistoryMissing",
         }

@@ -7,15 +7,17 @@
 //! Kafka never waits for Redis. [`live`] holds what is on its way, [`feed`] takes it from there, and [`refill`] copies from Kafka what
 //! Redis missed.
 
+mod durability;
 pub mod feed;
 pub mod live;
 mod refill;
 
-use std::{fs, time::Duration};
+use std::{cmp::Ordering, fs, time::Duration};
 
-use meander_config::RedisSink as Config;
+use meander_config::{Durability, RedisSink as Config};
 use redis::{AsyncConnectionConfig, Client, ConnectionAddr, ErrorKind, RedisError, Script, aio::MultiplexedConnection};
 
+use self::durability::Durable;
 use crate::{position::Position, sink::SinkError};
 
 /// Memory for what is on its way to Redis. When it is full, Redis is refilled from Kafka instead.
@@ -28,6 +30,8 @@ const RESPONSE_DEADLINE: Duration = Duration::from_secs(20);
 const SCRIPT_RECORDS: usize = 512;
 /// Bytes per script, beyond one record.
 const SCRIPT_BYTES: usize = 1024 * 1024;
+/// What is written before the server is asked whether it is durable, while more is waiting.
+const CONFIRM_BYTES: usize = 8 << 20;
 
 /// The value of an entry for a record that has none. No format has a value like it, and consumers of Debezium Server know it.
 const NO_VALUE: &[u8] = b"default";
@@ -48,12 +52,19 @@ struct Entry<'a> {
 /// The owner of the mark.
 struct Writer {
     connection: MultiplexedConnection,
-    script: Script,
+    claim: Script,
+    append: Script,
     address: String,
     mark: String,
     generation: String,
     max_length: String,
+    durable: Durable,
+    /// What was written last.
     place: Place,
+    /// The last change that is durable as asked: what counts as being in Redis.
+    confirmed: Option<Position>,
+    /// Bytes written since.
+    unconfirmed: usize,
 }
 
 /// What the mark says.
@@ -67,6 +78,12 @@ struct Place {
     events: u64,
     /// So many changes may be missing: somebody said so.
     accept: Option<u64>,
+}
+
+impl Entry<'_> {
+    fn size(&self) -> usize {
+        self.key.len() + self.value.unwrap_or(NO_VALUE).len()
+    }
 }
 
 /// Name of the hash that holds the mark. It names the pipeline by the key of its checkpoint, so that two pipelines with one prefix
@@ -88,33 +105,68 @@ impl Writer {
     /// Connects, checks the server, and takes the mark for an owner generation. `pipeline` is the key of its checkpoint.
     async fn open(config: &Config, pipeline: &str, generation: u64) -> Result<Self, SinkError> {
         let (mut connection, address) = connect(config).await?;
-        check_server(&mut connection, &address).await?;
+        let durable = check_server(&mut connection, config.durability, &address).await?;
         let mark = mark_key(&config.stream_prefix, pipeline);
-        let answer: Vec<String> = Script::new(include_str!("redis/claim.lua"))
-            .key(&mark)
-            .arg(generation)
-            .invoke_async(&mut connection)
-            .await
-            .map_err(|error| failed(&address, &error))?;
-        let place = match texts(&answer)[..] {
-            ["ok", position, timestamp, events, accept] => Place {
-                position: written(position),
-                timestamp_millis: written(timestamp),
-                events: written(events).unwrap_or(0),
-                accept: written(accept),
-            },
-            ["taken", owner] => return Err(SinkError::RedisTaken(owner.to_owned())),
-            _ => return Err(unexpected(&answer, &address, &mark)),
-        };
-        Ok(Self {
+        let mut writer = Self {
             connection,
-            script: Script::new(include_str!("redis/append.lua")),
+            claim: Script::new(include_str!("redis/claim.lua")),
+            append: Script::new(include_str!("redis/append.lua")),
             address,
             mark,
             generation: generation.to_string(),
             max_length: config.max_length.map(|length| length.to_string()).unwrap_or_default(),
-            place,
-        })
+            durable,
+            place: Place::default(),
+            confirmed: None,
+            unconfirmed: 0,
+        };
+        // A wait is for what the connection wrote, so it has to write in order to learn of what was there before.
+        writer.place = writer.claim(durable != Durable::OnAnswer).await?;
+        durable.confirm(&mut writer.connection, &writer.address).await?;
+        writer.confirmed = writer.place.position;
+        Ok(writer)
+    }
+
+    /// Takes the mark, and looks whether every stream ends as it says.
+    async fn claim(&mut self, write_in_any_case: bool) -> Result<Place, SinkError> {
+        let answer: Vec<String> = self
+            .claim
+            .key(&self.mark)
+            .arg(&self.generation)
+            .arg(u8::from(write_in_any_case))
+            .invoke_async(&mut self.connection)
+            .await
+            .map_err(|error| failed(&self.address, &error))?;
+        match texts(&answer)[..] {
+            ["ok", position, timestamp, events, accept] => Ok(Place {
+                position: written(position),
+                timestamp_millis: written(timestamp),
+                events: written(events).unwrap_or(0),
+                accept: written(accept),
+            }),
+            ["taken", owner] => Err(SinkError::RedisTaken(owner.to_owned())),
+            _ => Err(unexpected(&answer, &self.address, &self.mark)),
+        }
+    }
+
+    /// Looks whether Redis is there, and everything in it as this writer left it, while there is nothing to write.
+    async fn check(&mut self) -> Result<(), SinkError> {
+        let found = self.claim(false).await?;
+        self.expect(found.position)
+    }
+
+    fn expect(&self, found: Option<Position>) -> Result<(), SinkError> {
+        match found.cmp(&self.place.position) {
+            Ordering::Equal => Ok(()),
+            Ordering::Greater => Err(SinkError::Redis {
+                address: self.address.clone(),
+                cause: "something was written whose answer was lost".to_owned(),
+            }),
+            Ordering::Less => Err(SinkError::RedisLost {
+                found: said(found),
+                expected: said(self.place.position),
+            }),
+        }
     }
 
     /// Appends records, which are after the mark and in order, and moves the mark to the last of them.
@@ -137,7 +189,7 @@ impl Writer {
             events: self.place.events + changes as u64,
             accept: None,
         };
-        let mut call = self.script.prepare_invoke();
+        let mut call = self.append.prepare_invoke();
         call.key(&self.mark)
             .arg(&self.generation)
             .arg(text(self.place.position))
@@ -169,20 +221,46 @@ impl Writer {
         match texts(&answer)[..] {
             ["ok"] => {
                 self.place = place;
+                self.unconfirmed += entries.iter().map(Entry::size).sum::<usize>();
                 Ok(())
             }
             ["mark", generation, _] if generation.parse::<u64>().ok() > self.generation.parse::<u64>().ok() => {
                 Err(SinkError::RedisTaken(generation.to_owned()))
             }
-            ["mark", _, position] if written(position) > self.place.position => Err(SinkError::Redis {
+            // Where the position is the same the generation is not: Redis was set back to an earlier owner's time.
+            ["mark", _, position] => self.expect(written(position)).and(Err(SinkError::Redis {
                 address: self.address.clone(),
-                cause: "something was written whose answer was lost".to_owned(),
-            }),
-            ["mark", _, position] => Err(SinkError::RedisLost {
-                found: said(written(position)),
-                expected: said(self.place.position),
-            }),
+                cause: "the mark is an earlier owner's".to_owned(),
+            })),
             _ => Err(unexpected(&answer, &self.address, &self.mark)),
+        }
+    }
+
+    /// Waits until what was written is durable as asked, where that takes no longer than an answer, or enough was written for it.
+    async fn confirm_some(&mut self) -> Result<(), SinkError> {
+        if self.durable == Durable::OnAnswer || self.unconfirmed >= CONFIRM_BYTES {
+            self.confirm().await?;
+        }
+        Ok(())
+    }
+
+    /// Waits until what was written is durable as asked.
+    async fn confirm(&mut self) -> Result<(), SinkError> {
+        if self.unconfirmed > 0 {
+            self.durable.confirm(&mut self.connection, &self.address).await?;
+            self.unconfirmed = 0;
+        }
+        self.confirmed = self.place.position;
+        Ok(())
+    }
+
+    /// So many changes after the mark are gone.
+    fn gap(&self, missing: u64) -> SinkError {
+        let position = self.place.position;
+        SinkError::RedisGap {
+            missing,
+            after: position.map_or("the beginning".to_owned(), |position| position.to_string()),
+            mark: self.mark.clone(),
         }
     }
 
@@ -214,7 +292,7 @@ impl Writer {
 fn chunk_length(entries: &[Entry<'_>]) -> usize {
     let mut bytes = 0;
     for (index, pair) in entries.windows(2).enumerate() {
-        bytes += pair[0].value.map_or(0, <[u8]>::len);
+        bytes += pair[0].size();
         let whole = pair[0].position != pair[1].position;
         if whole && (index + 1 >= SCRIPT_RECORDS || bytes >= SCRIPT_BYTES) {
             return index + 1;
@@ -283,7 +361,11 @@ async fn connect(config: &Config) -> Result<(MultiplexedConnection, String), Sin
     Ok((connection, address))
 }
 
-async fn check_server(connection: &mut MultiplexedConnection, address: &str) -> Result<(), SinkError> {
+async fn check_server(
+    connection: &mut MultiplexedConnection,
+    durability: Durability,
+    address: &str,
+) -> Result<Durable, SinkError> {
     let info: String = redis::cmd("INFO")
         .query_async(connection)
         .await
@@ -291,7 +373,7 @@ async fn check_server(connection: &mut MultiplexedConnection, address: &str) -> 
     let value = |name: &str| {
         info.lines()
             .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
-            .map(str::trim)
+            .map(|value| value.trim().to_owned())
             .unwrap_or_default()
     };
     if value("cluster_enabled") == "1" {
@@ -302,10 +384,10 @@ async fn check_server(connection: &mut MultiplexedConnection, address: &str) -> 
     if policy.starts_with("allkeys") {
         return Err(SinkError::RedisEvicts {
             address: address.to_owned(),
-            policy: policy.to_owned(),
+            policy,
         });
     }
-    Ok(())
+    Durable::on(connection, durability, value, address).await
 }
 
 fn failed(address: &str, error: &RedisError) -> SinkError {

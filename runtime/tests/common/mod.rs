@@ -4,8 +4,7 @@
 use std::time::Duration;
 
 use meander_config::{
-    Acknowledgement, CaptureConfig, Format, KafkaSink, Origin, Partitions, PostgresSource, Publication,
-    PublicationManagement, RedisSink, ResourceIdentity, SslMode, TableSelection,
+    Acknowledgement, CaptureConfig, Durability, Format, KafkaSink, Origin, Partitions, PostgresSource, Publication, PublicationManagement, RedisSink, ResourceIdentity, SslMode, TableSelection,
 };
 use meander_runtime::{
     checkpoint::read_checkpoint,
@@ -59,6 +58,7 @@ pub fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> Capt
             url_file: redis.url_file(),
             stream_prefix: name,
             max_length: None,
+            durability: Durability::None,
             acknowledgement: Acknowledgement::BestEffort,
         }),
         accept_source_gap: None,

@@ -13,7 +13,7 @@ use crate::{
 
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// A Redis server that keeps nothing on disk: it is empty after every start.
+/// A Redis server that keeps nothing on disk by itself: it is empty after every start, unless it was told SAVE or to keep more.
 pub struct Redis {
     process: Process,
     port: u16,
@@ -23,6 +23,11 @@ pub struct Redis {
 impl Redis {
     /// Starts a server.
     pub async fn start() -> Self {
+        Self::start_with(&[]).await
+    }
+
+    /// Starts a server with more arguments.
+    pub async fn start_with(arguments: &[&str]) -> Self {
         let folder = folder("redis");
         let port = free_port();
         let mut command = Command::new("redis-server");
@@ -37,8 +42,8 @@ impl Redis {
             "no",
             "--dir",
         ]);
-        command.arg(folder.path());
-        // Nothing is saved, so the quick end loses nothing.
+        command.arg(folder.path()).args(arguments);
+        // What is to be kept is on disk already, so the quick end loses nothing.
         let process = Process::start("redis", folder.path(), &command, Signal::KILL);
         fs::write(folder.path().join("url"), format!("redis://127.0.0.1:{port}/0")).unwrap();
         let mut redis = Self { process, port, folder };
@@ -74,12 +79,12 @@ impl Redis {
             .unwrap_or_else(|error| panic!("redis: {error}"))
     }
 
-    /// Ends the server; what it held is lost.
+    /// Ends the server; what it has not on disk is lost.
     pub fn stop(&mut self) {
         self.process.kill9();
     }
 
-    /// Starts the server, now empty, at the same port again; ends it first if it runs.
+    /// Starts the server at the same port again, with what it has on disk; ends it first if it runs.
     pub async fn restart(&mut self) {
         self.process.kill9();
         self.process.start_again();

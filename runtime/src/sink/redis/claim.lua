@@ -1,5 +1,5 @@
 -- Makes this writer the owner of the mark, unless a later owner has it, and looks whether every stream ends as the mark says.
--- KEYS: the mark. ARGV: generation.
+-- KEYS: the mark. ARGV: generation, 1 to write in any case or 0.
 -- Returns {'ok', position, timestamp, events, accept}, each '' where the mark does not say it, {'taken', generation}, or what
 -- append.lua says of a stream that is not as it was left.
 local owner = redis.call('HGET', KEYS[1], 'generation')
@@ -7,7 +7,7 @@ if owner and tonumber(owner) > tonumber(ARGV[1]) then
   return {'taken', owner}
 end
 -- A server that is out of memory refuses to write, even what is there already.
-if owner ~= ARGV[1] then
+if owner ~= ARGV[1] or ARGV[2] == '1' then
   redis.call('HSET', KEYS[1], 'generation', ARGV[1])
 end
 

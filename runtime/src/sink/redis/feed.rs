@@ -12,7 +12,7 @@ use meander_config::{CaptureConfig, KafkaLog, RedisSink as Config};
 use prometheus::{IntCounter, IntCounterVec, IntGauge};
 use tokio::{
     sync::watch,
-    time::{Instant, sleep},
+    time::{Instant, sleep, timeout},
 };
 
 use crate::{
@@ -22,7 +22,7 @@ use crate::{
     sink::{
         Durable, SinkError,
         redis::{
-            Entry, Writer,
+            CONFIRM_BYTES, Entry, Writer,
             live::{Live, Taken},
             refill::{Source, missing},
             said,
@@ -30,8 +30,8 @@ use crate::{
     },
 };
 
-/// What is written before it is looked how Redis and the buffer are.
-const TAKE_BYTES: usize = 8 << 20;
+/// How often it is looked whether Redis is as it was left, while there is nothing to write.
+const CHECK_INTERVAL: Duration = Duration::from_secs(3);
 /// Pauses between two tries to reach Redis.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(250);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
@@ -219,7 +219,7 @@ impl Feed {
                     metrics.refilled.inc_by(count as u64);
                     progress.send_modify(|progress| {
                         progress.state = State::Refilling;
-                        progress.durable.position = writer.place.position;
+                        progress.durable.position = writer.confirmed;
                     });
                 };
                 self.source.refill(writer, log, copied).await?;
@@ -230,7 +230,7 @@ impl Feed {
         if let Err(SinkError::RedisGap { missing, .. }) = &result {
             self.gap = Some((writer.place.position, *missing));
         }
-        self.acknowledged = self.acknowledged.max(writer.place.position);
+        self.acknowledged = self.acknowledged.max(writer.confirmed);
         result
     }
 
@@ -238,11 +238,7 @@ impl Feed {
     fn check_gap(&mut self, writer: &Writer) -> Result<(), SinkError> {
         match self.gap {
             Some((position, missing)) if position == writer.place.position && writer.place.accept != Some(missing) => {
-                Err(SinkError::RedisGap {
-                    missing,
-                    after: said(position),
-                    mark: writer.mark.clone(),
-                })
+                Err(writer.gap(missing))
             }
             _ => {
                 self.gap = None;
@@ -254,7 +250,11 @@ impl Feed {
     /// Writes from the buffer. True at its end, false when it overflowed.
     async fn go_on(&mut self, writer: &mut Writer) -> Result<bool, SinkError> {
         loop {
-            let (batches, number) = match self.live.take(TAKE_BYTES).await {
+            let Ok(taken) = timeout(CHECK_INTERVAL, self.live.take(CONFIRM_BYTES)).await else {
+                writer.check().await?;
+                continue;
+            };
+            let (batches, number) = match taken {
                 Taken::Batches(batches, number) => (batches, number),
                 Taken::Closed => return Ok(true),
                 Taken::Overflowed => {
@@ -287,9 +287,10 @@ impl Feed {
                 }
                 safe = safe.max(batch.safe);
             }
-            self.acknowledged = writer.place.position;
+            writer.confirm().await?;
+            self.acknowledged = writer.confirmed;
             self.progress.send_modify(|progress| {
-                progress.durable.position = writer.place.position;
+                progress.durable.position = writer.confirmed;
                 progress.durable.safe = progress.durable.safe.max(safe);
                 progress.durable.batches = progress.durable.batches.max(number);
             });
@@ -303,7 +304,7 @@ impl Feed {
             progress.state = State::Attached;
             // What Kafka has, Redis has now.
             progress.durable = Durable {
-                position: writer.place.position,
+                position: writer.confirmed,
                 safe: kafka.safe.max(progress.durable.safe),
                 batches: kafka.batches.max(progress.durable.batches),
             };

@@ -67,6 +67,11 @@ impl Source {
             };
             let rest = records.split_off(whole);
             self.write(writer, &records).await?;
+            if rest.is_empty() {
+                writer.confirm().await?;
+            } else {
+                writer.confirm_some().await?;
+            }
             copied(writer, records.len());
             if rest.is_empty() {
                 return Ok(());
@@ -161,11 +166,7 @@ pub(super) async fn missing(writer: &mut Writer, log: &Checkpoint, held: u64) ->
             );
             writer.accept(missing).await
         }
-        missing => Err(SinkError::RedisGap {
-            missing,
-            after: said(writer.place.position),
-            mark: writer.mark.clone(),
-        }),
+        missing => Err(writer.gap(missing)),
     }
 }
 
