@@ -35,6 +35,9 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
+/// What [`process::Process::signal`] sends.
+pub use rustix::process::Signal;
+
 pub use crate::{
     debezium::Debezium,
     kafka::Kafka,
