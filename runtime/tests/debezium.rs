@@ -7,8 +7,11 @@ mod common;
 use std::collections::{BTreeMap, BTreeSet};
 
 use common::{LIMIT, config};
-use meander_config::{CaptureConfig, Format, PublicationManagement};
-use meander_test_support::{Debezium, Kafka, Postgres, Redis, Runtime, eventually, unique_name};
+use meander_config::{
+    CaptureConfig, Format, KafkaLog, PublicationManagement, ReplayConfig, ReplayEnd, ReplayStart, ReplayTarget,
+    ResourceIdentity, Speed,
+};
+use meander_test_support::{Debezium, Kafka, Postgres, Redis, Runtime, eventually, free_address, unique_name};
 use rdkafka::{
     Message as _, Offset, TopicPartitionList,
     consumer::{BaseConsumer, Consumer as _},
@@ -438,7 +441,7 @@ fn reason(topic: &str, number: usize, theirs: &Event, difference: &Difference) -
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_schemas_a_record_is_the_payload_and_a_tombstone_survives_a_crash_and_reaches_redis() {
+async fn without_schemas_a_record_is_the_payload_and_a_tombstone_survives_a_crash_and_reaches_redis_and_a_replay() {
     let (postgres, redis, kafka) = (Postgres::start(&[]).await, Redis::start().await, Kafka::shared().await);
     let client = postgres.client().await;
     client
@@ -510,4 +513,41 @@ async fn without_schemas_a_record_is_the_payload_and_a_tombstone_survives_a_cras
     let tombstones: Vec<usize> = (0..7).filter(|at| values[*at] == "default").collect();
     assert_eq!(tombstones, [2, 5]);
     assert_eq!(serde_json::from_str::<Value>(&values[0]).unwrap()["op"], "c");
+
+    // A replay carries what is stored, tombstones too.
+    let mut replay = Runtime::replay(&ReplayConfig {
+        job: ResourceIdentity {
+            name: unique_name("job"),
+            ..config.pipeline.clone()
+        },
+        pipeline: config.pipeline.clone(),
+        slot_name: config.source.slot_name.clone(),
+        kafka: KafkaLog {
+            bootstrap_servers: config.kafka.bootstrap_servers.clone(),
+            topic_prefix: prefix.clone(),
+        },
+        from: ReplayStart::Beginning,
+        to: ReplayEnd::Now,
+        speed: Speed::Max,
+        suspended: false,
+        target: ReplayTarget::Log,
+        operator: None,
+        admin_address: free_address(),
+        termination_message_file: None,
+    });
+    assert!(replay.process().wait(LIMIT).success());
+    let log = std::fs::read_to_string(replay.process().log()).unwrap();
+    let lines = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let replayed: Vec<Value> = lines
+        .filter(|line| line["commitTime"].is_string())
+        .map(|line| json!([line["key"], line["value"]["op"], line["part"]]))
+        .collect();
+    let stored: Vec<Value> = seen
+        .iter()
+        .map(|event| {
+            let part = event[2].as_str().map_or(0, |part| part.parse::<u32>().unwrap());
+            json!([event[0], event[1][0], part])
+        })
+        .collect();
+    assert_eq!(replayed, stored);
 }

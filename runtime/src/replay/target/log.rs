@@ -63,17 +63,27 @@ fn line(record: &Record) -> Result<Value, TargetError> {
         offset: record.offset,
         cause,
     };
-    let change = ChangeRecord::decode(record.value.as_ref()).map_err(|error| undecodable(error.to_string()))?;
-    let relation = change.relation.clone().unwrap_or_default();
     let commit_time =
         Timestamp::from_microsecond(record.commit_time).map_err(|error| undecodable(error.to_string()))?;
-    let operation = change.operation().as_str_name().trim_start_matches("OPERATION_");
-
     let mut line = Map::new();
     line.insert("position".to_owned(), json!(record.coordinate.position.to_string()));
     line.insert("part".to_owned(), json!(record.coordinate.part));
     line.insert("commitTime".to_owned(), json!(commit_time.to_string()));
     line.insert("topic".to_owned(), json!(&*record.topic));
+
+    // No ChangeRecord is empty, and none begins so: it would be a group, which Protobuf has no more.
+    if record.value.first().is_none_or(|byte| *byte == b'{') {
+        for (name, bytes) in [("key", &record.key), ("value", &record.value)] {
+            line.insert(
+                name.to_owned(),
+                payload(bytes).map_err(|error| undecodable(error.to_string()))?,
+            );
+        }
+        return Ok(Value::Object(line));
+    }
+    let change = ChangeRecord::decode(record.value.as_ref()).map_err(|error| undecodable(error.to_string()))?;
+    let relation = change.relation.clone().unwrap_or_default();
+    let operation = change.operation().as_str_name().trim_start_matches("OPERATION_");
     line.insert("operation".to_owned(), json!(operation));
     if let Some(message) = &change.message {
         line.insert("prefix".to_owned(), json!(message.prefix));
@@ -105,6 +115,22 @@ fn line(record: &Record) -> Result<Value, TargetError> {
         line.insert("unchanged".to_owned(), json!(unchanged));
     }
     Ok(Value::Object(line))
+}
+
+/// A key or value of the format DebeziumJson, without its schema; null for a tombstone's value, and for a key that is not there.
+fn payload(bytes: &[u8]) -> serde_json::Result<Value> {
+    if bytes.is_empty() {
+        return Ok(Value::Null);
+    }
+    let mut value: Value = serde_json::from_slice(bytes)?;
+    Ok(match value.get_mut("payload").map(Value::take) {
+        Some(payload) if value["schema"]["type"] == "struct" => payload,
+        Some(field) => {
+            value["payload"] = field;
+            value
+        }
+        None => value,
+    })
 }
 
 /// Name to value, without those that the source did not say.
@@ -186,6 +212,38 @@ mod tests {
         Some(Row {
             values: kinds.into_iter().map(|kind| Stored { kind }).collect(),
         })
+    }
+
+    #[test]
+    fn a_record_of_debezium_is_shown_without_its_schemas_and_a_tombstone_as_null() {
+        let shown = |key: &'static str, value: &'static str| {
+            let record = Record {
+                coordinate: Coordinate {
+                    position: "1:0/16B3748:3".parse().unwrap(),
+                    part: 1,
+                },
+                timestamp: 1_763_632_800_000,
+                commit_time: 1_763_632_800_000_123,
+                topic: Arc::from("shop.public.trades"),
+                partition: 0,
+                offset: 5,
+                key: key.into(),
+                value: value.into(),
+            };
+            let line = line(&record).unwrap();
+            (line["key"].clone(), line["value"].clone())
+        };
+        assert_eq!(
+            shown(
+                r#"{"schema":{"type":"struct"},"payload":{"id":7}}"#,
+                r#"{"schema":{"type":"struct"},"payload":{"op":"c"}}"#
+            ),
+            (json!({"id": 7}), json!({"op": "c"}))
+        );
+        assert_eq!(
+            shown(r#"{"payload":1,"schema":2}"#, ""),
+            (json!({"payload": 1, "schema": 2}), Value::Null)
+        );
     }
 
     #[test]

@@ -184,8 +184,8 @@ pub enum TargetError {
     SubscriberGone,
     /// A record cannot be shown.
     #[error(
-        "the record at offset {offset} of partition {partition} of {topic} is not a meander.v1.ChangeRecord: {cause}; \
-         `target.log` shows pipelines whose format is Protobuf"
+        "the record at offset {offset} of partition {partition} of {topic} is neither a meander.v1.ChangeRecord nor JSON: {cause}; \
+         somebody else writes to this topic"
     )]
     Undecodable {
         /// The topic.
