@@ -54,7 +54,7 @@ pub enum CaptureError {
     )]
     Assemble(#[from] AssembleError),
     /// A change that has no form in the pipeline's format.
-    #[error("a change cannot be encoded: {0}; nothing after it is published; please report it")]
+    #[error("a change cannot be encoded: {0}; nothing after it is published")]
     Encode(#[from] EncodeError),
     /// The address of the administrative server cannot be listened on.
     #[error("cannot listen on adminAddress: {0}")]
@@ -71,6 +71,7 @@ impl CaptureError {
             Self::Source(error) => (ConditionType::SourceReady, error.reason()),
             Self::Gap(gap) => (ConditionType::SourceGap, gap.reason()),
             Self::Sink(error) => (ConditionType::SinksReady, error.reason()),
+            Self::Encode(EncodeError::KeyWithoutForm { .. }) => (ConditionType::SourceReady, "KeyWithoutForm"),
             Self::Decode(_) | Self::Assemble(_) | Self::Encode(_) => (ConditionType::SourceReady, "UnexpectedMessage"),
             Self::Admin(_) | Self::Task(_) => (ConditionType::Progressing, "InternalError"),
         }

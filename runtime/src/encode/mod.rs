@@ -46,7 +46,7 @@ pub trait Encoder: Send {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum EncodeError {
     /// The text is not what PostgreSQL prints for the type. It is not shown: conditions and logs hold no data.
-    #[error("{table}.{column} holds what is not a value of type {type_name}")]
+    #[error("{table}.{column} holds what is not a value of type {type_name}; please report it")]
     Value {
         /// The table.
         table: String,
@@ -56,7 +56,7 @@ pub enum EncodeError {
         type_name: String,
     },
     /// A key column whose value the source did not send.
-    #[error("{table}.{column}: the source did not send this value of the key")]
+    #[error("{table}.{column}: the source did not send this value of the key; please report it")]
     AbsentKey {
         /// The table.
         table: String,
@@ -79,6 +79,6 @@ pub enum EncodeError {
     #[error("the format does not carry logical messages: leave messagePrefixes out")]
     Message,
     /// The table was never prepared.
-    #[error("a change of relation {0}, which was not prepared")]
+    #[error("a change of relation {0}, which was not prepared; please report it")]
     Unprepared(u32),
 }

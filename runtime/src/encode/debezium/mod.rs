@@ -86,6 +86,8 @@ struct Prepared {
     fields: Vec<Field>,
     /// The fields of the key in its order.
     key: Vec<usize>,
+    /// A column of the key that has no field.
+    keyless_column: Option<usize>,
     key_head: Vec<u8>,
     value_head: Vec<u8>,
     /// From `"source"` up to its first number.
@@ -177,17 +179,23 @@ impl Encoder for DebeziumEncoder {
                 })
             })
             .collect();
-        let by_name = |name: &String| {
-            fields
-                .iter()
-                .position(|field| relation.columns[field.index].name == *name)
-        };
-        let mut key: Vec<usize> = details.key.iter().filter_map(by_name).collect();
-        if key.is_empty() {
-            // The catalog has no key any more; the log still had.
-            let is_key = |field: &Field| relation.columns[field.index].key;
-            key = (0..fields.len()).filter(|at| is_key(&fields[*at])).collect();
-        }
+        // The log says which columns, as they were, and the catalog in which order. The log says nothing where the whole row is the
+        // identity, or nothing is.
+        let flagged: Vec<usize> = (0..relation.columns.len())
+            .filter(|at| relation.columns[*at].key)
+            .collect();
+        let by_name = |name: &String| relation.columns.iter().position(|column| column.name == *name);
+        let told: Vec<usize> = details.key.iter().filter_map(by_name).collect();
+        let same = told.len() == flagged.len() && flagged.iter().all(|index| told.contains(index));
+        let columns = if flagged.is_empty() || same { told } else { flagged };
+        let key: Vec<usize> = columns
+            .iter()
+            .filter_map(|index| fields.iter().position(|field| field.index == *index))
+            .collect();
+        let keyless_column = columns
+            .iter()
+            .copied()
+            .find(|index| fields.iter().all(|field| field.index != *index));
         let mut source_head = b"\"source\":{\"version\":".to_vec();
         write_string(env!("CARGO_PKG_VERSION"), &mut source_head);
         source_head.extend_from_slice(b",\"connector\":\"postgresql\",\"name\":");
@@ -206,6 +214,7 @@ impl Encoder for DebeziumEncoder {
             schemas: self.schemas,
             fields,
             key,
+            keyless_column,
             key_head: Vec::new(),
             value_head: Vec::new(),
             source_head,
@@ -221,6 +230,14 @@ impl Encoder for DebeziumEncoder {
             .prepared
             .get_mut(&change.relation.oid)
             .ok_or(EncodeError::Unprepared(change.relation.oid))?;
+        if let Some(index) = prepared.keyless_column {
+            let column = &change.relation.columns[index];
+            return Err(EncodeError::KeyWithoutForm {
+                table: format!("{}.{}", change.relation.schema, change.relation.table),
+                column: column.name.clone(),
+                type_name: column.type_name.clone(),
+            });
+        }
         let part = |operation, key| Part {
             number: 0,
             operation: Some(operation),
@@ -682,3 +699,221 @@ struct Unavailable {
 
 /// What the schema of every table has after the rows.
 const ENVELOPE: &str = r#"{"type":"struct","fields":[{"type":"string","optional":false,"field":"version"},{"type":"string","optional":false,"field":"connector"},{"type":"string","optional":false,"field":"name"},{"type":"int64","optional":false,"field":"ts_ms"},{"type":"string","optional":true,"name":"io.debezium.data.Enum","version":1,"parameters":{"allowed":"true,first,first_in_data_collection,last_in_data_collection,last,false,incremental"},"default":"false","field":"snapshot"},{"type":"string","optional":false,"field":"db"},{"type":"string","optional":true,"field":"sequence"},{"type":"int64","optional":true,"field":"ts_us"},{"type":"int64","optional":true,"field":"ts_ns"},{"type":"string","optional":false,"field":"schema"},{"type":"string","optional":false,"field":"table"},{"type":"int64","optional":true,"field":"txId"},{"type":"int64","optional":true,"field":"lsn"},{"type":"int64","optional":true,"field":"xmin"},{"type":"string","optional":true,"field":"origin"},{"type":"int64","optional":true,"field":"origin_lsn"}],"optional":false,"name":"io.debezium.connector.postgresql.Source","version":1,"field":"source"},{"type":"struct","fields":[{"type":"string","optional":false,"field":"id"},{"type":"int64","optional":false,"field":"total_order"},{"type":"int64","optional":false,"field":"data_collection_order"}],"optional":true,"name":"event.block","version":1,"field":"transaction"},{"type":"string","optional":false,"field":"op"},{"type":"int64","optional":true,"field":"ts_ms"},{"type":"int64","optional":true,"field":"ts_us"},{"type":"int64","optional":true,"field":"ts_ns"}"#;
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::{
+        position::{Epoch, Lsn, Position},
+        source::{
+            Column,
+            postgres::{
+                details::{ColumnDetails, TypeDetails},
+                pgoutput::{LogicalMessage, decode},
+            },
+        },
+    };
+
+    const INT: u32 = 23;
+    const TEXT: u32 = 25;
+    const NUMERIC: u32 = 1700;
+    const MOOD: u32 = 20_000;
+    const PAIR: u32 = 20_001;
+
+    /// A table of these columns, the first of which is the key, and what the catalog says of it.
+    fn table(columns: &[(&str, u32)]) -> (Arc<Relation>, TableDetails) {
+        let names = [
+            (INT, "int4"),
+            (TEXT, "text"),
+            (NUMERIC, "numeric"),
+            (MOOD, "mood"),
+            (PAIR, "pair"),
+        ];
+        let types = names.map(|(oid, name)| {
+            let labels = if oid == MOOD { vec!["ok".to_owned()] } else { vec![] };
+            let details = TypeDetails {
+                oid,
+                name: name.to_owned(),
+                builtin: oid < MOOD,
+                modifier: -1,
+                labels,
+                ..TypeDetails::default()
+            };
+            (oid, details)
+        });
+        let relation = Relation {
+            oid: 1,
+            schema: "public".to_owned(),
+            table: "t".to_owned(),
+            columns: columns
+                .iter()
+                .enumerate()
+                .map(|(index, (name, oid))| Column {
+                    name: (*name).to_owned(),
+                    type_oid: *oid,
+                    type_name: (*name).to_owned(),
+                    type_modifier: -1,
+                    key: index == 0,
+                })
+                .collect(),
+        };
+        let optional = |name: &str| ColumnDetails {
+            optional: name != columns[0].0,
+            default: None,
+        };
+        let details = TableDetails {
+            columns: columns
+                .iter()
+                .map(|&(name, _)| (name.to_owned(), optional(name)))
+                .collect(),
+            key: vec![columns[0].0.to_owned()],
+            types: types.into(),
+        };
+        (Arc::new(relation), details)
+    }
+
+    /// A tuple as pgoutput sends it: `None` is NULL, `Some("\0")` an unchanged TOAST value.
+    fn tuple(values: &[Option<&str>]) -> Vec<u8> {
+        let mut out = u16::try_from(values.len()).unwrap().to_be_bytes().to_vec();
+        for value in values {
+            match value {
+                None => out.push(b'n'),
+                Some("\0") => out.push(b'u'),
+                Some(text) => {
+                    out.push(b't');
+                    out.extend(u32::try_from(text.len()).unwrap().to_be_bytes());
+                    out.extend(text.as_bytes());
+                }
+            }
+        }
+        out
+    }
+
+    /// The records of a message: key, value, headers.
+    fn encode(columns: &[(&str, u32)], message: &[u8]) -> Result<Vec<(Value, Value, String)>, EncodeError> {
+        let (relation, details) = table(columns);
+        let mut encoder = DebeziumEncoder::new("shop", "db", true);
+        let destination = Destination {
+            topic: "shop.public.t".to_owned(),
+            stream: String::new(),
+        };
+        encoder.prepare(&relation, &details, Arc::new(destination));
+        let operation = match decode(message).unwrap() {
+            LogicalMessage::Insert { new, .. } => Operation::Insert { new },
+            LogicalMessage::Update { old, new, .. } => Operation::Update { old, new },
+            other => panic!("{other:?}"),
+        };
+        let change = Change {
+            relation: &relation,
+            operation,
+            position: Position {
+                epoch: Epoch::FIRST,
+                commit_lsn: Lsn(0x16B_3748),
+                ordinal: 3,
+            },
+            commit_time_micros: 1_763_700_000_000_001,
+            transaction_id: 777,
+            lsn: Lsn(0x16B_3000),
+            previous_end: None,
+        };
+        let mut batch = Batch::new();
+        let result = encoder.encode(&change, &mut batch);
+        let json = |bytes: Option<&[u8]>| bytes.map_or(Value::Null, |bytes| serde_json::from_slice(bytes).unwrap());
+        let records: Vec<_> = batch
+            .records()
+            .iter()
+            .map(|record| {
+                let headers: Vec<String> = batch
+                    .headers(record)
+                    .map(|(name, value)| format!("{name}={}", std::str::from_utf8(value).unwrap()))
+                    .collect();
+                (json(batch.key(record)), json(batch.value(record)), headers.join(" "))
+            })
+            .collect();
+        assert!(result.is_ok() || records.is_empty());
+        result.map(|()| records)
+    }
+
+    fn insert(columns: &[(&str, u32)], values: &[Option<&str>]) -> Result<Vec<(Value, Value, String)>, EncodeError> {
+        encode(columns, &[&b"I\0\0\0\x01N"[..], &tuple(values)].concat())
+    }
+
+    #[test]
+    fn a_label_that_the_catalog_did_not_have_yet_joins_the_schema() {
+        let records = insert(&[("id", INT), ("e", MOOD)], &[Some("1"), Some("new")]).unwrap();
+        let [(_, value, _)] = &records[..] else {
+            panic!("one record: {records:?}")
+        };
+        assert_eq!(value["payload"]["after"], json!({"id": 1, "e": "new"}));
+        assert_eq!(
+            value["schema"]["fields"][1]["fields"][1]["parameters"]["allowed"],
+            "ok,new"
+        );
+    }
+
+    #[test]
+    fn a_value_without_a_form_is_null_and_named_and_in_a_key_it_is_an_error() {
+        let records = insert(&[("id", INT), ("n", NUMERIC)], &[Some("1"), Some("NaN")]).unwrap();
+        assert_eq!(records[0].1["payload"]["after"], json!({"id": 1, "n": null}));
+        assert_eq!(records[0].2, r#"meander-unavailable={"after":["n"]}"#);
+        for (columns, value) in [([("n", NUMERIC)], "NaN"), ([("p", PAIR)], "(1,2)")] {
+            let refused = insert(&columns, &[Some(value)]);
+            assert!(
+                matches!(refused, Err(EncodeError::KeyWithoutForm { .. })),
+                "{refused:?}"
+            );
+        }
+        let refused = insert(&[("id", INT)], &[Some("x")]);
+        assert!(matches!(refused, Err(EncodeError::Value { .. })), "{refused:?}");
+    }
+
+    #[test]
+    fn an_unchanged_large_value_is_taken_from_the_old_row_where_that_has_it() {
+        let update = |kind: &[u8], old: &[Option<&str>]| {
+            let new = tuple(&[Some("1"), Some("\0")]);
+            encode(
+                &[("id", INT), ("t", TEXT)],
+                &[&b"U\0\0\0\x01"[..], kind, &tuple(old), b"N", &new].concat(),
+            )
+            .unwrap()
+        };
+        let full = update(b"O", &[Some("1"), Some("long")]);
+        assert_eq!(full[0].1["payload"]["after"]["t"], "long");
+        assert_eq!(full[0].2, "");
+        let key = update(b"K", &[Some("1"), None]);
+        assert_eq!(key[0].1["payload"]["after"]["t"], value::UNAVAILABLE);
+        assert_eq!(key[0].2, r#"meander-unavailable={"after":["t"]}"#);
+    }
+
+    #[test]
+    fn a_change_of_the_key_is_delete_tombstone_and_create() {
+        let message = [
+            &b"U\0\0\0\x01K"[..],
+            &tuple(&[Some("1"), None]),
+            b"N",
+            &tuple(&[Some("2"), Some("a")]),
+        ]
+        .concat();
+        let records = encode(&[("id", INT), ("t", TEXT)], &message).unwrap();
+        let seen: Vec<_> = records
+            .iter()
+            .map(|(key, value, headers)| {
+                (
+                    key["payload"]["id"].clone(),
+                    value["payload"]["op"].clone(),
+                    headers.as_str(),
+                )
+            })
+            .collect();
+        assert_eq!(
+            seen,
+            [
+                (json!(1), json!("d"), r#"__debezium.newkey={"id":2}"#),
+                (json!(1), Value::Null, r#"__debezium.newkey={"id":2}"#),
+                (json!(2), json!("c"), r#"__debezium.oldkey={"id":1}"#),
+            ]
+        );
+    }
+}
