@@ -20,7 +20,7 @@ demo-down: ## Take away what the demo made
 test: ## Everything that must hold before a change lands
 	@tests/run.sh
 
-test-long: ## The long forms of tests: a transaction of ten million rows
+test-long: ## The long forms of tests: a transaction of ten million rows, fifty kills
 	@tests/run.sh long
 
 fuzz: ## Ten minutes of wrong messages for the decoder

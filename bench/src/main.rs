@@ -10,8 +10,7 @@ mod pacing;
 
 use clap::{Parser, Subcommand};
 use meander_config::{
-    CaptureConfig, Format, KafkaSink, Origin, Partitions, PostgresSource, Publication, PublicationManagement,
-    RedisSink, ResourceIdentity, SslMode, TableSelection,
+    CaptureConfig, Format, KafkaSink, Origin, Partitions, PostgresSource, Publication, PublicationManagement, RedisSink, ResourceIdentity, Snapshot, SnapshotMode, SslMode, TableSelection,
 };
 use meander_test_support::{Kafka, Postgres, Redis, free_address, unique_name};
 
@@ -80,6 +79,10 @@ fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> CaptureC
             },
             slot_name: name.clone(),
             slot_failover: None,
+            snapshot: Snapshot {
+                mode: SnapshotMode::Never,
+                requests: vec![],
+            },
         },
         format: Format::Protobuf,
         kafka: KafkaSink {

@@ -149,6 +149,49 @@ pub struct PostgresSource {
     /// The replication slot.
     #[serde(default)]
     pub slot: Slot,
+    /// What becomes of the rows that are there when a table's capture begins.
+    #[serde(default)]
+    pub snapshot: Snapshot,
+}
+
+/// What becomes of the rows that are there when a table's capture begins. It may be changed at any time.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Snapshot {
+    /// How they are read. From `Never` to `Incremental`, the tables are read that were not yet; the other way, what is not read yet
+    /// is not read.
+    #[serde(default)]
+    pub mode: SnapshotMode,
+    /// Tables to read once more, or for the first time, in any mode. Each request runs once: what was done under an id is not done
+    /// again, also when its tables change. A request may be taken out of the list when it is done.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["id"]))]
+    pub requests: Vec<SnapshotRequest>,
+}
+
+/// How the rows are read that are there when a table's capture begins.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum SnapshotMode {
+    /// In chunks in the order of the key, while changes are captured. A restart goes on at the chunk; each row is published once, and is
+    /// never older than the changes before it. A table that joins later is read as well. A table without a key is read if it is small.
+    #[default]
+    Incremental,
+    /// Not at all: only what changes from now on is published.
+    Never,
+}
+
+/// Asks for the rows of some tables.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct SnapshotRequest {
+    /// Names the request, such as `2026-11-21-repair`.
+    #[schemars(length(min = 1, max = 63))]
+    #[x_kube(validation = Rule::new("self.matches('^[A-Za-z0-9._-]+$')").message("id has letters, digits, dots, underscores and dashes only"))]
+    pub id: String,
+    /// Which of the captured tables are read; written like those of `tables.include`.
+    #[schemars(length(min = 1, max = 100), inner(length(min = 3, max = 256)))]
+    #[x_kube(validation = Rule::new(GLOBS).message("each entry of tables is schema.table, such as public.* or public.orders"))]
+    pub tables: Vec<String>,
 }
 
 /// Whether a connection to PostgreSQL is encrypted, and what the server has to prove; the modes of libpq, without those that go on in
@@ -431,6 +474,9 @@ pub struct CdcPipelineStatus {
     /// The last gap that was accepted by the annotation `meander.dev/accept-source-gap`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub accepted_gap: Option<AcceptedGap>,
+    /// The rows that are read beside the changes; left out when nothing is to be read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<SnapshotStatus>,
     /// How far each sink has come.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sinks: Option<SinkPositions>,
@@ -446,6 +492,8 @@ pub enum PipelinePhase {
     Pending,
     /// The runtime is starting, or has not yet said how it is.
     Starting,
+    /// Changes flow, and rows that were there before are read.
+    Snapshotting,
     /// Changes flow.
     Streaming,
     /// Changes do not flow everywhere, or something needs a look; the condition Ready or Degraded says why. It heals when the cause
@@ -579,6 +627,52 @@ pub struct RefusedTable {
     pub table: String,
     /// Why, in one word; the condition Degraded has the remedy.
     pub reason: String,
+}
+
+/// The rows that are read beside the changes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct SnapshotStatus {
+    /// By the database's estimates of the rows; 100 only when nothing is left to read.
+    pub percent: u32,
+    /// Tables that were read to their end.
+    pub tables_done: u32,
+    /// Tables to read.
+    pub tables_total: u32,
+    /// Tables that are not done, at most 100.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 100))]
+    pub tables: Vec<TableSnapshot>,
+}
+
+/// How far the reading of a table has come.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TableSnapshot {
+    /// `schema.table`.
+    pub name: String,
+    /// Whether it is being read.
+    pub state: TableSnapshotState,
+    /// Rows that were published.
+    pub rows: u64,
+    /// By the database's estimate of its rows.
+    pub percent: u32,
+    /// Why it does not go on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+}
+
+/// Whether a table is being read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum TableSnapshotState {
+    /// Its turn will come.
+    Pending,
+    /// It is being read.
+    Reading,
+    /// It does not go on for now; the message says why.
+    Waiting,
+    /// It cannot be read; the message says why. It is tried again every 30 seconds.
+    Refused,
 }
 
 /// How far each sink has come.

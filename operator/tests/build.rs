@@ -82,6 +82,9 @@ fn every_setting_reaches_the_pod() {
     spec.source.postgres.tables.exclude = vec!["public.secrets".into()];
     spec.source.postgres.message_prefixes = vec!["app.*".into()];
     spec.source.postgres.origin = meander_crds::Origin::None;
+    spec.source.postgres.snapshot =
+        serde_json::from_str(r#"{"mode": "Never", "requests": [{"id": "repair", "tables": ["public.orders"]}]}"#)
+            .unwrap();
     spec.sinks.kafka.topics = serde_json::from_str(r#"{"partitions": 6, "replicationFactor": 3}"#).unwrap();
     spec.sinks.redis = Some(RedisSink {
         url_secret_ref: None,

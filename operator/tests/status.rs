@@ -10,7 +10,9 @@ use k8s_openapi::{
     api::{apps::v1::Deployment, batch::v1::Job, core::v1::Pod},
     apimachinery::pkg::apis::meta::v1::Time,
 };
-use meander_crds::{CdcPipeline, CdcPipelineStatus, PipelinePhase, ReplayJob, ReplayJobStatus, ReplayPhase};
+use meander_crds::{
+    CdcPipeline, CdcPipelineStatus, PipelinePhase, ReplayJob, ReplayJobStatus, ReplayPhase, TableSnapshotState,
+};
 use meander_operator::{
     conditions::{self, state},
     error::{Error, Reason},
@@ -20,7 +22,7 @@ use meander_operator::{
 };
 use meander_proto::v1::{
     AcceptedGap, CaptureProgress, Condition, ProgressUpdate, RedisState, RefusedTable, ReplayProgress, ResolvedRange,
-    SlotHealth, progress_update::Progress, replay_progress::Phase,
+    SlotHealth, SnapshotProgress, TableSnapshot, progress_update::Progress, replay_progress::Phase, table_snapshot,
 };
 use serde_json::{Value, from_value, json};
 
@@ -96,6 +98,7 @@ fn capture_report(conditions: Vec<Condition>) -> Observation {
             resumed_lsn: 0x16B_3748,
             time_micros: 1_763_632_800_500_000,
         }),
+        snapshot: None,
     };
     let report = ProgressUpdate {
         conditions,
@@ -149,6 +152,49 @@ fn a_streaming_pipeline() {
     let pipeline = support::pipeline();
     let status = compute(&pipeline, Some(&facts(true)), Ok(&valid(&pipeline)), &healthy(), at(0));
     insta::assert_yaml_snapshot!("streaming", status);
+}
+
+#[test]
+fn a_pipeline_that_reads_rows_says_how_far_it_is_and_is_ready_meanwhile() {
+    let pipeline = support::pipeline();
+    let table = |table: &str, state: table_snapshot::State, message: &str| TableSnapshot {
+        table: table.into(),
+        state: state.into(),
+        rows: 50,
+        percent: 99.9,
+        message: message.into(),
+    };
+    let phase = |tables_done| {
+        let mut observation = healthy();
+        let Some(Progress::Capture(progress)) = &mut observation.report.as_mut().unwrap().progress else {
+            panic!("no capture")
+        };
+        progress.snapshot = Some(SnapshotProgress {
+            tables_total: 3,
+            tables_done,
+            percent: 41.7,
+            tables: vec![
+                table("public.a", table_snapshot::State::Reading, ""),
+                table("public.b", table_snapshot::State::Refused, "permission denied"),
+            ],
+        });
+        let status = compute(
+            &pipeline,
+            Some(&facts(true)),
+            Ok(&valid(&pipeline)),
+            &observation,
+            at(0),
+        );
+        assert_eq!(ready(&status).1, "True");
+        (status.phase.unwrap(), status.snapshot.unwrap())
+    };
+    let (reading, status) = phase(1);
+    assert_eq!(reading, PipelinePhase::Snapshotting);
+    assert_eq!((status.percent, status.tables_done, status.tables_total), (41, 1, 3));
+    assert_eq!((status.tables[0].percent, &status.tables[0].message), (99, &None));
+    assert_eq!(status.tables[1].state, TableSnapshotState::Refused);
+    assert_eq!(status.tables[1].message.as_deref(), Some("permission denied"));
+    assert_eq!(phase(3).0, PipelinePhase::Streaming);
 }
 
 #[test]

@@ -2,7 +2,10 @@
 
 use std::{ops::Range, sync::Arc};
 
-use crate::position::{Lsn, Position};
+use crate::{
+    log::SnapshotState,
+    position::{Lsn, Position},
+};
 
 /// A batch is handed on when it holds this many bytes, so a batch is at most this much and one record.
 const FULL_BYTES: usize = 512 * 1024;
@@ -50,6 +53,10 @@ pub struct Batch {
     /// The records cannot be made again from the WAL, as those of a snapshot cannot. Redis gets them only once Kafka has committed
     /// them: a crash in between would leave it with rows that the log does not have.
     pub kafka_first: bool,
+    /// Records that are no events, but say where a snapshot begins or ends.
+    pub markers: usize,
+    /// What of the snapshot is done once this batch is in Kafka, if it says anything of that.
+    pub snapshot: Option<SnapshotState>,
 }
 
 impl Batch {

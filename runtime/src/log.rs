@@ -2,6 +2,8 @@
 //!
 //! Capture writes it and replay reads it, so both find the rules here.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use serde::{Deserialize, Serialize};
 
 use crate::position::{Lsn, Position};
@@ -76,6 +78,58 @@ pub struct RedisPlace {
     pub position: Position,
 }
 
+/// Which tables' rows are in the log, those that were there before the table's changes were.
+///
+/// It holds a number for each captured table, and more only for the one that is being read.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SnapshotState {
+    /// Captured tables that were read to their end, by OID.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub done: BTreeSet<u32>,
+    /// The tables that each request still has to read, by OID; none once it is done.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub requests: BTreeMap<String, Vec<u32>>,
+    /// The table that is being read in chunks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reading: Option<TableCursor>,
+}
+
+impl SnapshotState {
+    /// True if nothing was ever read.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// How far the reading of a table has come.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TableCursor {
+    /// OID of the table.
+    pub oid: u32,
+    /// Id of the snapshot, as its records have it.
+    pub snapshot: String,
+    /// The request that it is read for, if any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub request: Option<String>,
+    /// The order of the rows, as SQL has it. In another order the place means nothing.
+    pub order: String,
+    /// Key of the last row that was read; none before the first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub after: Option<Vec<String>>,
+    /// Every row was read in the order of the key, but for those to come back to.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub swept: bool,
+    /// Keys of rows to come back to: each changed its key, and so may have jumped over the reading, and the change left out a large
+    /// value that nobody else would tell. The key's values are in the order of the table's columns.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub jumped: Vec<Vec<String>>,
+    /// Rows that were published.
+    pub rows: u64,
+}
+
 /// How far a pipeline has come, in the same Kafka transaction as the records it speaks of. Written as JSON.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -103,6 +157,9 @@ pub struct Checkpoint {
     pub high_time_micros: i64,
     /// Records published since the pipeline was created.
     pub events_total: u64,
+    /// The rows that were read beside the changes.
+    #[serde(default, skip_serializing_if = "SnapshotState::is_empty")]
+    pub snapshot: SnapshotState,
     /// The slot was dropped on purpose after this; a new one starts a new epoch and is no gap.
     #[serde(default)]
     pub released: bool,

@@ -26,7 +26,10 @@ use meander_proto::v1::{
 };
 use meander_runtime::{
     checkpoint::{Tail, read_checkpoint},
-    log::{COMMIT_TIME_HEADER, Checkpoint, PART_HEADER, POSITION_HEADER, checkpoint_key, checkpoint_topic, topic_name},
+    log::{
+        COMMIT_TIME_HEADER, Checkpoint, PART_HEADER, POSITION_HEADER, SnapshotState, checkpoint_key, checkpoint_topic,
+        topic_name,
+    },
     position::{Epoch, Lsn, Position},
     replay::{self, End, error::ReplayError},
 };
@@ -206,6 +209,7 @@ impl Log {
             acknowledged: published.commit_lsn,
             high_time_micros: self.high_time,
             events_total: self.events,
+            snapshot: SnapshotState::default(),
             released: false,
             accepted_gap: None,
         };

@@ -67,7 +67,8 @@ install() {
 pipeline_becomes_ready() {
   k apply -f deploy/examples/pipeline.yaml
   k wait --for=condition=Ready cdcpipeline/trades --timeout=120s
-  [ "$(k get cdcp trades -o jsonpath='{.status.phase}')" = Streaming ]
+  # After Snapshotting, which the rows that are there take a moment of.
+  k wait cdcpipeline/trades --for=jsonpath='{.status.phase}'=Streaming --timeout=60s
 }
 
 load_and_verify() {

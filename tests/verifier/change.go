@@ -63,7 +63,8 @@ func NewDecoder(ctx context.Context, folder string) (*Decoder, error) {
 	return &Decoder{record}, nil
 }
 
-var operations = map[protoreflect.EnumNumber]string{1: "I", 2: "U", 3: "D", 4: "T"}
+// R is a row of a snapshot, B and E are where a snapshot begins and ends.
+var operations = map[protoreflect.EnumNumber]string{1: "I", 2: "U", 3: "D", 4: "T", 5: "R", 7: "B", 8: "E"}
 
 // Decode reads the value of a record.
 func (d *Decoder) Decode(value []byte) (*Change, error) {
@@ -98,7 +99,7 @@ func (d *Decoder) Decode(value []byte) (*Change, error) {
 		return nil, err
 	}
 	switch change.Operation {
-	case "I", "U":
+	case "I", "U", "R":
 		change.Key = key(columns, change.After)
 		if change.KeyChanged {
 			change.OldKey = key(columns, before)
@@ -108,6 +109,9 @@ func (d *Decoder) Decode(value []byte) (*Change, error) {
 	}
 	return change, nil
 }
+
+// OfSnapshot says that the record was read beside the changes: the ledger does not know it.
+func (c *Change) OfSnapshot() bool { return strings.Contains("RBE", c.Operation) }
 
 func field(m protoreflect.Message, name protoreflect.Name) protoreflect.Value {
 	return m.Get(m.Descriptor().Fields().ByName(name))

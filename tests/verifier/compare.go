@@ -169,6 +169,10 @@ func CompareSink(ledger *Ledger, records []Record, differences *Differences) Tot
 		if change.Key != record.Key {
 			differences.add("%s (%s): filed under the key %q, but its value says %q", record.Place, record.Coordinate, record.Key, change.Key)
 		}
+		if change.OfSnapshot() {
+			checkSnapshot(image, record, differences)
+			continue
+		}
 		commits.check(record, differences)
 		row, err := image.Apply(change)
 		if err != nil {
@@ -195,6 +199,21 @@ func CompareSink(ledger *Ledger, records []Record, differences *Differences) Tot
 	}
 	compareRows(ledger, image.Digests(), &totals, differences)
 	return totals
+}
+
+// checkSnapshot checks that a row of a snapshot is the one that the changes before it come to, and takes it where none tells.
+func checkSnapshot(image Image, record Record, differences *Differences) {
+	if record.Change.Operation != "R" {
+		return
+	}
+	place := RowKey{record.Change.Table, record.Change.Key}
+	before, known := image[place]
+	if known && digestRow(before) != digestRow(record.Change.After) {
+		differences.add("%s (%s): the snapshot's row %s is not what the changes before it come to", record.Place, record.Coordinate, place)
+	}
+	if place.Key != "" {
+		image[place] = record.Change.After
+	}
 }
 
 // checkLanes checks the order in which each partition or stream holds its records.

@@ -107,7 +107,13 @@ func readAll(ctx, deadline context.Context, log log, count int) ([]Record, error
 		if err != nil {
 			return nil, err
 		}
-		if len(records) < count {
+		changes := 0
+		for _, record := range records {
+			if !record.Change.OfSnapshot() {
+				changes++
+			}
+		}
+		if changes < count {
 			select {
 			case <-again.C:
 				continue

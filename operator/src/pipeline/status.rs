@@ -6,9 +6,12 @@ use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use meander_crds::{
     AcceptedGap, CdcPipeline, CdcPipelineStatus, PipelinePhase, RedisState, RedisStatus, RefusedTable, Replication,
-    SinkPosition, SinkPositions, SlotStatus, TablesStatus,
+    SinkPosition, SinkPositions, SlotStatus, SnapshotStatus, TableSnapshot, TableSnapshotState, TablesStatus,
 };
-use meander_proto::v1::{CaptureProgress, ProgressUpdate, RedisState as Reported, progress_update::Progress};
+use meander_proto::v1::{
+    CaptureProgress, ProgressUpdate, RedisState as Reported, SnapshotProgress, progress_update::Progress,
+    table_snapshot,
+};
 
 use super::{
     dereference::{Facts, is_available},
@@ -75,6 +78,10 @@ pub fn status(inputs: &Inputs<'_>) -> CdcPipelineStatus {
         slot: Some(slot(inputs.pipeline, report, old.slot)),
         tables: report.and_then(tables).or(old.tables),
         accepted_gap: progress.and_then(accepted_gap).or(old.accepted_gap),
+        snapshot: match progress {
+            Some(progress) => progress.snapshot.as_ref().map(snapshot),
+            None => old.snapshot,
+        },
         sinks: progress.and_then(sinks).or(old.sinks),
         config_hash: inputs
             .outcome
@@ -273,13 +280,27 @@ fn phase(inputs: &Inputs<'_>, judgements: &[Judgement], old: Option<PipelinePhas
     } else if is(READY, Status::True) && is(DEGRADED, Status::True) {
         PipelinePhase::Degraded
     } else if is(READY, Status::True) {
-        PipelinePhase::Streaming
+        match inputs
+            .observation
+            .report
+            .as_ref()
+            .and_then(|report| report.progress.as_ref())
+        {
+            Some(Progress::Capture(CaptureProgress {
+                snapshot: Some(snapshot),
+                ..
+            })) if snapshot.tables_done < snapshot.tables_total => PipelinePhase::Snapshotting,
+            _ => PipelinePhase::Streaming,
+        }
     } else if inputs.outcome.is_err() && inputs.facts.is_some_and(|facts| facts.deployment.is_none()) {
         PipelinePhase::Pending
     } else if is(SOURCE_READY, Status::False)
         || is(SINKS_READY, Status::False)
         || is(REDIS_GAP, Status::True)
-        || matches!(old, Some(PipelinePhase::Streaming | PipelinePhase::Degraded))
+        || matches!(
+            old,
+            Some(PipelinePhase::Streaming | PipelinePhase::Snapshotting | PipelinePhase::Degraded)
+        )
     {
         PipelinePhase::Degraded
     } else {
@@ -352,6 +373,34 @@ fn replication(progress: &CaptureProgress) -> Replication {
         events_total: progress.events_total,
         epoch: progress.epoch,
         owner_generation: progress.owner_generation,
+    }
+}
+
+fn snapshot(progress: &SnapshotProgress) -> SnapshotStatus {
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+    let whole = |percent: f64| percent.clamp(0.0, 100.0).floor() as u32;
+    let state = |table: &table_snapshot::State| match table {
+        table_snapshot::State::Reading => TableSnapshotState::Reading,
+        table_snapshot::State::Waiting => TableSnapshotState::Waiting,
+        table_snapshot::State::Refused => TableSnapshotState::Refused,
+        table_snapshot::State::Pending | table_snapshot::State::Unspecified => TableSnapshotState::Pending,
+    };
+    SnapshotStatus {
+        percent: whole(progress.percent),
+        tables_done: progress.tables_done,
+        tables_total: progress.tables_total,
+        tables: progress
+            .tables
+            .iter()
+            .take(100)
+            .map(|table| TableSnapshot {
+                name: table.table.clone(),
+                state: state(&table.state()),
+                rows: table.rows,
+                percent: whole(table.percent),
+                message: (!table.message.is_empty()).then(|| table.message.clone()),
+            })
+            .collect(),
     }
 }
 

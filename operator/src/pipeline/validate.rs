@@ -2,11 +2,11 @@
 
 use kube::ResourceExt as _;
 use meander_config::{
-    CaptureConfig, Durability, Format, KafkaSink, Origin, Partitions, PostgresSource, Publication, PublicationManagement, RedisSink, ResourceIdentity, SslMode, TableSelection,
+    CaptureConfig, Durability, Format, KafkaSink, Origin, Partitions, PostgresSource, Publication, PublicationManagement, RedisSink, ResourceIdentity, Snapshot, SnapshotMode, SnapshotRequest, SslMode, TableSelection,
 };
 use meander_crds::{
     Acknowledgement, CdcPipeline, LogLevel, PipelineFormat, PublicationManagement as Management, RedisDurability,
-    Resources, SslMode as Mode,
+    Resources, SnapshotMode as Reading, SslMode as Mode,
 };
 
 use super::dereference::Facts;
@@ -151,6 +151,21 @@ pub fn validate(pipeline: &CdcPipeline, facts: &Facts, settings: &Settings) -> R
             },
             slot_name: slot_of(pipeline),
             slot_failover: postgres.slot.failover,
+            snapshot: Snapshot {
+                mode: match postgres.snapshot.mode {
+                    Reading::Incremental => SnapshotMode::Incremental,
+                    Reading::Never => SnapshotMode::Never,
+                },
+                requests: postgres
+                    .snapshot
+                    .requests
+                    .iter()
+                    .map(|request| SnapshotRequest {
+                        id: request.id.clone(),
+                        tables: request.tables.clone(),
+                    })
+                    .collect(),
+            },
         },
         format: match spec.format {
             PipelineFormat::Protobuf => Format::Protobuf,

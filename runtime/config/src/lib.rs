@@ -127,6 +127,41 @@ pub struct PostgresSource {
     /// Whether the slot is kept on the standbys (PostgreSQL 17); as it is where it is left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub slot_failover: Option<bool>,
+    /// What becomes of the rows that are there already.
+    #[serde(default)]
+    pub snapshot: Snapshot,
+}
+
+/// What becomes of the rows that are there when a table's capture begins.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Snapshot {
+    /// How they are read.
+    #[serde(default)]
+    pub mode: SnapshotMode,
+    /// Tables to read again, or for the first time, each request once.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub requests: Vec<SnapshotRequest>,
+}
+
+/// How the rows are read that are there when a table's capture begins.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SnapshotMode {
+    /// In chunks, while changes are captured.
+    #[default]
+    Incremental,
+    /// Not at all.
+    Never,
+}
+
+/// Asks for the rows of some tables.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct SnapshotRequest {
+    /// Names the request: what was done under a name is not done again.
+    pub id: String,
+    /// Globs over `schema.table`; those that are captured are read.
+    pub tables: Vec<String>,
 }
 
 /// Whether a connection to PostgreSQL is encrypted, and what the server has to prove. There is no mode that asks for encryption and

@@ -9,6 +9,7 @@ mod monitor;
 mod observe;
 mod open;
 mod session;
+mod snapshot;
 mod status;
 mod stream;
 

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use meander_proto::v1::{AcceptedGap, CaptureProgress, RedisState};
+use meander_proto::v1::{AcceptedGap, CaptureProgress, RedisState, SnapshotProgress};
 use prometheus::{IntCounter, IntCounterVec, IntGauge, Opts, Registry, core::Collector};
 use tokio::{sync::watch, time::interval};
 
@@ -173,6 +173,7 @@ pub(super) async fn run(
     mut checkpoint: watch::Receiver<Checkpoint>,
     received: Received,
     inflight: Inflight,
+    snapshot: watch::Receiver<Option<SnapshotProgress>>,
 ) {
     let Context { reporter, metrics, .. } = &context;
     let mut ticks = interval(INTERVAL);
@@ -231,6 +232,7 @@ pub(super) async fn run(
                     resumed_lsn: gap.resumed_at.0,
                     time_micros: gap.time_micros,
                 }),
+                snapshot: snapshot.borrow().clone(),
                 // What others report.
                 ..std::mem::take(&mut state.progress)
             };

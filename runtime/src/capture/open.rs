@@ -19,7 +19,10 @@ use crate::{
         stream::now_micros,
     },
     checkpoint::{Tail, TailError, read_checkpoint},
-    log::{AcceptedGap, Checkpoint, POSITION_HEADER, checkpoint_key, checkpoint_topic, claims_topic, topic_name},
+    log::{
+        AcceptedGap, Checkpoint, POSITION_HEADER, SnapshotState, checkpoint_key, checkpoint_topic, claims_topic,
+        topic_name,
+    },
     position::{Epoch, Lsn, Position},
     progress::ConditionType,
     sink::{
@@ -286,6 +289,7 @@ async fn open_kafka(
         acknowledged: Lsn::ZERO,
         high_time_micros: 0,
         events_total: 0,
+        snapshot: SnapshotState::default(),
         released: false,
         accepted_gap: None,
     });

@@ -16,6 +16,7 @@ use crate::{
         CaptureError, Context, monitor,
         observe::{self, Inflight},
         open::{Session, open},
+        snapshot::Incremental,
         stream::{Queues, Stream},
     },
     encode::{DebeziumEncoder, Encoder, ProtobufEncoder},
@@ -62,6 +63,8 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
         session = open(context) => session?,
         () = shutdown.cancelled() => return Ok(()),
     };
+    let (snapshot_progress, snapshot_changes) = watch::channel(None);
+    let snapshot = Incremental::new(config, &checkpoint, snapshot_progress)?;
 
     let (kafka_durable, kafka_progress) = watch::channel(Durable {
         position: checkpoint.published,
@@ -100,6 +103,7 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
         checkpoints.subscribe(),
         received.clone(),
         inflight.clone(),
+        snapshot_changes,
     ));
     let mut kafka_task = spawn_blocking({
         let checkpoint = checkpoint.clone();
@@ -132,6 +136,7 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
         &checkpoint,
         received,
         inflight,
+        snapshot,
     );
     let mut kafka_result = None;
     let queues = Queues {

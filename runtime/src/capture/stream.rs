@@ -7,22 +7,33 @@ use std::{
 };
 
 use meander_config::CaptureConfig;
-use tokio::sync::mpsc;
+use tokio::{
+    sync::mpsc,
+    time::{Instant, sleep_until},
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     batch::{Batch, Destination},
-    capture::{CaptureError, messages::Messages, observe::Inflight, status::Received},
+    capture::{CaptureError, messages::Messages, observe::Inflight, snapshot::Incremental, status::Received},
     encode::Encoder,
     log::{Checkpoint, topic_name},
     position::{Lsn, Position},
     sink::{redis::live::Offers, topics::Topics},
-    source::postgres::{
-        assemble::{Assembled, Assembler},
-        details::TableDetails,
-        pgoutput::{LogicalMessage, RelationMessage, decode},
-        preflight::{Catalog, Selection, wire_failure},
-        wire::{Frame, FrameReader},
+    source::{
+        Change, Operation, Snapshot,
+        postgres::{
+            assemble::{Assembled, Assembler},
+            details::TableDetails,
+            pgoutput::{LogicalMessage, RelationMessage, decode},
+            preflight::{Catalog, Selection, wire_failure},
+            snapshot::{
+                chunks::{Answer, Chunk},
+                overlap::Again,
+                shape::Shape,
+            },
+            wire::{Frame, FrameReader},
+        },
     },
 };
 
@@ -33,6 +44,11 @@ pub(super) struct Queues {
 }
 
 impl Queues {
+    /// True when Kafka has taken every batch that was handed on.
+    fn is_empty(&self) -> bool {
+        self.kafka.capacity() == self.kafka.max_capacity()
+    }
+
     /// Waits until there is room. None when Kafka has ended, which the session learns by itself.
     async fn reserve(&self) -> Option<Place<'_>> {
         let kafka = self.kafka.reserve().await.ok()?;
@@ -79,6 +95,7 @@ pub(super) struct Stream<'a> {
     safe: Lsn,
     /// The batch says something that the one before did not.
     news: bool,
+    snapshot: Option<Incremental>,
 }
 
 impl<'a> Stream<'a> {
@@ -92,6 +109,7 @@ impl<'a> Stream<'a> {
         checkpoint: &Checkpoint,
         received: Received,
         inflight: Inflight,
+        snapshot: Option<Incremental>,
     ) -> Self {
         Self {
             config,
@@ -110,6 +128,7 @@ impl<'a> Stream<'a> {
             complete: None,
             safe: Lsn::ZERO,
             news: false,
+            snapshot,
         }
     }
 
@@ -147,7 +166,8 @@ impl<'a> Stream<'a> {
                     }
                 }
             }
-            // What has come is handed on at once; while Kafka is busy, more of it gathers.
+            let due = self.snapshot.as_ref().and_then(Incremental::due);
+            // What has come is handed on at once; while Kafka is busy, more of it gathers. The snapshot comes last.
             tokio::select! {
                 biased;
                 () = shutdown.cancelled() => return Ok(()),
@@ -155,7 +175,20 @@ impl<'a> Stream<'a> {
                     Some(place) => self.hand_on(place),
                     None => return Ok(()),
                 },
+                answer = answer(self.snapshot.as_mut()) => if let Some(snapshot) = &mut self.snapshot {
+                    snapshot.take(answer)?;
+                },
                 filled = reader.fill() => filled.map_err(wire)?,
+                () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
+                    if let Some(snapshot) = &mut self.snapshot {
+                        // A chunk waits for the one before: they are large, and the changes come first.
+                        if queues.is_empty() {
+                            snapshot.ask();
+                        } else {
+                            snapshot.put_off();
+                        }
+                    }
+                }
             }
         }
     }
@@ -193,8 +226,13 @@ impl<'a> Stream<'a> {
             LogicalMessage::Begin {
                 final_lsn,
                 commit_time_micros,
-                ..
-            } => self.begin(*final_lsn, *commit_time_micros),
+                xid,
+            } => {
+                self.begin(*final_lsn, *commit_time_micros);
+                if let Some(snapshot) = &mut self.snapshot {
+                    snapshot.began(*xid);
+                }
+            }
             _ => {}
         }
         let Self {
@@ -210,11 +248,18 @@ impl<'a> Stream<'a> {
             safe,
             received,
             news,
+            snapshot,
             ..
         } = self;
         match assembler.take(&message)? {
             Assembled::Nothing => {}
             Assembled::Changes(changes) => changes.for_each(|change| {
+                // Also what is in the log already, and is sent again: a chunk comes after it.
+                if let Some(snapshot) = snapshot
+                    && snapshot.changed(&change)
+                {
+                    batch.snapshot = Some(snapshot.state());
+                }
                 if Some(change.position) > *published && !left_out.contains(&change.relation.oid) {
                     batch.high_time_micros = *high_time_micros;
                     encoder.encode(&change, batch)?;
@@ -240,6 +285,18 @@ impl<'a> Stream<'a> {
                         *safe = Lsn(message.position.commit_lsn.0 + 1);
                         received.set_received(*safe);
                     }
+                    return Ok(());
+                }
+                // A mark of our own: what needs it knows it by its prefix.
+                let answer = snapshot
+                    .as_mut()
+                    .filter(|_| message.transaction.is_none())
+                    .and_then(|snapshot| snapshot.watermark(message.prefix, message.content));
+                let position = message.position;
+                match answer {
+                    Some(Answer::Described(shape)) => self.begin_table(&shape, position, catalog).await?,
+                    Some(Answer::Chunk(chunk)) => self.publish_chunk(&chunk, position, catalog).await?,
+                    _ => {}
                 }
             }
             Assembled::Committed { complete, end_lsn } => {
@@ -273,7 +330,156 @@ impl<'a> Stream<'a> {
         }
     }
 
+    /// A snapshot of a table begins at a watermark.
+    async fn begin_table(&mut self, shape: &Shape, position: Position, catalog: &Catalog) -> Result<(), CaptureError> {
+        self.learn_shape(shape, catalog).await?;
+        let snapshot = Snapshot {
+            id: position.to_string(),
+            incremental: true,
+        };
+        if let Some(incremental) = &mut self.snapshot {
+            incremental.begin(shape, snapshot.id.clone());
+        }
+        self.read(
+            shape.oid,
+            position,
+            now_micros(),
+            [Operation::SnapshotBegin { snapshot: &snapshot }],
+        )
+    }
+
+    /// Publishes a chunk at its watermark, without the rows whose keys the log has newer states of.
+    async fn publish_chunk(
+        &mut self,
+        chunk: &Chunk,
+        position: Position,
+        catalog: &Catalog,
+    ) -> Result<(), CaptureError> {
+        let Some(incremental) = &mut self.snapshot else {
+            return Ok(());
+        };
+        let Some(stale) = incremental.judge(chunk) else {
+            return Ok(());
+        };
+        let shape = &chunk.shape;
+        if !self.has_shape(shape) {
+            if self.snapshot.as_ref().is_some_and(Incremental::was_described) {
+                self.read_again(Again::Disturbed);
+                return Ok(());
+            }
+            // The stream has not come to speak of the new shape; whatever it had before the watermark was of the old one.
+            self.learn_shape(shape, catalog).await?;
+        }
+        let Some(relation) = self.assembler.relation(shape.oid).cloned() else {
+            return Ok(());
+        };
+        let mut fresh = Vec::with_capacity(chunk.len());
+        let mut key = Vec::new();
+        for row in chunk.rows() {
+            key.clear();
+            if !stale.is_empty() && crate::encode::key::write(&relation, row, None, &mut key)? {
+                match stale.get(&key[..]) {
+                    // The stream told its newer state, or that it is gone.
+                    Some(true) => continue,
+                    // The stream left out a large value that did not change, and nobody else would ever tell it.
+                    Some(false) => {
+                        self.read_again(Again::Disturbed);
+                        return Ok(());
+                    }
+                    None => {}
+                }
+            }
+            fresh.push(row);
+        }
+        let Some(incremental) = &mut self.snapshot else {
+            return Ok(());
+        };
+        let Some(cursor) = incremental.cursor() else {
+            // It was given up while the chunk was under way.
+            incremental.put_down();
+            return Ok(());
+        };
+        let snapshot = Snapshot {
+            id: cursor.snapshot.clone(),
+            incremental: true,
+        };
+        let rows = incremental.published(chunk, &fresh);
+        let snapshot = &snapshot;
+        let end = rows.map(|rows| Operation::SnapshotEnd { snapshot, rows });
+        let reads = fresh.into_iter().map(|new| Operation::Read { new, snapshot });
+        self.read(shape.oid, position, chunk.time_micros, reads.chain(end))
+    }
+
+    fn read_again(&mut self, again: Again) {
+        if let Some(snapshot) = &mut self.snapshot {
+            snapshot.again(again);
+        }
+    }
+
+    /// Appends records of a snapshot, and what is done of it with them: both are in one batch, and so in one transaction.
+    fn read<'r>(
+        &mut self,
+        oid: u32,
+        at: Position,
+        time_micros: i64,
+        operations: impl IntoIterator<Item = Operation<'r>>,
+    ) -> Result<(), CaptureError> {
+        let Some(relation) = self.assembler.relation(oid) else {
+            return Ok(());
+        };
+        self.high_time_micros = self.high_time_micros.max(time_micros.min(now_micros()));
+        self.batch.high_time_micros = self.high_time_micros;
+        for (ordinal, operation) in (0..).zip(operations) {
+            let change = Change {
+                relation,
+                operation,
+                position: Position { ordinal, ..at },
+                commit_time_micros: time_micros,
+                transaction_id: 0,
+            };
+            let before = self.batch.records().len();
+            self.encoder.encode(&change, &mut self.batch)?;
+            if !matches!(operation, Operation::Read { .. }) {
+                self.batch.markers += self.batch.records().len() - before;
+            }
+        }
+        self.batch.kafka_first = true;
+        self.batch.snapshot = self.snapshot.as_ref().map(Incremental::state);
+        self.complete = Some(Position::end_of_transaction(at.epoch, at.commit_lsn));
+        self.news = true;
+        Ok(())
+    }
+
+    /// True if the stream's changes of a table have this shape.
+    fn has_shape(&self, shape: &Shape) -> bool {
+        let message = shape.message();
+        self.assembler.relation(shape.oid).is_some_and(|relation| {
+            relation.schema == message.schema
+                && relation.table == message.table
+                && relation.columns.len() == message.columns.len()
+                && relation.columns.iter().zip(&message.columns).all(|(known, column)| {
+                    known.name == column.name
+                        && known.type_oid == column.type_oid
+                        && known.type_modifier == column.type_modifier
+                        && (known.key == column.key || message.replica_identity == b'f')
+                })
+        })
+    }
+
+    async fn learn_shape(&mut self, shape: &Shape, catalog: &Catalog) -> Result<(), CaptureError> {
+        if self.has_shape(shape) {
+            return Ok(());
+        }
+        for (oid, schema, name) in shape.types() {
+            self.assembler.take(&LogicalMessage::Type { oid, schema, name })?;
+        }
+        self.relation(&shape.message(), catalog).await
+    }
+
     async fn relation(&mut self, message: &RelationMessage<'_>, catalog: &Catalog) -> Result<(), CaptureError> {
+        if let Some(snapshot) = &mut self.snapshot {
+            snapshot.described(message.oid);
+        }
         let primary_key = if message.replica_identity == b'f' {
             catalog.primary_key(message.oid).await?
         } else {
@@ -304,6 +510,14 @@ impl<'a> Stream<'a> {
             .prepare(&relation, &details, Arc::new(Destination { topic, stream }));
         self.assembler.learn(Arc::new(relation));
         Ok(())
+    }
+}
+
+/// The next answer to a question of the snapshot. Cancel safe.
+async fn answer(snapshot: Option<&mut Incremental>) -> Answer {
+    match snapshot {
+        Some(snapshot) => snapshot.answer().await,
+        None => std::future::pending().await,
     }
 }
 

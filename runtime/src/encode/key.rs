@@ -13,7 +13,7 @@ use crate::{
 
 /// Writes the key of `row`. Values that `row` leaves out as unchanged are taken from `fallback`. Returns false, and writes nothing,
 /// when the table has no key.
-pub(super) fn write(
+pub(crate) fn write(
     relation: &Relation,
     row: Tuple<'_>,
     fallback: Option<Tuple<'_>>,
@@ -51,7 +51,7 @@ pub(super) fn write(
 }
 
 /// True when `old` and `new` have different keys. An unchanged value is not a different one.
-pub(super) fn differs(relation: &Relation, old: Tuple<'_>, new: Tuple<'_>) -> bool {
+pub(crate) fn differs(relation: &Relation, old: Tuple<'_>, new: Tuple<'_>) -> bool {
     relation
         .columns
         .iter()

@@ -2,7 +2,7 @@
 
 mod debezium;
 mod json;
-mod key;
+pub(crate) mod key;
 mod protobuf;
 
 use std::sync::Arc;

@@ -27,7 +27,10 @@ use tokio::{
 
 use crate::{
     batch::{Batch, Record},
-    log::{COMMIT_TIME_HEADER, Checkpoint, PART_HEADER, POSITION_HEADER, RedisPlace, checkpoint_key, checkpoint_topic},
+    log::{
+        COMMIT_TIME_HEADER, Checkpoint, PART_HEADER, POSITION_HEADER, RedisPlace, SnapshotState, checkpoint_key,
+        checkpoint_topic,
+    },
     position::{Lsn, Position},
     sink::{
         Durable, SinkError,
@@ -385,6 +388,7 @@ struct Transaction {
     complete: Option<Position>,
     safe: Lsn,
     high_time_micros: i64,
+    snapshot: Option<SnapshotState>,
 }
 
 impl Transaction {
@@ -403,6 +407,15 @@ impl Transaction {
             self.events += u64::from(record.part == 0);
             self.last = Some(record.position);
         }
+        // They are new: a snapshot's records are in one batch with its state, and only once in all.
+        self.events -= batch.markers as u64;
+        if batch.snapshot.is_some() {
+            if !self.open {
+                sink.begin()?;
+                self.open = true;
+            }
+            self.snapshot.clone_from(&batch.snapshot);
+        }
         // Serves delivery reports, which would pile up otherwise.
         sink.producer.poll(Duration::ZERO);
         self.bytes += batch.size();
@@ -415,6 +428,9 @@ impl Transaction {
 
     /// What is true once this is committed.
     fn advance(&self, durable: &mut Durable, checkpoint: &mut Checkpoint) {
+        if let Some(snapshot) = &self.snapshot {
+            checkpoint.snapshot.clone_from(snapshot);
+        }
         durable.position = self.last.max(durable.position);
         durable.safe = self.safe.max(durable.safe);
         durable.batches += self.batches;

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use meander_config::{
-    Acknowledgement, CaptureConfig, Durability, Format, KafkaSink, Origin, Partitions, PostgresSource, Publication, PublicationManagement, RedisSink, ResourceIdentity, SslMode, TableSelection,
+    Acknowledgement, CaptureConfig, Durability, Format, KafkaSink, Origin, Partitions, PostgresSource, Publication, PublicationManagement, RedisSink, ResourceIdentity, Snapshot, SnapshotMode, SslMode, TableSelection,
 };
 use meander_runtime::{
     checkpoint::read_checkpoint,
@@ -46,6 +46,10 @@ pub fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> Capt
             },
             slot_name: name.clone(),
             slot_failover: None,
+            snapshot: Snapshot {
+                mode: SnapshotMode::Never,
+                requests: vec![],
+            },
         },
         format: Format::Protobuf,
         kafka: KafkaSink {

@@ -212,6 +212,12 @@ impl Assembler {
         }
     }
 
+    /// The shape that changes of the table have now, once it is known.
+    #[must_use]
+    pub fn relation(&self, oid: u32) -> Option<&Arc<Relation>> {
+        self.relations.get(&oid)
+    }
+
     /// Makes later changes of the table use this shape.
     pub fn learn(&mut self, relation: Arc<Relation>) {
         self.relations.insert(relation.oid, relation);

@@ -5,6 +5,7 @@ pub mod details;
 pub mod pgoutput;
 pub mod preflight;
 pub mod prerequisites;
+pub mod snapshot;
 pub mod socket;
 pub mod start;
 pub mod wire;

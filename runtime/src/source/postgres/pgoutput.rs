@@ -160,6 +160,16 @@ pub struct Tuple<'a> {
 }
 
 impl<'a> Tuple<'a> {
+    /// A row whose values are laid out as in a message: `body` holds exactly `columns` of them.
+    #[must_use]
+    pub fn checked(columns: u16, body: &'a [u8]) -> Option<Self> {
+        let mut rest = body;
+        for _ in 0..columns {
+            next_datum(&mut rest)?;
+        }
+        rest.is_empty().then_some(Self { columns, body })
+    }
+
     /// Number of values.
     #[must_use]
     pub fn len(&self) -> usize {

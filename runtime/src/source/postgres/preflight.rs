@@ -458,6 +458,12 @@ impl Catalog {
         })
     }
 
+    /// The connection, for whoever asks for more than the catalog.
+    #[must_use]
+    pub(super) fn client(&self) -> &Client {
+        &self.client
+    }
+
     pub(super) async fn query(
         &self,
         sql: &str,
@@ -477,16 +483,22 @@ impl Catalog {
         self.client.batch_execute(sql).await
     }
 
-    fn failed(&self, error: &tokio_postgres::Error) -> SourceError {
+    /// What a failure of a statement means.
+    pub(super) fn failed(&self, error: &tokio_postgres::Error) -> SourceError {
         match error.as_db_error() {
-            Some(db) => SourceError::Server {
-                address: self.address.clone(),
-                cause: db.message().to_owned(),
-            },
+            Some(db) => self.said(db.message().to_owned()),
             None => SourceError::Unreachable {
                 address: self.address.clone(),
                 cause: with_cause(error),
             },
+        }
+    }
+
+    /// What the server said, and nobody expects.
+    pub(super) fn said(&self, cause: String) -> SourceError {
+        SourceError::Server {
+            address: self.address.clone(),
+            cause,
         }
     }
 

@@ -4,7 +4,7 @@
 //! checkpoint, unless somebody else moved it, and then changes are lost.
 
 use crate::{
-    log::Checkpoint,
+    log::{Checkpoint, SnapshotState},
     position::{Epoch, Lsn},
 };
 
@@ -189,6 +189,8 @@ impl Checkpoint {
         self.acknowledged = at;
         self.system_identifier.clone_from(&server.system_identifier);
         self.timeline = server.timeline;
+        // What was read before says nothing of what changed in between.
+        self.snapshot = SnapshotState::default();
     }
 }
 
@@ -361,6 +363,7 @@ mod tests {
             acknowledged: Lsn(100),
             high_time_micros: 0,
             events_total: 0,
+            snapshot: SnapshotState::default(),
             released: false,
             accepted_gap: None,
         }

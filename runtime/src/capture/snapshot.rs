@@ -1,0 +1,582 @@
+//! Drives an incremental snapshot beside the stream: which table is next, which chunk, and what becomes of it.
+//!
+//! It never holds up the stream: a chunk is asked for when the stream has nothing to do, and one is under way at a time. Everything
+//! that has to survive is in the [`SnapshotState`], which goes into Kafka in one transaction with the rows it speaks of.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use meander_config::{CaptureConfig, SnapshotMode, SnapshotRequest, TableSelection};
+use meander_proto::v1::{SnapshotProgress, TableSnapshot, table_snapshot};
+use tokio::{sync::watch, time::Instant};
+
+use crate::{
+    log::{Checkpoint, SnapshotState, TableCursor},
+    source::{
+        Change, Operation,
+        postgres::{
+            pgoutput::{Datum, Tuple},
+            preflight::{Selection, SourceError},
+            snapshot::{
+                WATERMARK_PREFIX,
+                chunks::{Answer, CHUNK_BYTES, CHUNK_ROWS, Candidate, Chunk, ChunkReader, Request, Which},
+                overlap::{Again, Overlap, Stale},
+                shape::Shape,
+            },
+        },
+    },
+};
+
+/// How often the tables are looked at while there is nothing to read: one may have joined, or be readable by now.
+const LOOK_AGAIN: Duration = Duration::from_secs(30);
+/// How long a chunk waits that cannot be taken yet.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// Rows of the first chunk, before anything is known of their size.
+const FIRST_ROWS: u32 = 512;
+/// Rows that are come back to in one chunk, and keys that are kept to come back to.
+const COME_BACK_ROWS: usize = 64;
+const MOST_JUMPED: usize = 4096;
+/// Tables that the progress names at most.
+const SHOWN_TABLES: usize = 100;
+
+enum Step {
+    /// The next question is asked at this time.
+    Due(Instant),
+    /// A question was asked.
+    Asked,
+    /// The answer is there, and its watermark not yet.
+    Answered(Box<Answer>),
+}
+
+/// A snapshot that is read while changes stream.
+pub(super) struct Incremental {
+    initial: bool,
+    requests: Vec<(SnapshotRequest, Selection)>,
+    reader: ChunkReader,
+    overlap: Overlap,
+    state: SnapshotState,
+    /// Captured tables, in the order of their names, as last seen.
+    tables: Vec<Candidate>,
+    /// They were looked at since there was nothing to read.
+    listed: bool,
+    /// Tables that could not be read since they were last looked at, and why.
+    refused: BTreeMap<u32, String>,
+    /// Why the table in hand does not go on.
+    waiting: Option<String>,
+    step: Step,
+    /// The table that the last question is about, and the request that it is read for.
+    asked: Option<(u32, Option<String>)>,
+    /// The table whose chunk is under way.
+    window: Option<u32>,
+    /// The stream described that table anew meanwhile.
+    described: bool,
+    /// Begins every watermark of this session, and of no other.
+    session: String,
+    count: u64,
+    watermark: String,
+    rows: u32,
+    pause: Duration,
+    progress: watch::Sender<Option<SnapshotProgress>>,
+}
+
+impl Incremental {
+    /// None when there is nothing to read, now or later.
+    pub(super) fn new(
+        config: &CaptureConfig,
+        checkpoint: &Checkpoint,
+        progress: watch::Sender<Option<SnapshotProgress>>,
+    ) -> Result<Option<Self>, SourceError> {
+        let source = &config.source;
+        let initial = source.snapshot.mode != SnapshotMode::Never;
+        if !initial && source.snapshot.requests.is_empty() {
+            return Ok(None);
+        }
+        let requests = source
+            .snapshot
+            .requests
+            .iter()
+            .map(|request| {
+                let globs = TableSelection {
+                    include: request.tables.clone(),
+                    exclude: Vec::new(),
+                };
+                Ok((request.clone(), Selection::new(&globs)?))
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(Some(Self {
+            initial,
+            requests,
+            reader: ChunkReader::start(source.clone()),
+            overlap: Overlap::default(),
+            state: checkpoint.snapshot.clone(),
+            tables: Vec::new(),
+            listed: false,
+            refused: BTreeMap::new(),
+            waiting: None,
+            step: Step::Due(Instant::now()),
+            asked: None,
+            window: None,
+            described: false,
+            session: format!("{}/{}", source.slot_name, checkpoint.owner_generation),
+            count: 0,
+            watermark: String::new(),
+            rows: FIRST_ROWS,
+            pause: SHORTEST_PAUSE,
+            progress,
+        }))
+    }
+
+    /// When the next question is due; none while one is open.
+    pub(super) fn due(&self) -> Option<Instant> {
+        match self.step {
+            Step::Due(at) => Some(at),
+            _ => None,
+        }
+    }
+
+    /// Puts off the next question: something else comes first.
+    pub(super) fn put_off(&mut self) {
+        self.step = Step::Due(Instant::now() + SHORTEST_PAUSE);
+    }
+
+    /// Asks the next question. To be called when the stream has nothing to do.
+    pub(super) fn ask(&mut self) {
+        let reading = self.state.reading.as_ref();
+        let next = reading
+            .map(|cursor| (cursor.oid, cursor.request.clone()))
+            .or_else(|| self.next_table());
+        let request = match (reading, &next) {
+            _ if !self.listed => Request::Tables,
+            (None, None) => {
+                // Nothing is to be read, so nothing needs to be noted.
+                self.overlap = Overlap::default();
+                self.listed = false;
+                self.report();
+                self.step = Step::Due(Instant::now() + LOOK_AGAIN);
+                return;
+            }
+            _ if self.overlap.needs_barrier() => {
+                self.overlap.watch();
+                Request::Barrier
+            }
+            (Some(cursor), _) => {
+                let (oid, order) = (cursor.oid, cursor.order.clone());
+                let which = if cursor.swept {
+                    Which::Keys(cursor.jumped.iter().take(COME_BACK_ROWS).cloned().collect())
+                } else {
+                    Which::After(cursor.after.clone())
+                };
+                self.overlap.open();
+                self.window = Some(oid);
+                self.described = false;
+                Request::Chunk {
+                    oid,
+                    which,
+                    order,
+                    rows: self.rows,
+                    watermark: self.next_watermark(),
+                }
+            }
+            (None, Some((oid, _))) => Request::Describe {
+                oid: *oid,
+                watermark: self.next_watermark(),
+            },
+        };
+        self.asked = next;
+        self.reader.ask(request);
+        self.step = Step::Asked;
+    }
+
+    fn next_watermark(&mut self) -> String {
+        self.count += 1;
+        self.watermark = format!("{}/{}", self.session, self.count);
+        self.watermark.clone()
+    }
+
+    /// The table that is read next, and the request that it is read for.
+    fn next_table(&self) -> Option<(u32, Option<String>)> {
+        let readable = |oid: &u32| !self.refused.contains_key(oid);
+        let first = self
+            .tables
+            .iter()
+            .map(|table| table.oid)
+            .find(|oid| self.initial && !self.state.done.contains(oid) && readable(oid));
+        first.map(|oid| (oid, None)).or_else(|| {
+            self.state.requests.iter().find_map(|(id, tables)| {
+                let oid = tables.iter().find(|oid| readable(oid))?;
+                Some((*oid, Some(id.clone())))
+            })
+        })
+    }
+
+    /// Waits for an answer. Cancel safe.
+    pub(super) async fn answer(&mut self) -> Answer {
+        match self.step {
+            Step::Asked => self.reader.answer().await,
+            _ => std::future::pending().await,
+        }
+    }
+
+    /// Takes an answer.
+    ///
+    /// # Errors
+    /// When the connection failed.
+    pub(super) fn take(&mut self, answer: Answer) -> Result<(), SourceError> {
+        match answer {
+            answer @ (Answer::Described(_) | Answer::Chunk(_)) => self.step = Step::Answered(Box::new(answer)),
+            Answer::Tables(tables) => {
+                // A table may have joined: what was noted before says nothing of it.
+                self.overlap = Overlap::default();
+                self.listed = true;
+                self.plan(tables);
+                self.go_on();
+            }
+            Answer::Barrier(xid) => {
+                self.overlap.set_barrier(xid);
+                self.go_on();
+            }
+            Answer::Gone => {
+                let oid = self.asked.as_ref().map(|(oid, _)| *oid);
+                self.tables.retain(|table| Some(table.oid) != oid);
+                for tables in self.state.requests.values_mut() {
+                    tables.retain(|table| Some(*table) != oid);
+                }
+                self.put_down();
+            }
+            Answer::Reordered => self.put_down(),
+            Answer::Refused(cause) => {
+                if let Some((oid, _)) = self.asked {
+                    tracing::warn!(table = self.name(oid), cause, "a table's rows cannot be read");
+                    self.refused.insert(oid, cause);
+                }
+                self.put_down();
+            }
+            Answer::Busy(cause) => self.wait(cause, LONGEST_PAUSE),
+            Answer::Failed(error) => return Err(error),
+        }
+        self.report();
+        Ok(())
+    }
+
+    /// Gives up the table in hand; where it is still wanted, it begins anew.
+    pub(super) fn put_down(&mut self) {
+        self.state.reading = None;
+        self.window = None;
+        self.rows = FIRST_ROWS;
+        self.go_on();
+    }
+
+    fn go_on(&mut self) {
+        self.pause = SHORTEST_PAUSE;
+        self.waiting = None;
+        self.step = Step::Due(Instant::now());
+    }
+
+    fn wait(&mut self, cause: String, pause: Duration) {
+        self.window = None;
+        self.waiting = Some(cause);
+        self.step = Step::Due(Instant::now() + pause);
+    }
+
+    fn plan(&mut self, tables: Vec<Candidate>) {
+        self.refused.clear();
+        // What left the selection missed changes, and is read again when it comes back.
+        self.state
+            .done
+            .retain(|oid| tables.iter().any(|table| table.oid == *oid));
+        let requests = &self.requests;
+        self.state
+            .requests
+            .retain(|id, _| requests.iter().any(|(request, _)| request.id == *id));
+        for (request, selection) in requests {
+            self.state.requests.entry(request.id.clone()).or_insert_with(|| {
+                tables
+                    .iter()
+                    .filter(|table| selection.holds(&table.schema, &table.table))
+                    .map(|table| table.oid)
+                    .collect()
+            });
+        }
+        let wanted = |cursor: &TableCursor| match &cursor.request {
+            None => self.initial,
+            Some(request) => self.state.requests.contains_key(request),
+        };
+        if let Some(cursor) = &self.state.reading
+            && !(wanted(cursor) && tables.iter().any(|table| table.oid == cursor.oid))
+        {
+            self.state.reading = None;
+        }
+        self.tables = tables;
+    }
+
+    /// A transaction comes out of the stream.
+    pub(super) fn began(&mut self, xid: u32) {
+        self.overlap.began(xid);
+    }
+
+    /// The stream describes a table.
+    pub(super) fn described(&mut self, oid: u32) {
+        self.described |= self.window == Some(oid);
+    }
+
+    /// A change comes out of the stream. True if the state has changed: it must go into Kafka no later than the change.
+    pub(super) fn changed(&mut self, change: &Change<'_>) -> bool {
+        self.touched(change);
+        self.jumped(change)
+    }
+
+    /// Notes a row to come back to. See [`TableCursor::jumped`].
+    fn jumped(&mut self, change: &Change<'_>) -> bool {
+        let Operation::Update { old: Some(old), new } = change.operation else {
+            return false;
+        };
+        let relation = change.relation;
+        let Some(cursor) = self.state.reading.as_mut().filter(|cursor| cursor.oid == relation.oid) else {
+            return false;
+        };
+        let left_out = new.values().any(|value| value == Datum::UnchangedToast);
+        if !left_out || !crate::encode::key::differs(relation, old.tuple(), new) {
+            return false;
+        }
+        // What is being come back to may have to be come back to once more.
+        let under_way = if cursor.swept && self.window.is_some() {
+            cursor.jumped.len().min(COME_BACK_ROWS)
+        } else {
+            0
+        };
+        let key: Option<Vec<String>> = relation
+            .columns
+            .iter()
+            .zip(old.tuple().values().zip(new.values()))
+            .filter(|(column, _)| column.key)
+            .map(|(_, values)| match values {
+                (_, Datum::Text(text)) | (Datum::Text(text), Datum::UnchangedToast) => Some(text.to_owned()),
+                _ => None,
+            })
+            .collect();
+        match key {
+            Some(key) if cursor.jumped[under_way..].contains(&key) => return false,
+            Some(key) if cursor.jumped.len() < MOST_JUMPED => cursor.jumped.push(key),
+            // Too many to come back to: the table begins anew.
+            _ => self.state.reading = None,
+        }
+        true
+    }
+
+    fn touched(&mut self, change: &Change<'_>) {
+        if self.window != Some(change.relation.oid) {
+            return;
+        }
+        let xid = change.transaction_id;
+        let mut touch = |row: Tuple<'_>, fallback: Option<Tuple<'_>>, told: bool| {
+            let mut key = Vec::new();
+            match crate::encode::key::write(change.relation, row, fallback, &mut key) {
+                Ok(true) => self.overlap.touched(xid, &key, told),
+                // Rows without a key cannot be found again in the chunk.
+                Ok(false) | Err(_) => self.overlap.disturbed(xid),
+            }
+        };
+        match change.operation {
+            Operation::Update { old, new } => {
+                let told = !new.values().any(|value| value == Datum::UnchangedToast);
+                let old = old.map(|old| old.tuple());
+                touch(new, old, told);
+                if let Some(old) = old {
+                    touch(old, None, told);
+                }
+            }
+            Operation::Delete { old } => touch(old.tuple(), None, true),
+            Operation::Truncate => self.overlap.disturbed(xid),
+            // A chunk that does not see an insertion has no such row, or one that ended before it, and that was noted.
+            Operation::Insert { .. }
+            | Operation::Read { .. }
+            | Operation::SnapshotBegin { .. }
+            | Operation::SnapshotEnd { .. } => {}
+        }
+    }
+
+    /// The answer that a message is the watermark of; none if it is no watermark of this session.
+    pub(super) fn watermark(&mut self, prefix: &str, content: &[u8]) -> Option<Answer> {
+        if prefix != WATERMARK_PREFIX || content != self.watermark.as_bytes() {
+            return None;
+        }
+        self.watermark.clear();
+        match std::mem::replace(&mut self.step, Step::Asked) {
+            Step::Answered(answer) => Some(*answer),
+            // It was sent before the watermark was written.
+            Step::Asked => self.reader.answered(),
+            due @ Step::Due(_) => {
+                self.step = due;
+                None
+            }
+        }
+    }
+
+    /// A table begins.
+    pub(super) fn begin(&mut self, shape: &Shape, snapshot: String) {
+        let request = self.asked.take().and_then(|(_, request)| request);
+        self.state.reading = Some(TableCursor {
+            oid: shape.oid,
+            snapshot,
+            request,
+            order: shape.order(),
+            after: None,
+            swept: false,
+            jumped: Vec::new(),
+            rows: 0,
+        });
+        self.rows = FIRST_ROWS;
+        self.go_on();
+        self.report();
+    }
+
+    /// Which rows of a chunk are stale; none if it is to be read again.
+    pub(super) fn judge(&mut self, chunk: &Chunk) -> Option<Stale> {
+        self.window = None;
+        match self.overlap.close(&chunk.seen) {
+            Ok(stale) => Some(stale),
+            Err(again) => {
+                self.again(again);
+                None
+            }
+        }
+    }
+
+    /// True if the stream described the table anew while its chunk was under way.
+    pub(super) fn was_described(&self) -> bool {
+        self.described
+    }
+
+    /// The chunk is to be read again.
+    pub(super) fn again(&mut self, again: Again) {
+        let cause = match again {
+            Again::Undecided => "it waits for transactions that began before it to end",
+            Again::Disturbed => "the table changes too much to be read in large chunks",
+            Again::Overflow => "the stream is behind",
+        };
+        if again != Again::Undecided {
+            // A smaller chunk is read in less time, and less happens meanwhile.
+            self.rows = (self.rows / 2).max(1);
+        }
+        self.wait(cause.to_owned(), self.pause);
+        self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+        self.report();
+    }
+
+    /// The table that is being read.
+    pub(super) fn cursor(&self) -> Option<&TableCursor> {
+        self.state.reading.as_ref()
+    }
+
+    /// These rows of a chunk were published. Returns the number of the table's rows if they were the last.
+    pub(super) fn published(&mut self, chunk: &Chunk, rows: &[Tuple<'_>]) -> Option<u64> {
+        let cursor = self.state.reading.as_mut()?;
+        cursor.rows += rows.len() as u64;
+        let so_far = cursor.rows;
+        if cursor.swept {
+            cursor.jumped.drain(..chunk.keys_asked.min(cursor.jumped.len()));
+        } else if !cursor.jumped.is_empty() {
+            // A row that jumped ahead is met where it is now.
+            for row in rows {
+                let key = chunk.shape.key_of(*row);
+                cursor.jumped.retain(|jumped| Some(jumped) != key.as_ref());
+            }
+        }
+        cursor.swept |= chunk.complete;
+        if cursor.swept && cursor.jumped.is_empty() {
+            let (oid, request) = (cursor.oid, cursor.request.take());
+            self.state.reading = None;
+            self.rows = FIRST_ROWS;
+            match request {
+                None => {
+                    self.state.done.insert(oid);
+                }
+                Some(request) => {
+                    if let Some(tables) = self.state.requests.get_mut(&request) {
+                        tables.retain(|table| *table != oid);
+                    }
+                }
+            }
+        } else if !cursor.swept {
+            cursor.after.clone_from(&chunk.last_key);
+            // The next chunk shall have as many rows as make it full.
+            let fitting = CHUNK_BYTES / (chunk.size() / chunk.len().max(1)).max(1);
+            self.rows = u32::try_from(fitting)
+                .unwrap_or(u32::MAX)
+                .min(self.rows.saturating_mul(2))
+                .clamp(1, CHUNK_ROWS);
+        }
+        self.go_on();
+        self.report();
+        self.state.reading.is_none().then_some(so_far)
+    }
+
+    /// What goes into the checkpoint.
+    pub(super) fn state(&self) -> SnapshotState {
+        self.state.clone()
+    }
+
+    fn report(&self) {
+        let reading = self.state.reading.as_ref();
+        let requested = || self.state.requests.values().flatten().copied();
+        let initial = self.tables.iter().map(|table| table.oid).filter(|_| self.initial);
+        let open = initial
+            .clone()
+            .filter(|oid| !self.state.done.contains(oid))
+            .chain(requested());
+        let estimate = |oid: u32| {
+            let table = self.tables.iter().find(|table| table.oid == oid);
+            table.map_or(1.0, |table| table.estimate)
+        };
+        // The rows of a table that outgrows its estimate count as all but done.
+        let read = |oid: u32| match reading {
+            #[allow(clippy::cast_precision_loss)]
+            Some(cursor) if cursor.oid == oid => (cursor.rows as f64).min(estimate(oid) * 0.99),
+            _ => 0.0,
+        };
+        let total: f64 = initial.clone().chain(requested()).map(estimate).sum();
+        let left: f64 = open.clone().map(|oid| estimate(oid) - read(oid)).sum();
+        let in_hand = self.asked.as_ref().map(|(oid, _)| *oid);
+        let mut tables: Vec<TableSnapshot> = open
+            .clone()
+            .take(SHOWN_TABLES)
+            .map(|oid| {
+                let is_read = reading.is_some_and(|cursor| cursor.oid == oid);
+                let (state, message) = match (&self.refused.get(&oid), &self.waiting) {
+                    (Some(cause), _) => (table_snapshot::State::Refused, (*cause).clone()),
+                    (None, Some(cause)) if in_hand == Some(oid) => (table_snapshot::State::Waiting, cause.clone()),
+                    _ if is_read => (table_snapshot::State::Reading, String::new()),
+                    _ => (table_snapshot::State::Pending, String::new()),
+                };
+                TableSnapshot {
+                    table: self.name(oid),
+                    state: state.into(),
+                    rows: reading.filter(|_| is_read).map_or(0, |cursor| cursor.rows),
+                    percent: read(oid) / estimate(oid) * 100.0,
+                    message,
+                }
+            })
+            .collect();
+        tables.sort_by_key(|table| table.rows == 0);
+        let count = |tables: usize| u32::try_from(tables).unwrap_or(u32::MAX);
+        let (all, unfinished) = (initial.count() + requested().count(), open.count());
+        self.progress.send_replace(Some(SnapshotProgress {
+            tables_total: count(all),
+            tables_done: count(all - unfinished),
+            percent: if unfinished == 0 {
+                100.0
+            } else {
+                100.0 * (1.0 - left / total.max(1.0))
+            },
+            tables,
+        }));
+    }
+
+    fn name(&self, oid: u32) -> String {
+        self.tables
+            .iter()
+            .find(|table| table.oid == oid)
+            .map(|table| format!("{}.{}", table.schema, table.table))
+            .unwrap_or_default()
+    }
+}

@@ -1,0 +1,502 @@
+//! Reads chunks, on a connection and a task of its own, one at a time.
+//!
+//! A chunk is sent to whoever asked before its watermark is written: so it is always there when the watermark comes out of the stream.
+
+use std::{ops::Range, pin::pin};
+
+use futures::StreamExt as _;
+use meander_config::PostgresSource;
+use tokio::{
+    sync::mpsc::{self, Receiver, Sender},
+    task::JoinHandle,
+};
+use tokio_postgres::{Error, error::SqlState};
+
+use crate::source::postgres::{
+    pgoutput::{Datum, Tuple},
+    preflight::{Catalog, Credentials, Selection, SourceError},
+    snapshot::{WATERMARK_PREFIX, copy, shape::Shape, visibility::InvalidSnapshot, visibility::Visibility},
+    wire::quote_literal,
+};
+
+/// A chunk ends with the row that makes it this large.
+pub const CHUNK_BYTES: usize = 2 << 20;
+/// A table without a key is read as one chunk, if it takes no more room than this.
+const WHOLE_TABLE_BYTES: i64 = 8 << 20;
+/// A chunk has at most this many rows.
+pub const CHUNK_ROWS: u32 = 8192;
+
+/// What a snapshot's session is set to, beside what every session is: a policy that hides rows is an error, and the watermark is in
+/// the WAL when its statement ends, whatever a standby does.
+const SETTINGS: &str = "SET row_security = off; SET search_path = ''; SET synchronous_commit = local;
+    SET standard_conforming_strings = on; SET statement_timeout = 0; SET idle_in_transaction_session_timeout = 0";
+
+/// What is asked of the reader.
+#[derive(Clone, Debug)]
+pub enum Request {
+    /// Which tables there are.
+    Tables,
+    /// A transaction id that is greater than that of every transaction which began to write before the question.
+    Barrier,
+    /// What a table looks like, and a watermark.
+    Describe {
+        /// OID of the table.
+        oid: u32,
+        /// Content of the watermark.
+        watermark: String,
+    },
+    /// The next rows of a table, and a watermark.
+    Chunk {
+        /// OID of the table.
+        oid: u32,
+        /// Which rows.
+        which: Which,
+        /// The [order](Shape::order) that this is said in.
+        order: String,
+        /// At most this many.
+        rows: u32,
+        /// Content of the watermark.
+        watermark: String,
+    },
+}
+
+/// Which rows of a table.
+#[derive(Clone, Debug)]
+pub enum Which {
+    /// Those after the one with this key, in the order of the key; without it from the first.
+    After(Option<Vec<String>>),
+    /// Those with these keys, whose values are in the order of the table's columns.
+    Keys(Vec<Vec<String>>),
+}
+
+/// What the reader answers. Only after a description or a chunk a watermark comes.
+#[derive(Debug)]
+pub enum Answer {
+    /// Selected tables that the publication holds, in the order of their names.
+    Tables(Vec<Candidate>),
+    /// A transaction id.
+    Barrier(u64),
+    /// A table.
+    Described(Shape),
+    /// Rows.
+    Chunk(Chunk),
+    /// The table is gone, or not captured any more.
+    Gone,
+    /// Not now: somebody holds a lock on the table, or cancelled the statement.
+    Busy(String),
+    /// The table cannot be read.
+    Refused(String),
+    /// The order of the rows is another one than before.
+    Reordered,
+    /// The connection does not work any more.
+    Failed(SourceError),
+}
+
+/// A table that could be read.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Candidate {
+    /// OID.
+    pub oid: u32,
+    /// Schema.
+    pub schema: String,
+    /// Name.
+    pub table: String,
+    /// The planner's estimate of its rows.
+    pub estimate: f64,
+}
+
+/// Rows that were read at one moment.
+#[derive(Debug)]
+pub struct Chunk {
+    /// The table.
+    pub shape: Shape,
+    /// What they see.
+    pub seen: Visibility,
+    /// When they were read, in microseconds since the Unix epoch.
+    pub time_micros: i64,
+    /// The key of the last row; none without rows, or without a key.
+    pub last_key: Option<Vec<String>>,
+    /// There are no more.
+    pub complete: bool,
+    /// How many keys were asked for; 0 for a chunk in the order of the key.
+    pub keys_asked: usize,
+    bytes: Vec<u8>,
+    rows: Vec<Range<usize>>,
+}
+
+impl Chunk {
+    /// The rows in the order of the key.
+    pub fn rows(&self) -> impl Iterator<Item = Tuple<'_>> {
+        let columns = u16::try_from(self.shape.width()).unwrap_or(u16::MAX);
+        // Each was checked when it was read.
+        self.rows
+            .iter()
+            .filter_map(move |range| Tuple::checked(columns, &self.bytes[range.clone()]))
+    }
+
+    /// Number of rows.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// True if there are no rows.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+
+    /// Their size.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        self.bytes.len()
+    }
+}
+
+/// The task.
+pub struct ChunkReader {
+    requests: Sender<Request>,
+    answers: Receiver<Answer>,
+    task: JoinHandle<()>,
+}
+
+impl Drop for ChunkReader {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl ChunkReader {
+    /// Starts a reader. It connects when it is first asked.
+    #[must_use]
+    pub fn start(source: PostgresSource) -> Self {
+        let (requests, mut asked) = mpsc::channel(1);
+        let (answer, answers) = mpsc::channel(1);
+        let task = tokio::spawn(async move {
+            if let Err(error) = serve(&source, &mut asked, &answer).await {
+                // Nobody listens when the session ended first.
+                let _ = answer.send(Answer::Failed(error)).await;
+            }
+        });
+        Self {
+            requests,
+            answers,
+            task,
+        }
+    }
+
+    /// Asks. One request is open at a time.
+    pub fn ask(&self, request: Request) {
+        // There is room for it. If the reader has ended, its last answer says why.
+        let _ = self.requests.try_send(request);
+    }
+
+    /// Waits for the answer. Cancel safe.
+    pub async fn answer(&mut self) -> Answer {
+        self.answers.recv().await.unwrap_or_else(|| {
+            Answer::Failed(SourceError::Server {
+                address: String::new(),
+                cause: "the reader of the snapshot ended".to_owned(),
+            })
+        })
+    }
+
+    /// The answer, if it is there.
+    pub fn answered(&mut self) -> Option<Answer> {
+        self.answers.try_recv().ok()
+    }
+}
+
+async fn serve(
+    source: &PostgresSource,
+    asked: &mut Receiver<Request>,
+    answer: &Sender<Answer>,
+) -> Result<(), SourceError> {
+    let Some(mut request) = asked.recv().await else {
+        return Ok(());
+    };
+    let credentials = Credentials::read(source)?;
+    let catalog = Catalog::connect(source, &credentials).await?;
+    let reader = Reader {
+        selection: Selection::new(&source.tables)?,
+        source,
+        catalog: &catalog,
+    };
+    let failed = |error: Error| catalog.failed(&error);
+    catalog.client().batch_execute(SETTINGS).await.map_err(failed)?;
+    loop {
+        let (said, watermark) = match request {
+            Request::Tables => (reader.tables().await.map_err(failed)?, None),
+            Request::Barrier => (reader.barrier().await.map_err(failed)?, None),
+            Request::Describe { oid, watermark } => (reader.settle(reader.describe(oid).await).await?, Some(watermark)),
+            Request::Chunk {
+                oid,
+                which,
+                order,
+                rows,
+                watermark,
+            } => {
+                let read = reader.chunk(oid, which, &order, rows).await;
+                (reader.settle(read).await?, Some(watermark))
+            }
+        };
+        let marks = matches!(said, Answer::Described(_) | Answer::Chunk(_));
+        if answer.send(said).await.is_err() {
+            return Ok(());
+        }
+        if let Some(watermark) = watermark.filter(|_| marks) {
+            reader.emit(&watermark).await.map_err(failed)?;
+        }
+        match asked.recv().await {
+            Some(next) => request = next,
+            None => return Ok(()),
+        }
+    }
+}
+
+/// Why a request has no answer.
+#[derive(Debug, thiserror::Error)]
+enum ReadError {
+    #[error(transparent)]
+    Sql(#[from] Error),
+    #[error(transparent)]
+    Snapshot(#[from] InvalidSnapshot),
+    #[error("a line of COPY cannot be read")]
+    Copy,
+}
+
+fn failed_read(catalog: &Catalog, error: ReadError) -> SourceError {
+    match error {
+        ReadError::Sql(error) => catalog.failed(&error),
+        other => catalog.said(other.to_string()),
+    }
+}
+
+/// What concerns one table only, and not the connection.
+fn unreadable(error: &ReadError) -> Option<Answer> {
+    let ReadError::Sql(error) = error else { return None };
+    let cause = error.as_db_error()?.message().to_owned();
+    let code = error.code()?;
+    if *code == SqlState::LOCK_NOT_AVAILABLE
+        || *code == SqlState::QUERY_CANCELED
+        || *code == SqlState::T_R_DEADLOCK_DETECTED
+    {
+        Some(Answer::Busy(cause))
+    } else if *code == SqlState::UNDEFINED_TABLE || *code == SqlState::INVALID_SCHEMA_NAME {
+        Some(Answer::Gone)
+    } else if *code == SqlState::ADMIN_SHUTDOWN || code.code().starts_with("08") || code.code().starts_with("57P") {
+        None
+    } else if *code == SqlState::INSUFFICIENT_PRIVILEGE {
+        // No permission, or a policy that would hide rows.
+        Some(Answer::Refused(format!(
+            "{cause}; run GRANT SELECT on it, and where it has row-level security ALTER ROLE … BYPASSRLS"
+        )))
+    } else {
+        // Other messages can hold data.
+        Some(Answer::Refused(format!(
+            "PostgreSQL refuses to read it (SQLSTATE {})",
+            code.code()
+        )))
+    }
+}
+
+struct Reader<'a> {
+    source: &'a PostgresSource,
+    selection: Selection,
+    catalog: &'a Catalog,
+}
+
+impl Reader<'_> {
+    /// Ends the transaction of a read that failed, and tells what concerns the table from what concerns the connection.
+    async fn settle(&self, read: Result<Answer, ReadError>) -> Result<Answer, SourceError> {
+        match read {
+            Ok(said) => Ok(said),
+            Err(error) => {
+                let said = unreadable(&error).ok_or_else(|| failed_read(self.catalog, error))?;
+                let rolled_back = self.catalog.client().batch_execute("ROLLBACK").await;
+                rolled_back.map_err(|error| self.catalog.failed(&error))?;
+                Ok(said)
+            }
+        }
+    }
+
+    async fn tables(&self) -> Result<Answer, Error> {
+        let client = self.catalog.client();
+        let rows = client
+            .query(
+                "SELECT c.oid, n.nspname::text, c.relname::text, c.reltuples::float8
+                 FROM pg_catalog.pg_publication_tables p
+                 JOIN pg_catalog.pg_namespace n ON n.nspname = p.schemaname
+                 JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = p.tablename
+                 WHERE p.pubname = $1 ORDER BY 2, 3",
+                &[&self.source.publication.name],
+            )
+            .await?;
+        let tables = rows
+            .iter()
+            .map(|row| Candidate {
+                oid: row.get(0),
+                schema: row.get(1),
+                table: row.get(2),
+                // Without a VACUUM or ANALYZE there is none, or none that is worth anything.
+                estimate: row.get::<_, f64>(3).max(1.0),
+            })
+            .filter(|table| self.selection.holds(&table.schema, &table.table))
+            .collect();
+        Ok(Answer::Tables(tables))
+    }
+
+    async fn barrier(&self) -> Result<Answer, Error> {
+        let client = self.catalog.client();
+        let standby = client.query_one("SELECT pg_catalog.pg_is_in_recovery()", &[]).await?;
+        if standby.get(0) {
+            return Ok(Answer::Busy(
+                "the server is a standby, into whose WAL no watermark can be written; capture from the primary, or set snapshot.mode to Never"
+                    .to_owned(),
+            ));
+        }
+        let xid: String = client
+            .query_one("SELECT pg_catalog.pg_current_xact_id()::text", &[])
+            .await?
+            .get(0);
+        // Of what cannot be read, nothing is decided.
+        Ok(Answer::Barrier(xid.parse().unwrap_or(u64::MAX)))
+    }
+
+    /// Begins a transaction in which the table cannot change its shape, and which sees everything that committed before. None if the
+    /// table is gone.
+    async fn begin(&self, oid: u32) -> Result<Option<Shape>, ReadError> {
+        let client = self.catalog.client();
+        let publication = &self.source.publication.name;
+        let Some(before) = Shape::read(client, publication, oid).await? else {
+            return Ok(None);
+        };
+        // The lock comes first, since the transaction's snapshot is taken by the first statement after it.
+        client
+            .batch_execute(&format!(
+                "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; LOCK TABLE {} IN ACCESS SHARE MODE",
+                before.from_clause()
+            ))
+            .await?;
+        let shape = Shape::read(client, publication, oid).await?;
+        // It was renamed in between, so another table was locked.
+        Ok(shape.filter(|shape| shape.from_clause() == before.from_clause()))
+    }
+
+    async fn end(&self, said: Answer) -> Result<Answer, ReadError> {
+        self.catalog.client().batch_execute("COMMIT").await?;
+        Ok(said)
+    }
+
+    async fn describe(&self, oid: u32) -> Result<Answer, ReadError> {
+        let shape = self.begin(oid).await?;
+        self.end(shape.map_or(Answer::Gone, Answer::Described)).await
+    }
+
+    async fn chunk(&self, oid: u32, which: Which, order: &str, limit: u32) -> Result<Answer, ReadError> {
+        let Some(shape) = self.begin(oid).await? else {
+            return self.end(Answer::Gone).await;
+        };
+        if shape.order() != order {
+            return self.end(Answer::Reordered).await;
+        }
+        let client = self.catalog.client();
+        let now = client
+            .query_one(
+                "SELECT pg_catalog.pg_current_snapshot()::text,
+                        (extract(epoch FROM pg_catalog.clock_timestamp()) * 1000000)::int8,
+                        (pg_catalog.pg_table_size($1::oid) + coalesce(
+                            (SELECT sum(pg_catalog.pg_table_size(relid)) FROM pg_catalog.pg_partition_tree($1::oid)), 0))::int8",
+                &[&oid],
+            )
+            .await?;
+        if !shape.has_key() && now.get::<_, i64>(2) > WHOLE_TABLE_BYTES {
+            return self
+                .end(Answer::Refused(format!(
+                    "it has no key and takes more than {} MiB, so its rows cannot be read in chunks; add a primary key",
+                    WHOLE_TABLE_BYTES >> 20
+                )))
+                .await;
+        }
+        let (largest, limit) = if shape.has_key() && matches!(which, Which::After(_)) {
+            (CHUNK_BYTES, limit)
+        } else {
+            (usize::MAX, u32::MAX)
+        };
+        let mut chunk = Chunk {
+            seen: now.get::<_, String>(0).parse()?,
+            time_micros: now.get(1),
+            last_key: None,
+            complete: false,
+            keys_asked: 0,
+            bytes: Vec::new(),
+            rows: Vec::new(),
+            shape,
+        };
+        let sql = match &which {
+            Which::After(after) => chunk.shape.copy_chunk(after.as_deref(), limit),
+            Which::Keys(keys) => chunk.shape.copy_rows(keys),
+        };
+        let lines = client.copy_out(&sql).await?;
+        let mut lines = pin!(lines);
+        // The server sends a message for each row, but need not.
+        let mut pending = Vec::new();
+        let mut full = false;
+        while let Some(bytes) = lines.next().await {
+            pending.extend_from_slice(&bytes?);
+            let mut start = 0;
+            while let Some(length) = pending[start..].iter().position(|byte| *byte == b'\n') {
+                if !full {
+                    chunk.push(&pending[start..start + length])?;
+                    full = chunk.bytes.len() >= largest;
+                }
+                start += length + 1;
+            }
+            pending.drain(..start);
+        }
+        // Rows that were asked for by their keys are all taken: what is left out would not be asked for again.
+        chunk.complete = matches!(which, Which::Keys(_)) || (!full && chunk.rows.len() < limit as usize);
+        chunk.last_key = chunk.key_of_last();
+        chunk.keys_asked = match which {
+            Which::After(_) => 0,
+            Which::Keys(keys) => keys.len(),
+        };
+        self.end(Answer::Chunk(chunk)).await
+    }
+
+    /// Writes a watermark. A transaction that has an id makes the server write the WAL to disk when it ends, and so send it, now.
+    async fn emit(&self, content: &str) -> Result<(), Error> {
+        let sql = format!(
+            "SELECT pg_catalog.pg_current_xact_id(), pg_catalog.pg_logical_emit_message(false, '{WATERMARK_PREFIX}', {})",
+            quote_literal(content)
+        );
+        self.catalog.client().batch_execute(&sql).await
+    }
+}
+
+impl Chunk {
+    fn push(&mut self, line: &[u8]) -> Result<(), ReadError> {
+        let start = self.bytes.len();
+        if self.shape.width() > 0 {
+            let columns = copy::append_row(line, &mut self.bytes).ok_or(ReadError::Copy)?;
+            if usize::from(columns) != self.shape.width() {
+                return Err(ReadError::Copy);
+            }
+        }
+        self.rows.push(start..self.bytes.len());
+        Ok(())
+    }
+
+    fn key_of_last(&self) -> Option<Vec<String>> {
+        let last = self.rows().last().filter(|_| self.shape.has_key())?;
+        let values: Vec<Datum<'_>> = last.values().collect();
+        self.shape
+            .key()
+            .iter()
+            .map(|index| match values.get(*index)? {
+                Datum::Text(text) => Some((*text).to_owned()),
+                _ => None,
+            })
+            .collect()
+    }
+}

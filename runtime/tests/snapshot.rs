@@ -1,0 +1,455 @@
+//! Snapshots against a real PostgreSQL and Kafka: every row that was there is in the log, once, and never older than what the log has.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+#[path = "common/fold.rs"]
+mod fold;
+
+use common::LIMIT;
+use fold::{Entry, State, assert_read_once, difference, fold, read_log};
+use meander_config::{CaptureConfig, SnapshotMode, SnapshotRequest};
+use meander_proto::v1::Operation;
+use meander_test_support::{Kafka, Postgres, Runtime, eventually};
+use tokio_postgres::Client;
+
+fn config(postgres: &Postgres, kafka: &Kafka) -> CaptureConfig {
+    let mut config = common::config(postgres, kafka, None);
+    config.source.snapshot.mode = SnapshotMode::Incremental;
+    config
+}
+
+async fn execute(postgres: &Postgres, sql: &str) {
+    postgres.client().await.batch_execute(sql).await.unwrap();
+}
+
+fn count(log: &[Entry], operation: Operation) -> usize {
+    log.iter().filter(|entry| entry.operation == operation).count()
+}
+
+fn topic(config: &CaptureConfig, table: &str) -> String {
+    format!("{}.public.{table}", config.kafka.topic_prefix)
+}
+
+/// Waits until the log holds this many ends of snapshots of the table, and reads it.
+async fn wait_for_ends(kafka: &Kafka, config: &CaptureConfig, table: &str, ends: usize) -> Vec<Entry> {
+    eventually("the snapshot has ended", LIMIT, async || {
+        let log = tokio::task::block_in_place(|| read_log(kafka, &topic(config, table)));
+        let found = count(&log, Operation::SnapshotEnd);
+        if found >= ends {
+            Ok(log)
+        } else {
+            Err(format!("{} records, {found} ends", log.len()))
+        }
+    })
+    .await
+}
+
+/// Reads the log until it comes to what the table holds.
+async fn wait_until_equal(kafka: &Kafka, config: &CaptureConfig, table: &str, rows: &State) -> Vec<Entry> {
+    eventually("the log comes to what the table holds", LIMIT, async || {
+        let log = tokio::task::block_in_place(|| read_log(kafka, &topic(config, table)));
+        difference(&fold(&log), rows).map_or(Ok(log), Err)
+    })
+    .await
+}
+
+/// What a table holds whose key is `id` and comes first. The other columns are named.
+async fn table(client: &Client, name: &str, columns: &str) -> State {
+    let others: Vec<String> = columns
+        .split(' ')
+        .map(|column| format!("coalesce({column}::text, '')"))
+        .collect();
+    let sql = format!("SELECT id::text, ARRAY[{}] FROM {name}", others.join(", "));
+    let rows = client.query(&sql, &[]).await.unwrap();
+    rows.iter()
+        .map(|row| {
+            let id: String = row.get(0);
+            let key = format!("{{\"id\":\"{id}\"}}");
+            (key, [vec![id], row.get(1)].concat())
+        })
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_that_were_there_are_read_between_markers_and_never_again() {
+    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    execute(
+        &postgres,
+        "CREATE TABLE trades (id int PRIMARY KEY, price numeric, note text);
+         INSERT INTO trades SELECT n, n * 1.5, CASE WHEN n % 2 = 0 THEN E'a\\tb\\\\' || n END FROM generate_series(1, 1500) n;
+         CREATE TABLE empty (id int PRIMARY KEY);
+         CREATE TABLE pairs (b text COLLATE \"C\", a numeric(8,2), c char(3), PRIMARY KEY (a, b, c));
+         INSERT INTO pairs SELECT chr(97 + n % 26) || n, n % 7, 'x' FROM generate_series(1, 1200) n;
+         CREATE TABLE keyless (note text); ALTER TABLE keyless REPLICA IDENTITY FULL;
+         INSERT INTO keyless SELECT 'same' FROM generate_series(1, 3)",
+    )
+    .await;
+    let config = config(&postgres, kafka);
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    let log = wait_for_ends(kafka, &config, "trades", 1).await;
+    let (begin, end) = (log.first().unwrap(), log.last().unwrap());
+    assert_eq!(begin.operation, Operation::SnapshotBegin);
+    assert_eq!((end.operation, end.rows), (Operation::SnapshotEnd, 1500));
+    assert_eq!(begin.snapshot, end.snapshot);
+    assert_read_once(&log);
+    let rows = table(&postgres.client().await, "trades", "price note").await;
+    assert_eq!(difference(&fold(&log), &rows), None);
+
+    let pairs = wait_for_ends(kafka, &config, "pairs", 1).await;
+    assert_eq!(
+        (pairs.last().unwrap().rows, count(&pairs, Operation::Read)),
+        (1200, 1200)
+    );
+    assert_read_once(&pairs);
+    assert_eq!(wait_for_ends(kafka, &config, "empty", 1).await.len(), 2);
+    assert_eq!(
+        count(&wait_for_ends(kafka, &config, "keyless", 1).await, Operation::Read),
+        3
+    );
+
+    // A restart reads nothing again, and goes on with changes.
+    assert!(runtime.terminate(LIMIT).success(), "{}", runtime.process().log_tail());
+    runtime.start_again();
+    runtime.ready(LIMIT).await;
+    execute(
+        &postgres,
+        "UPDATE trades SET price = 0 WHERE id = 7; DELETE FROM trades WHERE id = 8",
+    )
+    .await;
+    let rows = table(&postgres.client().await, "trades", "price note").await;
+    let after = wait_until_equal(kafka, &config, "trades", &rows).await;
+    assert_eq!(after.len(), log.len() + 2);
+}
+
+/// Twenty thousand rows, of which each tenth has a value that is stored apart.
+const LARGE_TABLE: &str = "CREATE TABLE trades (id bigint PRIMARY KEY, price bigint, note text);
+    ALTER TABLE trades ALTER note SET STORAGE EXTERNAL;
+    INSERT INTO trades SELECT n, 0, CASE WHEN n % 10 = 0 THEN repeat(n::text || ' ', 600) ELSE 'short' END
+      FROM generate_series(1, 20000) n";
+
+/// Changes rows of every kind until told to stop, four at a time: values, keys in both directions, deletions, insertions.
+fn disturb(postgres: &Postgres) -> (tokio::sync::watch::Sender<bool>, Vec<tokio::task::JoinHandle<u64>>) {
+    let (stop, stopped) = tokio::sync::watch::channel(false);
+    let url = postgres.url();
+    let clients = (0..4_i64)
+        .map(|client| {
+            let (url, stopped) = (url.clone(), stopped.clone());
+            tokio::spawn(async move {
+                let (connection, driver) = tokio_postgres::connect(&url, tokio_postgres::NoTls).await.unwrap();
+                tokio::spawn(driver);
+                let mut made = 0_i64;
+                // A simple generator, so that a run can be had again.
+                let mut random = client * 7_919 + 17;
+                // What changes while nobody looks is bounded: the log is read as a whole in the end.
+                let mut pace = tokio::time::interval(std::time::Duration::from_millis(4));
+                while !*stopped.borrow() {
+                    pace.tick().await;
+                    random = (random * 1_103_515_245 + 12_345) & 0x7fff_ffff;
+                    // Rows of their own for each client, so that none waits for another for long.
+                    let id = random % 5_000 * 4 + client + 1;
+                    let new = 100_000 + made * 4 + client;
+                    let sql = match random / 5_000 % 10 {
+                        0 => format!("UPDATE trades SET id = -{new}, price = price + 1 WHERE id = {id}"),
+                        1 => format!("UPDATE trades SET id = {new}, price = price + 1 WHERE id = {id}"),
+                        2 => format!("DELETE FROM trades WHERE id = {id}"),
+                        3 => format!("INSERT INTO trades VALUES ({new}, 1, 'new'), (-{new}, 1, 'new')"),
+                        4 => format!("BEGIN; UPDATE trades SET price = -1 WHERE id = {id}; ROLLBACK"),
+                        5 => format!("UPDATE trades SET note = 'b', price = price + 1 WHERE id = {id}"),
+                        _ => format!("UPDATE trades SET price = price + 1 WHERE id = {id}"),
+                    };
+                    connection.batch_execute(&sql).await.unwrap();
+                    made += 1;
+                }
+                made.cast_unsigned()
+            })
+        })
+        .collect();
+    (stop, clients)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_under_concurrent_changes_comes_to_what_the_table_holds() {
+    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    execute(&postgres, LARGE_TABLE).await;
+    let config = config(&postgres, kafka);
+    let (stop, clients) = disturb(&postgres);
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    wait_for_ends(kafka, &config, "trades", 1).await;
+    stop.send_replace(true);
+    let mut made = 0;
+    for client in clients {
+        made += client.await.unwrap();
+    }
+    let rows = table(&postgres.client().await, "trades", "price note").await;
+    let log = wait_until_equal(kafka, &config, "trades", &rows).await;
+    assert_read_once(&log);
+    println!(
+        "{made} changes beside the snapshot, {} rows read",
+        count(&log, Operation::Read)
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_that_is_in_the_wal_and_not_yet_visible_is_not_overwritten_by_the_snapshot() {
+    let (postgres, kafka) = (
+        Postgres::start(&[("synchronous_standby_names", "nobody"), ("synchronous_commit", "local")]).await,
+        Kafka::shared().await,
+    );
+    execute(
+        &postgres,
+        "CREATE TABLE trades (id bigint PRIMARY KEY, price bigint, note text);
+         INSERT INTO trades SELECT n, 0, '' FROM generate_series(1, 100) n",
+    )
+    .await;
+    let mut config = config(&postgres, kafka);
+    config.source.snapshot.mode = SnapshotMode::Never;
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+
+    // It waits for a standby that does not exist: its commit is in the WAL, and is streamed; but no snapshot sees it.
+    let waiting = postgres.client().await;
+    let commit = tokio::spawn(async move {
+        waiting
+            .batch_execute("SET synchronous_commit = on; UPDATE trades SET price = 7 WHERE id = 50")
+            .await
+    });
+    let streamed = eventually("the change is streamed", LIMIT, async || {
+        let log = tokio::task::block_in_place(|| read_log(kafka, &topic(&config, "trades")));
+        if log.is_empty() { Err("nothing yet") } else { Ok(log) }
+    })
+    .await;
+    assert_eq!(streamed[0].row[1], "7");
+    let client = postgres.client().await;
+    let price = client
+        .query_one("SELECT price FROM trades WHERE id = 50", &[])
+        .await
+        .unwrap();
+    assert_eq!(
+        price.get::<_, i64>(0),
+        0,
+        "it must not be visible, or this test shows nothing"
+    );
+
+    // The runtime that reads the snapshot is another process than the one that streamed the change.
+    assert!(runtime.terminate(LIMIT).success());
+    config.source.snapshot.mode = SnapshotMode::Incremental;
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    let log = eventually("the snapshot waits", LIMIT, async || {
+        let log = tokio::task::block_in_place(|| read_log(kafka, &topic(&config, "trades")));
+        if count(&log, Operation::SnapshotBegin) == 1 {
+            Ok(log)
+        } else {
+            Err(format!("{} records", log.len()))
+        }
+    })
+    .await;
+    assert_eq!(count(&log, Operation::Read), 0);
+    // The server is told to wait no longer.
+    client
+        .batch_execute("SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'")
+        .await
+        .unwrap();
+    commit.await.unwrap().unwrap();
+    let log = wait_for_ends(kafka, &config, "trades", 1).await;
+    assert_eq!(count(&log, Operation::Read), 100);
+    let rows = table(&client, "trades", "price note").await;
+    assert_eq!(difference(&fold(&log), &rows), None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn three_kills_during_an_incremental_snapshot_lose_and_double_nothing() {
+    kills_during_a_snapshot(3).await;
+}
+
+/// The long form; `make test-long` runs it.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "takes minutes: make test-long"]
+async fn fifty_kills_during_an_incremental_snapshot_lose_and_double_nothing() {
+    kills_during_a_snapshot(50).await;
+}
+
+async fn kills_during_a_snapshot(kills: usize) {
+    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    execute(&postgres, LARGE_TABLE).await;
+    // Enough snapshots, each by a request of its own, for every kill to come in the middle of one.
+    let mut config = config(&postgres, kafka);
+    config.source.snapshot.requests = (0..kills.div_ceil(2))
+        .map(|number| SnapshotRequest {
+            id: format!("again-{number}"),
+            tables: vec!["public.trades".to_owned()],
+        })
+        .collect();
+    let snapshots = 1 + config.source.snapshot.requests.len();
+    let (stop, clients) = disturb(&postgres);
+    let mut runtime = Runtime::capture(&config);
+    let mut seen = 0;
+    for _ in 0..kills {
+        runtime.ready(LIMIT).await;
+        // Records have come since the last kill, so this one is in another place.
+        seen = eventually("a snapshot is under way", LIMIT, async || {
+            let checkpoint = common::checkpoint(&config).unwrap();
+            let published = checkpoint.events_total;
+            let reads = checkpoint.snapshot.reading.is_some_and(|cursor| cursor.rows > 0);
+            if published > seen && reads {
+                Ok(published)
+            } else {
+                Err(published)
+            }
+        })
+        .await;
+        runtime.kill9();
+        runtime.start_again();
+    }
+    runtime.ready(LIMIT).await;
+    stop.send_replace(true);
+    wait_for_ends(kafka, &config, "trades", snapshots).await;
+    let mut made = 0;
+    for client in clients {
+        made += client.await.unwrap();
+    }
+    let rows = table(&postgres.client().await, "trades", "price note").await;
+    let log = wait_until_equal(kafka, &config, "trades", &rows).await;
+    assert_read_once(&log);
+    println!(
+        "{kills} kills, {snapshots} snapshots: {made} changes, {} rows read, each once",
+        count(&log, Operation::Read)
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_joins_later_and_one_that_is_asked_for_are_read_while_others_stream() {
+    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    execute(
+        &postgres,
+        "CREATE TABLE trades (id int PRIMARY KEY, note text); INSERT INTO trades VALUES (1, 'a'), (2, 'b')",
+    )
+    .await;
+    let mut config = config(&postgres, kafka);
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    wait_for_ends(kafka, &config, "trades", 1).await;
+    assert!(runtime.terminate(LIMIT).success());
+    execute(
+        &postgres,
+        "CREATE TABLE late (id int PRIMARY KEY, note text); INSERT INTO late VALUES (1, 'x')",
+    )
+    .await;
+    config.source.snapshot.requests = vec![SnapshotRequest {
+        id: "repair".to_owned(),
+        tables: vec!["public.trades".to_owned()],
+    }];
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    assert_eq!(
+        count(&wait_for_ends(kafka, &config, "late", 1).await, Operation::Read),
+        1
+    );
+    let log = wait_for_ends(kafka, &config, "trades", 2).await;
+    assert_eq!(count(&log, Operation::Read), 4);
+    assert_read_once(&log);
+    assert!(runtime.terminate(LIMIT).success());
+    let state = common::checkpoint(&config).unwrap().snapshot;
+    assert_eq!(
+        (state.done.len(), &state.requests["repair"][..], state.reading),
+        (2, &[][..], None)
+    );
+
+    // What was done under a name is not done again, nor is anything else.
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    execute(&postgres, "INSERT INTO trades VALUES (3, 'c')").await;
+    let rows = table(&postgres.client().await, "trades", "note").await;
+    assert_eq!(
+        wait_until_equal(kafka, &config, "trades", &rows).await.len(),
+        log.len() + 1
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_jumps_over_the_reading_keeps_its_large_values() {
+    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    execute(&postgres, LARGE_TABLE).await;
+    execute(
+        &postgres,
+        "INSERT INTO trades SELECT n, 0, 'short' FROM generate_series(20001, 200000) n",
+    )
+    .await;
+    execute(
+        &postgres,
+        "UPDATE trades SET note = repeat('x', 5000) WHERE id = 199999",
+    )
+    .await;
+    let config = config(&postgres, kafka);
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    eventually("the reading is under way", LIMIT, async || {
+        let reading = common::checkpoint(&config).and_then(|checkpoint| checkpoint.snapshot.reading);
+        if reading.is_some_and(|cursor| cursor.rows > 0) {
+            Ok(())
+        } else {
+            Err("not yet")
+        }
+    })
+    .await;
+    runtime.kill9();
+    let reading = common::checkpoint(&config).unwrap().snapshot.reading;
+    assert!(
+        reading.is_some_and(|cursor| !cursor.swept),
+        "the kill came too late to show anything"
+    );
+    // From what is still to be read to what was read already, and the other way; the changes do not tell the note.
+    execute(
+        &postgres,
+        "UPDATE trades SET id = -id WHERE id = 199999; UPDATE trades SET id = 300000 WHERE id = 10",
+    )
+    .await;
+    runtime.start_again();
+    let rows = table(&postgres.client().await, "trades", "price note").await;
+    wait_for_ends(kafka, &config, "trades", 1).await;
+    let log = wait_until_equal(kafka, &config, "trades", &rows).await;
+    assert_eq!(
+        log.last().unwrap().operation,
+        Operation::SnapshotEnd,
+        "nothing comes after the end"
+    );
+    assert_read_once(&log);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_read_is_left_out_and_does_not_hold_up_the_rest() {
+    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    execute(
+        &postgres,
+        "CREATE TABLE a_hidden (id int PRIMARY KEY, note text); INSERT INTO a_hidden VALUES (1, 'a');
+         ALTER TABLE a_hidden ENABLE ROW LEVEL SECURITY; ALTER TABLE a_hidden FORCE ROW LEVEL SECURITY;
+         CREATE TABLE trades (id int PRIMARY KEY, note text); INSERT INTO trades VALUES (1, 'a');
+         CREATE ROLE capture LOGIN REPLICATION PASSWORD 'secret';
+         GRANT SELECT ON ALL TABLES IN SCHEMA public TO capture;
+         CREATE PUBLICATION p FOR TABLE a_hidden, trades",
+    )
+    .await;
+    let mut config = config(&postgres, kafka);
+    config.source.publication = meander_config::Publication {
+        name: "p".to_owned(),
+        management: meander_config::PublicationManagement::External,
+    };
+    let files = tempfile::tempdir().unwrap();
+    for (name, text) in [("username", "capture"), ("password", "secret")] {
+        std::fs::write(files.path().join(name), text).unwrap();
+    }
+    config.source.username_file = files.path().join("username");
+    config.source.password_file = files.path().join("password");
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    let log = wait_for_ends(kafka, &config, "trades", 1).await;
+    assert_eq!(count(&log, Operation::Read), 1);
+    let hidden = read_log(kafka, &topic(&config, "a_hidden"));
+    assert_eq!(
+        count(&hidden, Operation::Read) + count(&hidden, Operation::SnapshotEnd),
+        0,
+        "rows that a policy hides are not taken for gone"
+    );
+}
