@@ -10,7 +10,8 @@ mod pacing;
 
 use clap::{Parser, Subcommand};
 use meander_config::{
-    CaptureConfig, Format, KafkaSink, Origin, Partitions, PostgresSource, Publication, PublicationManagement, RedisSink, ResourceIdentity, Snapshot, SnapshotMode, SslMode, TableSelection,
+    CaptureConfig, Format, KafkaSink, Origin, Partitions, PostgresSource, Publication, PublicationManagement,
+    RedisSink, ResourceIdentity, Snapshot, SnapshotMode, SslMode, TableSelection,
 };
 use meander_test_support::{Kafka, Postgres, Redis, free_address, unique_name};
 

@@ -435,6 +435,7 @@ async fn what_cannot_be_read_is_left_out_and_does_not_hold_up_the_rest() {
     config.source.publication = meander_config::Publication {
         name: "p".to_owned(),
         management: meander_config::PublicationManagement::External,
+        partitions: meander_config::Partitions::Root,
     };
     let files = tempfile::tempdir().unwrap();
     for (name, text) in [("username", "capture"), ("password", "secret")] {

@@ -2,7 +2,9 @@
 
 use kube::ResourceExt as _;
 use meander_config::{
-    CaptureConfig, Durability, Format, KafkaSink, Origin, Partitions, PostgresSource, Publication, PublicationManagement, RedisSink, ResourceIdentity, Snapshot, SnapshotMode, SnapshotRequest, SslMode, TableSelection,
+    CaptureConfig, Durability, Format, KafkaSink, Origin, Partitions, PostgresSource, Publication,
+    PublicationManagement, RedisSink, ResourceIdentity, Snapshot, SnapshotMode, SnapshotRequest, SslMode,
+    TableSelection,
 };
 use meander_crds::{
     Acknowledgement, CdcPipeline, LogLevel, PipelineFormat, PublicationManagement as Management, RedisDurability,

@@ -390,6 +390,7 @@ fn accept(
             transaction_id: 0,
             lsn: at,
             previous_end: None,
+            origin: None,
         };
         encoder.encode(&change, &mut records)?;
         position.ordinal += 1;

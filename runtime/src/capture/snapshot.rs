@@ -391,7 +391,8 @@ impl Incremental {
             Operation::Insert { .. }
             | Operation::Read { .. }
             | Operation::SnapshotBegin { .. }
-            | Operation::SnapshotEnd { .. } => {}
+            | Operation::SnapshotEnd { .. }
+            | Operation::SourceGap { .. } => {}
         }
     }
 

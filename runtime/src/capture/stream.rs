@@ -436,6 +436,9 @@ impl<'a> Stream<'a> {
                 position: Position { ordinal, ..at },
                 commit_time_micros: time_micros,
                 transaction_id: 0,
+                lsn: at.commit_lsn,
+                previous_end: None,
+                origin: None,
             };
             let before = self.batch.records().len();
             self.encoder.encode(&change, &mut self.batch)?;

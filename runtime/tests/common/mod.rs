@@ -4,7 +4,8 @@
 use std::time::Duration;
 
 use meander_config::{
-    Acknowledgement, CaptureConfig, Durability, Format, KafkaSink, Origin, Partitions, PostgresSource, Publication, PublicationManagement, RedisSink, ResourceIdentity, Snapshot, SnapshotMode, SslMode, TableSelection,
+    Acknowledgement, CaptureConfig, Durability, Format, KafkaSink, Origin, Partitions, PostgresSource, Publication,
+    PublicationManagement, RedisSink, ResourceIdentity, Snapshot, SnapshotMode, SslMode, TableSelection,
 };
 use meander_runtime::{
     checkpoint::read_checkpoint,
