@@ -40,9 +40,12 @@ use crate::{
 
 /// How long signing on as the producer may take: the broker answers only when the transaction of the producer before is settled.
 const INIT_DEADLINE: Duration = Duration::from_secs(30);
-/// How long records may take to be delivered, and a transaction to be committed.
-const COMMIT_DEADLINE: Duration = Duration::from_secs(30);
-/// The broker aborts a transaction that is open for longer. Longer than everything that one takes here.
+/// How long a record may take to be delivered.
+const DELIVERY_DEADLINE: Duration = Duration::from_secs(30);
+/// How long a transaction may take, from its begin to the answer to its commit.
+const TRANSACTION_DEADLINE: Duration = Duration::from_secs(45);
+/// The broker aborts a transaction that is open for longer, and then refuses its producer as it refuses one that another runtime has
+/// fenced. So it is longer than [`TRANSACTION_DEADLINE`].
 const TRANSACTION_TIMEOUT: Duration = Duration::from_secs(60);
 /// A transaction that begins sooner after a commit is told CONCURRENT_TRANSACTIONS, and the client waits 20 ms: the coordinator is
 /// still writing the markers of the one before.
@@ -105,7 +108,7 @@ impl KafkaSink {
             .set("client.id", "meander-runtime")
             .set("transactional.id", &checkpoint_key)
             .set("transaction.timeout.ms", TRANSACTION_TIMEOUT.as_millis().to_string())
-            .set("message.timeout.ms", COMMIT_DEADLINE.as_millis().to_string())
+            .set("message.timeout.ms", DELIVERY_DEADLINE.as_millis().to_string())
             .set("acks", "all")
             .set("enable.idempotence", "true")
             .set("compression.type", "lz4")
@@ -147,11 +150,11 @@ impl KafkaSink {
     /// # Errors
     /// When the transaction does not succeed, or may not have.
     pub fn commit_batch(&self, batch: &Batch, checkpoint: &Checkpoint) -> Result<(), SinkError> {
-        self.begin()?;
+        let deadline = self.begin()?;
         for record in batch.records() {
-            self.produce(batch, record)?;
+            self.produce(batch, record, deadline)?;
         }
-        self.commit(checkpoint)
+        self.commit(checkpoint, deadline)
     }
 
     /// Notes Redis's place in the checkpoint. Returns what may be acknowledged of what is `safe` in Kafka.
@@ -169,25 +172,30 @@ impl KafkaSink {
         }
     }
 
-    fn begin(&self) -> Result<(), SinkError> {
-        self.producer.begin_transaction().map_err(|error| self.failed(&error))
+    /// Begins a transaction. Returns when it has to be over.
+    fn begin(&self) -> Result<Instant, SinkError> {
+        // The broker's clock for it starts later, with the first record.
+        let deadline = Instant::now() + TRANSACTION_DEADLINE;
+        self.producer.begin_transaction().map_err(|error| self.failed(&error))?;
+        Ok(deadline)
     }
 
-    fn commit(&self, checkpoint: &Checkpoint) -> Result<(), SinkError> {
+    fn commit(&self, checkpoint: &Checkpoint, deadline: Instant) -> Result<(), SinkError> {
         let value = serde_json::to_vec(checkpoint).map_err(|error| SinkError::KafkaTransaction(error.to_string()))?;
         self.send(
             BaseRecord::to(&self.checkpoint_topic)
                 .partition(0)
                 .key(self.checkpoint_key.as_bytes())
                 .payload(&value),
+            deadline,
         )?;
-        self.wait_for_deliveries()?;
+        self.wait_for_deliveries(deadline)?;
         self.producer
-            .commit_transaction(COMMIT_DEADLINE)
+            .commit_transaction(deadline.saturating_duration_since(Instant::now()))
             .map_err(|error| self.failed(&error))
     }
 
-    fn produce(&self, batch: &Batch, record: &Record) -> Result<(), SinkError> {
+    fn produce(&self, batch: &Batch, record: &Record, deadline: Instant) -> Result<(), SinkError> {
         let position = record.position.to_string();
         let commit_time = record.commit_time_micros.to_string();
         let part = record.part.to_string();
@@ -218,16 +226,16 @@ impl KafkaSink {
         if let Some(value) = batch.value(record) {
             base = base.payload(value);
         }
-        self.send(match batch.key(record) {
+        let base = match batch.key(record) {
             Some(key) => base.key(key),
             // A record without a key keeps its order only in a partition that is always the same.
             None => base.partition(0),
-        })
+        };
+        self.send(base, deadline)
     }
 
     /// Queues a record, and waits while the client's own queue is full.
-    fn send(&self, mut record: BaseRecord<'_, [u8], [u8]>) -> Result<(), SinkError> {
-        let deadline = Instant::now() + COMMIT_DEADLINE;
+    fn send(&self, mut record: BaseRecord<'_, [u8], [u8]>, deadline: Instant) -> Result<(), SinkError> {
         loop {
             match self.producer.send(record) {
                 Ok(()) => return Ok(()),
@@ -248,15 +256,17 @@ impl KafkaSink {
         }
     }
 
-    fn wait_for_deliveries(&self) -> Result<(), SinkError> {
-        let deadline = Instant::now() + COMMIT_DEADLINE;
+    fn wait_for_deliveries(&self, deadline: Instant) -> Result<(), SinkError> {
         while self.producer.in_flight_count() > 0 {
             self.producer.poll(Duration::from_millis(10));
             self.check_deliveries()?;
             if Instant::now() > deadline {
                 return Err(SinkError::KafkaUnreachable {
                     servers: self.servers.clone(),
-                    cause: format!("records were not acknowledged within {} s", COMMIT_DEADLINE.as_secs()),
+                    cause: format!(
+                        "records were not acknowledged within {} s",
+                        TRANSACTION_DEADLINE.as_secs()
+                    ),
                 });
             }
         }
@@ -335,12 +345,10 @@ impl KafkaSink {
                 safe = self.note_redis(&mut checkpoint, redis.borrow().durable, safe);
             }
             let acknowledges = safe > checkpoint.acknowledged && last_commit.elapsed() >= ACKNOWLEDGE_INTERVAL;
-            if transaction.open || acknowledges {
-                if !transaction.open {
-                    self.begin()?;
-                }
+            if transaction.deadline.is_some() || acknowledges {
+                let deadline = transaction.deadline.map_or_else(|| self.begin(), Ok)?;
                 checkpoint.acknowledged = checkpoint.acknowledged.max(safe);
-                self.commit(&checkpoint)?;
+                self.commit(&checkpoint, deadline)?;
                 last_commit = Instant::now();
                 acknowledged.send_replace(checkpoint.clone());
             }
@@ -380,7 +388,8 @@ impl KafkaSink {
 /// What the next transaction holds.
 #[derive(Default)]
 struct Transaction {
-    open: bool,
+    /// When it has to be over, once it has begun.
+    deadline: Option<Instant>,
     bytes: usize,
     events: u64,
     batches: u64,
@@ -399,11 +408,9 @@ impl Transaction {
             .iter()
             .filter(|record| Some(record.position) > checkpoint.published)
         {
-            if !self.open {
-                sink.begin()?;
-                self.open = true;
-            }
-            sink.produce(batch, record)?;
+            let deadline = self.deadline.map_or_else(|| sink.begin(), Ok)?;
+            self.deadline = Some(deadline);
+            sink.produce(batch, record, deadline)?;
             self.events += u64::from(record.part == 0);
             self.last = Some(record.position);
         }

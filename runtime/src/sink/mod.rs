@@ -77,7 +77,9 @@ pub enum SinkError {
     #[error("a Kafka transaction did not succeed: {0}")]
     KafkaTransaction(String),
     /// Another runtime took over.
-    #[error("another runtime publishes this pipeline: {0}")]
+    #[error(
+        "another runtime publishes this pipeline, or this one was stopped for so long that Kafka gave up its transaction: {0}"
+    )]
     Fenced(String),
     /// The checkpoint cannot be read.
     #[error("{0}")]
