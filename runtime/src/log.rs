@@ -16,6 +16,8 @@ pub const PART_HEADER: &str = "meander-part";
 /// timestamp is the running maximum of these, in milliseconds.
 pub const COMMIT_TIME_HEADER: &str = "meander-commit-time";
 
+const CLAIMS: &str = "__meander.claims.";
+
 /// Name of the topic (or Redis stream) that holds the changes of a table.
 ///
 /// Characters that Kafka does not allow become `_`. Two tables whose names become one are told apart by the caller.
@@ -57,7 +59,13 @@ pub fn checkpoint_topic(namespace: &str, pipeline: &str) -> String {
 /// takes it for data.
 #[must_use]
 pub fn claims_topic(prefix: &str) -> String {
-    format!("__meander.claims.{prefix}")
+    format!("{CLAIMS}{prefix}")
+}
+
+/// The topic prefix whose claims a topic holds; none if it holds no claims.
+#[must_use]
+pub fn prefix_of_claims(topic: &str) -> Option<&str> {
+    topic.strip_prefix(CLAIMS)
 }
 
 /// Key of the checkpoint record, and the producer's `transactional.id`.

@@ -401,6 +401,13 @@ async fn a_topic_prefix_belongs_to_one_pipeline() {
     let topic = format!("{}.public.t", first.kafka.topic_prefix);
     wait_for_records(kafka, &topic, 1).await;
 
+    // A prefix within it is no other prefix: whoever reads the first one's topics would read both.
+    let mut within = config(&postgres, kafka, None);
+    within.kafka.topic_prefix = format!("{}.eu", first.kafka.topic_prefix);
+    let mut inner = Runtime::capture(&within);
+    wait_for_failure(&inner, "TopicPrefixTaken").await;
+    assert!(inner.terminate(LIMIT).success());
+
     // Once its owner is gone the prefix is free; but the topics hold what the other did not write.
     assert!(owner.terminate(LIMIT).success());
     meander_runtime::capture::cleanup(first).await.unwrap();

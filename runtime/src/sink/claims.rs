@@ -1,7 +1,8 @@
 //! Whose a topic prefix is: two pipelines that shared one would put each change into the same topics twice.
 //!
 //! A compacted topic holds a record for each pipeline that claims the prefix, under the key of its checkpoint. The earliest claim that
-//! was not withdrawn holds. Claiming fences nobody and needs no slot, so it comes before a slot is made.
+//! was not withdrawn holds. A prefix and one that begins with it and a dot, as `shop` and `shop.eu`, are no better than two that are
+//! the same: whoever reads takes every topic that begins with the prefix and a dot. Claiming fences nobody and needs no slot, so it comes before a slot is made.
 
 use std::time::Duration;
 
@@ -13,8 +14,8 @@ use rdkafka::{
 use tokio::task::JoinError;
 
 use crate::{
-    checkpoint::Tail,
-    log::claims_topic,
+    checkpoint::{Tail, TailError},
+    log::{claims_topic, prefix_of_claims},
     sink::{SinkError, topics::unreachable},
 };
 
@@ -25,6 +26,14 @@ pub struct Claims {
     servers: Vec<String>,
     prefix: String,
     key: String,
+}
+
+/// A claim that was not withdrawn. The least of those that overlap holds.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Claim {
+    timestamp_millis: Option<i64>,
+    owner: String,
+    prefix: String,
 }
 
 impl Claims {
@@ -41,19 +50,21 @@ impl Claims {
     /// Claims the prefix, whose topic of claims has to exist.
     ///
     /// # Errors
-    /// When another pipeline claimed it earlier, or Kafka does not answer.
+    /// When another pipeline claimed it earlier, or one that overlaps, or Kafka does not answer.
     pub async fn claim(&self) -> Result<(), SinkError> {
-        if !self.keys().await?.contains(&self.key) {
+        let live = self.live().await?;
+        if !live.iter().any(|claim| self.is_ours(claim)) {
+            // Whoever is there already came first, whatever the clocks say.
+            if let Some(other) = live.into_iter().next() {
+                return Err(self.taken(other));
+            }
             self.write(Some("{}")).await?;
         }
-        // Of two that claim at the same time, both see whose claim came first.
-        match self.keys().await?.into_iter().next() {
-            Some(owner) if owner != self.key => {
+        // Of two that claim at the same time, both see which claim holds.
+        match self.live().await?.into_iter().min() {
+            Some(first) if !self.is_ours(&first) => {
                 self.write(None).await?;
-                Err(SinkError::TopicPrefixTaken {
-                    prefix: self.prefix.clone(),
-                    owner,
-                })
+                Err(self.taken(first))
             }
             _ => Ok(()),
         }
@@ -67,14 +78,46 @@ impl Claims {
         self.write(None).await
     }
 
-    async fn keys(&self) -> Result<Vec<String>, SinkError> {
-        let (servers, topic) = (self.servers.clone(), claims_topic(&self.prefix));
-        let read = tokio::task::spawn_blocking(move || Tail::new(&servers, DEADLINE)?.keys(&topic, 0)).await;
-        let keys = read.map_err(|error: JoinError| SinkError::KafkaTransaction(error.to_string()))??;
-        Ok(keys
-            .iter()
-            .map(|key| String::from_utf8_lossy(key).into_owned())
-            .collect())
+    fn is_ours(&self, claim: &Claim) -> bool {
+        claim.owner == self.key && claim.prefix == self.prefix
+    }
+
+    fn taken(&self, by: Claim) -> SinkError {
+        SinkError::TopicPrefixTaken {
+            prefix: self.prefix.clone(),
+            taken: by.prefix,
+            owner: by.owner,
+        }
+    }
+
+    /// Our claim, and those of others that it cannot hold beside.
+    async fn live(&self) -> Result<Vec<Claim>, SinkError> {
+        let (servers, prefix) = (self.servers.clone(), self.prefix.clone());
+        let read = tokio::task::spawn_blocking(move || {
+            let tail = Tail::new(&servers, DEADLINE)?;
+            // Our own topic is there, whether or not every broker knows it yet.
+            let mut prefixes = vec![prefix.clone()];
+            prefixes.extend(tail.topics()?.iter().filter_map(|topic| {
+                let other = prefix_of_claims(topic)?;
+                (other != prefix && overlap(other, &prefix)).then(|| other.to_owned())
+            }));
+            let mut claims = Vec::new();
+            for prefix in prefixes {
+                for (key, timestamp_millis) in tail.keys(&claims_topic(&prefix), 0)? {
+                    claims.push(Claim {
+                        timestamp_millis,
+                        owner: String::from_utf8_lossy(&key).into_owned(),
+                        prefix: prefix.clone(),
+                    });
+                }
+            }
+            Ok::<_, TailError>(claims)
+        })
+        .await;
+        let mut claims = read.map_err(|error: JoinError| SinkError::KafkaTransaction(error.to_string()))??;
+        // A pipeline does not stand in its own way.
+        claims.retain(|claim| claim.owner != self.key || claim.prefix == self.prefix);
+        Ok(claims)
     }
 
     async fn write(&self, value: Option<&str>) -> Result<(), SinkError> {
@@ -95,6 +138,31 @@ impl Claims {
         match producer.send(record, Timeout::After(DEADLINE)).await {
             Ok(_) => Ok(()),
             Err((error, _)) => Err(failed(&error)),
+        }
+    }
+}
+
+/// Whether a topic of one prefix can be taken for one of the other.
+fn overlap(one: &str, other: &str) -> bool {
+    let within = |inner: &str, outer: &str| inner.strip_prefix(outer).is_some_and(|rest| rest.starts_with('.'));
+    one == other || within(one, other) || within(other, one)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prefixes_overlap_where_one_is_the_other_up_to_a_dot() {
+        for (one, other, together) in [
+            ("shop", "shop", true),
+            ("shop", "shop.eu", true),
+            ("shop.eu.west", "shop", true),
+            ("shop", "shopping", false),
+            ("shop.eu", "shop.us", false),
+        ] {
+            assert_eq!(overlap(one, other), together, "{one} {other}");
+            assert_eq!(overlap(other, one), together, "{other} {one}");
         }
     }
 }

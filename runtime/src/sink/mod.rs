@@ -57,11 +57,13 @@ pub enum SinkError {
     },
     /// The prefix is another pipeline's.
     #[error(
-        "topicPrefix {prefix:?} is used by pipeline {owner}: each change would be in its topics twice; choose another topicPrefix, or delete that pipeline with reclaimPolicy Delete"
+        "topicPrefix {prefix:?} is not free: pipeline {owner} publishes under {taken:?}, and nobody could tell the topics of both apart; choose another topicPrefix, or delete that pipeline with reclaimPolicy Delete"
     )]
     TopicPrefixTaken {
         /// The prefix.
         prefix: String,
+        /// That of the other pipeline: the same, or one that begins with the other and a dot.
+        taken: String,
         /// `namespace/name/slot` of the other pipeline.
         owner: String,
     },
