@@ -156,7 +156,7 @@ pub enum SinkError {
     },
     /// A stream is gone, and the mark is not.
     #[error(
-        "stream {stream:?} was deleted; to have every stream filled anew from Kafka, delete the others as well, and then the mark: DEL {mark}"
+        "stream {stream:?} was deleted; if it is not wanted any more, run HDEL {mark} last:{stream}; to have every stream filled anew from Kafka, delete the others as well, and then the mark: DEL {mark}"
     )]
     RedisStreamLost {
         /// Name of the stream.
