@@ -95,6 +95,9 @@ impl ClientContext for Context {
 
 impl ConsumerContext for Context {}
 
+/// A key, and the timestamp of its first record in milliseconds since the Unix epoch.
+pub type FirstSeen = (Vec<u8>, Option<i64>);
+
 /// Reads partitions from their end.
 pub struct Tail {
     consumer: BaseConsumer<Context>,
@@ -143,10 +146,10 @@ impl Tail {
     ///
     /// # Errors
     /// When the partition does not exist or cannot be read in time.
-    pub fn keys(&self, topic: &str, partition: i32) -> Result<Vec<(Vec<u8>, Option<i64>)>, TailError> {
+    pub fn keys(&self, topic: &str, partition: i32) -> Result<Vec<FirstSeen>, TailError> {
         let deadline = Instant::now() + self.timeout;
         let (low, end) = self.watermarks(topic, partition, deadline)?;
-        let keys = std::cell::RefCell::new(Vec::<(Vec<u8>, Option<i64>)>::new());
+        let keys = std::cell::RefCell::new(Vec::<FirstSeen>::new());
         let note = |record: &BorrowedMessage<'_>| {
             let key = record.key().unwrap_or_default().to_vec();
             let mut keys = keys.borrow_mut();

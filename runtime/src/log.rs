@@ -163,11 +163,14 @@ pub struct Checkpoint {
     pub acknowledged: Lsn,
     /// The running maximum of the commit times, in microseconds since the Unix epoch: no later record has a lower timestamp.
     pub high_time_micros: i64,
-    /// Records published since the pipeline was created.
+    /// Changes published since the pipeline was created.
     pub events_total: u64,
     /// The rows that were read beside the changes.
     #[serde(default, skip_serializing_if = "SnapshotState::is_empty")]
     pub snapshot: SnapshotState,
+    /// Records published since then: some changes are several. None in a checkpoint from before they were counted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub records_total: Option<u64>,
     /// The slot was dropped on purpose after this; a new one starts a new epoch and is no gap.
     #[serde(default)]
     pub released: bool,
@@ -190,6 +193,14 @@ pub struct AcceptedGap {
     pub resumed_at: Lsn,
     /// When capture went on, in microseconds since the Unix epoch.
     pub time_micros: i64,
+}
+
+impl Checkpoint {
+    /// How many records Kafka was given. Where they were not counted yet, the changes stand for them, as in Redis's mark.
+    #[must_use]
+    pub fn records(&self) -> u64 {
+        self.records_total.unwrap_or(self.events_total)
+    }
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use meander_config::{Acknowledgement, CaptureConfig, Durability, RedisSink};
 use meander_runtime::{
     log::{PART_HEADER, POSITION_HEADER, checkpoint_key},
     position::Position,
-    sink::redis::mark_key,
+    sink::redis::{entry_id, mark_key},
 };
 use meander_test_support::{Kafka, Postgres, Redis, Runtime, eventually};
 use meander_workload::load::{self, Load};
@@ -131,6 +131,15 @@ impl Rig {
             &self.config.kafka.topic_prefix,
             &checkpoint_key(&pipeline.namespace, &pipeline.name, &source.slot_name),
         )
+    }
+
+    /// Waits until the mark counts so many records.
+    async fn counts(&self, wanted: impl Fn(u64) -> bool) {
+        eventually("the mark counts right", LIMIT, async || {
+            let records = self.redis::<u64>(&["HGET", &self.mark(), "records"]).await;
+            if wanted(records) { Ok(()) } else { Err(records) }
+        })
+        .await;
     }
 
     fn stream(&self) -> String {
@@ -369,8 +378,9 @@ async fn what_kafka_no_longer_holds_is_a_gap_until_somebody_accepts_it() {
     let _: i64 = rig.redis(&["HSET", &rig.mark(), "accept", &missing.to_string()]).await;
     rig.attached().await;
     let held = tokio::task::block_in_place(|| positions_in_kafka(&rig));
-    let changes = held.iter().filter(|(_, part)| *part == 0).count() as u64;
-    assert_eq!(changes + missing, 5000);
+    // Also what is left of a change of the key whose other half is gone.
+    let published = common::checkpoint(&rig.config).unwrap().records();
+    assert_eq!(held.len() as u64 + missing, published);
     eventually("Redis has what Kafka has", LIMIT, async || {
         let entries: Vec<(String, BTreeMap<String, Vec<u8>>)> = rig.redis(&["XRANGE", &rig.stream(), "-", "+"]).await;
         let positions: Vec<_> = entries
@@ -392,11 +402,118 @@ async fn what_kafka_no_longer_holds_is_a_gap_until_somebody_accepts_it() {
     // It was accepted once, for this gap.
     let accepted: Option<String> = rig.redis(&["HGET", &rig.mark(), "accept"]).await;
     assert_eq!(accepted, None);
+    // Nor does one that was written without need wait for a gap to come.
+    let _: i64 = rig.redis(&["HSET", &rig.mark(), "accept", "7"]).await;
+    rig.load(10).await.unwrap();
+    eventually("it is forgotten", LIMIT, async || {
+        match rig.redis::<Option<String>>(&["HGET", &rig.mark(), "accept"]).await {
+            None => Ok(()),
+            Some(accepted) => Err(accepted),
+        }
+    })
+    .await;
     let () = rig.redis(&["FLUSHALL"]).await;
     rig.load(10).await.unwrap();
     rig.metric(ATTACHED, |value| value == 0.0).await;
-    rig.in_kafka(5010).await;
+    rig.in_kafka(5020).await;
     assert!(rig.runtime.terminate(LIMIT).success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_topic_that_was_deleted_and_made_anew_is_a_gap_before_anything_is_written() {
+    let mut rig = Rig::start().await;
+    rig.load(2000).await.unwrap();
+    rig.agrees().await;
+    let before: i64 = rig.redis(&["XLEN", &rig.stream()]).await;
+    let () = rig.redis(&["SAVE"]).await;
+    rig.redis.stop();
+    rig.load(500).await.unwrap();
+    rig.in_kafka(2500).await;
+    assert!(rig.runtime.terminate(LIMIT).success());
+    let admin: AdminClient<DefaultClientContext> = rig.kafka.client_config().create().unwrap();
+    for deleted in admin
+        .delete_topics(&[rig.stream().as_str()], &AdminOptions::new())
+        .await
+        .unwrap()
+    {
+        deleted.unwrap();
+    }
+    rig.runtime.start_again();
+    rig.runtime.ready(LIMIT).await;
+    rig.load(500).await.unwrap();
+    rig.in_kafka(3000).await;
+    rig.redis.restart().await;
+    rig.detached("HistoryMissing").await;
+    assert_eq!(rig.redis::<i64>(&["XLEN", &rig.stream()]).await, before);
+    assert!(rig.runtime.terminate(LIMIT).success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_is_not_wanted_any_more_is_forgotten_as_the_message_says() {
+    let mut rig = Rig::start().await;
+    let client = rig.postgres.client().await;
+    client
+        .batch_execute("CREATE TABLE old (id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY)")
+        .await
+        .unwrap();
+    let old = format!("{}.public.old", rig.config.kafka.topic_prefix);
+    eventually("the table is captured", LIMIT, async || {
+        client.batch_execute("INSERT INTO old DEFAULT VALUES").await.unwrap();
+        match rig.redis::<i64>(&["EXISTS", &old]).await {
+            0 => Err("its stream is not there"),
+            _ => Ok(()),
+        }
+    })
+    .await;
+    client.batch_execute("DROP TABLE old").await.unwrap();
+    assert!(rig.runtime.terminate(LIMIT).success());
+    let _: i64 = rig.redis(&["DEL", &old]).await;
+    rig.runtime.start_again();
+    rig.runtime.ready(LIMIT).await;
+    rig.detached("StreamDeleted").await;
+    rig.load(500).await.unwrap();
+    let forget = format!("HDEL {} last:{old}", rig.mark());
+    let log = std::fs::read_to_string(rig.runtime.process().log()).unwrap();
+    assert!(log.contains(&forget), "{log}");
+    let _: i64 = rig.redis(&forget.split(' ').collect::<Vec<_>>()).await;
+    rig.attached().await;
+    rig.load(500).await.unwrap();
+    let published = common::checkpoint(&rig.config).unwrap().records();
+    rig.counts(|records| records >= published).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_redis_alone_has_of_an_earlier_life_is_not_counted_in_the_next() {
+    let mut rig = Rig::start().await;
+    rig.load(500).await.unwrap();
+    rig.agrees().await;
+    rig.runtime.kill9();
+    // As if it had been killed with a change in Redis and not in Kafka.
+    let published = common::checkpoint(&rig.config).unwrap().published.unwrap();
+    let ahead = Position {
+        ordinal: published.ordinal + 1,
+        ..published
+    };
+    let id = entry_id(ahead, 0);
+    let text = ahead.to_string();
+    let _: String = rig
+        .redis(&["XADD", &rig.stream(), &id, "position", &text, "key", "", "value", "x"])
+        .await;
+    let last = format!("last:{}", rig.stream());
+    let _: i64 = rig.redis(&["HSET", &rig.mark(), "position", &text, &last, &id]).await;
+    let _: i64 = rig.redis(&["HINCRBY", &rig.mark(), "records", "1"]).await;
+    eventually("the pipeline is deleted", LIMIT, async || {
+        meander_runtime::capture::cleanup(rig.config.clone()).await
+    })
+    .await;
+    rig.runtime.start_again();
+    rig.runtime.ready(LIMIT).await;
+    rig.load(500).await.unwrap();
+    rig.in_kafka(1000).await;
+    rig.attached().await;
+    let checkpoint = common::checkpoint(&rig.config).unwrap();
+    assert_eq!(checkpoint.epoch, 2);
+    rig.counts(|records| records == checkpoint.records()).await;
 }
 
 /// Position and part of every record that Kafka holds of the table, in order.

@@ -210,6 +210,7 @@ impl Log {
             high_time_micros: self.high_time,
             events_total: self.events,
             snapshot: SnapshotState::default(),
+            records_total: None,
             released: false,
             accepted_gap: None,
         };

@@ -290,6 +290,7 @@ async fn open_kafka(
         high_time_micros: 0,
         events_total: 0,
         snapshot: SnapshotState::default(),
+        records_total: Some(0),
         released: false,
         accepted_gap: None,
     });
@@ -395,6 +396,8 @@ fn accept(
         encoder.encode(&change, &mut records)?;
         position.ordinal += 1;
     }
+    // They are no changes of the source, and records of the log.
+    checkpoint.records_total = Some(checkpoint.records() + records.records().len() as u64);
     checkpoint.published = records.last().or(checkpoint.published);
     checkpoint.complete = Some(Position::end_of_transaction(epoch, Lsn::ZERO));
     checkpoint.accepted_gap = Some(gap);

@@ -89,12 +89,6 @@ impl Range {
         }
     }
 
-    /// True if what Kafka deleted may have been in it.
-    #[must_use]
-    pub fn may_lack_its_start(&self) -> bool {
-        !self.emptied.is_empty() || self.partitions.iter().any(|stretch| stretch.truncated)
-    }
-
     /// An upper bound of the records to come.
     #[must_use]
     pub fn offsets(&self) -> u64 {

@@ -392,6 +392,7 @@ struct Transaction {
     deadline: Option<Instant>,
     bytes: usize,
     events: u64,
+    records: u64,
     batches: u64,
     last: Option<Position>,
     complete: Option<Position>,
@@ -412,15 +413,13 @@ impl Transaction {
             self.deadline = Some(deadline);
             sink.produce(batch, record, deadline)?;
             self.events += u64::from(record.part == 0);
+            self.records += 1;
             self.last = Some(record.position);
         }
         // They are new: a snapshot's records are in one batch with its state, and only once in all.
-        self.events -= batch.markers as u64;
+        self.events = self.events.saturating_sub(batch.markers as u64);
         if batch.snapshot.is_some() {
-            if !self.open {
-                sink.begin()?;
-                self.open = true;
-            }
+            self.deadline = Some(self.deadline.map_or_else(|| sink.begin(), Ok)?);
             self.snapshot.clone_from(&batch.snapshot);
         }
         // Serves delivery reports, which would pile up otherwise.
@@ -443,6 +442,8 @@ impl Transaction {
         durable.batches += self.batches;
         checkpoint.published = durable.position.max(checkpoint.published);
         checkpoint.complete = self.complete.max(checkpoint.complete);
+        // Before the changes, which stand for the records of an earlier version's checkpoint.
+        checkpoint.records_total = Some(checkpoint.records() + self.records);
         checkpoint.events_total += self.events;
         checkpoint.high_time_micros = checkpoint.high_time_micros.max(self.high_time_micros);
     }

@@ -185,10 +185,10 @@ pub enum SinkError {
     Refill(String),
     /// Neither Redis nor Kafka has them.
     #[error(
-        "Redis lacks {missing} changes after {after} that Kafka no longer holds; let the topics keep them longer than Redis may be away, and to go on without these changes run HSET {mark} accept {missing}"
+        "Redis lacks {missing} entries after {after} that Kafka no longer holds; let the topics keep them longer than Redis may be away, and to go on without these entries run HSET {mark} accept {missing}"
     )]
     RedisGap {
-        /// How many changes.
+        /// How many entries.
         missing: u64,
         /// The last change before them that Redis has.
         after: String,

@@ -1,7 +1,7 @@
 //! The fast path: changes are appended to their streams, and the mark moved, by one script.
 //!
 //! The mark is a hash of this pipeline alone: the generation of the owner that may write, the position up to which the streams are
-//! complete, how many changes that is since the pipeline's beginning, and the last entry of each stream. A script runs as a whole or
+//! complete, how many records that is since the pipeline's beginning, and the last entry of each stream. A script runs as a whole or
 //! finds the mark elsewhere; so what was sent twice is written once, and a writer that lost the slot to another writes nothing.
 //!
 //! Kafka never waits for Redis. [`live`] holds what is on its way, [`feed`] takes it from there, and [`refill`] copies from Kafka what
@@ -74,9 +74,9 @@ struct Place {
     position: Option<Position>,
     /// Its timestamp in Kafka.
     timestamp_millis: Option<i64>,
-    /// How many of the pipeline's changes those up to there are.
-    events: u64,
-    /// So many changes may be missing: somebody said so.
+    /// How many of the pipeline's records those up to there are.
+    records: u64,
+    /// So many records may be missing: somebody said so.
     accept: Option<u64>,
 }
 
@@ -138,10 +138,10 @@ impl Writer {
             .await
             .map_err(|error| failed(&self.address, &error))?;
         match texts(&answer)[..] {
-            ["ok", position, timestamp, events, accept] => Ok(Place {
+            ["ok", position, timestamp, records, accept] => Ok(Place {
                 position: written(position),
                 timestamp_millis: written(timestamp),
-                events: written(events).unwrap_or(0),
+                records: written(records).unwrap_or(0),
                 accept: written(accept),
             }),
             ["taken", owner] => Err(SinkError::RedisTaken(owner.to_owned())),
@@ -182,11 +182,10 @@ impl Writer {
 
     async fn run(&mut self, entries: &[Entry<'_>]) -> Result<(), SinkError> {
         let Some(last) = entries.last() else { return Ok(()) };
-        let changes = entries.iter().filter(|entry| entry.part == 0).count();
         let place = Place {
             position: Some(last.position),
             timestamp_millis: Some(last.timestamp_millis),
-            events: self.place.events + changes as u64,
+            records: self.place.records.saturating_add(entries.len() as u64),
             accept: None,
         };
         let mut call = self.append.prepare_invoke();
@@ -195,7 +194,7 @@ impl Writer {
             .arg(text(self.place.position))
             .arg(last.position.to_string())
             .arg(last.timestamp_millis)
-            .arg(place.events)
+            .arg(place.records)
             .arg(&self.max_length);
         let mut streams: Vec<&str> = Vec::new();
         for entry in entries {
@@ -254,7 +253,7 @@ impl Writer {
         Ok(())
     }
 
-    /// So many changes after the mark are gone.
+    /// So many records after the mark are gone.
     fn gap(&self, missing: u64) -> SinkError {
         let position = self.place.position;
         SinkError::RedisGap {
@@ -264,25 +263,25 @@ impl Writer {
         }
     }
 
-    /// Counts changes that are gone for good as if Redis had them, which somebody allowed.
-    async fn accept(&mut self, missing: u64) -> Result<(), SinkError> {
-        let events = self.place.events + missing;
-        let accepted: i32 = Script::new(include_str!("redis/accept.lua"))
+    /// Sets the count of the mark, and forgets what somebody accepted.
+    async fn set_count(&mut self, records: u64) -> Result<(), SinkError> {
+        let accept = self.place.accept.map(|accept| accept.to_string()).unwrap_or_default();
+        let set: i32 = Script::new(include_str!("redis/count.lua"))
             .key(&self.mark)
             .arg(&self.generation)
             .arg(text(self.place.position))
-            .arg(missing)
-            .arg(events)
+            .arg(accept)
+            .arg(records)
             .invoke_async(&mut self.connection)
             .await
             .map_err(|error| failed(&self.address, &error))?;
-        if accepted == 0 {
+        if set == 0 {
             return Err(SinkError::Redis {
                 address: self.address.clone(),
                 cause: format!("the mark {:?} changed meanwhile", self.mark),
             });
         }
-        self.place.events = events;
+        self.place.records = records;
         self.place.accept = None;
         Ok(())
     }
@@ -305,7 +304,7 @@ fn texts(answer: &[String]) -> Vec<&str> {
     answer.iter().map(String::as_str).collect()
 }
 
-/// A field of the mark; what cannot be read counts as not there, and is found out by the count of changes.
+/// A field of the mark; what cannot be read counts as not there, and is found out by the count of records.
 fn written<T: std::str::FromStr>(field: &str) -> Option<T> {
     field.parse().ok()
 }

@@ -817,6 +817,7 @@ mod tests {
             transaction_id: 777,
             lsn: Lsn(0x16B_3000),
             previous_end: None,
+            origin: None,
         };
         let mut batch = Batch::new();
         let result = encoder.encode(&change, &mut batch);

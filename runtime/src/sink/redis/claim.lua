@@ -1,6 +1,6 @@
 -- Makes this writer the owner of the mark, unless a later owner has it, and looks whether every stream ends as the mark says.
 -- KEYS: the mark. ARGV: generation, 1 to write in any case or 0.
--- Returns {'ok', position, timestamp, events, accept}, each '' where the mark does not say it, {'taken', generation}, or what
+-- Returns {'ok', position, timestamp, records, accept}, each '' where the mark does not say it, {'taken', generation}, or what
 -- append.lua says of a stream that is not as it was left.
 local owner = redis.call('HGET', KEYS[1], 'generation')
 if owner and tonumber(owner) > tonumber(ARGV[1]) then
@@ -12,7 +12,7 @@ if owner ~= ARGV[1] or ARGV[2] == '1' then
 end
 
 local answer = {'ok', '', '', '', ''}
-local place = {position = 2, timestamp = 3, events = 4, accept = 5}
+local place = {position = 2, timestamp = 3, records = 4, accept = 5}
 local fields = redis.call('HGETALL', KEYS[1])
 for f = 1, #fields, 2 do
   local name, value = fields[f], fields[f + 1]
@@ -29,5 +29,9 @@ for f = 1, #fields, 2 do
       end
     end
   end
+end
+-- A mark from before records were counted counts changes.
+if answer[4] == '' then
+  answer[4] = redis.call('HGET', KEYS[1], 'events') or ''
 end
 return answer

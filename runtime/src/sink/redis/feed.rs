@@ -18,7 +18,7 @@ use tokio::{
 use crate::{
     batch::Batch,
     log::{Checkpoint, checkpoint_key, checkpoint_topic},
-    position::Position,
+    position::{Epoch, Position},
     sink::{
         Durable, SinkError,
         redis::{
@@ -208,12 +208,14 @@ impl Feed {
 
     /// Copies what Redis lacks of the log. Afterwards Redis has every change that the log counts, or an error says what is missing.
     async fn bring_up(&mut self, writer: &mut Writer, log: &Checkpoint) -> Result<(), SinkError> {
-        if writer.place.position > log.published {
-            // It is ahead: the WAL will bring the same changes again, and Kafka will have them then.
+        let position = writer.place.position;
+        if position > log.published && position.is_some_and(|position| position.epoch >= Epoch(log.epoch)) {
+            // It is ahead: the WAL will bring the same changes again, and Kafka will have them then. What it had of an earlier epoch
+            // nobody brings again: that slot is gone, and only the count is put right.
             return Ok(());
         }
         let result = async {
-            if writer.place.position < log.published {
+            if position < log.published {
                 let (progress, metrics) = (&self.progress, &self.metrics);
                 let copied = |writer: &Writer, count: usize| {
                     metrics.refilled.inc_by(count as u64);

@@ -1,5 +1,7 @@
 //! Copies from Kafka what Redis lacks: a replay into Redis, of the stored bytes, in commit order, from the mark to the end of the log.
 
+use std::cmp::Ordering;
+
 use meander_config::KafkaLog;
 use tokio::{sync::mpsc, task::spawn_blocking};
 use tokio_util::sync::CancellationToken;
@@ -49,10 +51,9 @@ impl Source {
     ) -> Result<(), SinkError> {
         let Some(end) = log.published else { return Ok(()) };
         let range = self.range(writer.place.timestamp_millis, end).await?;
-        if range.may_lack_its_start() {
-            let held = self.count(range.clone(), writer.place.position).await?;
-            missing(writer, log, held).await?;
-        }
+        // It is read twice, since nothing but the records themselves tells what is missing: a topic that was deleted leaves no trace.
+        let held = self.count(range.clone(), writer.place.position).await?;
+        missing(writer, log, held).await?;
         let mut reads = self.read(range, writer.place.position);
         let mut records: Vec<Record> = Vec::new();
         loop {
@@ -99,12 +100,12 @@ impl Source {
         reader::start_with(&self.kafka, self.group.clone(), PREFETCH_BYTES, range, after)
     }
 
-    /// How many changes Kafka holds.
+    /// How many records Kafka holds.
     async fn count(&self, range: Range, after: Option<Position>) -> Result<u64, SinkError> {
         let mut reads = self.read(range, after);
         let mut count = 0;
         while let Some(records) = next(&mut reads).await? {
-            count += records.iter().filter(|record| record.coordinate.part == 0).count() as u64;
+            count += records.len() as u64;
         }
         Ok(count)
     }
@@ -147,27 +148,35 @@ impl Source {
     }
 }
 
-/// Judges what is missing when Kafka holds so many of the changes after the mark.
+/// Judges what is missing when Kafka holds so many of the records after the mark.
 ///
-/// The mark counts the changes up to it and the checkpoint those up to its own position, and no change is counted twice: so the
-/// difference is how many there must be.
+/// The mark counts the records up to it and the checkpoint those up to its own position, and none is counted twice: so the difference
+/// is how many there must be. Records and not changes: those of one change can be in partitions that lose them at different times.
 pub(super) async fn missing(writer: &mut Writer, log: &Checkpoint, held: u64) -> Result<(), SinkError> {
-    match log
-        .events_total
-        .saturating_sub(writer.place.events)
-        .saturating_sub(held)
-    {
-        0 => Ok(()),
-        missing if writer.place.accept == Some(missing) => {
+    let (counted, accept) = (writer.place.records, writer.place.accept);
+    // What the mark counts if nothing is missing.
+    let due = log.records().saturating_sub(held);
+    let after = said(writer.place.position);
+    match due.cmp(&counted) {
+        Ordering::Equal if accept.is_none() => return Ok(()),
+        // What was accepted is not missing.
+        Ordering::Equal => {}
+        Ordering::Greater if accept == Some(due - counted) => {
             tracing::warn!(
-                missing,
-                after = said(writer.place.position),
-                "Redis goes on without changes, as somebody allowed"
+                missing = due - counted,
+                after,
+                "Redis goes on without entries, as somebody allowed"
             );
-            writer.accept(missing).await
         }
-        missing => Err(writer.gap(missing)),
+        Ordering::Greater => return Err(writer.gap(due - counted)),
+        // A runtime died after Redis had them and before Kafka did, and the slot was dropped before another could read them again.
+        Ordering::Less => tracing::warn!(
+            more = counted - due,
+            upto = after,
+            "Redis holds entries that Kafka lacks: the slot that would bring them again was dropped"
+        ),
     }
+    writer.set_count(due).await
 }
 
 /// The next records in commit order; none at the end.
@@ -175,7 +184,7 @@ async fn next(reads: &mut mpsc::Receiver<Result<Read, ReplayError>>) -> Result<O
     loop {
         match reads.recv().await {
             Some(Ok(Read::Records(records))) => return Ok(Some(records)),
-            // What that means is judged by the count of changes.
+            // What that means is judged by the count of records.
             Some(Ok(Read::Truncated(_))) => {}
             Some(Ok(Read::End)) => return Ok(None),
             Some(Err(error)) => return Err(failed(&error)),

@@ -364,6 +364,7 @@ mod tests {
             high_time_micros: 0,
             events_total: 0,
             snapshot: SnapshotState::default(),
+            records_total: Some(0),
             released: false,
             accepted_gap: None,
         }
