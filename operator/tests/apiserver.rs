@@ -335,6 +335,14 @@ async fn a_pipeline_that_can_never_work_is_refused() {
     let long = "n".repeat(51);
     let creations = [
         (
+            json!({"spec": {"format": "DebeziumJson", "source": {"postgres": {"messagePrefixes": ["app.*"]}}}}),
+            "messagePrefixes is for the format Protobuf only: remove it, or set format",
+        ),
+        (
+            json!({"spec": {"source": {"postgres": {"messagePrefixes": ["meander.x"]}}}}),
+            "messagePrefixes must not begin with meander.: those messages are the pipeline's own",
+        ),
+        (
             json!({"spec": {"debezium": {"schemas": true}}}),
             "debezium is for the format DebeziumJson only: remove it, or set format",
         ),
@@ -457,6 +465,11 @@ async fn a_pipeline_that_can_never_work_is_refused() {
             none.clone(),
             postgres(json!({"publication": {"name": "p"}})),
             "publication is immutable: create another CdcPipeline",
+        ),
+        (
+            json!({}),
+            json!({"spec": {"source": {"postgres": {"origin": "None"}}}}),
+            "origin is immutable: create another CdcPipeline",
         ),
         (
             none.clone(),
