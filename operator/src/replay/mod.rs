@@ -164,7 +164,9 @@ async fn stages(
         return Ok(Outcome::Saved);
     }
     let objects = build::build(replay, &valid, &context.settings);
-    facts.job = Some(Box::pin(apply::apply(context, replay, objects)).await?);
+    let job = Box::pin(apply::apply(context, replay, objects)).await?;
+    // A Job that was read before its pods is kept: had it ended, they had spoken their last word. The newer one may have ended since.
+    facts.job.get_or_insert(job);
     Ok(Outcome::Started)
 }
 
