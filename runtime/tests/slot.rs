@@ -347,3 +347,62 @@ async fn a_gap_that_is_accepted_by_its_name_is_noted_in_the_log_and_accepts_no_o
     wait_for_log(&mut runtime, "SlotMissing").await;
     assert!(slots(&postgres).await.is_empty(), "the second gap was not accepted");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_publication_that_was_dropped_is_a_gap_and_never_made_anew_in_silence() {
+    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    execute(&postgres, "CREATE TABLE t (id int PRIMARY KEY)").await;
+    let config = config(&postgres, kafka, None);
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    let name = &config.source.publication.name;
+    execute(
+        &postgres,
+        &format!("DROP PUBLICATION \"{name}\"; INSERT INTO t VALUES (1)"),
+    )
+    .await;
+    let said = wait_for_log(&mut runtime, "committed after").await;
+    assert!(said.contains("PublicationMissing"), "{said}");
+    wait_for(&postgres, "no publication", "SELECT count(*) = 0 FROM pg_publication").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_leaves_and_comes_back_is_named_until_a_person_removes_the_note() {
+    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    execute(
+        &postgres,
+        "CREATE TABLE t (id int PRIMARY KEY); CREATE TABLE u (id int PRIMARY KEY)",
+    )
+    .await;
+    let config = config(&postgres, kafka, None);
+    let name = &config.source.publication.name;
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    execute(&postgres, "INSERT INTO t VALUES (1)").await;
+    let topic = format!("{}.public.t", config.kafka.topic_prefix);
+    wait_for_records(kafka, &topic, 1).await;
+    runtime.terminate(LIMIT);
+    // It is known by what the log holds, also when nobody was there to see it leave.
+    execute(
+        &postgres,
+        &format!("ALTER PUBLICATION \"{name}\" DROP TABLE t; INSERT INTO t VALUES (2)"),
+    )
+    .await;
+    let writer = postgres.client().await;
+    writer.batch_execute("BEGIN; INSERT INTO t VALUES (3)").await.unwrap();
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    wait_for_metric(&runtime, "meander_capture_tables_refused", |refused| refused == 1).await;
+    writer.batch_execute("COMMIT").await.unwrap();
+    wait_for(
+        &postgres,
+        "it has joined, and that is noted",
+        "SELECT obj_description(oid, 'pg_publication') = 'meander: left and came back: \"public\".\"t\"'
+            AND EXISTS (SELECT FROM pg_publication_tables WHERE tablename = 't') FROM pg_publication",
+    )
+    .await;
+    execute(&postgres, "INSERT INTO t VALUES (4)").await;
+    assert_eq!(wait_for_records(kafka, &topic, 2).await.len(), 2);
+    let generation = checkpoint(&config).unwrap().owner_generation;
+    assert_eq!(generation, 2, "nothing of it ended the session");
+}

@@ -1,9 +1,9 @@
 //! Looks at the source beside the stream: how the slot is doing, and which tables there are.
 //!
-//! It has a connection of its own, so that a statement which waits for a lock holds up nothing that the stream asks. Whether the capture
-//! goes on is for the stream to say: a look that fails is taken again.
+//! It has a connection of its own, so that a statement which waits for a lock holds up nothing that the stream asks. A look that fails
+//! is taken again, and said; only a publication that is gone ends the session.
 
-use std::time::Duration;
+use std::{collections::HashSet, time::Duration};
 
 use meander_config::PublicationManagement;
 use meander_proto::v1::{RefusedTable, SlotHealth};
@@ -13,9 +13,10 @@ use crate::{
     capture::Context,
     progress::ConditionType,
     source::postgres::{
-        preflight::{Catalog, Credentials, Selection, SourceError},
+        preflight::{Catalog, Credentials, Selection, SourceError, Table},
         prerequisites::Tables,
         start::SlotState,
+        wire::quote_identifier,
     },
 };
 
@@ -25,52 +26,66 @@ const NAMED_TABLES: usize = 20;
 /// The budget of WAL is low when less than this part of it, a quarter, is left.
 const LOW_BUDGET: u64 = 4;
 
-/// Looks every few seconds, for as long as it is polled.
-pub(super) async fn run(context: &Context) {
+/// What this session may change at the source, and what it knows of it.
+pub(super) struct Owner {
+    /// The server's process that streams for it.
+    pub(super) process: i32,
+    /// Tables that the log has changes of, or that were captured in this session.
+    pub(super) known: HashSet<Table>,
+}
+
+/// Looks every few seconds, until the publication is gone.
+pub(super) async fn run(context: &Context, mut owner: Owner) -> SourceError {
     let mut ticks = interval(INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut catalog = None;
     loop {
         ticks.tick().await;
-        catalog = match look(context, catalog).await {
+        catalog = match look(context, &mut owner, catalog).await {
             Ok(catalog) => Some(catalog),
+            Err(error @ SourceError::PublicationDropped { .. }) => return error,
             Err(error) => {
                 tracing::warn!(%error, "the slot and the tables could not be looked at");
+                let message = format!("the slot and the tables could not be looked at: {error}");
+                context.set(ConditionType::Degraded, true, error.reason(), message);
                 None
             }
         };
     }
 }
 
-async fn look(context: &Context, catalog: Option<Catalog>) -> Result<Catalog, SourceError> {
+async fn look(context: &Context, owner: &mut Owner, catalog: Option<Catalog>) -> Result<Catalog, SourceError> {
     let source = &context.config.source;
     let catalog = match catalog {
         Some(catalog) => catalog,
         None => Catalog::connect(source, &Credentials::read(source)?).await?,
     };
     let slot = catalog.slot(source).await?;
-    let tables = catalog.select_tables(source, &Selection::new(&source.tables)?).await?;
+    report(context, slot.as_ref(), None);
+    let mut tables = catalog.select_tables(source, &Selection::new(&source.tables)?).await?;
+    let managed = source.publication.management == PublicationManagement::Managed;
+    // Another one may have taken the slot over while this one stood still, and goes by other rules.
+    let owns = slot.as_ref().is_some_and(|slot| slot.active_pid == Some(owner.process));
     // What joins is captured from its first change after this; what was dropped has left the publication by itself.
-    if source.publication.management == PublicationManagement::Managed
-        && catalog.ensure_publication(source, &tables.captured).await?
-    {
-        tracing::info!(
-            captured = tables.captured.len(),
-            refused = tables.refused.len(),
-            "the publication follows the tables"
-        );
+    if managed && owns {
+        catalog.follow_tables(source, &mut tables, &mut owner.known).await?;
     }
-    report(context, slot.as_ref(), Some(&tables));
+    let rejoined = if managed {
+        catalog.rejoined(source).await?
+    } else {
+        vec![]
+    };
+    report(context, slot.as_ref(), Some((&tables, &rejoined[..])));
     Ok(catalog)
 }
 
 /// Says what a look has shown.
-pub(super) fn report(context: &Context, slot: Option<&SlotState>, tables: Option<&Tables>) {
+pub(super) fn report(context: &Context, slot: Option<&SlotState>, tables: Option<(&Tables, &[String])>) {
     context.metrics.slot(slot);
     context.reporter.update(|state| {
         // Empty where there is none, which says something else than not to have looked.
         state.progress.slot = Some(slot.map(health).unwrap_or_default());
-        let Some(tables) = tables else { return };
+        let Some((tables, rejoined)) = tables else { return };
         context.metrics.tables(tables);
         state.progress.captured_tables = tables.captured.len() as u64;
         state.progress.refused_tables_total = tables.refused.len() as u64;
@@ -83,7 +98,12 @@ pub(super) fn report(context: &Context, slot: Option<&SlotState>, tables: Option
                 reason: refused.cause.reason().to_owned(),
             })
             .collect();
-        let problems: Vec<_> = slot.and_then(budget).into_iter().chain(left_out(tables)).collect();
+        let problems: Vec<_> = slot
+            .and_then(budget)
+            .into_iter()
+            .chain(came_back(context, rejoined))
+            .chain(left_out(tables))
+            .collect();
         let (degraded, reason) = match problems.first() {
             Some((reason, _)) => (true, *reason),
             None => (false, "Sound"),
@@ -124,6 +144,21 @@ fn budget(slot: &SlotState) -> Option<(&'static str, String)> {
         );
         ("WalBudgetLow", message)
     })
+}
+
+fn came_back(context: &Context, rejoined: &[String]) -> Option<(&'static str, String)> {
+    let first = rejoined.first()?;
+    let more = match rejoined.len() - 1 {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    let publication = quote_identifier(&context.config.source.publication.name);
+    Some((
+        "TableRejoined",
+        format!(
+            "{first}{more} left the publication and came back, and the log lacks the changes in between: bring the consumers up to date from the table itself, then run COMMENT ON PUBLICATION {publication} IS NULL;"
+        ),
+    ))
 }
 
 fn left_out(tables: &Tables) -> Option<(&'static str, String)> {

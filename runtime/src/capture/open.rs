@@ -4,7 +4,7 @@
 //! fences every one before it; only then is the checkpoint read, since nobody can change it any more; it is compared with the slot;
 //! and a checkpoint with the next owner generation is committed before Redis is claimed with that generation.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use meander_config::PostgresSource;
 use rdkafka::{Message as _, message::Headers as _};
@@ -13,7 +13,8 @@ use tokio::{sync::watch, task::spawn_blocking};
 use crate::{
     batch::{Batch, Destination},
     capture::{
-        CaptureError, Context, monitor,
+        CaptureError, Context,
+        monitor::{self, Owner},
         session::encoder,
         status::{self, Received},
         stream::now_micros,
@@ -57,6 +58,7 @@ pub(super) struct Session {
     pub(super) acknowledged: watch::Sender<Option<Lsn>>,
     pub(super) kafka: KafkaSink,
     pub(super) checkpoint: Checkpoint,
+    pub(super) owner: Owner,
 }
 
 /// Opens a session. Can be given up at any point: nothing is published yet.
@@ -80,11 +82,11 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
     let wire = |error| wire_failure(source, &credentials.user, error);
     let connected = ReplicationConnection::connect(source, &credentials).await.map_err(wire);
     let (tables, mut connection) = catalog.check(source, &selection, slot.as_ref(), connected).await?;
-    monitor::report(context, slot.as_ref(), Some(&tables));
-    let tables = tables.captured;
+    let refused = tables.refused.into_iter().map(|refused| refused.table);
+    let (tables, refused) = (tables.captured, refused.collect::<Vec<_>>());
     let server = identify(&mut connection, &catalog, &wire).await?;
     let checkpoint_topic = checkpoint_topic(&config.pipeline.namespace, &config.pipeline.name);
-    let makes_slot = slot.as_ref().is_none_or(|slot| slot.lost);
+    let makes_slot = slot.as_ref().is_none_or(|slot| slot.lost || slot.unpublished);
     let mut accepted_loss = None;
     if makes_slot {
         // There is no slot to own yet, so this look fences nobody, and what it finds is looked at again by the owner. But a pipeline
@@ -116,12 +118,13 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
             .ensure_data(&topic, &format!("{}.{}", table.schema, table.name))
             .await?;
     }
-    catalog.ensure_publication(source, &tables).await?;
+    // Where there is a slot, the publication is its owner's to change.
     if makes_slot {
         if slot.is_some() {
             // Nothing can be read from it any more, and that was accepted.
             catalog.drop_slot(source).await?;
         }
+        catalog.prepare_publication(source, &tables).await?;
         create_slot(&mut connection, &catalog, source, &wire).await?;
     } else if let Some(failover) = source.slot_failover
         && slot.and_then(|slot| slot.failover).unwrap_or(false) != failover
@@ -130,6 +133,7 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
         let sql = format!("ALTER_REPLICATION_SLOT {name} (FAILOVER {failover})");
         connection.query(&sql).await.map_err(wire)?;
     }
+    let process = connection.process();
     let (reader, writer) = connection
         .start_replication(&source.slot_name, &source.publication.name, source.origin)
         .await
@@ -145,7 +149,15 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
         "Ready",
         "The source is fit for capture.",
     );
-    let (kafka, checkpoint) = open_kafka(context, &catalog, &tables, &checkpoint_topic, &server, accepted_loss).await?;
+    let (kafka, checkpoint, known) = open_kafka(
+        context,
+        &catalog,
+        (&tables, &refused),
+        &checkpoint_topic,
+        &server,
+        accepted_loss,
+    )
+    .await?;
     context.set(
         ConditionType::SourceGap,
         false,
@@ -172,6 +184,7 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
         acknowledged,
         kafka,
         checkpoint,
+        owner: Owner { process, known },
     })
 }
 
@@ -263,11 +276,11 @@ async fn read_own_checkpoint(context: &Context, topic: &str) -> Result<Option<Ch
 async fn open_kafka(
     context: &Context,
     catalog: &Catalog,
-    tables: &[Table],
+    (tables, refused): (&[Table], &[Table]),
     checkpoint_topic: &str,
     server: &ServerIdentity,
     accepted_loss: Option<Loss>,
-) -> Result<(KafkaSink, Checkpoint), CaptureError> {
+) -> Result<(KafkaSink, Checkpoint, HashSet<Table>), CaptureError> {
     let config = context.config.clone();
     let kafka = spawn_blocking(move || KafkaSink::open(&config)).await??;
     let before = read_own_checkpoint(context, checkpoint_topic).await?;
@@ -294,7 +307,8 @@ async fn open_kafka(
         released: false,
         accepted_gap: None,
     });
-    check_log(context, tables, checkpoint.published, checkpoint_topic).await?;
+    let selected = [tables, refused].concat();
+    let known = check_log(context, &selected, checkpoint.published, checkpoint_topic).await?;
     let mut records = Batch::default();
     let stands_at = slot.and_then(|slot| slot.confirmed_flush);
     match (decision, stands_at) {
@@ -322,7 +336,7 @@ async fn open_kafka(
         let checkpoint = checkpoint.clone();
         spawn_blocking(move || kafka.commit_batch(&records, &checkpoint).map(|()| kafka)).await??
     };
-    Ok((kafka, checkpoint))
+    Ok((kafka, checkpoint, known))
 }
 
 /// Goes over to the timeline of a promoted server, which has everything that was published.
@@ -404,22 +418,21 @@ fn accept(
     Ok(records)
 }
 
-/// The independent check of the checkpoint: no partition may hold a change past it.
+/// The independent check of the checkpoint: no partition may hold a change past it. Says which tables the log has changes of.
 async fn check_log(
     context: &Context,
     tables: &[Table],
     published: Option<Position>,
     checkpoint_topic: &str,
-) -> Result<(), CaptureError> {
+) -> Result<HashSet<Table>, CaptureError> {
     let config = &context.config.kafka;
     let servers = config.bootstrap_servers.clone();
-    let topics: Vec<String> = tables
-        .iter()
-        .map(|table| topic_name(&config.topic_prefix, &table.schema, &table.name))
-        .collect();
+    let topic_of = |table: &Table| topic_name(&config.topic_prefix, &table.schema, &table.name);
+    let topics: Vec<String> = tables.iter().map(topic_of).collect();
     let last = spawn_blocking(move || last_positions(&servers, topics))
         .await?
         .map_err(SinkError::Checkpoint)?;
+    let mut filled = HashSet::new();
     for (topic, text) in last {
         let found: Option<Position> = text.parse().ok();
         if found.is_none() || found > published {
@@ -431,8 +444,13 @@ async fn check_log(
             }
             .into());
         }
+        filled.insert(topic);
     }
-    Ok(())
+    Ok(tables
+        .iter()
+        .filter(|table| filled.contains(&topic_of(table)))
+        .cloned()
+        .collect())
 }
 
 /// Topic and position of the last record of each partition that has one.

@@ -59,6 +59,7 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
         acknowledged,
         kafka,
         checkpoint,
+        owner,
     } = tokio::select! {
         session = open(context) => session?,
         () = shutdown.cancelled() => return Ok(()),
@@ -150,7 +151,7 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
             Ok(())
         }
         error = crash(&mut redis_feed) => Err(error.into()),
-        () = monitor::run(context) => Ok(()),
+        error = monitor::run(context, owner) => Err(error.into()),
         error = status.failed() => Err(wire_failure(&config.source, "", error).into()),
     };
     // The queues are closed now: the sinks take what is left, and the last checkpoint acknowledges it.

@@ -26,7 +26,7 @@ use crate::{
             assemble::{Assembled, Assembler},
             details::TableDetails,
             pgoutput::{LogicalMessage, RelationMessage, decode},
-            preflight::{Catalog, Selection, wire_failure},
+            preflight::{Catalog, Selection, stream_failure},
             snapshot::{
                 chunks::{Answer, Chunk},
                 overlap::Again,
@@ -141,7 +141,7 @@ impl<'a> Stream<'a> {
         shutdown: &CancellationToken,
     ) -> Result<(), CaptureError> {
         let source = &self.config.source;
-        let wire = |error| wire_failure(source, "", error);
+        let wire = |error| stream_failure(source, error);
         loop {
             while let Some(frame) = reader.next_frame().map_err(wire)? {
                 match frame {

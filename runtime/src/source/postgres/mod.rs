@@ -5,6 +5,7 @@ pub mod details;
 pub mod pgoutput;
 pub mod preflight;
 pub mod prerequisites;
+pub mod publication;
 pub mod snapshot;
 pub mod socket;
 pub mod start;

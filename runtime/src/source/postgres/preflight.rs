@@ -160,6 +160,16 @@ pub enum SourceError {
         "publication {0} does not exist; run CREATE PUBLICATION {0} FOR TABLE …; or set publication.management to Managed"
     )]
     NoPublication(String),
+    /// What is to be read next was written while the publication was not there.
+    #[error(
+        "publication {publication} was dropped while replication slot {slot:?} had still to be read through it, and changes since then are lost to this pipeline; if it was made again, run SELECT pg_drop_replication_slot('{slot}'); and the condition SourceGap says how to go on"
+    )]
+    PublicationDropped {
+        /// The publication.
+        publication: String,
+        /// The slot.
+        slot: String,
+    },
     /// The role may not make a publication.
     #[error(
         "role {user} may not make a publication in database {database}; run GRANT CREATE ON DATABASE {database} TO {user};, or make the publication yourself and set publication.management to External"
@@ -280,6 +290,7 @@ impl SourceError {
             Self::InvalidGlob { .. } => "InvalidTableGlob",
             Self::NoTableFit(refused) => refused.first().map_or("NoTablesMatch", |table| table.cause.reason()),
             Self::NoPublication(_) => "PublicationNotFound",
+            Self::PublicationDropped { .. } => "PublicationMissing",
             Self::NoCreatePrivilege { .. } | Self::PublicationNotOwned { .. } | Self::PublicationForbidden { .. } => {
                 "PublicationNotPermitted"
             }
@@ -350,7 +361,7 @@ impl Credentials {
 }
 
 /// A table to capture.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Table {
     /// Schema.
     pub schema: String,
@@ -429,6 +440,14 @@ fn no_socket(source: &PostgresSource, error: SocketError) -> SourceError {
     }
 }
 
+/// Statements that were not carried out.
+pub(super) struct Refused {
+    /// What the server says, if it answered.
+    pub(super) code: Option<SqlState>,
+    /// What it means.
+    pub(super) error: SourceError,
+}
+
 /// A connection for questions about the catalog.
 pub struct Catalog {
     client: Client,
@@ -478,9 +497,22 @@ impl Catalog {
         }
     }
 
-    async fn execute(&self, sql: &str) -> Result<(), tokio_postgres::Error> {
-        // lock_timeout bounds the wait for the tables' locks, and the socket's keepalives the rest.
-        self.client.batch_execute(sql).await
+    /// Runs statements, all of them in one transaction.
+    pub(super) async fn execute(&self, sql: &str) -> Result<(), Refused> {
+        // Beside locks, a commit can wait for a standby.
+        match timeout(DEADLINE, self.client.batch_execute(sql)).await {
+            Ok(result) => result.map_err(|error| Refused {
+                code: error.code().cloned(),
+                error: self.failed(&error),
+            }),
+            Err(_) => Err(Refused {
+                code: None,
+                error: SourceError::Unreachable {
+                    address: self.address.clone(),
+                    cause: "no answer".to_owned(),
+                },
+            }),
+        }
     }
 
     /// What a failure of a statement means.
@@ -527,32 +559,6 @@ impl Catalog {
         ))
     }
 
-    /// Makes a managed publication hold exactly these tables, and says whether anything had to change.
-    ///
-    /// # Errors
-    /// When the role may not.
-    pub async fn ensure_publication(&self, source: &PostgresSource, tables: &[Table]) -> Result<bool, SourceError> {
-        let published = self.published(&source.publication.name).await?;
-        let Some(change) = publication_change(source, published.as_deref(), tables) else {
-            return Ok(false);
-        };
-        match self.execute(&change).await {
-            Ok(()) => Ok(true),
-            Err(error) if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => {
-                Err(SourceError::PublicationForbidden {
-                    user: quote_identifier(&self.user),
-                    publication: quote_identifier(&source.publication.name),
-                    database: quote_identifier(&source.database),
-                    cause: error
-                        .as_db_error()
-                        .map(|db| db.message().to_owned())
-                        .unwrap_or_default(),
-                })
-            }
-            Err(error) => Err(self.failed(&error)),
-        }
-    }
-
     /// The slot, if there is one.
     ///
     /// # Errors
@@ -568,10 +574,11 @@ impl Catalog {
                         (j.slot->>'failover')::bool, (j.slot->>'synced')::bool,
                         coalesce(j.slot->>'invalidation_reason',
                                  CASE WHEN (j.slot->>'conflicting')::bool THEN 'conflict' END),
-                        (extract(epoch FROM (j.slot->>'inactive_since')::timestamptz) * 1000000)::int8
+                        (extract(epoch FROM (j.slot->>'inactive_since')::timestamptz) * 1000000)::int8,
+                        NOT EXISTS (SELECT FROM pg_catalog.pg_publication WHERE pubname = $2)
                  FROM pg_catalog.pg_replication_slots s, LATERAL (SELECT pg_catalog.to_jsonb(s) AS slot) j
                  WHERE slot_name = $1",
-                &[&source.slot_name],
+                &[&source.slot_name, &source.publication.name],
             )
             .await?;
         let Some(row) = rows.first() else {
@@ -610,6 +617,7 @@ impl Catalog {
             synced: row.get(9),
             invalidation_reason,
             inactive_since_micros: row.get(11),
+            unpublished: source.publication.management == PublicationManagement::Managed && row.get(12),
         }))
     }
 
@@ -719,7 +727,7 @@ impl Catalog {
                 "DROP PUBLICATION IF EXISTS {}",
                 quote_identifier(&source.publication.name)
             );
-            self.execute(&sql).await.map_err(|error| self.failed(&error))?;
+            self.execute(&sql).await.map_err(|refused| refused.error)?;
         }
         Ok(())
     }
@@ -733,44 +741,13 @@ impl Catalog {
             "SELECT pg_catalog.pg_drop_replication_slot(slot_name) FROM pg_catalog.pg_replication_slots WHERE slot_name = {}",
             quote_literal(&source.slot_name)
         );
-        self.execute(&sql).await.map_err(|error| match error.code() {
-            Some(&SqlState::OBJECT_IN_USE) => SourceError::SlotActive {
+        self.execute(&sql).await.map_err(|refused| match refused.code {
+            Some(SqlState::OBJECT_IN_USE) => SourceError::SlotActive {
                 slot: source.slot_name.clone(),
             },
-            _ => self.failed(&error),
+            _ => refused.error,
         })
     }
-}
-
-/// The SQL that makes a managed publication hold exactly these tables, if it does not.
-///
-/// It adds and drops rather than sets, since only what is added has to be the role's own.
-pub(super) fn publication_change(
-    source: &PostgresSource,
-    published: Option<&[Table]>,
-    tables: &[Table],
-) -> Option<String> {
-    if source.publication.management == PublicationManagement::External {
-        return None;
-    }
-    let name = quote_identifier(&source.publication.name);
-    let list = |tables: &[&Table]| tables.iter().map(|table| table.quoted()).collect::<Vec<_>>().join(", ");
-    let Some(published) = published else {
-        let all: Vec<_> = tables.iter().collect();
-        let via_root = source.publication.partitions == Partitions::Root;
-        return Some(format!(
-            "CREATE PUBLICATION {name} FOR TABLE {} WITH (publish_via_partition_root = {via_root});",
-            list(&all)
-        ));
-    };
-    let joining: Vec<_> = tables.iter().filter(|table| !published.contains(table)).collect();
-    let leaving: Vec<_> = published.iter().filter(|table| !tables.contains(table)).collect();
-    let change = |verb, tables: &[&Table]| match tables {
-        [] => String::new(),
-        tables => format!("ALTER PUBLICATION {name} {verb} TABLE {};", list(tables)),
-    };
-    let sql = change("ADD", &joining) + &change("DROP", &leaving);
-    (!sql.is_empty()).then_some(sql)
 }
 
 /// Tells what a failure of the replication connection means for the user.
@@ -783,6 +760,18 @@ pub fn wire_failure(source: &PostgresSource, user: &str, error: WireError) -> So
             address: address(source),
             cause: other.to_string(),
         },
+    }
+}
+
+/// Tells what a failure of the stream means: the one thing that decoding looks up by a name is the publication.
+#[must_use]
+pub fn stream_failure(source: &PostgresSource, error: WireError) -> SourceError {
+    match error {
+        WireError::Server { code, .. } if code == "42704" => SourceError::PublicationDropped {
+            publication: quote_identifier(&source.publication.name),
+            slot: source.slot_name.clone(),
+        },
+        other => wire_failure(source, "", other),
     }
 }
 

@@ -8,7 +8,8 @@ use std::fmt;
 use meander_config::{Origin, Partitions, PostgresSource, PublicationManagement};
 
 use crate::source::postgres::{
-    preflight::{Catalog, Selection, SourceError, Table, publication_change},
+    preflight::{Catalog, Selection, SourceError, Table},
+    publication::publication_change,
     start::SlotState,
     wire::quote_identifier,
 };
@@ -37,6 +38,8 @@ pub enum Refusal {
     NoReplicaIdentity,
     /// Only its owner may publish it; this is the role that would have to be.
     NotOwner(String),
+    /// It could not join the publication, for this cause, and that is tried again.
+    NotAdded(String),
 }
 
 impl Refusal {
@@ -46,6 +49,7 @@ impl Refusal {
         match self {
             Self::NoReplicaIdentity => "TableWithoutReplicaIdentity",
             Self::NotOwner(_) => "TableNotOwned",
+            Self::NotAdded(_) => "TableNotAdded",
         }
     }
 }
@@ -58,6 +62,10 @@ impl fmt::Display for RefusedTable {
             Refusal::NoReplicaIdentity => write!(
                 f,
                 "{table} has no replica identity, and to publish it would make UPDATE and DELETE on it fail: add a primary key, run ALTER TABLE {table} REPLICA IDENTITY FULL;, or name it in tables.exclude"
+            ),
+            Refusal::NotAdded(cause) => write!(
+                f,
+                "{table} could not join the publication, which is tried again every 10 s: {cause}"
             ),
             Refusal::NotOwner(user) => write!(
                 f,

@@ -60,6 +60,8 @@ pub struct SlotState {
     pub invalidation_reason: Option<String>,
     /// Since when nobody reads it (PostgreSQL 17), in microseconds since the Unix epoch.
     pub inactive_since_micros: Option<i64>,
+    /// The publication that it is read through is the pipeline's own, and is gone.
+    pub unpublished: bool,
 }
 
 /// How to start.
@@ -131,6 +133,16 @@ pub enum Loss {
         /// What was acknowledged.
         after: Lsn,
     },
+    /// Nothing that was written while there was no publication can be read through it, nor on most versions what came before.
+    #[error(
+        "the publication that replication slot {slot:?} is read through was dropped: changes committed after {after} are lost to this pipeline"
+    )]
+    PublicationMissing {
+        /// The slot.
+        slot: String,
+        /// What was acknowledged.
+        after: Lsn,
+    },
     /// The host name leads to another cluster than before.
     #[error(
         "the server is not the one this pipeline captured (system identifier {now}, was {before}): it was made anew, upgraded or replaced, and changes of the old one may be lost"
@@ -175,6 +187,7 @@ impl Loss {
             Self::SlotMissing { .. } => "SlotMissing",
             Self::SlotLost { .. } => "SlotLost",
             Self::SlotAhead { .. } => "SlotAhead",
+            Self::PublicationMissing { .. } => "PublicationMissing",
             Self::OtherServer { .. } => "OtherServer",
             Self::OtherTimeline { .. } => "OtherTimeline",
             Self::ServerBehind { .. } => "ServerBehind",
@@ -261,6 +274,10 @@ fn next(epoch: u8) -> Result<Epoch, SourceGap> {
 fn first(epoch: Epoch, name: &str, slot: Option<&SlotState>) -> Result<Start, Loss> {
     match slot {
         None => Ok(Start::CreateSlot(epoch)),
+        Some(SlotState { unpublished: true, .. }) => Err(Loss::PublicationMissing {
+            slot: name.to_owned(),
+            after: Lsn::ZERO,
+        }),
         Some(SlotState {
             confirmed_flush: Some(at),
             lost: false,
@@ -285,7 +302,11 @@ fn resume(
             before: checkpoint.system_identifier.clone(),
         });
     }
-    let published = checkpoint.published.map_or(Lsn::ZERO, |published| published.commit_lsn);
+    // What was published in an epoch before says nothing of where this server is.
+    let published = checkpoint
+        .published
+        .filter(|published| published.epoch.0 == checkpoint.epoch)
+        .map_or(Lsn::ZERO, |published| published.commit_lsn);
     let (start, after) = if server.timeline == checkpoint.timeline {
         (Start::Resume, checkpoint.acknowledged)
     } else {
@@ -324,6 +345,7 @@ fn resume(
                 confirmed_flush: None, ..
             },
         ) => Err(Loss::SlotLost { slot: slot_name, after }),
+        Some(SlotState { unpublished: true, .. }) => Err(Loss::PublicationMissing { slot: slot_name, after }),
         Some(SlotState {
             confirmed_flush: Some(slot_at),
             ..

@@ -74,6 +74,7 @@ pub enum WireError {
 pub struct ReplicationConnection {
     stream: Socket,
     buffer: BytesMut,
+    process: i32,
 }
 
 impl ReplicationConnection {
@@ -90,6 +91,7 @@ impl ReplicationConnection {
         let mut connection = Self {
             stream,
             buffer: BytesMut::with_capacity(8 * 1024),
+            process: 0,
         };
         let mut out = BytesMut::new();
         frontend::startup_message(
@@ -106,11 +108,18 @@ impl ReplicationConnection {
         connection.authenticate(credentials).await?;
         loop {
             match connection.message().await? {
+                Message::BackendKeyData(body) => connection.process = body.process_id(),
                 Message::ReadyForQuery(_) => return Ok(connection),
                 Message::ErrorResponse(body) => return Err(server_error(body.fields())),
                 _ => {}
             }
         }
+    }
+
+    /// The server's process at the other end, which a slot names as the one that reads it.
+    #[must_use]
+    pub fn process(&self) -> i32 {
+        self.process
     }
 
     async fn authenticate(&mut self, credentials: &Credentials) -> Result<(), WireError> {
@@ -297,6 +306,8 @@ pub const SESSION_SETTINGS: &[(&str, &str)] = &[
     ("quote_all_identifiers", "off"),
     // Creating a slot waits for every older transaction, and so does a change of a publication for its tables' locks.
     ("lock_timeout", "10s"),
+    // What is changed here is seen by this server alone; a standby that is gone must not hold it up.
+    ("synchronous_commit", "local"),
     ("wal_sender_timeout", "10s"),
 ];
 
