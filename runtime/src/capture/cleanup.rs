@@ -28,8 +28,14 @@ pub async fn cleanup(config: CaptureConfig) -> Result<(), CaptureError> {
     let catalog = Catalog::connect(&config.source, &credentials).await?;
     // The note comes first: with it and the slot still there, a pipeline that is created again goes on without a loss.
     let source = config.source.clone();
+    let key = checkpoint_key(&config.pipeline.namespace, &config.pipeline.name, &source.slot_name);
+    let claims = Claims::new(&config.kafka.bootstrap_servers, &config.kafka.topic_prefix, key);
     if let Err(error) = release(config).await {
         tracing::warn!(%error, "the checkpoint was not released; the slot is dropped all the same");
+    }
+    // A claim is made before there is a checkpoint.
+    if let Err(error) = claims.withdraw().await {
+        tracing::warn!(%error, "the claim on topicPrefix was not withdrawn; the slot is dropped all the same");
     }
     (|| catalog.drop_slot_and_publication(&source))
         .retry(
@@ -47,12 +53,11 @@ async fn release(config: CaptureConfig) -> Result<(), CaptureError> {
     let (namespace, name) = (&config.pipeline.namespace, &config.pipeline.name);
     let topic = checkpoint_topic(namespace, name);
     let key = checkpoint_key(namespace, name, &config.source.slot_name);
-    let claims = Claims::new(&config.kafka.bootstrap_servers, &config.kafka.topic_prefix, key.clone());
-    let released = spawn_blocking(move || {
+    spawn_blocking(move || {
         let read = || read_checkpoint(&config.kafka.bootstrap_servers, &topic, &key, READ_DEADLINE);
         match read() {
             // The pipeline never got as far as making its topic.
-            Err(TailError::NoSuchPartition { .. }) => return Ok(false),
+            Err(TailError::NoSuchPartition { .. }) => return Ok(()),
             Err(error) => return Err(error.into()),
             Ok(_) => {}
         }
@@ -62,11 +67,8 @@ async fn release(config: CaptureConfig) -> Result<(), CaptureError> {
             checkpoint.released = true;
             kafka.commit_checkpoint(&checkpoint)?;
         }
-        Ok::<_, SinkError>(true)
+        Ok::<_, SinkError>(())
     })
     .await??;
-    if released {
-        claims.withdraw().await?;
-    }
     Ok(())
 }

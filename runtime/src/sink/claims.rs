@@ -70,12 +70,20 @@ impl Claims {
         }
     }
 
-    /// Withdraws the claim.
+    /// Withdraws the claim, if there is one.
     ///
     /// # Errors
     /// When Kafka does not answer.
     pub async fn withdraw(&self) -> Result<(), SinkError> {
-        self.write(None).await
+        match self.live().await {
+            Ok(live) if live.iter().any(|claim| self.is_ours(claim)) => self.write(None).await,
+            Ok(_) => Ok(()),
+            // Nobody ever claimed anything.
+            Err(SinkError::Checkpoint(TailError::NoSuchPartition { topic, .. })) if topic == claims_topic(&self.prefix) => {
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
     }
 
     fn is_ours(&self, claim: &Claim) -> bool {

@@ -5,7 +5,10 @@ pub mod kafka;
 pub mod redis;
 pub mod topics;
 
-use crate::position::{Lsn, Position};
+use crate::{
+    log::claims_topic,
+    position::{Lsn, Position},
+};
 
 /// Batches that wait for one sink. With a batch's size this bounds the memory between the source and the sinks.
 pub const QUEUED_BATCHES: usize = 8;
@@ -57,7 +60,8 @@ pub enum SinkError {
     },
     /// The prefix is another pipeline's.
     #[error(
-        "topicPrefix {prefix:?} is not free: pipeline {owner} publishes under {taken:?}, and nobody could tell the topics of both apart; choose another topicPrefix, or delete that pipeline with reclaimPolicy Delete"
+        "topicPrefix {prefix:?} is not free: pipeline {owner} publishes under {taken:?}, and nobody could tell the topics of both apart; choose another topicPrefix, or delete that pipeline with reclaimPolicy Delete; if it no longer exists, remove its claim, by a record with key {owner} and no value in topic {}",
+        claims_topic(.taken)
     )]
     TopicPrefixTaken {
         /// The prefix.
