@@ -8,7 +8,7 @@ use meander_config::{Partitions, PostgresSource, PublicationManagement, TableSel
 use tokio::{task::JoinHandle, time::timeout};
 use tokio_postgres::{
     Client, Config,
-    config::{SslMode, SslNegotiation},
+    config::{ChannelBinding, SslMode, SslNegotiation},
     error::SqlState,
 };
 
@@ -60,6 +60,14 @@ pub enum SourceError {
         address: String,
         /// What is wrong with it, and what to do.
         cause: String,
+    },
+    /// Neither a certificate nor SCRAM tells who the server is.
+    #[error(
+        "PostgreSQL at {address} does not sign this user in by SCRAM-SHA-256 bound to the TLS session, by which alone sslMode Require knows the server; use scram-sha-256 in its pg_hba.conf and set the password anew, or set sslMode to VerifyFull and caSecretRef"
+    )]
+    Unbound {
+        /// `host:port`.
+        address: String,
     },
     /// No agreement on TLS.
     #[error(
@@ -273,6 +281,7 @@ impl SourceError {
             Self::Unreachable { .. } => "DatabaseUnreachable",
             Self::TlsNotOffered { .. } => "TlsNotOffered",
             Self::Certificate { .. } => "CertificateRefused",
+            Self::Unbound { .. } => "ServerNotProven",
             Self::TlsHandshake { .. } => "TlsFailed",
             Self::TlsFile(_) => "CertificateUnreadable",
             Self::NotAdmitted { .. } => "ConnectionNotAdmitted",
@@ -399,13 +408,23 @@ pub async fn connect(
         .options(settings.join(" "))
         // What `Settled` needs, which takes the socket as it is: encrypted already, or meant to be plain.
         .ssl_mode(SslMode::Require)
-        .ssl_negotiation(SslNegotiation::Direct);
+        .ssl_negotiation(SslNegotiation::Direct)
+        .channel_binding(if must_bind(source) {
+            ChannelBinding::Require
+        } else {
+            ChannelBinding::Prefer
+        });
     let connected = timeout(DEADLINE, async {
         let socket = socket::open(source).await.map_err(|error| no_socket(source, error))?;
         config
             .connect_raw(socket, Settled)
             .await
             .map_err(|error| match error.as_db_error() {
+                None if must_bind(source) && error.to_string().starts_with("authentication error") => {
+                    SourceError::Unbound {
+                        address: address(source),
+                    }
+                }
                 None => SourceError::Unreachable {
                     address: address(source),
                     cause: with_cause(&error),
@@ -421,6 +440,12 @@ pub async fn connect(
     })?;
     // The connection's own error comes back from the query that meets it.
     Ok((client, tokio::spawn(async move { drop(connection.await) })))
+}
+
+/// Without a check of the certificate, only SCRAM that is bound to it tells the server from somebody in between: nothing that proves
+/// the password, or passes for an answer, is exchanged in another way.
+pub(super) fn must_bind(source: &PostgresSource) -> bool {
+    source.ssl_mode == meander_config::SslMode::Require
 }
 
 fn address(source: &PostgresSource) -> String {
@@ -756,6 +781,9 @@ pub fn wire_failure(source: &PostgresSource, user: &str, error: WireError) -> So
     match error {
         WireError::Server { code, message } => refused(source, user, &code, &message),
         WireError::Socket(error) => no_socket(source, error),
+        WireError::Unbound => SourceError::Unbound {
+            address: address(source),
+        },
         other => SourceError::Unreachable {
             address: address(source),
             cause: other.to_string(),

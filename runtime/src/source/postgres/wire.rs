@@ -27,7 +27,7 @@ use tokio::{
 use crate::{
     position::Lsn,
     source::postgres::{
-        preflight::Credentials,
+        preflight::{Credentials, must_bind},
         socket::{self, Socket, SocketError},
     },
 };
@@ -65,6 +65,9 @@ pub enum WireError {
     /// The server asked for a way of signing in that is not supported.
     #[error("the server asks for {0} authentication, which is not supported; use scram-sha-256 in pg_hba.conf")]
     UnsupportedAuthentication(&'static str),
+    /// The server signs in without SCRAM bound to the TLS session, which was asked for.
+    #[error("the server does not prove that it knows the password")]
+    Unbound,
     /// The server broke the protocol.
     #[error("protocol violation: {0}")]
     Protocol(String),
@@ -105,7 +108,7 @@ impl ReplicationConnection {
             &mut out,
         )?;
         send(&mut connection.stream, &out).await?;
-        connection.authenticate(credentials).await?;
+        connection.authenticate(credentials, must_bind(source)).await?;
         loop {
             match connection.message().await? {
                 Message::BackendKeyData(body) => connection.process = body.process_id(),
@@ -122,13 +125,14 @@ impl ReplicationConnection {
         self.process
     }
 
-    async fn authenticate(&mut self, credentials: &Credentials) -> Result<(), WireError> {
+    async fn authenticate(&mut self, credentials: &Credentials, must_bind: bool) -> Result<(), WireError> {
         let mut scram: Option<ScramSha256> = None;
+        let mut bound = false;
         loop {
             let mut out = BytesMut::new();
             match self.message().await? {
-                Message::AuthenticationOk => return Ok(()),
-                Message::AuthenticationMd5Password(body) => {
+                Message::AuthenticationOk if bound || !must_bind => return Ok(()),
+                Message::AuthenticationMd5Password(body) if !must_bind => {
                     let hash = md5_hash(
                         credentials.user.as_bytes(),
                         credentials.password.as_bytes(),
@@ -138,6 +142,9 @@ impl ReplicationConnection {
                 }
                 Message::AuthenticationSasl(body) => {
                     let (mechanism, binding) = self.scram_mechanism(&body)?;
+                    if must_bind && mechanism != SCRAM_SHA_256_PLUS {
+                        return Err(WireError::Unbound);
+                    }
                     let client = ScramSha256::new(credentials.password.as_bytes(), binding);
                     frontend::sasl_initial_response(mechanism, client.message(), &mut out)?;
                     scram = Some(client);
@@ -152,7 +159,9 @@ impl ReplicationConnection {
                         .as_mut()
                         .ok_or_else(|| unexpected("SASLFinal"))?
                         .finish(body.data())?;
+                    bound = must_bind;
                 }
+                Message::AuthenticationOk | Message::AuthenticationMd5Password(_) => return Err(WireError::Unbound),
                 Message::AuthenticationCleartextPassword => {
                     return Err(WireError::UnsupportedAuthentication("clear-text password"));
                 }
