@@ -3,15 +3,21 @@
 //! Whether the role may replicate, and whether there is room for a walsender, is not guessed from the catalog: managed services grant
 //! that in ways of their own. It is seen when the replication connection is made, which is a part of the same look.
 
-use std::fmt;
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    fmt,
+};
 
 use meander_config::{Origin, Partitions, PostgresSource, PublicationManagement};
 
-use crate::source::postgres::{
-    preflight::{Catalog, Selection, SourceError, Table},
-    publication::publication_change,
-    start::SlotState,
-    wire::quote_identifier,
+use crate::{
+    log::topic_name,
+    source::postgres::{
+        preflight::{Catalog, Selection, SourceError, Table},
+        publication::publication_change,
+        start::SlotState,
+        wire::quote_identifier,
+    },
 };
 
 /// `server_version_num` of the oldest version that is supported, the oldest whose standbys can decode, and the oldest with failover
@@ -40,6 +46,8 @@ pub enum Refusal {
     NotOwner(String),
     /// It could not join the publication, for this cause, and that is tried again.
     NotAdded(String),
+    /// This table is captured, and Kafka takes the names of their topics for one.
+    TopicCollision(String),
 }
 
 impl Refusal {
@@ -50,6 +58,7 @@ impl Refusal {
             Self::NoReplicaIdentity => "TableWithoutReplicaIdentity",
             Self::NotOwner(_) => "TableNotOwned",
             Self::NotAdded(_) => "TableNotAdded",
+            Self::TopicCollision(_) => "TopicCollision",
         }
     }
 }
@@ -62,6 +71,10 @@ impl fmt::Display for RefusedTable {
             Refusal::NoReplicaIdentity => write!(
                 f,
                 "{table} has no replica identity, and to publish it would make UPDATE and DELETE on it fail: add a primary key, run ALTER TABLE {table} REPLICA IDENTITY FULL;, or name it in tables.exclude"
+            ),
+            Refusal::TopicCollision(first) => write!(
+                f,
+                "{table} would have a topic that Kafka does not tell from that of {first}: rename it, or name one of them in tables.exclude"
             ),
             Refusal::NotAdded(cause) => write!(
                 f,
@@ -277,6 +290,61 @@ impl Catalog {
                 None => tables.captured.push(table),
             }
         }
+        // What an external publication holds is in the stream, whatever is thought of it here.
+        if !external {
+            tables.refuse_collisions(&published);
+        }
         Ok(tables)
+    }
+}
+
+impl Tables {
+    /// Refuses a table whose topic another one has already: one that somebody made must not stop the capture of those before it.
+    fn refuse_collisions(&mut self, published: &[Table]) {
+        let (before, new): (Vec<_>, Vec<_>) = std::mem::take(&mut self.captured)
+            .into_iter()
+            .partition(|table| published.contains(table));
+        let mut first = HashMap::new();
+        for table in before.into_iter().chain(new) {
+            // Kafka refuses a topic whose name differs from another's in these two characters alone.
+            match first.entry(topic_name("", &table.schema, &table.name).replace('.', "_")) {
+                Entry::Vacant(entry) => {
+                    entry.insert(table.quoted());
+                    self.captured.push(table);
+                }
+                Entry::Occupied(entry) => {
+                    let cause = Refusal::TopicCollision(entry.get().clone());
+                    self.refused.push(RefusedTable { table, cause });
+                }
+            }
+        }
+        self.captured.sort();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_two_tables_with_one_topic_the_one_that_is_published_goes_on() {
+        let table = |schema: &str, name: &str| Table {
+            schema: schema.to_owned(),
+            name: name.to_owned(),
+        };
+        let old = [table("app_user", "events"), table("public", "a_b")];
+        let new = [
+            table("app", "user_events"),
+            table("public", "a b"),
+            table("public", "c"),
+        ];
+        let mut tables = Tables {
+            captured: [&old[..], &new[..]].concat(),
+            refused: vec![],
+        };
+        tables.refuse_collisions(&old);
+        assert_eq!(tables.captured, [old[0].clone(), old[1].clone(), new[2].clone()]);
+        let refused: Vec<_> = tables.refused.iter().map(|refused| refused.table.clone()).collect();
+        assert_eq!(refused, new[..2]);
     }
 }
