@@ -119,7 +119,7 @@ pub struct PostgresSource {
     /// Secret with the keys `username` and `password`. The user needs the attribute REPLICATION, SELECT on the captured tables,
     /// and, for a managed publication, CREATE on the database and ownership of the tables.
     pub credentials_secret_ref: SecretReference,
-    /// Whether the connection is encrypted, and what the server has to prove.
+    /// Whether the connection is encrypted, and what the server has to prove. `Require` wants SCRAM-SHA-256 with channel binding of it.
     #[serde(default)]
     pub ssl_mode: SslMode,
     /// Key of a Secret that holds the certificates of the authorities which the server's certificate may come from, PEM; those of

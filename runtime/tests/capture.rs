@@ -11,7 +11,7 @@ use common::{LIMIT, checkpoint, config};
 use log::{read_topic, wait_for_records};
 use meander_config::{CaptureConfig, PublicationManagement};
 use meander_proto::v1::{Operation, value::Kind};
-use meander_runtime::checkpoint::Tail;
+use meander_runtime::{checkpoint::Tail, log::checkpoint_key, sink::claims::Claims};
 use meander_test_support::{Kafka, Postgres, Redis, Runtime, eventually, free_address};
 use prost::Message as _;
 
@@ -415,4 +415,25 @@ async fn a_topic_prefix_belongs_to_one_pipeline() {
     no_slot_of_the_other().await;
     assert!(other.terminate(LIMIT).success());
     assert_eq!(tokio::task::block_in_place(|| read_topic(kafka, &topic)).len(), 1);
+
+    // A claim goes with its pipeline, also if that never got as far as a checkpoint.
+    let claims = |owner: &str| {
+        Claims::new(
+            &second.kafka.bootstrap_servers,
+            &second.kafka.topic_prefix,
+            owner.to_owned(),
+        )
+    };
+    let pipeline = &second.pipeline;
+    let key = checkpoint_key(&pipeline.namespace, &pipeline.name, &second.source.slot_name);
+    claims(&key).claim().await.unwrap();
+    let refused = claims("b/c/d").claim().await.unwrap_err();
+    assert!(
+        refused
+            .to_string()
+            .contains(&format!("record with key {key} and no value")),
+        "{refused}"
+    );
+    meander_runtime::capture::cleanup(second.clone()).await.unwrap();
+    claims("b/c/d").claim().await.unwrap();
 }

@@ -96,7 +96,10 @@ impl TlsPostgres {
             &hba,
             format!(
                 "host all postgres 127.0.0.1/32 scram-sha-256
-                 hostssl all meander 127.0.0.1/32 scram-sha-256 {options}\n"
+                 hostssl all meander 127.0.0.1/32 scram-sha-256 {options}
+                 hostssl all by_md5 127.0.0.1/32 md5
+                 hostssl all by_password 127.0.0.1/32 password
+                 hostssl all by_trust 127.0.0.1/32 trust\n"
             ),
         )
         .unwrap();
@@ -191,6 +194,25 @@ async fn postgresql_has_to_prove_what_ssl_mode_asks_and_each_failure_says_what_t
     // Anybody's certificate will do here; the password is bound to the session all the same.
     postgres.aim(&mut source, "127.0.0.1", SslMode::Require, None);
     try_both(&source).await.unwrap();
+    // So who does not know it is no server of ours: neither one that asks for it in another way, nor one that asks for nothing.
+    execute(
+        &postgres.server,
+        "SET password_encryption = 'md5'; CREATE ROLE by_md5 LOGIN REPLICATION PASSWORD 'one'; RESET password_encryption;
+         CREATE ROLE by_password LOGIN REPLICATION PASSWORD 'one'; CREATE ROLE by_trust LOGIN REPLICATION",
+    )
+    .await;
+    let username = source.username_file.clone();
+    for role in ["by_md5", "by_password", "by_trust"] {
+        fs::write(&username, role).unwrap();
+        refused(try_both(&source).await, "ServerNotProven", "set sslMode to VerifyFull");
+    }
+    // One whose certificate is known may do so.
+    postgres.aim(&mut source, "127.0.0.1", SslMode::VerifyCa, ours.clone());
+    for role in ["by_md5", "by_trust"] {
+        fs::write(&username, role).unwrap();
+        try_both(&source).await.unwrap();
+    }
+    fs::write(&username, "meander").unwrap();
     postgres.aim(&mut source, "127.0.0.1", SslMode::VerifyCa, ours.clone());
     try_both(&source).await.unwrap();
     postgres.aim(&mut source, "localhost", SslMode::VerifyFull, ours.clone());

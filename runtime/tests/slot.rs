@@ -17,6 +17,10 @@ async fn execute(postgres: &Postgres, sql: &str) {
     postgres.client().await.batch_execute(sql).await.unwrap();
 }
 
+fn quote(name: &str) -> String {
+    format!("\"{name}\"")
+}
+
 /// Waits until the log of the runtime says this.
 async fn wait_for_log(runtime: &mut Runtime, wanted: &str) -> String {
     let log = runtime.process().log().to_owned();
@@ -123,18 +127,29 @@ async fn tables_join_and_leave_a_running_capture_and_one_without_identity_breaks
     // Were it published, this would fail in the application.
     execute(&postgres, "INSERT INTO keyless VALUES (1, 1); UPDATE keyless SET n = 2").await;
 
-    execute(&postgres, "CREATE TABLE joins (id int PRIMARY KEY)").await;
-    published("joins,t").await;
+    execute(
+        &postgres,
+        "CREATE TABLE joins (id int PRIMARY KEY); CREATE TABLE j_1 (id int PRIMARY KEY)",
+    )
+    .await;
+    published("j_1,joins,t").await;
     execute(&postgres, "INSERT INTO joins VALUES (1); INSERT INTO t VALUES (1)").await;
     wait_for_records(kafka, &topic("joins"), 1).await;
-    execute(&postgres, "ALTER TABLE keyless ADD PRIMARY KEY (id)").await;
-    published("joins,keyless,t").await;
+    // One whose topic would be another's is left out, and stops nothing.
+    execute(
+        &postgres,
+        "ALTER TABLE keyless ADD PRIMARY KEY (id); CREATE TABLE \"j 1\" (id int PRIMARY KEY)",
+    )
+    .await;
+    published("j_1,joins,keyless,t").await;
+    execute(&postgres, "INSERT INTO j_1 VALUES (1); DROP TABLE \"j 1\"").await;
+    wait_for_records(kafka, &topic("j_1"), 1).await;
     execute(&postgres, "UPDATE keyless SET n = 3; DROP TABLE t").await;
     assert_eq!(wait_for_records(kafka, &topic("keyless"), 1).await.len(), 1);
     // A key that goes would make the application's next UPDATE fail.
     execute(&postgres, "ALTER TABLE joins DROP CONSTRAINT joins_pkey").await;
-    published("keyless").await;
-    wait_for_metric(&runtime, "meander_capture_tables ", |captured| captured == 1).await;
+    published("j_1,keyless").await;
+    wait_for_metric(&runtime, "meander_capture_tables ", |captured| captured == 2).await;
     let generation = checkpoint(&config).unwrap().owner_generation;
     assert_eq!(generation, 1, "all of that without a new session");
 }
@@ -350,20 +365,52 @@ async fn a_gap_that_is_accepted_by_its_name_is_noted_in_the_log_and_accepts_no_o
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_publication_that_was_dropped_is_a_gap_and_never_made_anew_in_silence() {
-    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    let kafka = Kafka::shared().await;
+    // The newest passes over what it has no publication for, and those before fail at it.
+    for version in [17, 18] {
+        let postgres = Postgres::start_version(version, &[]).await;
+        execute(&postgres, "CREATE TABLE t (id int PRIMARY KEY)").await;
+        let mut config = config(&postgres, kafka, None);
+        let topic = format!("{}.public.t", config.kafka.topic_prefix);
+        let mut runtime = Runtime::capture(&config);
+        runtime.ready(LIMIT).await;
+        execute(&postgres, "INSERT INTO t VALUES (1)").await;
+        wait_for_records(kafka, &topic, 1).await;
+        let name = quote(&config.source.publication.name);
+        execute(&postgres, &format!("DROP PUBLICATION {name}; INSERT INTO t VALUES (2)")).await;
+        let said = wait_for_log(&mut runtime, "to go on without them").await;
+        assert!(said.contains("PublicationMissing"), "{said}");
+        wait_for(&postgres, "none is made", "SELECT count(*) = 0 FROM pg_publication").await;
+        assert!(runtime.terminate(LIMIT).success());
+
+        config.accept_source_gap = Some(format!("1:{}", checkpoint(&config).unwrap().acknowledged));
+        let mut runtime = Runtime::capture(&config);
+        runtime.ready(LIMIT).await;
+        execute(&postgres, "INSERT INTO t VALUES (3)").await;
+        let records = wait_for_records(kafka, &topic, 3).await;
+        let told: Vec<_> = records.iter().map(|(_, _, record)| record.operation()).collect();
+        assert_eq!(told, [Operation::Insert, Operation::SourceGap, Operation::Insert]);
+        assert_eq!(
+            checkpoint(&config).unwrap().accepted_gap.unwrap().reason,
+            "PublicationMissing"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_publication_that_somebody_makes_again_says_what_to_do_where_its_slot_cannot_be_read() {
+    let (postgres, kafka) = (Postgres::start_version(17, &[]).await, Kafka::shared().await);
     execute(&postgres, "CREATE TABLE t (id int PRIMARY KEY)").await;
     let config = config(&postgres, kafka, None);
     let mut runtime = Runtime::capture(&config);
     runtime.ready(LIMIT).await;
-    let name = &config.source.publication.name;
-    execute(
-        &postgres,
-        &format!("DROP PUBLICATION \"{name}\"; INSERT INTO t VALUES (1)"),
-    )
-    .await;
-    let said = wait_for_log(&mut runtime, "committed after").await;
-    assert!(said.contains("PublicationMissing"), "{said}");
-    wait_for(&postgres, "no publication", "SELECT count(*) = 0 FROM pg_publication").await;
+    runtime.kill9();
+    let name = quote(&config.source.publication.name);
+    execute(&postgres, &format!("DROP PUBLICATION {name}; INSERT INTO t VALUES (1)")).await;
+    execute(&postgres, &format!("CREATE PUBLICATION {name} FOR TABLE t")).await;
+    runtime.start_again();
+    let said = wait_for_log(&mut runtime, "PublicationMissing").await;
+    assert!(said.contains("SELECT pg_drop_replication_slot("), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -375,7 +422,7 @@ async fn a_table_that_leaves_and_comes_back_is_named_until_a_person_removes_the_
     )
     .await;
     let config = config(&postgres, kafka, None);
-    let name = &config.source.publication.name;
+    let name = quote(&config.source.publication.name);
     let mut runtime = Runtime::capture(&config);
     runtime.ready(LIMIT).await;
     execute(&postgres, "INSERT INTO t VALUES (1)").await;
@@ -385,7 +432,7 @@ async fn a_table_that_leaves_and_comes_back_is_named_until_a_person_removes_the_
     // It is known by what the log holds, also when nobody was there to see it leave.
     execute(
         &postgres,
-        &format!("ALTER PUBLICATION \"{name}\" DROP TABLE t; INSERT INTO t VALUES (2)"),
+        &format!("ALTER PUBLICATION {name} DROP TABLE t; INSERT INTO t VALUES (2)"),
     )
     .await;
     let writer = postgres.client().await;

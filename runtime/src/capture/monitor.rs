@@ -156,7 +156,7 @@ fn came_back(context: &Context, rejoined: &[String]) -> Option<(&'static str, St
     Some((
         "TableRejoined",
         format!(
-            "{first}{more} left the publication and came back, and the log lacks the changes in between: bring the consumers up to date from the table itself, then run COMMENT ON PUBLICATION {publication} IS NULL;"
+            "{first}{more} left the publication and came back, and the log lacks the changes in between: read the table anew by an entry in snapshot.requests, then run COMMENT ON PUBLICATION {publication} IS NULL;"
         ),
     ))
 }

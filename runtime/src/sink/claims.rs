@@ -79,7 +79,9 @@ impl Claims {
             Ok(live) if live.iter().any(|claim| self.is_ours(claim)) => self.write(None).await,
             Ok(_) => Ok(()),
             // Nobody ever claimed anything.
-            Err(SinkError::Checkpoint(TailError::NoSuchPartition { topic, .. })) if topic == claims_topic(&self.prefix) => {
+            Err(SinkError::Checkpoint(TailError::NoSuchPartition { topic, .. }))
+                if topic == claims_topic(&self.prefix) =>
+            {
                 Ok(())
             }
             Err(error) => Err(error),

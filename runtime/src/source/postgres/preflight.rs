@@ -4,7 +4,7 @@
 use std::{fs, path::Path, time::Duration};
 
 use globset::{GlobBuilder, GlobMatcher};
-use meander_config::{Partitions, PostgresSource, PublicationManagement, TableSelection};
+use meander_config::{PostgresSource, PublicationManagement, TableSelection};
 use tokio::{task::JoinHandle, time::timeout};
 use tokio_postgres::{
     Client, Config,

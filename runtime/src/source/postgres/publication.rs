@@ -53,7 +53,7 @@ impl Catalog {
         known.extend(published.iter().cloned());
         let mut failure = None;
         for table in published.iter().filter(|table| !tables.captured.contains(table)) {
-            let sql = format!("ALTER PUBLICATION {name} DROP TABLE {};", table.quoted());
+            let sql = format!("ALTER PUBLICATION {name} DROP TABLE ONLY {};", table.quoted());
             match self.execute(&sql).await {
                 Ok(()) => tracing::info!(table = table.quoted(), "a table left the publication"),
                 Err(refused) => failure = Some(self.forbidden(source, refused)),
@@ -66,9 +66,10 @@ impl Catalog {
             }
             let quoted = table.quoted();
             // Some minor releases go on taking a table for unpublished in a transaction that wrote to it before it joined, so it joins
-            // while nobody writes. Others queue behind the lock, so it is not waited for long.
+            // while nobody writes. Writers queue behind the lock, so it is not waited for long: a little more than deadlock_timeout, after
+            // which an autovacuum makes way.
             let mut sql = format!(
-                "SET LOCAL lock_timeout = '1s'; LOCK TABLE {quoted} IN SHARE ROW EXCLUSIVE MODE; ALTER PUBLICATION {name} ADD TABLE {quoted};"
+                "SET LOCAL lock_timeout = '2s'; LOCK TABLE {quoted} IN SHARE ROW EXCLUSIVE MODE; ALTER PUBLICATION {name} ADD TABLE ONLY {quoted};"
             );
             if known.contains(&table) {
                 let comment = self.publication_comment(source).await?;
@@ -155,7 +156,11 @@ pub(super) fn publication_change(
         return None;
     }
     let name = quote_identifier(&source.publication.name);
-    let list = |tables: &[&Table]| tables.iter().map(|table| table.quoted()).collect::<Vec<_>>().join(", ");
+    // Without ONLY, the tables that inherit from one would come and go with it.
+    let list = |tables: &[&Table]| {
+        let tables: Vec<_> = tables.iter().map(|table| format!("ONLY {}", table.quoted())).collect();
+        tables.join(", ")
+    };
     let Some(published) = published else {
         let all: Vec<_> = tables.iter().collect();
         let via_root = source.publication.partitions == Partitions::Root;

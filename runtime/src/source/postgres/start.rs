@@ -477,6 +477,14 @@ mod tests {
             ..checkpoint()
         };
         assert_eq!(start(Some(&ahead), Some(slot(50))), Err("ServerBehind"));
+        // LSNs of an epoch before are those of another server, perhaps.
+        let published_in = |epoch: u8| Checkpoint {
+            epoch: 2,
+            published: Some(Position::end_of_transaction(Epoch(epoch), Lsn(5000))),
+            ..checkpoint()
+        };
+        assert_eq!(start(Some(&published_in(1)), Some(slot(50))), Ok(Start::Resume));
+        assert_eq!(start(Some(&published_in(2)), Some(slot(50))), Err("ServerBehind"));
     }
 
     #[test]

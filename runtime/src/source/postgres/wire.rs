@@ -127,12 +127,19 @@ impl ReplicationConnection {
 
     async fn authenticate(&mut self, credentials: &Credentials, must_bind: bool) -> Result<(), WireError> {
         let mut scram: Option<ScramSha256> = None;
-        let mut bound = false;
+        let mut proven = !must_bind;
         loop {
             let mut out = BytesMut::new();
             match self.message().await? {
-                Message::AuthenticationOk if bound || !must_bind => return Ok(()),
-                Message::AuthenticationMd5Password(body) if !must_bind => {
+                Message::AuthenticationOk if proven => return Ok(()),
+                Message::AuthenticationOk
+                | Message::AuthenticationMd5Password(_)
+                | Message::AuthenticationCleartextPassword
+                    if must_bind =>
+                {
+                    return Err(WireError::Unbound);
+                }
+                Message::AuthenticationMd5Password(body) => {
                     let hash = md5_hash(
                         credentials.user.as_bytes(),
                         credentials.password.as_bytes(),
@@ -159,9 +166,8 @@ impl ReplicationConnection {
                         .as_mut()
                         .ok_or_else(|| unexpected("SASLFinal"))?
                         .finish(body.data())?;
-                    bound = must_bind;
+                    proven = true;
                 }
-                Message::AuthenticationOk | Message::AuthenticationMd5Password(_) => return Err(WireError::Unbound),
                 Message::AuthenticationCleartextPassword => {
                     return Err(WireError::UnsupportedAuthentication("clear-text password"));
                 }
