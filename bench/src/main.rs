@@ -88,12 +88,17 @@ fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> CaptureC
         format: Format::Protobuf,
         kafka: KafkaSink {
             bootstrap_servers: vec![kafka.bootstrap()],
+            tls: None,
+            sasl: None,
             topic_prefix: name.clone(),
             partitions: 1,
             replication_factor: None,
+            topic_config: Default::default(),
+            topic_management: Default::default(),
         },
         redis: redis.map(|redis| RedisSink {
             url_file: redis.url_file(),
+            ca_file: None,
             stream_prefix: name,
             max_length: None,
             durability: meander_config::Durability::None,

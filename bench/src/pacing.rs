@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use meander_config::{KafkaLog, ReplayConfig, ReplayEnd, ReplayStart, ReplayTarget, ResourceIdentity};
+use meander_config::{ReplayConfig, ReplayEnd, ReplayStart, ReplayTarget, ResourceIdentity};
 use meander_test_support::{Kafka, Postgres, Runtime, eventually, free_address};
 use meander_workload::load::{self, Load};
 
@@ -49,10 +49,7 @@ pub(crate) async fn measure(changes: u64, rate: f64, speeds: &[f64]) -> anyhow::
             },
             pipeline: config.pipeline.clone(),
             slot_name: config.source.slot_name.clone(),
-            kafka: KafkaLog {
-                bootstrap_servers: config.kafka.bootstrap_servers.clone(),
-                topic_prefix: config.kafka.topic_prefix.clone(),
-            },
+            kafka: config.kafka.log(),
             from: ReplayStart::Beginning,
             to: ReplayEnd::Now,
             speed: speed.to_string().parse()?,

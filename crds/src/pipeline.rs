@@ -1,5 +1,7 @@
 //! `CdcPipeline`: changes of one PostgreSQL database, out to Kafka and Redis.
 
+use std::collections::BTreeMap;
+
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
@@ -323,12 +325,20 @@ pub struct Sinks {
 
 /// A Kafka cluster.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[x_kube(validation = Rule::new("!has(self.sasl) || self.sasl.mechanism != 'Plain' || has(self.tls)").message("sasl.mechanism Plain sends the password itself: add tls (tls: {} trusts Mozilla's list of authorities), or use ScramSha512"))]
 #[serde(rename_all = "camelCase")]
 pub struct KafkaSink {
     /// Brokers to start from, each `host:port`.
     #[schemars(length(min = 1, max = 16), inner(length(min = 3, max = 260)))]
     #[x_kube(validation = Rule::new("self.all(server, server.matches('^[^/@, ]+:[0-9]{1,5}$'))").message("each entry of bootstrapServers is host:port, such as kafka:9092"))]
     pub bootstrap_servers: Vec<String>,
+    /// Encrypts the connections; they are in plain text where it is left out. `{}` is enough for brokers whose certificates come from
+    /// an authority of Mozilla's list.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls: Option<KafkaTls>,
+    /// Signs in with user and password.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sasl: Option<KafkaSasl>,
     /// Topics are named `<topicPrefix>.<schema>.<table>`. The prefix belongs to this pipeline alone, and no other topic may begin
     /// with `<topicPrefix>.`, for a replay reads every one that does: not `shop.eu` beside `shop`. Immutable.
     #[schemars(length(min = 1, max = 100))]
@@ -340,6 +350,50 @@ pub struct KafkaSink {
     /// How topics are created.
     #[serde(default)]
     pub topics: KafkaTopics,
+}
+
+/// TLS with Kafka. The brokers' certificates have to be for the host names by which the brokers are reached.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct KafkaTls {
+    /// Key of a Secret that holds the certificates of the authorities which the brokers' certificates may come from, PEM; those of
+    /// Mozilla's list where it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_secret_ref: Option<SecretKeyReference>,
+    /// Secret of type `kubernetes.io/tls` with the certificate that the pipeline shows to the brokers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub client_cert_secret_ref: Option<SecretReference>,
+}
+
+/// Signing in to Kafka.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct KafkaSasl {
+    /// How the password is proven.
+    pub mechanism: SaslMechanism,
+    /// Secret with the keys `username` and `password`.
+    pub credentials_secret_ref: SecretReference,
+}
+
+/// How a password is proven to Kafka.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum SaslMechanism {
+    /// The password itself is sent; over TLS only.
+    Plain,
+    /// SCRAM-SHA-256.
+    ScramSha256,
+    /// SCRAM-SHA-512.
+    ScramSha512,
+}
+
+/// Who makes the topics.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum TopicManagement {
+    /// The pipeline makes those that are missing. What is there already is checked, and never changed.
+    #[default]
+    Managed,
+    /// Somebody else; the pipeline only checks them. `docs/security.md` names them.
+    External,
 }
 
 /// How topics are created. Topics that exist already keep what they have.
@@ -355,6 +409,16 @@ pub struct KafkaTopics {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 16))]
     pub replication_factor: Option<i32>,
+    /// Settings of each table's topic, such as `retention.ms: "604800000"`. They take effect when a topic is created.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 32))]
+    #[x_kube(
+        validation = Rule::new("!('cleanup.policy' in self) && !('message.timestamp.type' in self)").message("topics.config cannot set cleanup.policy and message.timestamp.type: the log needs delete and CreateTime")
+    )]
+    pub config: BTreeMap<String, String>,
+    /// Who makes the topics.
+    #[serde(default)]
+    pub management: TopicManagement,
 }
 
 impl Default for KafkaTopics {
@@ -362,6 +426,8 @@ impl Default for KafkaTopics {
         Self {
             partitions: default_partitions(),
             replication_factor: None,
+            config: BTreeMap::new(),
+            management: TopicManagement::Managed,
         }
     }
 }
@@ -371,17 +437,21 @@ impl Default for KafkaTopics {
 #[x_kube(validation = Rule::new("has(self.urlSecretRef) != has(self.url)").message("write exactly one of redis.urlSecretRef and redis.url"))]
 #[serde(rename_all = "camelCase")]
 pub struct RedisSink {
-    /// Secret that holds the URL, `redis://user:password@host:port/database`.
+    /// Secret that holds the URL, `redis://user:password@host:port/database`; `rediss://` for TLS.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub url_secret_ref: Option<SecretKeyReference>,
     /// The URL, where it holds no user and no password: `redis://host:port/database`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 512))]
     #[x_kube(
-        validation = Rule::new("self.startsWith('redis://')").message("redis.url starts with redis://, such as redis://redis:6379/0"),
+        validation = Rule::new("self.startsWith('redis://') || self.startsWith('rediss://')").message("redis.url starts with redis://, or with rediss:// for TLS, such as redis://redis:6379/0"),
         validation = Rule::new("!self.contains('@')").message("redis.url must not hold a user or password: put the whole URL into a Secret and name it in urlSecretRef")
     )]
     pub url: Option<String>,
+    /// Key of a Secret that holds the certificates of the authorities which the server's certificate may come from, PEM, for a URL
+    /// that starts with `rediss://`; those of Mozilla's list where it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_secret_ref: Option<SecretKeyReference>,
     /// Streams are named `<streamPrefix>.<schema>.<table>`. The prefix belongs to this pipeline alone: keep other keys out of it.
     /// Immutable.
     #[schemars(length(min = 1, max = 100))]

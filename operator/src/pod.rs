@@ -11,8 +11,8 @@ use k8s_openapi::{
     },
     apimachinery::pkg::{api::resource::Quantity, apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
 };
-use meander_config::{ClientCertificate, OperatorLink};
-use meander_crds::{LogLevel, Resources};
+use meander_config::{ClientCertificate, KafkaLog, KafkaSasl, KafkaTls, OperatorLink, SaslMechanism};
+use meander_crds::{KafkaSink, LogLevel, Resources};
 
 use crate::{context::Settings, naming::AUDIENCE, secrets::SecretFiles};
 
@@ -67,6 +67,30 @@ pub fn client_certificate(folder: &str) -> ClientCertificate {
     ClientCertificate {
         certificate_file: secret_file(folder, "tls.crt"),
         key_file: secret_file(folder, "tls.key"),
+    }
+}
+
+/// How the runtime reaches the pipeline's Kafka, and what its topics are called.
+pub fn kafka_log(kafka: &KafkaSink) -> KafkaLog {
+    KafkaLog {
+        bootstrap_servers: kafka.bootstrap_servers.clone(),
+        tls: kafka.tls.as_ref().map(|tls| KafkaTls {
+            ca_file: tls.ca_secret_ref.as_ref().map(|_| secret_file("kafka-ca", "ca.crt")),
+            client_certificate: tls
+                .client_cert_secret_ref
+                .as_ref()
+                .map(|_| client_certificate("kafka-client")),
+        }),
+        sasl: kafka.sasl.as_ref().map(|sasl| KafkaSasl {
+            mechanism: match sasl.mechanism {
+                meander_crds::SaslMechanism::Plain => SaslMechanism::Plain,
+                meander_crds::SaslMechanism::ScramSha256 => SaslMechanism::ScramSha256,
+                meander_crds::SaslMechanism::ScramSha512 => SaslMechanism::ScramSha512,
+            },
+            username_file: secret_file("kafka", "username"),
+            password_file: secret_file("kafka", "password"),
+        }),
+        topic_prefix: kafka.topic_prefix.clone(),
     }
 }
 

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use k8s_openapi::api::core::v1::Secret;
 use kube::Api;
-use meander_crds::{CdcPipeline, PostgresSource, RedisSink, ReplayJob, SecretKeyReference, SecretReference};
+use meander_crds::{CdcPipeline, KafkaSink, PostgresSource, RedisSink, ReplayJob, SecretKeyReference, SecretReference};
 
 use crate::{
     conditions::{ACCEPTED, SINKS_READY, SOURCE_READY},
@@ -84,16 +84,27 @@ impl SecretFiles {
 /// The Secrets that a pipeline's capture needs, each in a folder of its own.
 pub fn of_pipeline(pipeline: &CdcPipeline) -> Vec<SecretFiles> {
     let mut secrets = of_postgres(&pipeline.spec.source.postgres);
+    secrets.extend(of_kafka(&pipeline.spec.sinks.kafka, SINKS_READY));
     secrets.extend(pipeline.spec.sinks.redis.iter().flat_map(of_redis));
     secrets
 }
 
-/// The Secrets that a replay needs.
-pub fn of_replay(replay: &ReplayJob) -> Vec<SecretFiles> {
+/// The Secrets that a replay needs: those of its pipeline's log, and its own.
+pub fn of_replay(replay: &ReplayJob, pipeline: Option<&CdcPipeline>) -> Vec<SecretFiles> {
+    let log = pipeline.map(|pipeline| of_kafka(&pipeline.spec.sinks.kafka, ACCEPTED));
     let serve = replay.spec.target.grpc.as_ref().and_then(|grpc| grpc.serve.as_ref());
-    serve
-        .map(|serve| SecretFiles::one("subscribers", &serve.token_secret_ref, "token", ACCEPTED))
+    let token = serve.map(|serve| SecretFiles::one("subscribers", &serve.token_secret_ref, "token", ACCEPTED));
+    log.into_iter().flatten().chain(token).collect()
+}
+
+fn of_kafka(kafka: &KafkaSink, condition: &'static str) -> Vec<SecretFiles> {
+    let sasl = kafka.sasl.as_ref().map(|sasl| &sasl.credentials_secret_ref);
+    let authority = kafka.tls.as_ref().and_then(|tls| tls.ca_secret_ref.as_ref());
+    let certificate = kafka.tls.as_ref().and_then(|tls| tls.client_cert_secret_ref.as_ref());
+    sasl.map(|reference| SecretFiles::credentials("kafka", reference, condition))
         .into_iter()
+        .chain(authority.map(|reference| SecretFiles::one("kafka-ca", reference, "ca.crt", condition)))
+        .chain(certificate.map(|reference| SecretFiles::certificate("kafka-client", reference, condition)))
         .collect()
 }
 
@@ -110,8 +121,10 @@ fn of_postgres(postgres: &PostgresSource) -> Vec<SecretFiles> {
 
 fn of_redis(redis: &RedisSink) -> Vec<SecretFiles> {
     let url = redis.url_secret_ref.as_ref();
+    let authority = redis.ca_secret_ref.as_ref();
     url.map(|reference| SecretFiles::one("redis", reference, "url", SINKS_READY))
         .into_iter()
+        .chain(authority.map(|reference| SecretFiles::one("redis-ca", reference, "ca.crt", SINKS_READY)))
         .collect()
 }
 

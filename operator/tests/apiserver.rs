@@ -418,6 +418,14 @@ async fn a_pipeline_that_can_never_work_is_refused() {
             "topicPrefix has letters, digits, dots, underscores and dashes only, and does not start with a dot",
         ),
         (
+            kafka(json!({"sasl": {"mechanism": "Plain", "credentialsSecretRef": {"name": "kafka"}}})),
+            "sasl.mechanism Plain sends the password itself: add tls (tls: {} trusts Mozilla's list of authorities), or use ScramSha512",
+        ),
+        (
+            kafka(json!({"topics": {"config": {"cleanup.policy": "compact"}}})),
+            "topics.config cannot set cleanup.policy and message.timestamp.type: the log needs delete and CreateTime",
+        ),
+        (
             kafka(json!({"topics": {"partitions": 0}})),
             "spec.sinks.kafka.topics.partitions",
         ),
@@ -431,7 +439,7 @@ async fn a_pipeline_that_can_never_work_is_refused() {
         ),
         (
             url("redis:6379"),
-            "redis.url starts with redis://, such as redis://redis:6379/0",
+            "redis.url starts with redis://, or with rediss:// for TLS, such as redis://redis:6379/0",
         ),
         (
             url("redis://u:p@redis"),

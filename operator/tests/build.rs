@@ -85,10 +85,22 @@ fn every_setting_reaches_the_pod() {
     spec.source.postgres.snapshot =
         serde_json::from_str(r#"{"mode": "Never", "requests": [{"id": "repair", "tables": ["public.orders"]}]}"#)
             .unwrap();
-    spec.sinks.kafka.topics = serde_json::from_str(r#"{"partitions": 6, "replicationFactor": 3}"#).unwrap();
+    spec.sinks.kafka.topics = serde_json::from_value(serde_json::json!({
+        "partitions": 6, "replicationFactor": 3, "config": {"retention.ms": "1000"}, "management": "External",
+    }))
+    .unwrap();
+    spec.sinks.kafka.tls = serde_json::from_value(serde_json::json!({
+        "caSecretRef": {"name": "shop-ca", "key": "ca.crt"}, "clientCertSecretRef": {"name": "shop-client"},
+    }))
+    .unwrap();
+    spec.sinks.kafka.sasl = serde_json::from_value(serde_json::json!({
+        "mechanism": "ScramSha512", "credentialsSecretRef": {"name": "shop-cdc"},
+    }))
+    .unwrap();
     spec.sinks.redis = Some(RedisSink {
         url_secret_ref: None,
-        url: Some("redis://redis:6379/1".into()),
+        url: Some("rediss://redis:6379/1".into()),
+        ca_secret_ref: Some(secret_key("shop-ca", "ca.crt")),
         stream_prefix: "s".into(),
         retention: serde_json::from_str(r#"{"maxLength": 1000}"#).unwrap(),
         durability: RedisDurability::Aof,

@@ -5,15 +5,19 @@
 
 use std::time::{Duration, Instant};
 
+use meander_config::KafkaCluster;
 use rdkafka::{
-    ClientConfig, ClientContext, Message as _, Offset, TopicPartitionList,
-    consumer::{BaseConsumer, Consumer as _, ConsumerContext},
+    ClientConfig, Message as _, Offset, TopicPartitionList,
+    consumer::{BaseConsumer, Consumer as _},
     error::KafkaError,
     message::{BorrowedMessage, OwnedMessage},
     types::RDKafkaErrorCode,
 };
 
-use crate::log::Checkpoint;
+use crate::{
+    kafka_client::{ClientError, Hearing, settings},
+    log::Checkpoint,
+};
 
 /// How many offsets the first look back from the end takes in, and how much further each next one goes.
 const FIRST_STEP: i64 = 16;
@@ -32,6 +36,15 @@ pub enum TailError {
         /// The partition.
         partition: i32,
     },
+    /// This client may not read the topic. To Kafka's other clients that looks as if it did not exist, which would be a pipeline's
+    /// beginning: so it is told apart.
+    #[error(
+        "Kafka does not allow this pipeline to read topic {topic:?}; run kafka-acls.sh --add --allow-principal User:… --operation Read --topic {topic}"
+    )]
+    Forbidden {
+        /// The topic.
+        topic: String,
+    },
     /// Kafka did not answer in time, or answered with an error until the time was over.
     #[error("cannot read the end of partition {partition} of the topic {topic} within {timeout:?}: {source}")]
     Unreadable {
@@ -49,7 +62,7 @@ pub enum TailError {
     Topics(#[source] Box<KafkaError>),
     /// The client cannot be made from its settings.
     #[error("cannot set up a Kafka client: {0}")]
-    Client(#[source] Box<KafkaError>),
+    Client(#[source] Box<ClientError>),
     /// The record is there and is no checkpoint.
     #[error("the checkpoint at offset {offset} of the topic {topic} is not readable: {source}")]
     NotACheckpoint {
@@ -64,12 +77,10 @@ pub enum TailError {
 
 /// The settings that every reader of the log shares: committed records only, partitions assigned by hand, nothing committed to
 /// the group, and never a silent jump to another offset.
-pub(crate) fn client_config(bootstrap_servers: &[String], group: &str) -> ClientConfig {
-    let mut config = ClientConfig::new();
+pub(crate) fn client_config(cluster: &KafkaCluster, group: &str) -> Result<ClientConfig, ClientError> {
+    let mut config = settings(cluster)?;
     config
-        .set("bootstrap.servers", bootstrap_servers.join(","))
         .set("group.id", group)
-        .set("client.id", "meander-runtime")
         .set("isolation.level", "read_committed")
         .set("enable.auto.commit", "false")
         .set("enable.auto.offset.store", "false")
@@ -78,29 +89,15 @@ pub(crate) fn client_config(bootstrap_servers: &[String], group: &str) -> Client
         .set("allow.auto.create.topics", "false")
         // A request for partitions that are at their end comes back after this time, and holds up the others meanwhile.
         .set("fetch.wait.max.ms", "50");
-    config
+    Ok(config)
 }
-
-/// Hears what the client says on its own account.
-pub(crate) struct Context;
-
-impl ClientContext for Context {
-    fn error(&self, error: KafkaError, reason: &str) {
-        // The end of a partition is asked for, and told to whoever reads there. The client goes on by itself after the others.
-        if error.rdkafka_error_code() != Some(RDKafkaErrorCode::PartitionEOF) {
-            tracing::warn!(%error, reason, "Kafka");
-        }
-    }
-}
-
-impl ConsumerContext for Context {}
 
 /// A key, and the timestamp of its first record in milliseconds since the Unix epoch.
 pub type FirstSeen = (Vec<u8>, Option<i64>);
 
 /// Reads partitions from their end.
 pub struct Tail {
-    consumer: BaseConsumer<Context>,
+    consumer: BaseConsumer<Hearing>,
     timeout: Duration,
 }
 
@@ -109,9 +106,9 @@ impl Tail {
     ///
     /// # Errors
     /// When the client cannot be made from its settings.
-    pub fn new(bootstrap_servers: &[String], timeout: Duration) -> Result<Self, TailError> {
-        let consumer = client_config(bootstrap_servers, "meander-tail")
-            .create_with_context(Context)
+    pub fn new(cluster: &KafkaCluster, timeout: Duration) -> Result<Self, TailError> {
+        let consumer = client_config(cluster, "meander-tail")
+            .and_then(|config| Ok(config.create_with_context(Hearing::default())?))
             .map_err(|error| TailError::Client(Box::new(error)))?;
         Ok(Self { consumer, timeout })
     }
@@ -122,12 +119,22 @@ impl Tail {
     /// When Kafka does not answer in time.
     pub fn partitions(&self, topic: &str) -> Result<Vec<i32>, TailError> {
         let deadline = Instant::now() + self.timeout;
+        self.known_partitions(topic, 0, deadline)
+    }
+
+    /// The partitions of a topic; none if it does not exist. `partition` is for the error.
+    fn known_partitions(&self, topic: &str, partition: i32, deadline: Instant) -> Result<Vec<i32>, TailError> {
         let metadata = retry_until(deadline, |left| self.consumer.fetch_metadata(Some(topic), left))
-            .map_err(|source| self.unreadable(topic, 0, source))?;
-        let known = metadata.topics().iter().find(|known| known.name() == topic);
-        Ok(known
-            .map(|known| known.partitions().iter().map(|partition| partition.id()).collect())
-            .unwrap_or_default())
+            .map_err(|source| self.unreadable(topic, partition, source))?;
+        let Some(known) = metadata.topics().iter().find(|known| known.name() == topic) else {
+            return Ok(Vec::new());
+        };
+        if known.error().map(RDKafkaErrorCode::from) == Some(RDKafkaErrorCode::TopicAuthorizationFailed) {
+            return Err(TailError::Forbidden {
+                topic: topic.to_owned(),
+            });
+        }
+        Ok(known.partitions().iter().map(|partition| partition.id()).collect())
     }
 
     /// Names of all topics.
@@ -245,13 +252,7 @@ impl Tail {
 
     /// Asks for the topic's metadata, since a question for the offsets of an unknown topic is only answered by a timeout.
     fn require(&self, topic: &str, partition: i32, deadline: Instant) -> Result<(), TailError> {
-        let metadata = retry_until(deadline, |left| self.consumer.fetch_metadata(Some(topic), left))
-            .map_err(|source| self.unreadable(topic, partition, source))?;
-        let known = metadata
-            .topics()
-            .iter()
-            .any(|known| known.name() == topic && known.partitions().iter().any(|known| known.id() == partition));
-        if known {
+        if self.known_partitions(topic, partition, deadline)?.contains(&partition) {
             Ok(())
         } else {
             Err(TailError::NoSuchPartition {
@@ -294,12 +295,12 @@ pub(crate) fn retry_until<T>(
 /// # Errors
 /// When the topic does not exist, cannot be read within `timeout`, or holds something else.
 pub fn read_checkpoint(
-    bootstrap_servers: &[String],
+    cluster: &KafkaCluster,
     topic: &str,
     key: &str,
     timeout: Duration,
 ) -> Result<Option<Checkpoint>, TailError> {
-    let tail = Tail::new(bootstrap_servers, timeout)?;
+    let tail = Tail::new(cluster, timeout)?;
     let record = tail.find_last(topic, 0, |record| record.key() == Some(key.as_bytes()))?;
     // A tombstone, by which somebody deleted the checkpoint on purpose, is none.
     let Some((offset, value)) = record

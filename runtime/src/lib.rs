@@ -5,6 +5,7 @@ pub mod batch;
 pub mod capture;
 pub mod checkpoint;
 pub mod encode;
+pub mod kafka_client;
 pub mod log;
 pub mod position;
 pub mod progress;

@@ -7,7 +7,7 @@ mod log;
 
 use std::collections::BTreeMap;
 
-use common::{LIMIT, checkpoint, config};
+use common::{LIMIT, checkpoint, cluster, config};
 use log::{read_topic, wait_for_records};
 use meander_config::{CaptureConfig, PublicationManagement};
 use meander_proto::v1::{Operation, value::Kind};
@@ -344,8 +344,7 @@ async fn an_external_publication_is_captured_as_far_as_it_is_selected() {
         "what is left out is counted"
     );
     let secret = format!("{}.public.secret", config.kafka.topic_prefix);
-    let partitions =
-        tokio::task::block_in_place(|| Tail::new(&[kafka.bootstrap()], LIMIT).unwrap().partitions(&secret));
+    let partitions = tokio::task::block_in_place(|| Tail::new(&cluster(kafka), LIMIT).unwrap().partitions(&secret));
     assert_eq!(partitions.unwrap(), Vec::<i32>::new());
 }
 

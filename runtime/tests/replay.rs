@@ -13,7 +13,7 @@ use std::{
 };
 
 use meander_config::{
-    KafkaLog, OperatorLink, ReplayConfig, ReplayEnd, ReplayStart, ReplayTarget, ResourceIdentity, Speed,
+    KafkaCluster, KafkaLog, OperatorLink, ReplayConfig, ReplayEnd, ReplayStart, ReplayTarget, ResourceIdentity, Speed,
 };
 use meander_proto::v1::{
     DeliverAck, Directive, ProgressUpdate, ReplayEvent, ReplayProgress, ReplayRequest, ReplayedRecord,
@@ -237,6 +237,8 @@ impl Log {
             slot_name: SLOT.to_owned(),
             kafka: KafkaLog {
                 bootstrap_servers: vec![self.kafka.bootstrap()],
+                tls: None,
+                sasl: None,
                 topic_prefix: self.prefix.clone(),
             },
             from: ReplayStart::Beginning,
@@ -986,10 +988,14 @@ async fn a_cancelled_subscription_does_not_end_as_if_it_were_complete() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_last_committed_record_is_found_behind_what_nobody_sees() {
     let mut log = Log::new().await;
-    let bootstrap = vec![log.kafka.bootstrap()];
+    let cluster = KafkaCluster {
+        bootstrap_servers: vec![log.kafka.bootstrap()],
+        tls: None,
+        sasl: None,
+    };
     let topic = log.topic("orders");
     assert!(
-        Tail::new(&bootstrap, LIMIT)
+        Tail::new(&cluster, LIMIT)
             .unwrap()
             .last_record(&topic, 0)
             .unwrap()
@@ -1004,7 +1010,7 @@ async fn the_last_committed_record_is_found_behind_what_nobody_sees() {
     for _ in 0..20 {
         log.abort(&[change(0x200, 0, START, "orders", 0)]);
     }
-    let last = Tail::new(&bootstrap, LIMIT)
+    let last = Tail::new(&cluster, LIMIT)
         .unwrap()
         .last_record(&topic, 0)
         .unwrap()
@@ -1018,13 +1024,13 @@ async fn the_last_committed_record_is_found_behind_what_nobody_sees() {
     }
     log.producer.commit_transaction(LIMIT).unwrap();
     let checkpoints = checkpoint_topic(&log.pipeline.namespace, &log.pipeline.name);
-    let checkpoint = read_checkpoint(&bootstrap, &checkpoints, &log.key(), LIMIT)
+    let checkpoint = read_checkpoint(&cluster, &checkpoints, &log.key(), LIMIT)
         .unwrap()
         .unwrap();
     assert_eq!(checkpoint.complete, log.complete);
     assert_eq!(checkpoint.events_total, 2);
     assert!(
-        read_checkpoint(&bootstrap, &checkpoints, "no such key", LIMIT)
+        read_checkpoint(&cluster, &checkpoints, "no such key", LIMIT)
             .unwrap()
             .is_none()
     );

@@ -9,12 +9,19 @@ use std::{
 };
 
 use common::{LIMIT, config};
-use meander_config::{ClientCertificate, PostgresSource, SslMode};
-use meander_runtime::source::postgres::{
-    preflight::{self, Credentials, wire_failure},
-    wire::ReplicationConnection,
+use meander_config::{
+    CaptureConfig, ClientCertificate, KafkaSasl, KafkaSink, KafkaTls, PostgresSource, ReplayConfig, ReplayEnd,
+    ReplayStart, ReplayTarget, SaslMechanism, Speed, SslMode, TopicManagement,
 };
-use meander_test_support::{Authority, Identity, Kafka, Postgres, Runtime, eventually};
+use meander_runtime::{
+    kafka_client::require_admission,
+    sink::topics::Topics,
+    source::postgres::{
+        preflight::{self, Credentials, wire_failure},
+        wire::ReplicationConnection,
+    },
+};
+use meander_test_support::{Authority, Identity, Kafka, Postgres, Redis, Runtime, eventually, free_address};
 use rdkafka::{
     ClientConfig, Offset, TopicPartitionList,
     consumer::{BaseConsumer, Consumer as _},
@@ -274,6 +281,244 @@ async fn a_server_without_tls_is_refused_unless_plain_text_is_asked_for() {
     source.ssl_mode = SslMode::Require;
     let (reason, sentence) = try_both(&source).await.unwrap_err();
     assert_eq!(reason, "TlsNotOffered", "{sentence}");
+}
+
+/// What docs/security.md grants in Redis.
+const REDIS_COMMANDS: &[&str] = &[
+    "info",
+    "evalsha",
+    "script|load",
+    "exists",
+    "hdel",
+    "hget",
+    "hgetall",
+    "hmget",
+    "hset",
+    "xadd",
+    "xinfo|stream",
+];
+const ACLS: &str = "org.apache.kafka.tools.AclCommand";
+const TOPICS: &str = "org.apache.kafka.tools.TopicCommand";
+
+/// What docs/security.md grants a pipeline with the topic prefix and the checkpoint topic.
+async fn grant(kafka: &Kafka, config: &CaptureConfig, creates: bool) {
+    let (namespace, name) = (&config.pipeline.namespace, &config.pipeline.name);
+    let (prefix, slot) = (&config.kafka.topic_prefix, &config.source.slot_name);
+    let create = if creates { "--operation Create" } else { "" };
+    for what in [
+        format!(
+            "{create} --operation Read --operation Write --operation DescribeConfigs --topic {prefix}. --resource-pattern-type prefixed"
+        ),
+        format!(
+            "{create} --operation Read --operation Write --operation DescribeConfigs --topic __meander. --resource-pattern-type prefixed"
+        ),
+        format!("--operation Write --operation Describe --transactional-id {namespace}/{name}/{slot}"),
+        "--operation Describe --group meander- --resource-pattern-type prefixed".to_owned(),
+    ] {
+        kafka
+            .tool(ACLS, &format!("--add --allow-principal User:meander {what}"))
+            .await;
+    }
+}
+
+/// Points the capture at the secure listener, as `meander` with the password in the file.
+fn sign_in(config: &mut CaptureConfig, kafka: &Kafka, authority: &Authority, folder: &Path, mechanism: SaslMechanism) {
+    fs::write(folder.join("username"), "meander\n").unwrap();
+    fs::write(folder.join("password"), "one\n").unwrap();
+    config.kafka.bootstrap_servers = vec![kafka.secure_bootstrap()];
+    config.kafka.tls = Some(KafkaTls {
+        ca_file: Some(authority.file()),
+        client_certificate: None,
+    });
+    config.kafka.sasl = Some(KafkaSasl {
+        mechanism,
+        username_file: folder.join("username"),
+        password_file: folder.join("password"),
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kafka_is_used_over_tls_and_sasl_with_no_more_than_the_grants_of_the_docs() {
+    let authority = Authority::new();
+    let kafka = Kafka::start_secure(&authority.server(&["localhost"])).await;
+    let postgres = Postgres::start(&[]).await;
+    execute(&postgres, "CREATE TABLE t (id int PRIMARY KEY)").await;
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = config(&postgres, &kafka, None);
+    let topic = format!("{}.public.t", config.kafka.topic_prefix);
+    sign_in(
+        &mut config,
+        &kafka,
+        &authority,
+        folder.path(),
+        SaslMechanism::ScramSha512,
+    );
+
+    // Each of these is its own reason, and at once.
+    let reason = |config: &CaptureConfig| {
+        let cluster = config.kafka.cluster();
+        tokio::task::block_in_place(|| require_admission(&cluster, "t").map_err(|error| error.reason()))
+    };
+    assert_eq!(reason(&config), Ok(()));
+    let mut other = config.clone();
+    other.kafka.tls = Some(KafkaTls {
+        ca_file: Some(Authority::new().file()),
+        client_certificate: None,
+    });
+    assert_eq!(reason(&other), Err("KafkaTlsFailed"));
+    other.kafka.tls = Some(KafkaTls::default());
+    assert_eq!(reason(&other), Err("KafkaTlsFailed"));
+    let mut plain = config.clone();
+    sign_in(&mut plain, &kafka, &authority, folder.path(), SaslMechanism::Plain);
+    assert_eq!(reason(&plain), Ok(()));
+    plain.kafka.bootstrap_servers = vec![kafka.bootstrap().replace("127.0.0.1", "localhost")];
+    assert_eq!(reason(&plain), Err("KafkaTlsFailed"));
+    let mut nobody = config.clone();
+    nobody.kafka.sasl = None;
+    assert!(reason(&nobody).is_err());
+
+    fs::write(folder.path().join("password"), "wrong").unwrap();
+    let mut runtime = Runtime::capture(&config);
+    wait_for_failure(&runtime, "KafkaAuthenticationFailed").await;
+    // What the Secret holds is read again.
+    fs::write(folder.path().join("password"), "one").unwrap();
+    wait_for_failure(&runtime, "KafkaNotAuthorized").await;
+    grant(&kafka, &config, true).await;
+    runtime.ready(LIMIT).await;
+    execute(&postgres, "INSERT INTO t SELECT generate_series(1, 1000)").await;
+    assert_eq!(wait_for_records(&kafka.client_config(), &topic, 1000).await, 1000);
+
+    // The replay reads with the same settings, and needs no more.
+    let replay = ReplayConfig {
+        job: config.pipeline.clone(),
+        pipeline: config.pipeline.clone(),
+        slot_name: config.source.slot_name.clone(),
+        kafka: config.kafka.log(),
+        from: ReplayStart::Beginning,
+        to: ReplayEnd::Now,
+        speed: Speed::Max,
+        suspended: false,
+        target: ReplayTarget::Log,
+        operator: None,
+        admin_address: free_address(),
+        termination_message_file: None,
+    };
+    let mut replay = Runtime::replay(&replay);
+    assert!(
+        replay.process().wait(LIMIT).success(),
+        "{}",
+        replay.process().log_tail()
+    );
+    let log = fs::read_to_string(runtime.process().log()).unwrap();
+    assert!(!log.contains("wrong"), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idle_pipeline_notices_that_kafka_is_gone_and_heals() {
+    let (postgres, mut kafka) = (Postgres::start(&[]).await, Kafka::start().await);
+    execute(&postgres, "CREATE TABLE t (id int PRIMARY KEY)").await;
+    let config = config(&postgres, &kafka, None);
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    kafka.kill9();
+    wait_for_failure(&runtime, "KafkaUnreachable").await;
+    kafka.start_again().await;
+    runtime.ready(LIMIT).await;
+    execute(&postgres, "INSERT INTO t VALUES (1)").await;
+    let topic = format!("{}.public.t", config.kafka.topic_prefix);
+    wait_for_records(&kafka.client_config(), &topic, 1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn topics_of_somebody_else_are_checked_and_those_that_are_made_are_as_asked() {
+    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    execute(&postgres, "CREATE TABLE t (id int PRIMARY KEY)").await;
+    let mut config = config(&postgres, kafka, None);
+    let topic = format!("{}.public.t", config.kafka.topic_prefix);
+    config.kafka.topic_config = [("retention.ms".to_owned(), "1234567890".to_owned())].into();
+    config.kafka.topic_management = TopicManagement::External;
+    let outcome = async |kafka: &KafkaSink, topic: &str| {
+        let mut topics = Topics::new(kafka).unwrap();
+        topics
+            .ensure_data(topic, "public.t")
+            .await
+            .map_err(|error| error.to_string())
+    };
+    // What it says to run is what makes it go on.
+    let missing = outcome(&config.kafka, &topic).await.unwrap_err();
+    let command = missing.split_once("kafka-topics.sh").unwrap().1.to_owned();
+    let arguments = command.split_once("--create").unwrap().1;
+    kafka.tool(TOPICS, &format!("--create {arguments}")).await;
+    outcome(&config.kafka, &topic).await.unwrap();
+    config.kafka.topic_config = [("retention.ms".to_owned(), "5".to_owned())].into();
+    let other = outcome(&config.kafka, &topic).await.unwrap_err();
+    assert!(other.contains("--add-config retention.ms=5"), "{other}");
+    config.kafka.partitions = 4;
+    let count = outcome(&config.kafka, &topic).await.unwrap_err();
+    assert!(count.contains("has 3 partitions and not 4"), "{count}");
+
+    config.kafka.topic_management = TopicManagement::Managed;
+    let made = format!("{topic}_made");
+    outcome(&config.kafka, &made).await.unwrap();
+    // As External it would be refused if it were not as asked.
+    config.kafka.topic_management = TopicManagement::External;
+    outcome(&config.kafka, &made).await.unwrap();
+    let compacted = format!("{topic}_compacted");
+    kafka
+        .tool(
+            TOPICS,
+            &format!("--create --topic {compacted} --partitions 4 --config cleanup.policy=compact"),
+        )
+        .await;
+    let refused = outcome(&config.kafka, &compacted).await.unwrap_err();
+    assert!(refused.contains("--add-config cleanup.policy=delete"), "{refused}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn redis_is_used_over_tls_with_no_more_than_the_commands_of_the_docs() {
+    let authority = Authority::new();
+    let redis = Redis::start_secure(&authority.server(&["localhost"])).await;
+    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    execute(&postgres, "CREATE TABLE t (id int PRIMARY KEY)").await;
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = config(&postgres, kafka, Some(&redis));
+    let sink = config.redis.as_mut().unwrap();
+    let stream = format!("{}.public.t", sink.stream_prefix);
+    sink.url_file = folder.path().join("url");
+    sink.ca_file = Some(authority.file());
+    let url = |password: &str| format!("rediss://meander:{password}@localhost:{}/0", redis.tls_port());
+    fs::write(&sink.url_file, url("wrong")).unwrap();
+    let mut connection = redis.connection().await;
+    let mut user = redis::cmd("ACL");
+    user.arg("SETUSER").arg("meander").arg("on").arg(">one");
+    user.arg(format!("~{}.*", sink.stream_prefix));
+    for command in REDIS_COMMANDS {
+        user.arg(format!("+{command}"));
+    }
+    let () = user.query_async(&mut connection).await.unwrap();
+
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    execute(&postgres, "INSERT INTO t SELECT generate_series(1, 100)").await;
+    wait_for_records(
+        &kafka.client_config(),
+        &format!("{}.public.t", config.kafka.topic_prefix),
+        100,
+    )
+    .await;
+    // A password that comes later is picked up, and Redis catches up from Kafka.
+    fs::write(&config.redis.as_ref().unwrap().url_file, url("one")).unwrap();
+    eventually("Redis has everything", LIMIT, async || {
+        let length: i64 = redis::cmd("XLEN")
+            .arg(&stream)
+            .query_async(&mut connection)
+            .await
+            .unwrap();
+        if length == 100 { Ok(()) } else { Err(length) }
+    })
+    .await;
+    let log = fs::read_to_string(runtime.process().log()).unwrap();
+    assert!(!log.contains("wrong"), "{log}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -4,7 +4,7 @@ use kube::ResourceExt as _;
 use meander_config::{
     CaptureConfig, Durability, Format, KafkaSink, Origin, Partitions, PostgresSource, Publication,
     PublicationManagement, RedisSink, ResourceIdentity, Snapshot, SnapshotMode, SnapshotRequest, SslMode,
-    TableSelection,
+    TableSelection, TopicManagement,
 };
 use meander_crds::{
     Acknowledgement, CdcPipeline, LogLevel, PipelineFormat, PublicationManagement as Management, RedisDurability,
@@ -90,6 +90,10 @@ pub fn validate(pipeline: &CdcPipeline, facts: &Facts, settings: &Settings) -> R
             };
             Some(RedisSink {
                 url_file,
+                ca_file: redis
+                    .ca_secret_ref
+                    .as_ref()
+                    .map(|_| pod::secret_file("redis-ca", "ca.crt")),
                 stream_prefix: redis.stream_prefix.clone(),
                 max_length: redis.retention.as_ref().map(|retention| retention.max_length),
                 durability: match redis.durability {
@@ -105,6 +109,7 @@ pub fn validate(pipeline: &CdcPipeline, facts: &Facts, settings: &Settings) -> R
         }
     };
     let kafka = &spec.sinks.kafka;
+    let log = pod::kafka_log(kafka);
     let config = CaptureConfig {
         pipeline: identity_of(pipeline),
         source: PostgresSource {
@@ -176,10 +181,17 @@ pub fn validate(pipeline: &CdcPipeline, facts: &Facts, settings: &Settings) -> R
             },
         },
         kafka: KafkaSink {
-            bootstrap_servers: kafka.bootstrap_servers.clone(),
-            topic_prefix: kafka.topic_prefix.clone(),
+            bootstrap_servers: log.bootstrap_servers,
+            tls: log.tls,
+            sasl: log.sasl,
+            topic_prefix: log.topic_prefix,
             partitions: kafka.topics.partitions,
             replication_factor: kafka.topics.replication_factor,
+            topic_config: kafka.topics.config.clone(),
+            topic_management: match kafka.topics.management {
+                meander_crds::TopicManagement::Managed => TopicManagement::Managed,
+                meander_crds::TopicManagement::External => TopicManagement::External,
+            },
         },
         redis,
         accept_source_gap: pipeline.annotations().get(ACCEPT_SOURCE_GAP).cloned(),

@@ -90,7 +90,7 @@ pub async fn dereference(context: &Context, replay: &ReplayJob) -> Result<Facts,
         }
         None => Vec::new(),
     };
-    let secrets = secrets::keys(context, &namespace, &secrets::of_replay(replay)).await?;
+    let secrets = secrets::keys(context, &namespace, &secrets::of_replay(replay, pipeline.as_ref())).await?;
     Ok(Facts {
         pipeline,
         secrets,

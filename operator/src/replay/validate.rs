@@ -2,7 +2,7 @@
 
 use jiff::Timestamp;
 use kube::ResourceExt as _;
-use meander_config::{KafkaLog, ReplayConfig, ReplayEnd, ReplayStart, ReplayTarget, ResourceIdentity, Speed};
+use meander_config::{ReplayConfig, ReplayEnd, ReplayStart, ReplayTarget, ResourceIdentity, Speed};
 use meander_crds::{LogLevel, ReplayJob, Resources};
 
 use super::dereference::Facts;
@@ -83,7 +83,7 @@ pub fn validate(replay: &ReplayJob, facts: &Facts, settings: &Settings) -> Resul
         .parse()
         .map_err(|error| invalid(format!("speed: {error}")))?;
 
-    let mounted = secrets::of_replay(replay);
+    let mounted = secrets::of_replay(replay, Some(pipeline));
     secrets::require(&facts.secrets, &namespace, &mounted)?;
     let mut serve_port = None;
     let grpc = spec.target.grpc.as_ref();
@@ -105,7 +105,6 @@ pub fn validate(replay: &ReplayJob, facts: &Facts, settings: &Settings) -> Resul
         }
         (None, None, None) => return Err(invalid("write exactly one of target.log and target.grpc".to_owned())),
     };
-    let kafka = &pipeline.spec.sinks.kafka;
     let config = ReplayConfig {
         job: ResourceIdentity {
             namespace,
@@ -114,10 +113,7 @@ pub fn validate(replay: &ReplayJob, facts: &Facts, settings: &Settings) -> Resul
         },
         pipeline: identity_of(pipeline),
         slot_name: slot_of(pipeline),
-        kafka: KafkaLog {
-            bootstrap_servers: kafka.bootstrap_servers.clone(),
-            topic_prefix: kafka.topic_prefix.clone(),
-        },
+        kafka: pod::kafka_log(&pipeline.spec.sinks.kafka),
         from,
         to,
         speed,

@@ -5,6 +5,7 @@
 //! connection, so that a rotated password is picked up.
 
 use std::{
+    collections::BTreeMap,
     fs,
     net::SocketAddr,
     path::{Path, PathBuf},
@@ -265,6 +266,12 @@ pub enum Format {
 pub struct KafkaSink {
     /// `host:port`, at least one.
     pub bootstrap_servers: Vec<String>,
+    /// How the connections are encrypted; not at all where it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls: Option<KafkaTls>,
+    /// As whom to sign in; as nobody where it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sasl: Option<KafkaSasl>,
     /// Topics are `<prefix>.<schema>.<table>`.
     pub topic_prefix: String,
     /// Partitions of each data topic.
@@ -273,6 +280,100 @@ pub struct KafkaSink {
     /// Replicas of each topic; the broker's default where it is left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replication_factor: Option<i32>,
+    /// Settings of each data topic, such as `retention.ms`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub topic_config: BTreeMap<String, String>,
+    /// Who makes the topics.
+    #[serde(default)]
+    pub topic_management: TopicManagement,
+}
+
+/// Who makes the topics.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TopicManagement {
+    /// The runtime makes those that are missing.
+    #[default]
+    Managed,
+    /// Somebody else; the runtime checks them.
+    External,
+}
+
+/// Whom to trust, and what to show, in TLS with Kafka.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct KafkaTls {
+    /// File with the certificates of the authorities that the brokers' certificates may come from, PEM; those of Mozilla's list where
+    /// it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_file: Option<PathBuf>,
+    /// What this client proves itself with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub client_certificate: Option<ClientCertificate>,
+}
+
+/// As whom to sign in to Kafka.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct KafkaSasl {
+    /// How the password is proven.
+    pub mechanism: SaslMechanism,
+    /// File that holds the user name.
+    pub username_file: PathBuf,
+    /// File that holds the password.
+    pub password_file: PathBuf,
+}
+
+/// How a password is proven to Kafka.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SaslMechanism {
+    /// The password itself is sent.
+    Plain,
+    /// SCRAM-SHA-256.
+    ScramSha256,
+    /// SCRAM-SHA-512.
+    ScramSha512,
+}
+
+/// How to reach a Kafka cluster: what every client needs to know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KafkaCluster {
+    /// `host:port`, at least one.
+    pub bootstrap_servers: Vec<String>,
+    /// How the connections are encrypted.
+    pub tls: Option<KafkaTls>,
+    /// As whom to sign in.
+    pub sasl: Option<KafkaSasl>,
+}
+
+impl KafkaSink {
+    /// How to reach the cluster.
+    #[must_use]
+    pub fn cluster(&self) -> KafkaCluster {
+        self.log().cluster()
+    }
+
+    /// Where the log is that this publishes.
+    #[must_use]
+    pub fn log(&self) -> KafkaLog {
+        KafkaLog {
+            bootstrap_servers: self.bootstrap_servers.clone(),
+            tls: self.tls.clone(),
+            sasl: self.sasl.clone(),
+            topic_prefix: self.topic_prefix.clone(),
+        }
+    }
+}
+
+impl KafkaLog {
+    /// How to reach the cluster.
+    #[must_use]
+    pub fn cluster(&self) -> KafkaCluster {
+        KafkaCluster {
+            bootstrap_servers: self.bootstrap_servers.clone(),
+            tls: self.tls.clone(),
+            sasl: self.sasl.clone(),
+        }
+    }
 }
 
 /// Where the log is.
@@ -281,6 +382,12 @@ pub struct KafkaSink {
 pub struct KafkaLog {
     /// `host:port`, at least one.
     pub bootstrap_servers: Vec<String>,
+    /// How the connections are encrypted; not at all where it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls: Option<KafkaTls>,
+    /// As whom to sign in; as nobody where it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sasl: Option<KafkaSasl>,
     /// Topics are `<prefix>.<schema>.<table>`.
     pub topic_prefix: String,
 }
@@ -289,8 +396,12 @@ pub struct KafkaLog {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct RedisSink {
-    /// File that holds the URL, `redis://user:password@host:port/database`.
+    /// File that holds the URL, `redis://user:password@host:port/database`; `rediss://` for TLS.
     pub url_file: PathBuf,
+    /// File with the certificates of the authorities that the server's certificate may come from, PEM; those of Mozilla's list where
+    /// it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_file: Option<PathBuf>,
     /// Streams are `<prefix>.<schema>.<table>`.
     pub stream_prefix: String,
     /// Keep about this many entries in each stream; all where it is left out.

@@ -54,7 +54,7 @@ async fn release(config: CaptureConfig) -> Result<(), CaptureError> {
     let topic = checkpoint_topic(namespace, name);
     let key = checkpoint_key(namespace, name, &config.source.slot_name);
     spawn_blocking(move || {
-        let read = || read_checkpoint(&config.kafka.bootstrap_servers, &topic, &key, READ_DEADLINE);
+        let read = || read_checkpoint(&config.kafka.cluster(), &topic, &key, READ_DEADLINE);
         match read() {
             // The pipeline never got as far as making its topic.
             Err(TailError::NoSuchPartition { .. }) => return Ok(()),

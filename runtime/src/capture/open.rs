@@ -6,6 +6,7 @@
 
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
+use meander_config::KafkaCluster;
 use meander_config::PostgresSource;
 use rdkafka::{Message as _, message::Headers as _};
 use tokio::{sync::watch, task::spawn_blocking};
@@ -20,18 +21,14 @@ use crate::{
         stream::now_micros,
     },
     checkpoint::{Tail, TailError, read_checkpoint},
+    kafka_client::require_admission,
     log::{
         AcceptedGap, Checkpoint, POSITION_HEADER, SnapshotState, checkpoint_key, checkpoint_topic, claims_topic,
         topic_name,
     },
     position::{Epoch, Lsn, Position},
     progress::ConditionType,
-    sink::{
-        SinkError,
-        claims::Claims,
-        kafka::KafkaSink,
-        topics::{TopicSettings, Topics},
-    },
+    sink::{SinkError, claims::Claims, kafka::KafkaSink, topics::Topics},
     source::{
         Change, Operation, Relation,
         postgres::{
@@ -86,6 +83,7 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
     let (tables, refused) = (tables.captured, refused.collect::<Vec<_>>());
     let server = identify(&mut connection, &catalog, &wire).await?;
     let checkpoint_topic = checkpoint_topic(&config.pipeline.namespace, &config.pipeline.name);
+    admit(config.kafka.cluster(), checkpoint_topic.clone()).await?;
     let makes_slot = slot.as_ref().is_none_or(|slot| slot.lost || slot.unpublished);
     let mut accepted_loss = None;
     if makes_slot {
@@ -100,15 +98,9 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
     }
 
     let kafka = &config.kafka;
-    let mut topics = Topics::new(
-        &kafka.bootstrap_servers,
-        TopicSettings {
-            partitions: kafka.partitions,
-            replication_factor: kafka.replication_factor,
-        },
-    )?;
+    let mut topics = Topics::new(kafka)?;
     topics.ensure_compacted(&claims_topic(&kafka.topic_prefix)).await?;
-    Claims::new(&kafka.bootstrap_servers, &kafka.topic_prefix, own_key(context))
+    Claims::new(kafka.cluster(), &kafka.topic_prefix, own_key(context))
         .claim()
         .await?;
     topics.ensure_compacted(&checkpoint_topic).await?;
@@ -262,10 +254,15 @@ fn own_key(context: &Context) -> String {
     checkpoint_key(&pipeline.namespace, &pipeline.name, &context.config.source.slot_name)
 }
 
+/// Before anything else is asked of Kafka: a client that is refused tries for as long as it may, and does not say why in the end.
+async fn admit(cluster: KafkaCluster, topic: String) -> Result<(), CaptureError> {
+    Ok(spawn_blocking(move || require_admission(&cluster, &topic)).await??)
+}
+
 async fn read_own_checkpoint(context: &Context, topic: &str) -> Result<Option<Checkpoint>, CaptureError> {
-    let servers = context.config.kafka.bootstrap_servers.clone();
+    let cluster = context.config.kafka.cluster();
     let (key, topic) = (own_key(context), topic.to_owned());
-    match spawn_blocking(move || read_checkpoint(&servers, &topic, &key, TAIL_DEADLINE)).await? {
+    match spawn_blocking(move || read_checkpoint(&cluster, &topic, &key, TAIL_DEADLINE)).await? {
         // Before the first start there is no topic.
         Err(TailError::NoSuchPartition { .. }) => Ok(None),
         read => Ok(read.map_err(SinkError::Checkpoint)?),
@@ -426,10 +423,10 @@ async fn check_log(
     checkpoint_topic: &str,
 ) -> Result<HashSet<Table>, CaptureError> {
     let config = &context.config.kafka;
-    let servers = config.bootstrap_servers.clone();
+    let cluster = config.cluster();
     let topic_of = |table: &Table| topic_name(&config.topic_prefix, &table.schema, &table.name);
     let topics: Vec<String> = tables.iter().map(topic_of).collect();
-    let last = spawn_blocking(move || last_positions(&servers, topics))
+    let last = spawn_blocking(move || last_positions(&cluster, topics))
         .await?
         .map_err(SinkError::Checkpoint)?;
     let mut filled = HashSet::new();
@@ -454,8 +451,8 @@ async fn check_log(
 }
 
 /// Topic and position of the last record of each partition that has one.
-fn last_positions(servers: &[String], topics: Vec<String>) -> Result<Vec<(String, String)>, TailError> {
-    let tail = Tail::new(servers, TAIL_DEADLINE)?;
+fn last_positions(cluster: &KafkaCluster, topics: Vec<String>) -> Result<Vec<(String, String)>, TailError> {
+    let tail = Tail::new(cluster, TAIL_DEADLINE)?;
     let mut last = Vec::new();
     for topic in topics {
         for partition in tail.partitions(&topic)? {

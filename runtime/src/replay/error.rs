@@ -8,7 +8,7 @@ use super::{
     record::{Coordinate, InvalidHeader},
     target::TargetError,
 };
-use crate::checkpoint::TailError;
+use crate::{checkpoint::TailError, kafka_client::ClientError, sink::SinkError};
 
 /// A replay cannot go on. Each message says the cause and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +38,9 @@ pub enum ReplayError {
     /// The checkpoint, or the end of a partition, cannot be read.
     #[error("{0}; check that Kafka is up and that this client may read the topic")]
     TailUnreadable(#[source] TailError),
+    /// Kafka does not admit this replay.
+    #[error(transparent)]
+    NotAdmitted(#[from] SinkError),
     /// Kafka does not answer.
     #[error(
         "Kafka cannot be used while {doing}: {source}; check that it is up and that this client may read the topics"
@@ -148,6 +151,11 @@ pub enum ReplayError {
     Interrupted,
 }
 
+/// A client cannot be made.
+pub(super) fn no_client(error: ClientError) -> ReplayError {
+    ReplayError::TailUnreadable(TailError::Client(Box::new(error)))
+}
+
 impl ReplayError {
     /// The reason, in PascalCase, as it stands in conditions and events.
     #[must_use]
@@ -156,6 +164,8 @@ impl ReplayError {
             Self::InvalidTime { .. } => "InvalidTime",
             Self::EmptyRange => "EmptyRange",
             Self::NoDurableLog { .. } => "NoDurableLog",
+            Self::NotAdmitted(error) => error.reason(),
+            Self::TailUnreadable(TailError::Forbidden { .. }) => "KafkaNotAuthorized",
             Self::TailUnreadable(TailError::NotACheckpoint { .. }) => "CheckpointUnreadable",
             Self::TailUnreadable(_) | Self::KafkaUnreachable { .. } => "KafkaUnreachable",
             Self::LogStalled { .. } => "LogStalled",

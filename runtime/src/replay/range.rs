@@ -15,9 +15,13 @@ use rdkafka::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{error::ReplayError, record::ResumeToken};
+use super::{
+    error::{ReplayError, no_client},
+    record::ResumeToken,
+};
 use crate::{
-    checkpoint::{Context, Tail, TailError, client_config, read_checkpoint, retry_until},
+    checkpoint::{Tail, TailError, client_config, read_checkpoint, retry_until},
+    kafka_client::{Hearing, require_admission},
     log::{checkpoint_key, checkpoint_topic},
     position::Position,
 };
@@ -128,8 +132,9 @@ pub fn resolve(config: &ReplayConfig, stop: &CancellationToken) -> Result<Range,
 
     let pipeline = &config.pipeline;
     let checkpoint_topic = checkpoint_topic(&pipeline.namespace, &pipeline.name);
+    require_admission(&config.kafka.cluster(), &checkpoint_topic)?;
     let key = checkpoint_key(&pipeline.namespace, &pipeline.name, &config.slot_name);
-    let checkpoint = match read_checkpoint(&config.kafka.bootstrap_servers, &checkpoint_topic, &key, TIMEOUT) {
+    let checkpoint = match read_checkpoint(&config.kafka.cluster(), &checkpoint_topic, &key, TIMEOUT) {
         Ok(Some(checkpoint)) => checkpoint,
         Ok(None) | Err(TailError::NoSuchPartition { .. }) => {
             return Err(ReplayError::NoDurableLog {
@@ -195,7 +200,7 @@ fn locate(
         Some(from) => committed.list(&partitions, Offset::Offset(from))?,
         None => lows.clone(),
     };
-    let tail = Tail::new(&kafka.bootstrap_servers, TIMEOUT).map_err(ReplayError::TailUnreadable)?;
+    let tail = Tail::new(&kafka.cluster(), TIMEOUT).map_err(ReplayError::TailUnreadable)?;
     for (index, (topic, partition)) in partitions.into_iter().enumerate() {
         let (low, end) = (lows[index].unwrap_or(0), ends[index].unwrap_or(0));
         if low > 0 && low >= end {
@@ -291,13 +296,14 @@ fn settle(
 }
 
 /// Asks brokers for offsets.
-struct Offsets(BaseConsumer<Context>);
+struct Offsets(BaseConsumer<Hearing>);
 
 impl Offsets {
     fn connect(kafka: &KafkaLog, isolation: &str) -> Result<Self, ReplayError> {
-        client_config(&kafka.bootstrap_servers, "meander-replay")
+        client_config(&kafka.cluster(), "meander-replay")
+            .map_err(no_client)?
             .set("isolation.level", isolation)
-            .create_with_context(Context)
+            .create_with_context(Hearing::default())
             .map(Self)
             .map_err(unreachable("setting up a client"))
     }

@@ -15,12 +15,12 @@ use rdkafka::{
 use tokio::sync::mpsc;
 
 use super::{
-    error::ReplayError,
+    error::{ReplayError, no_client},
     merge::{Merge, Step},
     range::{Place, Range, Stretch},
     record::{Coordinate, Record},
 };
-use crate::checkpoint::{Context, client_config};
+use crate::{checkpoint::client_config, kafka_client::Hearing};
 
 /// Memory for what is fetched ahead, over all partitions.
 const PREFETCH_BYTES: usize = 64 << 20;
@@ -101,7 +101,7 @@ impl From<ReplayError> for Stop {
 }
 
 struct Reader {
-    consumer: Arc<BaseConsumer<Context>>,
+    consumer: Arc<BaseConsumer<Hearing>>,
     range: Range,
     after: Option<Coordinate>,
     sources: Vec<Source>,
@@ -117,7 +117,7 @@ struct Source {
     stretch: Stretch,
     /// The partition's own queue. Its size is bounded by the client for each partition by itself, which a queue shared by all is
     /// not: there one partition could fill the queue while the merge waits for another.
-    queue: PartitionQueue<Context>,
+    queue: PartitionQueue<Hearing>,
 }
 
 impl Reader {
@@ -134,13 +134,14 @@ impl Reader {
             source,
         };
         let share = (prefetch / range.partitions.len().max(1)).clamp(*PARTITION_BYTES.start(), *PARTITION_BYTES.end());
-        let consumer: Arc<BaseConsumer<Context>> = Arc::new(
-            client_config(&kafka.bootstrap_servers, group)
+        let consumer: Arc<BaseConsumer<Hearing>> = Arc::new(
+            client_config(&kafka.cluster(), group)
+                .map_err(no_client)?
                 .set("queued.max.messages.kbytes", (share / 1024).to_string())
                 .set("fetch.message.max.bytes", share.min(1 << 20).to_string())
                 // How long a partition whose queue was full waits for its next fetch; the default is a second.
                 .set("fetch.queue.backoff.ms", "2")
-                .create_with_context(Context)
+                .create_with_context(Hearing::default())
                 .map_err(unreachable)?,
         );
         let mut assignment = TopicPartitionList::with_capacity(range.partitions.len());

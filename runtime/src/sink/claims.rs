@@ -6,8 +6,8 @@
 
 use std::time::Duration;
 
+use meander_config::KafkaCluster;
 use rdkafka::{
-    ClientConfig,
     producer::{FutureProducer, FutureRecord},
     util::Timeout,
 };
@@ -15,6 +15,7 @@ use tokio::task::JoinError;
 
 use crate::{
     checkpoint::{Tail, TailError},
+    kafka_client::settings,
     log::{claims_topic, prefix_of_claims},
     sink::{SinkError, topics::unreachable},
 };
@@ -23,7 +24,7 @@ const DEADLINE: Duration = Duration::from_secs(15);
 
 /// The claims on one topic prefix, as the pipeline with this checkpoint key sees them.
 pub struct Claims {
-    servers: Vec<String>,
+    cluster: KafkaCluster,
     prefix: String,
     key: String,
 }
@@ -39,9 +40,9 @@ struct Claim {
 impl Claims {
     /// Does not connect yet.
     #[must_use]
-    pub fn new(bootstrap_servers: &[String], prefix: &str, key: String) -> Self {
+    pub fn new(cluster: KafkaCluster, prefix: &str, key: String) -> Self {
         Self {
-            servers: bootstrap_servers.to_vec(),
+            cluster,
             prefix: prefix.to_owned(),
             key,
         }
@@ -102,9 +103,9 @@ impl Claims {
 
     /// Our claim, and those of others that it cannot hold beside.
     async fn live(&self) -> Result<Vec<Claim>, SinkError> {
-        let (servers, prefix) = (self.servers.clone(), self.prefix.clone());
+        let (cluster, prefix) = (self.cluster.clone(), self.prefix.clone());
         let read = tokio::task::spawn_blocking(move || {
-            let tail = Tail::new(&servers, DEADLINE)?;
+            let tail = Tail::new(&cluster, DEADLINE)?;
             // Our own topic is there, whether or not every broker knows it yet.
             let mut prefixes = vec![prefix.clone()];
             prefixes.extend(tail.topics()?.iter().filter_map(|topic| {
@@ -131,11 +132,9 @@ impl Claims {
     }
 
     async fn write(&self, value: Option<&str>) -> Result<(), SinkError> {
-        let servers = self.servers.join(",");
+        let servers = self.cluster.bootstrap_servers.join(",");
         let failed = |error: &rdkafka::error::KafkaError| unreachable(&servers, error);
-        let producer: FutureProducer = ClientConfig::new()
-            .set("bootstrap.servers", &servers)
-            .set("client.id", "meander-runtime")
+        let producer: FutureProducer = settings(&self.cluster)?
             .set("acks", "all")
             .set("message.timeout.ms", DEADLINE.as_millis().to_string())
             .create()

@@ -14,7 +14,7 @@ use std::{
 
 use meander_config::{Acknowledgement, CaptureConfig};
 use rdkafka::{
-    ClientConfig, ClientContext, Message as _,
+    ClientContext, Message as _,
     error::{KafkaError, RDKafkaErrorCode},
     message::{DeliveryResult, Header, OwnedHeaders},
     producer::{BaseProducer, BaseRecord, Producer as _, ProducerContext},
@@ -27,6 +27,7 @@ use tokio::{
 
 use crate::{
     batch::{Batch, Record},
+    kafka_client::{Hearing, probe, settings},
     log::{
         COMMIT_TIME_HEADER, Checkpoint, PART_HEADER, POSITION_HEADER, RedisPlace, SnapshotState, checkpoint_key,
         checkpoint_topic,
@@ -54,18 +55,25 @@ const PAUSE_AFTER_COMMIT: Duration = Duration::from_millis(3);
 const TRANSACTION_BYTES: usize = 8 * 1024 * 1024;
 /// How often an acknowledgement is written when no records carry it.
 const ACKNOWLEDGE_INTERVAL: Duration = Duration::from_secs(5);
+/// How often the brokers are asked whether they are still there while nothing is published.
+const IDLE_INTERVAL: Duration = Duration::from_secs(4);
+/// How long they may take to say so.
+const IDLE_DEADLINE: Duration = Duration::from_secs(5);
 /// How often that is looked at while nothing comes.
 const TICK: Duration = Duration::from_secs(1);
 /// How long the end waits for Redis to take what Kafka has, where that is required to acknowledge it.
 const CLOSING_DEADLINE: Duration = Duration::from_secs(5);
 
-/// The first delivery that failed since the producer was made.
+/// The first delivery that failed since the producer was made, and what else it has heard.
 #[derive(Default)]
-struct Deliveries(Mutex<Option<(String, KafkaError)>>);
+struct Deliveries {
+    failed: Mutex<Option<(String, KafkaError)>>,
+    hearing: Hearing,
+}
 
 impl ClientContext for Deliveries {
     fn error(&self, error: KafkaError, reason: &str) {
-        tracing::warn!(%error, reason, "Kafka client");
+        self.hearing.error(error, reason);
     }
 }
 
@@ -74,7 +82,7 @@ impl ProducerContext for Deliveries {
 
     fn delivery(&self, result: &DeliveryResult<'_>, (): ()) {
         if let Err((error, message)) = result {
-            self.0
+            self.failed
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
                 .get_or_insert_with(|| (message.topic().to_owned(), error.clone()));
@@ -103,9 +111,7 @@ impl KafkaSink {
         let (namespace, name) = (&config.pipeline.namespace, &config.pipeline.name);
         let checkpoint_key = checkpoint_key(namespace, name, &config.source.slot_name);
         let failed = |error: KafkaError| super::topics::unreachable(&servers, &error);
-        let producer: BaseProducer<Deliveries> = ClientConfig::new()
-            .set("bootstrap.servers", &servers)
-            .set("client.id", "meander-runtime")
+        let producer: BaseProducer<Deliveries> = settings(&config.kafka.cluster())?
             .set("transactional.id", &checkpoint_key)
             .set("transaction.timeout.ms", TRANSACTION_TIMEOUT.as_millis().to_string())
             .set("message.timeout.ms", DELIVERY_DEADLINE.as_millis().to_string())
@@ -277,7 +283,7 @@ impl KafkaSink {
         let failure = self
             .producer
             .context()
-            .0
+            .failed
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take();
@@ -295,6 +301,13 @@ impl KafkaSink {
             Some(
                 RDKafkaErrorCode::Fenced | RDKafkaErrorCode::ProducerFenced | RDKafkaErrorCode::InvalidProducerEpoch,
             ) => SinkError::Fenced(error.to_string()),
+            Some(RDKafkaErrorCode::TransactionalIdAuthorizationFailed) => SinkError::KafkaForbidden {
+                what: format!("use the transactional id {}", self.checkpoint_key),
+                acl: format!(
+                    "--operation Write --operation Describe --transactional-id {}",
+                    self.checkpoint_key
+                ),
+            },
             Some(
                 RDKafkaErrorCode::OperationTimedOut
                 | RDKafkaErrorCode::MessageTimedOut
@@ -322,6 +335,7 @@ impl KafkaSink {
         acknowledged: &watch::Sender<Checkpoint>,
     ) -> Result<(), SinkError> {
         let mut last_commit = Instant::now();
+        let mut last_answer = last_commit;
         loop {
             let first = match runtime.block_on(timeout(TICK, batches.recv())) {
                 Ok(Some(batch)) => Some(batch),
@@ -350,11 +364,31 @@ impl KafkaSink {
                 checkpoint.acknowledged = checkpoint.acknowledged.max(safe);
                 self.commit(&checkpoint, deadline)?;
                 last_commit = Instant::now();
+                last_answer = last_commit;
                 acknowledged.send_replace(checkpoint.clone());
+            } else if last_answer.elapsed() >= IDLE_INTERVAL {
+                self.require_answer()?;
+                last_answer = Instant::now();
             }
             durable.send_replace(state);
         }
         self.close(runtime, checkpoint, redis.as_mut(), durable, acknowledged)
+    }
+
+    /// Without this a pipeline with nothing to publish would not notice that Kafka is down.
+    fn require_answer(&self) -> Result<(), SinkError> {
+        let hearing = &self.producer.context().hearing;
+        let serve = || {
+            self.producer.poll(Duration::ZERO);
+        };
+        probe(
+            self.producer.client(),
+            hearing,
+            serve,
+            &self.checkpoint_topic,
+            IDLE_DEADLINE,
+        )
+        .map_err(|refusal| SinkError::refused(&self.servers, refusal))
     }
 
     /// The last acknowledgement, so that a restart has nothing to read again.

@@ -6,6 +6,8 @@ pub mod redis;
 pub mod topics;
 
 use crate::{
+    checkpoint::TailError,
+    kafka_client::Refusal,
     log::claims_topic,
     position::{Lsn, Position},
 };
@@ -39,6 +41,37 @@ pub enum SinkError {
         servers: String,
         /// Why.
         cause: String,
+    },
+    /// Kafka does not take user and password.
+    #[error(
+        "Kafka at {servers} refused to sign this pipeline in: {cause}; check sinks.kafka.sasl.mechanism, and user and password in the Secret that sinks.kafka.sasl.credentialsSecretRef names"
+    )]
+    KafkaAuthentication {
+        /// Bootstrap servers.
+        servers: String,
+        /// The broker's words.
+        cause: String,
+    },
+    /// No agreement on TLS with Kafka.
+    #[error(
+        "no TLS with Kafka at {servers}: {cause}; check that sinks.kafka.bootstrapServers names a listener for TLS, by a name that its certificate holds, and that sinks.kafka.tls.caSecretRef holds the authority that it comes from"
+    )]
+    KafkaTls {
+        /// Bootstrap servers.
+        servers: String,
+        /// Why.
+        cause: String,
+    },
+    /// What a client of Kafka needs cannot be read.
+    #[error("{0}; check the Secrets that sinks.kafka.sasl and sinks.kafka.tls name")]
+    KafkaClient(#[from] crate::kafka_client::ClientError),
+    /// Kafka does not allow something.
+    #[error("Kafka does not allow this pipeline to {what}; run kafka-acls.sh --add --allow-principal User:… {acl}")]
+    KafkaForbidden {
+        /// What it wanted.
+        what: String,
+        /// What allows it.
+        acl: String,
     },
     /// A topic cannot be made or does not fit.
     #[error("topic {topic:?}: {cause}")]
@@ -89,7 +122,7 @@ pub enum SinkError {
     Fenced(String),
     /// The checkpoint cannot be read.
     #[error("{0}")]
-    Checkpoint(#[from] crate::checkpoint::TailError),
+    Checkpoint(#[from] TailError),
     /// The log is ahead of the checkpoint that should describe it.
     #[error(
         "topic {topic:?} holds {found}, past the checkpoint at {checkpoint}: the checkpoint was lost or the topic belongs to another pipeline; choose another topicPrefix, or restore the topic {checkpoint_topic:?}"
@@ -202,17 +235,33 @@ pub enum SinkError {
 }
 
 impl SinkError {
+    /// What it means that the brokers cannot be worked with.
+    #[must_use]
+    pub fn refused(servers: &str, refusal: Refusal) -> Self {
+        let servers = servers.to_owned();
+        match refusal {
+            Refusal::Authentication(cause) => Self::KafkaAuthentication { servers, cause },
+            Refusal::Tls(cause) => Self::KafkaTls { servers, cause },
+            Refusal::Unreachable(cause) => Self::KafkaUnreachable { servers, cause },
+        }
+    }
+
     /// One word for conditions and metrics.
     #[must_use]
     pub fn reason(&self) -> &'static str {
         match self {
             Self::KafkaUnreachable { .. } => "KafkaUnreachable",
+            Self::KafkaAuthentication { .. } => "KafkaAuthenticationFailed",
+            Self::KafkaTls { .. } => "KafkaTlsFailed",
+            Self::KafkaClient(_) => "KafkaCredentialsUnreadable",
+            Self::KafkaForbidden { .. } => "KafkaNotAuthorized",
             Self::Topic { .. } => "TopicNotUsable",
             Self::TopicCollision { .. } => "TopicCollision",
             Self::TopicPrefixTaken { .. } => "TopicPrefixTaken",
             Self::RecordTooLarge { .. } => "RecordTooLarge",
             Self::KafkaTransaction(_) => "KafkaTransactionFailed",
             Self::Fenced(_) => "Fenced",
+            Self::Checkpoint(TailError::Forbidden { .. }) => "KafkaNotAuthorized",
             Self::Checkpoint(_) => "CheckpointUnreadable",
             Self::LogAhead { .. } => "LogAheadOfCheckpoint",
             Self::RedisUrl(_) => "RedisUrlInvalid",

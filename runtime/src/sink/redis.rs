@@ -15,10 +15,13 @@ mod refill;
 use std::{cmp::Ordering, fs, time::Duration};
 
 use meander_config::{Durability, RedisSink as Config};
-use redis::{AsyncConnectionConfig, Client, ConnectionAddr, ErrorKind, RedisError, Script, aio::MultiplexedConnection};
+use redis::{
+    AsyncConnectionConfig, Client, ConnectionAddr, ErrorKind, RedisError, Script, TlsCertificates,
+    aio::MultiplexedConnection,
+};
 
 use self::durability::Durable;
-use crate::{position::Position, sink::SinkError};
+use crate::{position::Position, sink::SinkError, tls::authorities};
 
 /// Memory for what is on its way to Redis. When it is full, Redis is refilled from Kafka instead.
 pub const BUFFER_BYTES: usize = 32 << 20;
@@ -345,7 +348,22 @@ async fn connect(config: &Config) -> Result<(MultiplexedConnection, String), Sin
     let invalid = |error: &dyn std::fmt::Display| SinkError::RedisUrl(error.to_string());
     let url = fs::read_to_string(&config.url_file).map_err(|error| invalid(&error))?;
     // Errors of the URL are said by their kind only: the URL holds the password.
-    let client = Client::open(url.trim()).map_err(|error| invalid(&error.category()))?;
+    let unusable = |error: RedisError| invalid(&error.category());
+    let url = url.trim();
+    let client = if url.starts_with("rediss:") {
+        // Never what the machine happens to trust.
+        let certificates = TlsCertificates {
+            client_tls: None,
+            root_cert: Some(authorities(config.ca_file.as_deref()).map_err(|error| invalid(&error))?),
+        };
+        Client::build_with_tls(url, certificates).map_err(unusable)?
+    } else if config.ca_file.is_some() {
+        return Err(invalid(
+            &"it starts with redis:// and caSecretRef asks for TLS; write rediss://",
+        ));
+    } else {
+        Client::open(url).map_err(unusable)?
+    };
     let address = match client.get_connection_info().addr() {
         ConnectionAddr::Tcp(host, port) | ConnectionAddr::TcpTls { host, port, .. } => format!("{host}:{port}"),
         _ => "a local socket".to_owned(),

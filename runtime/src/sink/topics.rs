@@ -2,34 +2,29 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    sync::Arc,
     time::Duration,
 };
 
+use meander_config::{KafkaSink, TopicManagement};
 use rdkafka::{
-    ClientConfig,
     admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication},
-    client::DefaultClientContext,
     types::RDKafkaErrorCode,
 };
+use tokio::task::spawn_blocking;
 
-use crate::sink::SinkError;
+use crate::{
+    kafka_client::{ClientError, Hearing, settings},
+    sink::SinkError,
+};
 
 const DEADLINE: Duration = Duration::from_secs(15);
 
-/// What new topics get.
-#[derive(Clone, Copy, Debug)]
-pub struct TopicSettings {
-    /// Partitions of a data topic.
-    pub partitions: i32,
-    /// Replicas; the broker's default where it is not said.
-    pub replication_factor: Option<i32>,
-}
-
-/// Makes topics that are missing, each once.
+/// Makes topics that are missing, or checks those that somebody else made, each once.
 pub struct Topics {
-    admin: AdminClient<DefaultClientContext>,
+    admin: Arc<AdminClient<Hearing>>,
     servers: String,
-    settings: TopicSettings,
+    config: KafkaSink,
     ensured: HashSet<String>,
     owners: HashMap<String, String>,
 }
@@ -39,37 +34,26 @@ impl Topics {
     ///
     /// # Errors
     /// When the client cannot be made from its settings.
-    pub fn new(bootstrap_servers: &[String], settings: TopicSettings) -> Result<Self, SinkError> {
-        let servers = bootstrap_servers.join(",");
-        let admin = ClientConfig::new()
-            .set("bootstrap.servers", &servers)
-            .set("client.id", "meander-runtime")
-            .create()
-            .map_err(|error| unreachable(&servers, &error))?;
+    pub fn new(config: &KafkaSink) -> Result<Self, SinkError> {
+        let admin = settings(&config.cluster())?
+            .create_with_context(Hearing::default())
+            .map_err(ClientError::from)?;
         Ok(Self {
-            admin,
-            servers,
-            settings,
+            admin: Arc::new(admin),
+            servers: config.bootstrap_servers.join(","),
+            config: config.clone(),
             ensured: HashSet::new(),
             owners: HashMap::new(),
         })
     }
 
-    /// Makes a compacted topic of one partition, for the checkpoint or the claims, if it is missing.
+    /// Makes a compacted topic of one partition, for the checkpoint or the claims, if it is missing, or checks it.
     ///
     /// # Errors
-    /// When it cannot be made.
+    /// When it cannot be made, is missing, or does not fit.
     pub async fn ensure_compacted(&mut self, topic: &str) -> Result<(), SinkError> {
-        let new = NewTopic::new(topic, 1, self.replication()).set("cleanup.policy", "compact");
-        self.create(&new).await?;
-        let settings = self.settings_of(topic).await?;
-        match settings.get("cleanup.policy").map(String::as_str) {
-            None | Some("compact") => Ok(()),
-            Some(_) => Err(self.unusable(
-                topic,
-                "is not compacted, so Kafka will delete what is in it some day; set cleanup.policy=compact",
-            )),
-        }
+        let wanted = NewTopic::new(topic, 1, self.replication()).set("cleanup.policy", "compact");
+        self.ensure(&wanted).await.map(drop)
     }
 
     /// Makes the topic of a table, if it is missing, and checks that it keeps every record until its retention ends.
@@ -94,21 +78,94 @@ impl Topics {
                 "the name is longer than the 249 characters that Kafka takes; choose a shorter topicPrefix",
             ));
         }
-        let new = NewTopic::new(topic, self.settings.partitions, self.replication())
+        let config = self.config.clone();
+        let mut wanted = NewTopic::new(topic, config.partitions, self.replication())
             .set("cleanup.policy", "delete")
             .set("message.timestamp.type", "CreateTime");
-        self.create(&new).await?;
-        self.check_settings(topic).await?;
+        for (name, value) in &config.topic_config {
+            wanted = wanted.set(name, value);
+        }
+        let found = self.ensure(&wanted).await?;
+        for (name, asked) in &config.topic_config {
+            if let Some(has) = found.get(name).filter(|has| *has != asked) {
+                let remedy = self.alter(topic, name, asked);
+                if config.topic_management == TopicManagement::External {
+                    return Err(self.unusable(
+                        topic,
+                        &format!("has {name}={has}, and topics.config asks for {asked}; {remedy}"),
+                    ));
+                }
+                tracing::warn!(
+                    topic,
+                    name,
+                    has,
+                    asked,
+                    remedy,
+                    "the topic was there before, and keeps its own setting"
+                );
+            }
+        }
         self.ensured.insert(topic.to_owned());
         Ok(())
     }
 
     fn replication(&self) -> TopicReplication<'static> {
         // -1 is the broker's default.
-        TopicReplication::Fixed(self.settings.replication_factor.unwrap_or(-1))
+        TopicReplication::Fixed(self.config.replication_factor.unwrap_or(-1))
     }
 
-    async fn create(&self, new: &NewTopic<'_>) -> Result<(), SinkError> {
+    /// Makes the topic if that is this pipeline's business and it is missing. One that was there is checked, and never changed: nobody
+    /// but its owner knows what else relies on it. Returns its settings.
+    async fn ensure(&self, wanted: &NewTopic<'_>) -> Result<HashMap<String, String>, SinkError> {
+        let topic = wanted.name;
+        let creation = match self.config.topic_management {
+            TopicManagement::Managed => self.create(wanted).await?,
+            TopicManagement::External => Creation::Left,
+        };
+        let Some(settings) = self.settings_of(topic).await? else {
+            return Err(match creation {
+                Creation::Forbidden => SinkError::KafkaForbidden {
+                    what: format!("create topic {topic:?}"),
+                    acl: format!(
+                        "--operation Create --topic {topic}, or create it yourself: {}",
+                        self.create_command(wanted)
+                    ),
+                },
+                _ => self.unusable(topic, &format!("does not exist; run {}", self.create_command(wanted))),
+            });
+        };
+        // What follows from these two is not lost changes at once, but some day.
+        for (name, harm) in [
+            (
+                "cleanup.policy",
+                "changes in it would be removed, or the pipeline's place forgotten",
+            ),
+            ("message.timestamp.type", "it does not keep commit times"),
+        ] {
+            let asked = wanted.config.iter().find(|(known, _)| *known == name);
+            if let (Some((_, asked)), Some(has)) = (asked, settings.get(name))
+                && asked != has
+            {
+                let remedy = self.alter(topic, name, asked);
+                return Err(self.unusable(topic, &format!("has {name}={has}: {harm}; {remedy}")));
+            }
+        }
+        if creation != Creation::Made {
+            let found = self.partitions_of(topic).await?;
+            if found != wanted.num_partitions {
+                let asked = wanted.num_partitions;
+                return Err(self.unusable(
+                    topic,
+                    &format!(
+                        "has {found} partitions and not {asked}: which one a key is in depends on their number, and with it its order; set topics.partitions to {found}, or delete the topic"
+                    ),
+                ));
+            }
+        }
+        Ok(settings)
+    }
+
+    async fn create(&self, new: &NewTopic<'_>) -> Result<Creation, SinkError> {
         let options = AdminOptions::new()
             .operation_timeout(Some(DEADLINE))
             .request_timeout(Some(DEADLINE));
@@ -117,51 +174,74 @@ impl Topics {
             .create_topics([new], &options)
             .await
             .map_err(|error| unreachable(&self.servers, &error))?;
-        for result in results {
-            match result {
-                Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
-                Err((topic, code)) => return Err(self.unusable(&topic, &format!("cannot be made: {code}"))),
-            }
+        match results.into_iter().next() {
+            Some(Err((_, RDKafkaErrorCode::TopicAlreadyExists))) => Ok(Creation::Left),
+            Some(Err((
+                _,
+                RDKafkaErrorCode::TopicAuthorizationFailed | RDKafkaErrorCode::ClusterAuthorizationFailed,
+            ))) => Ok(Creation::Forbidden),
+            Some(Err((topic, code))) => Err(self.unusable(&topic, &format!("cannot be made: {code}"))),
+            Some(Ok(_)) | None => Ok(Creation::Made),
         }
-        Ok(())
     }
 
-    async fn check_settings(&self, topic: &str) -> Result<(), SinkError> {
-        let settings = self.settings_of(topic).await?;
-        let is = |name: &str, wanted: &str| settings.get(name).is_none_or(|value| value == wanted);
-        if !is("cleanup.policy", "delete") {
-            return Err(self.unusable(
-                topic,
-                "is compacted, which removes changes from the log; set cleanup.policy=delete",
-            ));
-        }
-        if !is("message.timestamp.type", "CreateTime") {
-            return Err(self.unusable(
-                topic,
-                "does not keep commit times; set message.timestamp.type=CreateTime",
-            ));
-        }
-        Ok(())
+    async fn partitions_of(&self, topic: &str) -> Result<i32, SinkError> {
+        let (admin, name) = (Arc::clone(&self.admin), topic.to_owned());
+        let asked = spawn_blocking(move || admin.inner().fetch_metadata(Some(&name), DEADLINE)).await;
+        let metadata = asked
+            .map_err(|error| unreachable(&self.servers, &error))?
+            .map_err(|error| unreachable(&self.servers, &error))?;
+        let count = metadata.topics().first().map_or(0, |topic| topic.partitions().len());
+        Ok(i32::try_from(count).unwrap_or(i32::MAX))
     }
 
-    async fn settings_of(&self, topic: &str) -> Result<HashMap<String, String>, SinkError> {
+    /// The settings of a topic; none if it does not exist.
+    async fn settings_of(&self, topic: &str) -> Result<Option<HashMap<String, String>>, SinkError> {
         let options = AdminOptions::new().request_timeout(Some(DEADLINE));
         let described = self
             .admin
             .describe_configs([&ResourceSpecifier::Topic(topic)], &options)
             .await
             .map_err(|error| unreachable(&self.servers, &error))?;
-        let mut settings = HashMap::new();
-        for resource in described {
-            let resource = resource.map_err(|code| self.unusable(topic, &format!("cannot be described: {code}")))?;
-            settings.extend(
+        match described.into_iter().next() {
+            Some(Ok(resource)) => Ok(Some(
                 resource
                     .entries
                     .into_iter()
-                    .filter_map(|entry| Some((entry.name, entry.value?))),
-            );
+                    .filter_map(|entry| Some((entry.name, entry.value?)))
+                    .collect(),
+            )),
+            Some(Err(RDKafkaErrorCode::TopicAuthorizationFailed)) => Err(SinkError::KafkaForbidden {
+                what: format!("read the settings of topic {topic:?}"),
+                acl: format!("--operation DescribeConfigs --topic {topic}"),
+            }),
+            Some(Err(RDKafkaErrorCode::UnknownTopicOrPartition)) | None => Ok(None),
+            Some(Err(code)) => Err(self.unusable(topic, &format!("cannot be described: {code}"))),
         }
-        Ok(settings)
+    }
+
+    fn create_command(&self, wanted: &NewTopic<'_>) -> String {
+        let replication = self
+            .config
+            .replication_factor
+            .map(|factor| format!(" --replication-factor {factor}"))
+            .unwrap_or_default();
+        let settings: String = wanted
+            .config
+            .iter()
+            .map(|(name, value)| format!(" --config {name}={value}"))
+            .collect();
+        format!(
+            "kafka-topics.sh --bootstrap-server {} --create --topic {} --partitions {}{replication}{settings}",
+            self.servers, wanted.name, wanted.num_partitions
+        )
+    }
+
+    fn alter(&self, topic: &str, name: &str, value: &str) -> String {
+        format!(
+            "run kafka-configs.sh --bootstrap-server {} --alter --entity-type topics --entity-name {topic} --add-config {name}={value}",
+            self.servers
+        )
     }
 
     fn unusable(&self, topic: &str, cause: &str) -> SinkError {
@@ -170,6 +250,17 @@ impl Topics {
             cause: cause.to_owned(),
         }
     }
+}
+
+/// What became of the wish to make a topic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Creation {
+    /// It is new.
+    Made,
+    /// It was there before, or it is not this pipeline's business.
+    Left,
+    /// This client may not make it. It may be there all the same.
+    Forbidden,
 }
 
 pub(super) fn unreachable(servers: &str, error: &dyn std::error::Error) -> SinkError {

@@ -10,7 +10,7 @@ use rdkafka::{
     message::Headers as _,
 };
 
-use crate::common::LIMIT;
+use crate::common::{LIMIT, cluster};
 
 /// Everything that a `read_committed` consumer sees of a topic, in position order: position, key, record.
 pub fn read_topic(kafka: &Kafka, topic: &str) -> Vec<(String, Option<String>, ChangeRecord)> {
@@ -22,10 +22,7 @@ pub fn read_topic(kafka: &Kafka, topic: &str) -> Vec<(String, Option<String>, Ch
         .set("enable.auto.commit", "false")
         .create()
         .unwrap();
-    let partitions = Tail::new(&[kafka.bootstrap()], LIMIT)
-        .unwrap()
-        .partitions(topic)
-        .unwrap();
+    let partitions = Tail::new(&cluster(kafka), LIMIT).unwrap().partitions(topic).unwrap();
     let mut assignment = TopicPartitionList::new();
     for partition in &partitions {
         assignment

@@ -4,8 +4,8 @@
 use std::time::Duration;
 
 use meander_config::{
-    Acknowledgement, CaptureConfig, Durability, Format, KafkaSink, Origin, Partitions, PostgresSource, Publication,
-    PublicationManagement, RedisSink, ResourceIdentity, Snapshot, SnapshotMode, SslMode, TableSelection,
+    Acknowledgement, CaptureConfig, Durability, Format, KafkaCluster, KafkaSink, Origin, Partitions, PostgresSource,
+    Publication, PublicationManagement, RedisSink, ResourceIdentity, Snapshot, SnapshotMode, SslMode, TableSelection,
 };
 use meander_runtime::{
     checkpoint::read_checkpoint,
@@ -55,12 +55,17 @@ pub fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> Capt
         format: Format::Protobuf,
         kafka: KafkaSink {
             bootstrap_servers: vec![kafka.bootstrap()],
+            tls: None,
+            sasl: None,
             topic_prefix: name.clone(),
             partitions: 3,
             replication_factor: None,
+            topic_config: Default::default(),
+            topic_management: Default::default(),
         },
         redis: redis.map(|redis| RedisSink {
             url_file: redis.url_file(),
+            ca_file: None,
             stream_prefix: name,
             max_length: None,
             durability: Durability::None,
@@ -84,12 +89,21 @@ pub async fn wait_for_metric(runtime: &Runtime, name: &str, is: impl Fn(i64) -> 
     .await;
 }
 
+/// How to reach a broker without authentication.
+pub fn cluster(kafka: &Kafka) -> KafkaCluster {
+    KafkaCluster {
+        bootstrap_servers: vec![kafka.bootstrap()],
+        tls: None,
+        sasl: None,
+    }
+}
+
 /// The pipeline's checkpoint, if there is one.
 pub fn checkpoint(config: &CaptureConfig) -> Option<Checkpoint> {
     let (namespace, name) = (&config.pipeline.namespace, &config.pipeline.name);
     tokio::task::block_in_place(|| {
         read_checkpoint(
-            &config.kafka.bootstrap_servers,
+            &config.kafka.cluster(),
             &checkpoint_topic(namespace, name),
             &checkpoint_key(namespace, name, &config.source.slot_name),
             LIMIT,

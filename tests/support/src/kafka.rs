@@ -20,6 +20,7 @@ use tokio::sync::OnceCell;
 use crate::{
     ports::free_port,
     process::{Process, folder},
+    tls::Identity,
 };
 
 const LIMIT: Duration = Duration::from_secs(120);
@@ -32,10 +33,11 @@ const JVM: &[&str] = &[
     "-XX:+UseSerialGC",
 ];
 
-/// A broker that is its own controller (KRaft), without authentication. Topics are not created by using them.
+/// A broker that is its own controller (KRaft). Topics are not created by using them.
 pub struct Kafka {
     process: Process,
     port: u16,
+    secure_port: u16,
     /// Removed with the handle.
     _folder: TempDir,
 }
@@ -43,10 +45,29 @@ pub struct Kafka {
 impl Kafka {
     /// Starts a broker of the caller's own, which takes seconds; most tests are fine with [`Kafka::shared`].
     pub async fn start() -> Self {
+        Self::start_with(None).await
+    }
+
+    /// Starts a broker that has a second listener, [`secure_bootstrap`](Self::secure_bootstrap): TLS with this certificate, for
+    /// `localhost`, and SASL by SCRAM-SHA-512 or PLAIN for the user `meander`, who has the password `one` and may do nothing. On the
+    /// listener without authentication everything is allowed.
+    pub async fn start_secure(certificate: &Identity) -> Self {
+        Self::start_with(Some(certificate)).await
+    }
+
+    async fn start_with(certificate: Option<&Identity>) -> Self {
         let folder = folder("kafka");
-        let (port, controller_port) = (free_port(), free_port());
+        let (port, controller_port, secure_port) = (free_port(), free_port(), free_port());
         let properties = folder.path().join("server.properties");
-        fs::write(&properties, server_properties(folder.path(), port, controller_port)).unwrap();
+        let mut settings = server_properties(folder.path(), port, controller_port);
+        if let Some(certificate) = certificate {
+            let mut keystore = fs::read_to_string(&certificate.key_file).unwrap();
+            keystore.push_str(&fs::read_to_string(&certificate.certificate_file).unwrap());
+            let file = folder.path().join("keystore.pem");
+            fs::write(&file, keystore).unwrap();
+            settings.push_str(&secure_listener(&file, port, controller_port, secure_port));
+        }
+        fs::write(&properties, settings).unwrap();
         let home = home();
         format_storage(&home, &properties);
 
@@ -56,6 +77,7 @@ impl Kafka {
         let mut kafka = Self {
             process,
             port,
+            secure_port,
             _folder: folder,
         };
         kafka.ready().await;
@@ -72,6 +94,34 @@ impl Kafka {
     #[must_use]
     pub fn bootstrap(&self) -> String {
         format!("127.0.0.1:{}", self.port)
+    }
+
+    /// `localhost:port` of the listener with TLS and SASL.
+    #[must_use]
+    pub fn secure_bootstrap(&self) -> String {
+        format!("localhost:{}", self.secure_port)
+    }
+
+    /// Runs one of Kafka's own tools by its class, on the listener where everything is allowed.
+    ///
+    /// # Panics
+    /// When it fails.
+    pub async fn tool(&self, class: &str, arguments: &str) {
+        let mut command = java(&home());
+        command
+            .arg(class)
+            .args(["--bootstrap-server", &self.bootstrap()])
+            .args(arguments.split_whitespace());
+        let output = tokio::task::spawn_blocking(move || command.output())
+            .await
+            .unwrap()
+            .unwrap();
+        assert!(
+            output.status.success(),
+            "{class} {arguments}: {}{}",
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr),
+        );
     }
 
     /// The beginning of every client's configuration.
@@ -160,6 +210,25 @@ background.threads=2
     )
 }
 
+/// Later settings replace earlier ones.
+fn secure_listener(keystore: &Path, port: u16, controller_port: u16, secure_port: u16) -> String {
+    let keystore = keystore.display();
+    format!(
+        "listeners=PLAINTEXT://127.0.0.1:{port},SECURE://127.0.0.1:{secure_port},CONTROLLER://127.0.0.1:{controller_port}
+advertised.listeners=PLAINTEXT://127.0.0.1:{port},SECURE://localhost:{secure_port}
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,SECURE:SASL_SSL,CONTROLLER:PLAINTEXT
+inter.broker.listener.name=PLAINTEXT
+listener.name.secure.ssl.keystore.type=PEM
+listener.name.secure.ssl.keystore.location={keystore}
+listener.name.secure.sasl.enabled.mechanisms=SCRAM-SHA-512,PLAIN
+listener.name.secure.scram-sha-512.sasl.jaas.config=org.apache.kafka.common.security.scram.ScramLoginModule required;
+listener.name.secure.plain.sasl.jaas.config=org.apache.kafka.common.security.plain.PlainLoginModule required user_meander=\"one\";
+authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
+super.users=User:ANONYMOUS
+"
+    )
+}
+
 /// Writes the identity of a new cluster; the broker does not start without.
 fn format_storage(home: &Path, properties: &Path) {
     let output = java(home)
@@ -168,6 +237,8 @@ fn format_storage(home: &Path, properties: &Path) {
             "format",
             "--cluster-id",
             "bWVhbmRlci10ZXN0LWtmaw",
+            "--add-scram",
+            "SCRAM-SHA-512=[name=meander,password=one]",
             "--config",
         ])
         .arg(properties)

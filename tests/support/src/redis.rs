@@ -9,6 +9,7 @@ use tempfile::TempDir;
 use crate::{
     ports::free_port,
     process::{Process, folder},
+    tls::Identity,
 };
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -17,17 +18,27 @@ const LIMIT: Duration = Duration::from_secs(20);
 pub struct Redis {
     process: Process,
     port: u16,
+    tls_port: u16,
     folder: TempDir,
 }
 
 impl Redis {
     /// Starts a server.
     pub async fn start() -> Self {
-        Self::start_with(&[]).await
+        Self::launch(&[], None).await
     }
 
     /// Starts a server with more arguments.
     pub async fn start_with(arguments: &[&str]) -> Self {
+        Self::launch(arguments, None).await
+    }
+
+    /// Starts a server that has a second port, [`tls_port`](Self::tls_port), for TLS with this certificate.
+    pub async fn start_secure(certificate: &Identity) -> Self {
+        Self::launch(&[], Some(certificate)).await
+    }
+
+    async fn launch(arguments: &[&str], certificate: Option<&Identity>) -> Self {
         let folder = folder("redis");
         let port = free_port();
         let mut command = Command::new("redis-server");
@@ -43,10 +54,23 @@ impl Redis {
             "--dir",
         ]);
         command.arg(folder.path()).args(arguments);
+        let tls_port = free_port();
+        if let Some(certificate) = certificate {
+            command.args(["--tls-port", &tls_port.to_string(), "--tls-auth-clients", "no"]);
+            command.arg("--tls-cert-file").arg(&certificate.certificate_file);
+            command.arg("--tls-key-file").arg(&certificate.key_file);
+            // Asked for though no client has to show a certificate.
+            command.arg("--tls-ca-cert-file").arg(&certificate.certificate_file);
+        }
         // What is to be kept is on disk already, so the quick end loses nothing.
         let process = Process::start("redis", folder.path(), &command, Signal::KILL);
         fs::write(folder.path().join("url"), format!("redis://127.0.0.1:{port}/0")).unwrap();
-        let mut redis = Self { process, port, folder };
+        let mut redis = Self {
+            process,
+            port,
+            tls_port,
+            folder,
+        };
         redis.ready().await;
         redis
     }
@@ -55,6 +79,12 @@ impl Redis {
     #[must_use]
     pub fn port(&self) -> u16 {
         self.port
+    }
+
+    /// The port for TLS.
+    #[must_use]
+    pub fn tls_port(&self) -> u16 {
+        self.tls_port
     }
 
     /// `redis://…`.

@@ -8,7 +8,7 @@
 use std::{sync::Arc, time::Duration};
 
 use backon::{BackoffBuilder as _, ExponentialBuilder};
-use meander_config::{CaptureConfig, KafkaLog, RedisSink as Config};
+use meander_config::{CaptureConfig, RedisSink as Config};
 use prometheus::{IntCounter, IntCounterVec, IntGauge};
 use tokio::{
     sync::watch,
@@ -120,10 +120,7 @@ impl Feed {
             pipeline: checkpoint_key(namespace, name, &capture.source.slot_name),
             generation: checkpoint.owner_generation,
             source: Source {
-                kafka: KafkaLog {
-                    bootstrap_servers: capture.kafka.bootstrap_servers.clone(),
-                    topic_prefix: capture.kafka.topic_prefix.clone(),
-                },
+                kafka: capture.kafka.log(),
                 checkpoint_topic: checkpoint_topic(namespace, name),
                 group: format!("meander-refill.{namespace}.{name}"),
                 stream_prefix: config.stream_prefix.clone(),
