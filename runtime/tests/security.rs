@@ -301,17 +301,14 @@ const ACLS: &str = "org.apache.kafka.tools.AclCommand";
 const TOPICS: &str = "org.apache.kafka.tools.TopicCommand";
 
 /// What docs/security.md grants a pipeline with the topic prefix and the checkpoint topic.
-async fn grant(kafka: &Kafka, config: &CaptureConfig, creates: bool) {
+async fn grant(kafka: &Kafka, config: &CaptureConfig) {
     let (namespace, name) = (&config.pipeline.namespace, &config.pipeline.name);
     let (prefix, slot) = (&config.kafka.topic_prefix, &config.source.slot_name);
-    let create = if creates { "--operation Create" } else { "" };
+    let rights = "--operation Create --operation Read --operation Write --operation DescribeConfigs";
     for what in [
-        format!(
-            "{create} --operation Read --operation Write --operation DescribeConfigs --topic {prefix}. --resource-pattern-type prefixed"
-        ),
-        format!(
-            "{create} --operation Read --operation Write --operation DescribeConfigs --topic __meander. --resource-pattern-type prefixed"
-        ),
+        format!("{rights} --topic {prefix}. --resource-pattern-type prefixed"),
+        format!("{rights} --topic __meander.{namespace}.{name}.checkpoint"),
+        format!("{rights} --topic __meander.claims. --resource-pattern-type prefixed"),
         format!("--operation Write --operation Describe --transactional-id {namespace}/{name}/{slot}"),
         "--operation Describe --group meander- --resource-pattern-type prefixed".to_owned(),
     ] {
@@ -360,9 +357,10 @@ async fn kafka_is_used_over_tls_and_sasl_with_no_more_than_the_grants_of_the_doc
         tokio::task::block_in_place(|| require_admission(&cluster, "t").map_err(|error| error.reason()))
     };
     assert_eq!(reason(&config), Ok(()));
+    let stranger = Authority::new();
     let mut other = config.clone();
     other.kafka.tls = Some(KafkaTls {
-        ca_file: Some(Authority::new().file()),
+        ca_file: Some(stranger.file()),
         client_certificate: None,
     });
     assert_eq!(reason(&other), Err("KafkaTlsFailed"));
@@ -383,7 +381,7 @@ async fn kafka_is_used_over_tls_and_sasl_with_no_more_than_the_grants_of_the_doc
     // What the Secret holds is read again.
     fs::write(folder.path().join("password"), "one").unwrap();
     wait_for_failure(&runtime, "KafkaNotAuthorized").await;
-    grant(&kafka, &config, true).await;
+    grant(&kafka, &config).await;
     runtime.ready(LIMIT).await;
     execute(&postgres, "INSERT INTO t SELECT generate_series(1, 1000)").await;
     assert_eq!(wait_for_records(&kafka.client_config(), &topic, 1000).await, 1000);
@@ -462,7 +460,10 @@ async fn topics_of_somebody_else_are_checked_and_those_that_are_made_are_as_aske
     outcome(&config.kafka, &made).await.unwrap();
     // As External it would be refused if it were not as asked.
     config.kafka.topic_management = TopicManagement::External;
-    outcome(&config.kafka, &made).await.unwrap();
+    eventually("every broker knows the topic", LIMIT, async || {
+        outcome(&config.kafka, &made).await
+    })
+    .await;
     let compacted = format!("{topic}_compacted");
     kafka
         .tool(

@@ -122,18 +122,24 @@ impl Topics {
             TopicManagement::Managed => self.create(wanted).await?,
             TopicManagement::External => Creation::Left,
         };
-        let Some(settings) = self.settings_of(topic).await? else {
-            return Err(match creation {
-                Creation::Forbidden => SinkError::KafkaForbidden {
+        if creation == Creation::Made {
+            // As asked, and perhaps not yet known to the broker that would answer.
+            return Ok(HashMap::new());
+        }
+        let partitions = match (self.metadata_of(topic).await?, creation) {
+            (Existence::Partitions(count), _) => i32::try_from(count).unwrap_or(i32::MAX),
+            (Existence::Missing, Creation::Forbidden) => {
+                let command = self.create_command(wanted);
+                return Err(SinkError::KafkaForbidden {
                     what: format!("create topic {topic:?}"),
-                    acl: format!(
-                        "--operation Create --topic {topic}, or create it yourself: {}",
-                        self.create_command(wanted)
-                    ),
-                },
-                _ => self.unusable(topic, &format!("does not exist; run {}", self.create_command(wanted))),
-            });
+                    acl: format!("--operation Create --topic {topic}, or create it yourself: {command}"),
+                });
+            }
+            (Existence::Missing, _) => {
+                return Err(self.unusable(topic, &format!("does not exist; run {}", self.create_command(wanted))));
+            }
         };
+        let settings = self.settings_of(topic).await?;
         // What follows from these two is not lost changes at once, but some day.
         for (name, harm) in [
             (
@@ -150,17 +156,15 @@ impl Topics {
                 return Err(self.unusable(topic, &format!("has {name}={has}: {harm}; {remedy}")));
             }
         }
-        if creation != Creation::Made {
-            let found = self.partitions_of(topic).await?;
-            if found != wanted.num_partitions {
-                let asked = wanted.num_partitions;
-                return Err(self.unusable(
-                    topic,
-                    &format!(
-                        "has {found} partitions and not {asked}: which one a key is in depends on their number, and with it its order; set topics.partitions to {found}, or delete the topic"
-                    ),
-                ));
-            }
+        let asked = wanted.num_partitions;
+        // Where there are none the broker does not know them yet.
+        if partitions != 0 && partitions != asked {
+            return Err(self.unusable(
+                topic,
+                &format!(
+                    "has {partitions} partitions and not {asked}: which one a key is in depends on their number, and with it its order; set topics.partitions to {partitions}, or delete the topic"
+                ),
+            ));
         }
         Ok(settings)
     }
@@ -185,39 +189,49 @@ impl Topics {
         }
     }
 
-    async fn partitions_of(&self, topic: &str) -> Result<i32, SinkError> {
+    /// What the cluster tells about a topic.
+    async fn metadata_of(&self, topic: &str) -> Result<Existence, SinkError> {
         let (admin, name) = (Arc::clone(&self.admin), topic.to_owned());
         let asked = spawn_blocking(move || admin.inner().fetch_metadata(Some(&name), DEADLINE)).await;
         let metadata = asked
             .map_err(|error| unreachable(&self.servers, &error))?
             .map_err(|error| unreachable(&self.servers, &error))?;
-        let count = metadata.topics().first().map_or(0, |topic| topic.partitions().len());
-        Ok(i32::try_from(count).unwrap_or(i32::MAX))
+        let Some(found) = metadata.topics().first() else {
+            return Ok(Existence::Missing);
+        };
+        match found.error().map(RDKafkaErrorCode::from) {
+            Some(RDKafkaErrorCode::UnknownTopicOrPartition | RDKafkaErrorCode::UnknownTopic) => Ok(Existence::Missing),
+            Some(RDKafkaErrorCode::TopicAuthorizationFailed) => Err(SinkError::KafkaForbidden {
+                what: format!("see topic {topic:?}"),
+                acl: format!("--operation Describe --topic {topic}"),
+            }),
+            // Its leader is being elected, or the like: it is there.
+            _ => Ok(Existence::Partitions(found.partitions().len())),
+        }
     }
 
-    /// The settings of a topic; none if it does not exist.
-    async fn settings_of(&self, topic: &str) -> Result<Option<HashMap<String, String>>, SinkError> {
+    /// The settings of a topic that exists.
+    async fn settings_of(&self, topic: &str) -> Result<HashMap<String, String>, SinkError> {
         let options = AdminOptions::new().request_timeout(Some(DEADLINE));
         let described = self
             .admin
             .describe_configs([&ResourceSpecifier::Topic(topic)], &options)
             .await
             .map_err(|error| unreachable(&self.servers, &error))?;
-        match described.into_iter().next() {
-            Some(Ok(resource)) => Ok(Some(
-                resource
-                    .entries
-                    .into_iter()
-                    .filter_map(|entry| Some((entry.name, entry.value?)))
-                    .collect(),
-            )),
-            Some(Err(RDKafkaErrorCode::TopicAuthorizationFailed)) => Err(SinkError::KafkaForbidden {
+        let settings: HashMap<String, String> = described
+            .into_iter()
+            .filter_map(Result::ok)
+            .flat_map(|resource| resource.entries)
+            .filter_map(|entry| Some((entry.name, entry.value?)))
+            .collect();
+        // Every topic has settings. The client keeps the reason to itself, but the topic is there.
+        if settings.is_empty() {
+            return Err(SinkError::KafkaForbidden {
                 what: format!("read the settings of topic {topic:?}"),
                 acl: format!("--operation DescribeConfigs --topic {topic}"),
-            }),
-            Some(Err(RDKafkaErrorCode::UnknownTopicOrPartition)) | None => Ok(None),
-            Some(Err(code)) => Err(self.unusable(topic, &format!("cannot be described: {code}"))),
+            });
         }
+        Ok(settings)
     }
 
     fn create_command(&self, wanted: &NewTopic<'_>) -> String {
@@ -261,6 +275,14 @@ enum Creation {
     Left,
     /// This client may not make it. It may be there all the same.
     Forbidden,
+}
+
+/// Whether there is a topic.
+enum Existence {
+    /// With so many partitions.
+    Partitions(usize),
+    /// There is none.
+    Missing,
 }
 
 pub(super) fn unreachable(servers: &str, error: &dyn std::error::Error) -> SinkError {
