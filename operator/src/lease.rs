@@ -4,7 +4,10 @@
 //! succeed; others take over once they have *seen* the Lease unchanged for its whole duration, by their own clock. The holder
 //! counts its time from before the renewing request was sent: whatever the network does, it stops before another can start.
 
-use std::time::Duration;
+use std::{
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use anyhow::bail;
 use jiff::Timestamp;
@@ -30,28 +33,42 @@ const MARGIN: Duration = Duration::from_secs(3);
 
 /// What a writer asks before it writes.
 #[derive(Clone, Debug)]
-pub struct Claim(watch::Receiver<Option<Instant>>);
+pub struct Claim {
+    until: watch::Receiver<Option<Instant>>,
+    since: Arc<OnceLock<Timestamp>>,
+}
 
 impl Claim {
     /// A claim that never ends, for tests and for one-off tools.
     pub fn forever() -> Self {
         let far = Instant::now() + Duration::from_secs(86_400 * 365);
-        Self(watch::channel(Some(far)).1)
+        Self {
+            until: watch::channel(Some(far)).1,
+            since: Arc::new(Timestamp::UNIX_EPOCH.into()),
+        }
     }
 
     /// A claim that is never held.
     pub fn never() -> Self {
-        Self(watch::channel(None).1)
+        Self {
+            until: watch::channel(None).1,
+            since: Arc::default(),
+        }
     }
 
     /// Whether this process leads now.
     pub fn is_held(&self) -> bool {
-        self.0.borrow().is_some_and(|until| Instant::now() < until)
+        self.until.borrow().is_some_and(|until| Instant::now() < until)
+    }
+
+    /// When this process began to lead; now, if it does not.
+    pub fn since(&self) -> Timestamp {
+        self.since.get().copied().unwrap_or_else(Timestamp::now)
     }
 
     /// Waits until this process leads; for ever if it never does.
     pub async fn held(&mut self) {
-        if self.0.wait_for(Option::is_some).await.is_err() {
+        if self.until.wait_for(Option::is_some).await.is_err() {
             std::future::pending().await
         }
     }
@@ -63,6 +80,7 @@ pub struct Elector {
     name: String,
     identity: String,
     claim: watch::Sender<Option<Instant>>,
+    since: Arc<OnceLock<Timestamp>>,
     /// The Lease of somebody else as last seen to change, and when.
     seen: Option<(String, Instant)>,
 }
@@ -70,7 +88,8 @@ pub struct Elector {
 impl Elector {
     /// Competes for the Lease `name` as `identity`, which must be unique to this process.
     pub fn new(client: Client, namespace: &str, name: &str, identity: &str) -> (Self, Claim) {
-        let (claim, watch) = watch::channel(None);
+        let (claim, until) = watch::channel(None);
+        let since = Arc::<OnceLock<Timestamp>>::default();
         let api = Api::namespaced(client, namespace);
         (
             Self {
@@ -78,9 +97,10 @@ impl Elector {
                 name: name.to_owned(),
                 identity: identity.to_owned(),
                 claim,
+                since: since.clone(),
                 seen: None,
             },
-            Claim(watch),
+            Claim { until, since },
         )
     }
 
@@ -100,6 +120,7 @@ impl Elector {
                 Some(Ok(Ok(true))) => {
                     if held_until.is_none() {
                         info!(identity = self.identity, "this operator leads");
+                        self.since.get_or_init(Timestamp::now);
                     }
                     self.claim.send_replace(Some(asked + DURATION - MARGIN));
                 }

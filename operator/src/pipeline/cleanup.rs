@@ -21,7 +21,7 @@ use crate::{
     naming::slot_name,
 };
 
-/// After this long the resource goes, whatever has become of the slot.
+/// After this long the resource goes, whatever has become of the slot. While no operator is there, no time passes.
 pub const PATIENCE: Duration = Duration::from_secs(180);
 
 /// How cleaning up ended.
@@ -36,11 +36,11 @@ pub enum Ending {
 }
 
 /// The ending that needs no look at the cluster, so that nothing which cannot be read stands in its way.
-pub fn foregone(pipeline: &CdcPipeline, now: Timestamp) -> Option<Ending> {
+pub fn foregone(pipeline: &CdcPipeline, leading_since: Timestamp, now: Timestamp) -> Option<Ending> {
     if pipeline.spec.source.postgres.slot.reclaim_policy == SlotReclaimPolicy::Retain {
         return Some(Ending::Retained);
     }
-    is_overdue(pipeline, now)
+    is_overdue(pipeline, leading_since, now)
         .then(|| Ending::LeftBehind(format!("cleaning up took longer than {} s", PATIENCE.as_secs())))
 }
 
@@ -80,9 +80,12 @@ fn ending_of(job: &Job) -> Option<Ending> {
         .map(|failed| Ending::LeftBehind(format!("the Job {} failed: {failed}", job.name_any())))
 }
 
-fn is_overdue(pipeline: &CdcPipeline, now: Timestamp) -> bool {
+fn is_overdue(pipeline: &CdcPipeline, leading_since: Timestamp, now: Timestamp) -> bool {
     let deleted = pipeline.metadata.deletion_timestamp.as_ref();
-    deleted.is_some_and(|deleted| now.as_second() - deleted.0.as_second() > PATIENCE.as_secs() as i64)
+    deleted.is_some_and(|deleted| {
+        let since = deleted.0.max(leading_since);
+        now.as_second() - since.as_second() > PATIENCE.as_secs() as i64
+    })
 }
 
 async fn stop_capture(context: &Context, pipeline: &CdcPipeline, facts: &Facts) -> Result<(), Error> {
@@ -116,4 +119,31 @@ pub fn remedy(pipeline: &CdcPipeline) -> String {
         "The replication slot {slot} may be left behind, and then fills the disk of {}. Run in the database {}: {sql}",
         postgres.host, postgres.database
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+    use meander_crds::CdcPipeline;
+
+    use super::*;
+
+    #[test]
+    fn the_patience_with_a_deletion_begins_when_there_is_an_operator() {
+        let mut pipeline: CdcPipeline =
+            serde_saphyr::from_str(include_str!("../../../deploy/examples/pipeline.yaml")).unwrap();
+        let at = |second| Timestamp::from_second(second).unwrap();
+        pipeline.metadata.deletion_timestamp = Some(Time(at(1000)));
+        assert_eq!(foregone(&pipeline, at(0), at(1180)), None);
+        assert!(matches!(
+            foregone(&pipeline, at(0), at(1181)),
+            Some(Ending::LeftBehind(_))
+        ));
+        // Deleted while no operator was there: it gets its attempts all the same.
+        assert_eq!(foregone(&pipeline, at(9000), at(9180)), None);
+        assert!(matches!(
+            foregone(&pipeline, at(9000), at(9181)),
+            Some(Ending::LeftBehind(_))
+        ));
+    }
 }

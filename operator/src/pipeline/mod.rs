@@ -204,7 +204,7 @@ async fn last_stages(
     ending: &mut Option<Ending>,
 ) -> Result<ValidPipeline, Error> {
     // First, so that it holds whatever fails below.
-    *ending = cleanup::foregone(pipeline, Timestamp::now());
+    *ending = cleanup::foregone(pipeline, context.claim.since(), Timestamp::now());
     let facts = facts.insert(dereference::dereference(context, pipeline).await?);
     let valid = validate::validate(pipeline, facts, &context.settings);
     if ending.is_none() {
