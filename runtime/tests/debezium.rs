@@ -8,8 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use common::{LIMIT, config};
 use meander_config::{
-    CaptureConfig, Format, KafkaLog, PublicationManagement, ReplayConfig, ReplayEnd, ReplayStart, ReplayTarget,
-    ResourceIdentity, Speed,
+    CaptureConfig, Format, PublicationManagement, ReplayConfig, ReplayEnd, ReplayStart, ReplayTarget, ResourceIdentity,
+    Speed,
 };
 use meander_test_support::{Debezium, Kafka, Postgres, Redis, Runtime, eventually, free_address, unique_name};
 use rdkafka::{
@@ -522,10 +522,7 @@ async fn without_schemas_a_record_is_the_payload_and_a_tombstone_survives_a_cras
         },
         pipeline: config.pipeline.clone(),
         slot_name: config.source.slot_name.clone(),
-        kafka: KafkaLog {
-            bootstrap_servers: config.kafka.bootstrap_servers.clone(),
-            topic_prefix: prefix.clone(),
-        },
+        kafka: config.kafka.log(),
         from: ReplayStart::Beginning,
         to: ReplayEnd::Now,
         speed: Speed::Max,

@@ -7,7 +7,7 @@ mod common;
 
 use std::{env, fs, time::Duration};
 
-use common::{checkpoint, config};
+use common::{checkpoint, cluster, config};
 use meander_runtime::{checkpoint::Tail, log::POSITION_HEADER, position::Position};
 use meander_test_support::{Kafka, Postgres, Runtime, eventually};
 use rdkafka::{
@@ -52,10 +52,7 @@ fn check(kafka: &Kafka, topic: &str, rows: u64) {
         .set("enable.auto.commit", "false")
         .create()
         .unwrap();
-    let partitions = Tail::new(&[kafka.bootstrap()], LIMIT)
-        .unwrap()
-        .partitions(topic)
-        .unwrap();
+    let partitions = Tail::new(&cluster(kafka), LIMIT).unwrap().partitions(topic).unwrap();
     let mut assignment = TopicPartitionList::new();
     for partition in &partitions {
         assignment

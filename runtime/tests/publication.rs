@@ -5,7 +5,7 @@ mod common;
 #[path = "common/log.rs"]
 mod log;
 
-use common::{LIMIT, config};
+use common::{LIMIT, cluster, config};
 use log::{read_topic, wait_for_records};
 use meander_config::{Origin, Partitions, PublicationManagement};
 use meander_proto::v1::{LogicalMessage, Operation, Row, value::Kind};
@@ -36,7 +36,7 @@ fn texts(row: Option<&Row>) -> Vec<String> {
 
 /// True if nothing was published to the topic, which need not be there.
 fn is_unused(kafka: &Kafka, topic: &str) -> bool {
-    let tail = Tail::new(&[kafka.bootstrap()], LIMIT).unwrap();
+    let tail = Tail::new(&cluster(kafka), LIMIT).unwrap();
     tail.partitions(topic).is_err() || read_topic(kafka, topic).is_empty()
 }
 

@@ -10,8 +10,8 @@ use std::{
 
 use common::{LIMIT, config};
 use meander_config::{
-    CaptureConfig, ClientCertificate, KafkaSasl, KafkaSink, KafkaTls, PostgresSource, ReplayConfig, ReplayEnd,
-    ReplayStart, ReplayTarget, SaslMechanism, Speed, SslMode, TopicManagement,
+    CaptureConfig, ClientCertificate, Durability, KafkaSasl, KafkaSink, KafkaTls, PostgresSource, ReplayConfig,
+    ReplayEnd, ReplayStart, ReplayTarget, SaslMechanism, Speed, SslMode, TopicManagement,
 };
 use meander_runtime::{
     kafka_client::require_admission,
@@ -296,6 +296,8 @@ const REDIS_COMMANDS: &[&str] = &[
     "hset",
     "xadd",
     "xinfo|stream",
+    // For `durability: Aof` before Redis 7.2.
+    "config|get",
 ];
 const ACLS: &str = "org.apache.kafka.tools.AclCommand";
 const TOPICS: &str = "org.apache.kafka.tools.TopicCommand";
@@ -484,6 +486,7 @@ async fn redis_is_used_over_tls_with_no_more_than_the_commands_of_the_docs() {
     let folder = tempfile::tempdir().unwrap();
     let mut config = config(&postgres, kafka, Some(&redis));
     let sink = config.redis.as_mut().unwrap();
+    sink.durability = Durability::Aof;
     let stream = format!("{}.public.t", sink.stream_prefix);
     sink.url_file = folder.path().join("url");
     sink.ca_file = Some(authority.file());
@@ -497,6 +500,16 @@ async fn redis_is_used_over_tls_with_no_more_than_the_commands_of_the_docs() {
         user.arg(format!("+{command}"));
     }
     let () = user.query_async(&mut connection).await.unwrap();
+    for (name, value) in [("appendonly", "yes"), ("appendfsync", "always")] {
+        let mut set = redis::cmd("CONFIG");
+        let () = set
+            .arg("SET")
+            .arg(name)
+            .arg(value)
+            .query_async(&mut connection)
+            .await
+            .unwrap();
+    }
 
     let mut runtime = Runtime::capture(&config);
     runtime.ready(LIMIT).await;
