@@ -172,19 +172,25 @@ pub fn require_admission(cluster: &KafkaCluster, topic: &str) -> Result<(), Sink
         .set("allow.auto.create.topics", "false")
         .create_with_context(hearing.clone())
         .map_err(ClientError::from)?;
-    let serve = || drop(consumer.poll(Duration::ZERO));
+    let serve = |limit| {
+        let end = Instant::now() + limit;
+        // An error ends a poll; there may be more.
+        while let Some(left) = end.checked_duration_since(Instant::now()) {
+            drop(consumer.poll(left));
+        }
+    };
     probe(consumer.client(), &hearing, serve, topic, ADMISSION_DEADLINE)
         .map_err(|refusal| SinkError::refused(&cluster.bootstrap_servers.join(","), refusal))
 }
 
-/// Asks a living client's brokers for a topic. `serve` has the client say what it has heard.
+/// Asks a living client's brokers for a topic. `serve` has the client say for so long what it has heard.
 ///
 /// # Errors
 /// When they refuse, or none answers in time.
 pub fn probe<C: ClientContext>(
     client: &Client<C>,
     hearing: &Hearing,
-    serve: impl Fn(),
+    serve: impl Fn(Duration),
     topic: &str,
     limit: Duration,
 ) -> Result<(), Refusal> {
@@ -192,7 +198,8 @@ pub fn probe<C: ClientContext>(
     hearing.forget();
     loop {
         let answer = client.fetch_metadata(Some(topic), LOOK);
-        serve();
+        // A refusal can stand behind any number of lines for the log.
+        serve(if answer.is_ok() { Duration::ZERO } else { LOOK });
         match (answer, hearing.last()) {
             (Ok(_), _) => return Ok(()),
             (Err(_), Some(refusal @ (Refusal::Authentication(_) | Refusal::Tls(_)))) => return Err(refusal),

@@ -354,10 +354,11 @@ async fn kafka_is_used_over_tls_and_sasl_with_no_more_than_the_grants_of_the_doc
     );
 
     // Each of these is its own reason, and at once.
-    let reason = |config: &CaptureConfig| {
+    let admission = |config: &CaptureConfig| {
         let cluster = config.kafka.cluster();
-        tokio::task::block_in_place(|| require_admission(&cluster, "t").map_err(|error| error.reason()))
+        tokio::task::block_in_place(|| require_admission(&cluster, "t"))
     };
+    let reason = |config: &CaptureConfig| admission(config).map_err(|error| error.reason());
     assert_eq!(reason(&config), Ok(()));
     let stranger = Authority::new();
     let mut other = config.clone();
@@ -372,7 +373,12 @@ async fn kafka_is_used_over_tls_and_sasl_with_no_more_than_the_grants_of_the_doc
     sign_in(&mut plain, &kafka, &authority, folder.path(), SaslMechanism::Plain);
     assert_eq!(reason(&plain), Ok(()));
     plain.kafka.bootstrap_servers = vec![kafka.bootstrap().replace("127.0.0.1", "localhost")];
-    assert_eq!(reason(&plain), Err("KafkaTlsFailed"));
+    // A server that hangs up need not mean this, so it is no more than a guess.
+    let hung_up = admission(&plain).unwrap_err().to_string();
+    assert!(
+        hung_up.contains("connecting to a PLAINTEXT broker listener?"),
+        "{hung_up}"
+    );
     let mut nobody = config.clone();
     nobody.kafka.sasl = None;
     assert!(reason(&nobody).is_err());

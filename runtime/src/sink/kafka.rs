@@ -378,9 +378,7 @@ impl KafkaSink {
     /// Without this a pipeline with nothing to publish would not notice that Kafka is down.
     fn require_answer(&self) -> Result<(), SinkError> {
         let hearing = &self.producer.context().hearing;
-        let serve = || {
-            self.producer.poll(Duration::ZERO);
-        };
+        let serve = |limit: Duration| self.producer.poll(limit);
         probe(
             self.producer.client(),
             hearing,
