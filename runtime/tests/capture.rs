@@ -416,13 +416,7 @@ async fn a_topic_prefix_belongs_to_one_pipeline() {
     assert_eq!(tokio::task::block_in_place(|| read_topic(kafka, &topic)).len(), 1);
 
     // A claim goes with its pipeline, also if that never got as far as a checkpoint.
-    let claims = |owner: &str| {
-        Claims::new(
-            &second.kafka.bootstrap_servers,
-            &second.kafka.topic_prefix,
-            owner.to_owned(),
-        )
-    };
+    let claims = |owner: &str| Claims::new(second.kafka.cluster(), &second.kafka.topic_prefix, owner.to_owned());
     let pipeline = &second.pipeline;
     let key = checkpoint_key(&pipeline.namespace, &pipeline.name, &second.source.slot_name);
     claims(&key).claim().await.unwrap();

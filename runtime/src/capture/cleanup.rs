@@ -29,7 +29,7 @@ pub async fn cleanup(config: CaptureConfig) -> Result<(), CaptureError> {
     // The note comes first: with it and the slot still there, a pipeline that is created again goes on without a loss.
     let source = config.source.clone();
     let key = checkpoint_key(&config.pipeline.namespace, &config.pipeline.name, &source.slot_name);
-    let claims = Claims::new(&config.kafka.bootstrap_servers, &config.kafka.topic_prefix, key);
+    let claims = Claims::new(config.kafka.cluster(), &config.kafka.topic_prefix, key);
     if let Err(error) = release(config).await {
         tracing::warn!(%error, "the checkpoint was not released; the slot is dropped all the same");
     }
