@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use common::{LIMIT, checkpoint, config, wait_for_metric};
 use log::wait_for_records;
-use meander_config::CaptureConfig;
+use meander_config::{CaptureConfig, PublicationManagement, SnapshotMode};
 use meander_proto::v1::{Operation, value::Kind};
 use meander_test_support::{Kafka, Postgres, Redis, Runtime, eventually};
 
@@ -102,6 +102,72 @@ async fn everything_that_is_missing_is_said_at_once_and_what_is_said_mends_it() 
     assert_eq!(slots(&postgres).await, [config.source.slot_name.clone()]);
     let generation = checkpoint(&config).unwrap().owner_generation;
     assert_eq!(generation, 1, "who was refused owned nothing");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_role_of_the_docs_is_all_that_a_capture_with_a_snapshot_needs() {
+    let docs = include_str!("../../docs/security.md");
+    let sql: String = docs
+        .lines()
+        .skip_while(|line| !line.starts_with("    CREATE ROLE meander"))
+        .take_while(|line| !line.is_empty())
+        .collect();
+    let sql = sql.replace("'secret'", "'its password'").replace("shop", "postgres");
+    let kafka = Kafka::shared().await;
+    for version in [14, 18] {
+        let postgres = Postgres::start_version(version, &[]).await;
+        // What everybody may by default is not what makes it work.
+        execute(
+            &postgres,
+            "REVOKE ALL ON DATABASE postgres FROM PUBLIC; REVOKE ALL ON SCHEMA public FROM PUBLIC;
+             CREATE TABLE trades (id int PRIMARY KEY); CREATE TABLE orders (id int PRIMARY KEY); INSERT INTO trades VALUES (1)",
+        )
+        .await;
+        execute(&postgres, &sql).await;
+        execute(
+            &postgres,
+            "REVOKE SELECT ON trades FROM meander; REVOKE USAGE ON SCHEMA public FROM meander;
+             ALTER TABLE orders ENABLE ROW LEVEL SECURITY",
+        )
+        .await;
+        let folder = tempfile::tempdir().unwrap();
+        let mut config = config(&postgres, kafka, None);
+        with_role(&mut config, folder.path(), "meander");
+        config.source.publication.name = "meander".to_owned();
+        config.source.publication.management = PublicationManagement::External;
+        config.source.snapshot.mode = SnapshotMode::Incremental;
+        let mut runtime = Runtime::capture(&config);
+        let said = wait_for_log(&mut runtime, "TableNotReadable").await;
+        assert!(
+            slots(&postgres).await.is_empty(),
+            "nothing is made before it may be read"
+        );
+        for remedy in [
+            r#"GRANT USAGE ON SCHEMA "public" TO "meander";"#,
+            r#"GRANT SELECT ON "public"."trades" TO "meander";"#,
+        ] {
+            assert!(said.replace("\\\"", "\"").contains(remedy), "{remedy} is not in {said}");
+            execute(&postgres, remedy).await;
+        }
+        assert!(said.contains("BYPASSRLS;"), "{said}");
+        execute(&postgres, "ALTER TABLE orders DISABLE ROW LEVEL SECURITY").await;
+        runtime.ready(LIMIT).await;
+        let topic = format!("{}.public.trades", config.kafka.topic_prefix);
+        wait_for_records(kafka, &topic, 3).await;
+        execute(&postgres, "INSERT INTO trades VALUES (2)").await;
+        let records = wait_for_records(kafka, &topic, 4).await;
+        let mut told: Vec<_> = records.iter().map(|(_, _, record)| record.operation()).collect();
+        told.sort_unstable();
+        assert_eq!(
+            told,
+            [
+                Operation::Insert,
+                Operation::Read,
+                Operation::SnapshotBegin,
+                Operation::SnapshotEnd
+            ]
+        );
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -163,6 +163,18 @@ pub enum SourceError {
     /// Tables match, and each of them is left out.
     #[error("none of the selected tables can be captured: {}", refusals(.0))]
     NoTableFit(Vec<RefusedTable>),
+    /// A snapshot is asked for, and could not read these tables.
+    #[error(
+        "role {user} may not read the rows of {tables}, which a snapshot is to publish; run {sql} or name what is not to be read in tables.exclude, or set snapshot.mode to Never"
+    )]
+    NotReadable {
+        /// The role.
+        user: String,
+        /// The first of the tables, and how many there are.
+        tables: String,
+        /// What permits it.
+        sql: String,
+    },
     /// The publication is somebody else's to make, and is not there.
     #[error(
         "publication {0} does not exist; run CREATE PUBLICATION {0} FOR TABLE …; or set publication.management to Managed"
@@ -298,6 +310,7 @@ impl SourceError {
             Self::NoTables { .. } => "NoTablesMatch",
             Self::InvalidGlob { .. } => "InvalidTableGlob",
             Self::NoTableFit(refused) => refused.first().map_or("NoTablesMatch", |table| table.cause.reason()),
+            Self::NotReadable { .. } => "TableNotReadable",
             Self::NoPublication(_) => "PublicationNotFound",
             Self::PublicationDropped { .. } => "PublicationMissing",
             Self::NoCreatePrivilege { .. } | Self::PublicationNotOwned { .. } | Self::PublicationForbidden { .. } => {

@@ -8,7 +8,7 @@ use std::{
     fmt,
 };
 
-use meander_config::{Origin, Partitions, PostgresSource, PublicationManagement};
+use meander_config::{Origin, Partitions, PostgresSource, PublicationManagement, SnapshotMode};
 
 use crate::{
     log::topic_name,
@@ -27,6 +27,8 @@ const OLDEST_STANDBY: i32 = 160_000;
 /// That of the oldest version that filters by origin.
 const OLDEST_ORIGIN_FILTER: i32 = 160_000;
 const OLDEST_FAILOVER: i32 = 170_000;
+/// The most tables, or schemas, that one statement of a remedy names. What is left is said once that was done.
+const NAMED: usize = 100;
 
 /// A selected table that is not captured, so that the others can be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -177,6 +179,10 @@ impl Catalog {
                 SourceError::NoTableFit(tables.refused.clone())
             });
         }
+        // Later, one such table is left out of the snapshot and named there: it is no cause to stop what is captured.
+        if slot.is_none() && !server.standby && source.snapshot.mode != SnapshotMode::Never {
+            problems.extend(self.unreadable(&tables.captured).await?);
+        }
         if server.standby
             && !tables.captured.is_empty()
             && let Some(sql) = publication_change(source, published.as_deref(), &tables.captured)
@@ -218,6 +224,67 @@ impl Catalog {
             encoding: row.get(5),
             may_create: row.get(6),
         })
+    }
+
+    /// What the role lacks to read these tables, if anything: a snapshot locks them against a change of their shape, which takes SELECT
+    /// on the whole table, and rows that a policy hides would be taken for gone.
+    async fn unreadable(&self, tables: &[Table]) -> Result<Option<SourceError>, SourceError> {
+        let (schemas, names): (Vec<_>, Vec<_>) = tables
+            .iter()
+            .map(|table| (table.schema.as_str(), table.name.as_str()))
+            .unzip();
+        let rows = self
+            .query(
+                "SELECT n.nspname, c.relname, pg_catalog.has_schema_privilege(n.oid, 'USAGE'),
+                        pg_catalog.has_table_privilege(c.oid, 'SELECT'), pg_catalog.row_security_active(c.oid)
+                 FROM unnest($1::text[], $2::text[]) t(nspname, relname)
+                 JOIN pg_catalog.pg_namespace n ON n.nspname = t.nspname
+                 JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = t.relname
+                 ORDER BY 1, 2",
+                &[&schemas, &names],
+            )
+            .await?;
+        let (mut unreadable, mut closed, mut refused, mut hidden) = (vec![], vec![], vec![], false);
+        for row in &rows {
+            let table = Table {
+                schema: row.get(0),
+                name: row.get(1),
+            };
+            let (enters, reads, is_hidden): (bool, bool, bool) = (row.get(2), row.get(3), row.get(4));
+            if enters && reads && !is_hidden {
+                continue;
+            }
+            let schema = quote_identifier(&table.schema);
+            if !enters && closed.last() != Some(&schema) {
+                closed.push(schema);
+            }
+            if !reads {
+                refused.push(table.quoted());
+            }
+            hidden |= is_hidden;
+            unreadable.push(table.quoted());
+        }
+        let Some(first) = unreadable.first() else {
+            return Ok(None);
+        };
+        let user = quote_identifier(&self.user);
+        let grant = |what: &str, names: &[String]| match names {
+            [] => String::new(),
+            names => format!(
+                "GRANT {what} {} TO {user}; ",
+                names[..names.len().min(NAMED)].join(", ")
+            ),
+        };
+        let mut sql = grant("USAGE ON SCHEMA", &closed) + &grant("SELECT ON", &refused);
+        if hidden {
+            sql += &format!("ALTER ROLE {user} BYPASSRLS; ");
+        }
+        let tables = match unreadable.len() {
+            1 => first.clone(),
+            all => format!("{all} tables, {first} the first of them"),
+        };
+        let sql = sql.trim_end().to_owned();
+        Ok(Some(SourceError::NotReadable { user, tables, sql }))
     }
 
     async fn owns_publication(&self, name: &str) -> Result<bool, SourceError> {
