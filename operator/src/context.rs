@@ -9,7 +9,11 @@ use std::{
 
 use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
 use k8s_openapi::NamespaceResourceScope;
-use kube::{Api, Client, Resource, runtime::controller::Action};
+use kube::{
+    Api, Client, Resource,
+    runtime::{controller::Action, reflector::Store},
+};
+use meander_crds::CdcPipeline;
 use tokio::time::{Instant, timeout};
 use tracing::{info, warn};
 
@@ -58,6 +62,8 @@ pub struct Context {
     pub events: Events,
     /// What the operator counts.
     pub metrics: Arc<Metrics>,
+    /// Every pipeline, as the watch last showed it.
+    pub pipelines: Store<CdcPipeline>,
     backoffs: Arc<Mutex<HashMap<ResourceKey, ExponentialBackoff>>>,
 }
 
@@ -70,6 +76,7 @@ impl Context {
         claim: Claim,
         events: Events,
         metrics: Arc<Metrics>,
+        pipelines: Store<CdcPipeline>,
     ) -> Self {
         Self {
             client,
@@ -78,6 +85,7 @@ impl Context {
             claim,
             events,
             metrics,
+            pipelines,
             backoffs: Arc::default(),
         }
     }

@@ -40,6 +40,8 @@ pub enum Reason {
     SecretNotFound,
     /// The Secret exists and lacks a key, or the key is empty.
     SecretKeyNotFound,
+    /// Another pipeline has the replication slot.
+    SlotConflict,
     /// The ReplayJob's pipeline does not exist.
     PipelineNotFound,
     /// The ReplayJob's pipeline is suspended.
@@ -65,9 +67,10 @@ pub enum Reason {
 }
 
 impl Reason {
-    const ALL: [Self; 13] = [
+    const ALL: [Self; 14] = [
         Self::SecretNotFound,
         Self::SecretKeyNotFound,
+        Self::SlotConflict,
         Self::PipelineNotFound,
         Self::PipelineSuspended,
         Self::PipelineTerminating,

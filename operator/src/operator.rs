@@ -5,7 +5,11 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use anyhow::Context as _;
 use clap::Parser;
 use futures::FutureExt as _;
-use kube::{Api, Client};
+use kube::{
+    Api, Client,
+    runtime::reflector::{self, store::Writer},
+};
+use meander_crds::CdcPipeline;
 use meander_proto::{
     FILE_DESCRIPTOR_SET,
     v1::progress_tracker_server::{self, ProgressTrackerServer},
@@ -81,6 +85,7 @@ pub async fn run(options: Options, client: Client, shutdown: CancellationToken) 
         progress_endpoint: options.progress_endpoint.clone(),
     };
     let events = Events::new(client.clone(), &identity);
+    let (pipelines, writer) = reflector::store();
     let context = Arc::new(Context::new(
         client.clone(),
         settings,
@@ -88,6 +93,7 @@ pub async fn run(options: Options, client: Client, shutdown: CancellationToken) 
         claim.clone(),
         events,
         metrics.clone(),
+        pipelines,
     ));
     let service = ProgressTrackerService {
         tracker,
@@ -108,7 +114,9 @@ pub async fn run(options: Options, client: Client, shutdown: CancellationToken) 
         let shutdown = shutdown.clone();
         move |_| shutdown.cancel()
     }));
-    parts.spawn(control(context, claim, pokes, readiness, metrics, shutdown.clone()).map(|()| ("controllers", Ok(()))));
+    parts.spawn(
+        control(context, writer, claim, pokes, readiness, metrics, shutdown.clone()).map(|()| ("controllers", Ok(()))),
+    );
 
     shutdown.cancelled().await;
     info!("ending");
@@ -144,6 +152,7 @@ async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
 /// Waits for the lease, then runs both controllers.
 async fn control(
     context: Arc<Context>,
+    writer: Writer<CdcPipeline>,
     mut claim: Claim,
     pokes: Pokes,
     readiness: Readiness,
@@ -160,7 +169,7 @@ async fn control(
     let (pipelines_known, replays_known) = (CancellationToken::new(), CancellationToken::new());
     let pipelines = {
         let known = pipelines_known.clone();
-        pipeline::run(context.clone(), pokes.pipelines, shutdown.clone(), move || {
+        pipeline::run(context.clone(), writer, pokes.pipelines, shutdown.clone(), move || {
             known.cancel()
         })
     };

@@ -36,6 +36,7 @@ use kube::{
     Api, Client, Config, Resource, ResourceExt as _,
     api::{DeleteParams, ListParams, Patch, PatchParams, PostParams},
     config::{KubeConfigOptions, Kubeconfig},
+    runtime::reflector,
 };
 use meander_crds::{CdcPipeline, PipelinePhase, ReplayJob, ReplayPhase, generate::definitions};
 use meander_operator::{
@@ -766,6 +767,7 @@ async fn a_second_reconcile_writes_nothing_and_others_keep_their_fields() {
         Claim::forever(),
         events,
         Arc::new(Metrics::new().unwrap()),
+        reflector::store().0,
     ));
     let reconcile = async || pipeline::reconcile(pipeline.clone(), context.clone()).await.unwrap();
     reconcile().await;

@@ -7,7 +7,17 @@ mod support;
 use std::{future::Future, sync::Arc, time::Duration};
 
 use http::{Request, Response};
-use kube::{Client, client::Body, runtime::controller::Action};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use kube::{
+    Client,
+    client::Body,
+    runtime::{
+        controller::Action,
+        reflector::{self, Store},
+        watcher,
+    },
+};
+use meander_crds::{CdcPipeline, SlotReclaimPolicy};
 use meander_operator::{
     context::Context,
     events::Events,
@@ -89,6 +99,10 @@ async fn play<T, F: Future<Output = T>>(calls: Vec<Call>, work: impl FnOnce(Clie
 }
 
 fn context(client: Client, claim: Claim) -> Arc<Context> {
+    context_that_knows(client, claim, reflector::store().0)
+}
+
+fn context_that_knows(client: Client, claim: Claim, pipelines: Store<CdcPipeline>) -> Arc<Context> {
     let events = Events::new(client.clone(), "test");
     let metrics = Arc::new(Metrics::new().unwrap());
     Arc::new(Context::new(
@@ -98,6 +112,7 @@ fn context(client: Client, claim: Claim) -> Arc<Context> {
         claim,
         events,
         metrics,
+        pipelines,
     ))
 }
 
@@ -124,6 +139,7 @@ const CREDENTIALS: &str = "GET /api/v1/namespaces/default/secrets/shop-cdc";
 const REDIS_URL: &str = "GET /api/v1/namespaces/default/secrets/shop-redis";
 const ACCOUNT: &str = "GET /api/v1/namespaces/default/serviceaccounts/trades-capture";
 const PATCH_ACCOUNT: &str = "PATCH /api/v1/namespaces/default/serviceaccounts/trades-capture";
+const PODS: &str = "GET /api/v1/namespaces/default/pods";
 const EVENT: &str = "POST /apis/events.k8s.io/v1/namespaces/default/events";
 
 /// What is read before anything is built.
@@ -166,6 +182,91 @@ async fn a_missing_secret_is_said_and_looked_for_again() {
     ];
     let action = play(calls, |client| reconcile_pipeline(client, Claim::forever())).await;
     assert!(comes_back(&action), "{action:?}");
+}
+
+#[tokio::test]
+async fn of_two_pipelines_that_name_one_slot_the_later_waits_until_the_first_is_gone() {
+    let mut first = support::pipeline();
+    first.metadata.name = Some("older".to_owned());
+    let mut later = support::pipeline();
+    for (pipeline, created) in [(&mut first, 1), (&mut later, 2)] {
+        pipeline.spec.source.postgres.slot.name = Some("one".to_owned());
+        pipeline.metadata.creation_timestamp = Some(Time(jiff::Timestamp::from_second(created).unwrap()));
+    }
+    let (known, mut writer) = reflector::store();
+    for pipeline in [&first, &later] {
+        writer.apply_watcher_event(&watcher::Event::Apply(pipeline.clone()));
+    }
+    let look = async |calls| {
+        let reconcile = async |client: Client| {
+            let context = context_that_knows(client, Claim::forever(), known.clone());
+            pipeline::reconcile(Arc::new(later.clone()), context).await.unwrap()
+        };
+        play(calls, reconcile).await
+    };
+    let read = || {
+        let mut calls = dereferenced();
+        calls[0] = call(PIPELINE, 200, serde_json::to_value(&later).unwrap());
+        calls
+    };
+    let mut calls = read();
+    calls.extend([
+        saying(
+            STATUS,
+            "replication slot one of postgres:5432 is that of pipeline default/older",
+            200,
+            pipeline_json(),
+        ),
+        saying(EVENT, "SlotConflict", 201, json!({})),
+    ]);
+    let action = look(calls).await;
+    assert!(comes_back(&action), "{action:?}");
+
+    writer.apply_watcher_event(&watcher::Event::Delete(first));
+    let mut calls = read();
+    calls.extend([
+        saying(PATCH_PIPELINE, "meander.dev/slot-cleanup", 409, refusal(409)),
+        call(STATUS, 200, pipeline_json()),
+        call(EVENT, 201, json!({})),
+    ]);
+    look(calls).await;
+}
+
+#[tokio::test]
+async fn the_slot_of_another_pipeline_is_not_dropped_with_this_one() {
+    let mut first = support::pipeline();
+    first.metadata.name = Some("older".to_owned());
+    let mut going = support::pipeline();
+    for (pipeline, created) in [(&mut first, 1), (&mut going, 2)] {
+        pipeline.spec.source.postgres.slot.name = Some("one".to_owned());
+        pipeline.spec.source.postgres.slot.reclaim_policy = SlotReclaimPolicy::Delete;
+        pipeline.metadata.creation_timestamp = Some(Time(jiff::Timestamp::from_second(created).unwrap()));
+        pipeline.metadata.finalizers = Some(vec![pipeline::FINALIZER.to_owned()]);
+    }
+    going.metadata.deletion_timestamp = Some(Time(jiff::Timestamp::now()));
+    let (known, mut writer) = reflector::store();
+    writer.apply_watcher_event(&watcher::Event::Apply(first));
+    let going_json = serde_json::to_value(&going).unwrap();
+    let mut calls = dereferenced();
+    calls[0] = call(PIPELINE, 200, going_json.clone());
+    calls.extend([
+        call(
+            PODS,
+            200,
+            json!({"kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": []}),
+        ),
+        call(STATUS, 200, going_json.clone()),
+        call(EVENT, 201, json!({})),
+        saying(EVENT, "SlotRetained", 201, json!({})),
+        call(PIPELINE, 200, going_json.clone()),
+        saying(PATCH_PIPELINE, r#""finalizers":[]"#, 200, going_json),
+    ]);
+    let action = play(calls, async |client: Client| {
+        let context = context_that_knows(client, Claim::forever(), known);
+        pipeline::reconcile(Arc::new(going), context).await.unwrap()
+    })
+    .await;
+    assert_eq!(action, Action::await_change());
 }
 
 #[tokio::test]

@@ -43,6 +43,7 @@ fn deployment(available: bool) -> Deployment {
 
 fn facts(available: bool) -> Facts {
     Facts {
+        slot_held_by: None,
         secrets: support::keys(),
         deployment: Some(deployment(available)),
         pods: Vec::new(),

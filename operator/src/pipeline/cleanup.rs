@@ -31,6 +31,8 @@ pub enum Ending {
     Dropped,
     /// The spec asks for the slot to stay.
     Retained,
+    /// The slot is another pipeline's, as this says.
+    Anothers(String),
     /// The slot may still be there, because of this.
     LeftBehind(String),
 }
@@ -58,6 +60,9 @@ pub async fn cleanup(
     }
     let valid = match valid {
         Ok(valid) => valid,
+        Err(error) if error.problem().reason == Reason::SlotConflict => {
+            return Ok(Some(Ending::Anothers(error.problem().message.clone())));
+        }
         Err(error) => return Ok(Some(Ending::LeftBehind(error.problem().message.clone()))),
     };
     let objects = build_cleanup(pipeline, valid, &context.settings);

@@ -4,7 +4,10 @@ use k8s_openapi::api::{apps::v1::Deployment, core::v1::Pod};
 use kube::{Api, ResourceExt as _, api::ListParams};
 use meander_crds::CdcPipeline;
 
-use super::build::{capture_name, capture_selector};
+use super::{
+    build::{capture_name, capture_selector},
+    slot,
+};
 use crate::{
     apply::is_owned,
     conditions::RUNTIME_AVAILABLE,
@@ -18,6 +21,8 @@ use crate::{
 pub struct Facts {
     /// Keys of the Secrets that the spec names.
     pub secrets: Keys,
+    /// The other pipeline that has its slot.
+    pub slot_held_by: Option<String>,
     /// The Deployment that captures.
     pub deployment: Option<Deployment>,
     /// Its pods, where they are needed to say why it is not available.
@@ -39,6 +44,7 @@ pub async fn dereference(context: &Context, pipeline: &CdcPipeline) -> Result<Fa
         _ => Vec::new(),
     };
     Ok(Facts {
+        slot_held_by: slot::held_by(pipeline, &context.pipelines.state()),
         secrets: secrets::keys(context, &namespace, &secrets::of_pipeline(pipeline)).await?,
         deployment,
         pods,

@@ -7,6 +7,7 @@ mod apply;
 pub mod build;
 pub mod cleanup;
 pub mod dereference;
+pub mod slot;
 pub mod status;
 pub mod validate;
 
@@ -23,7 +24,7 @@ use kube::{
         controller::{Action, Config},
         events::EventType,
         predicates,
-        reflector::{self, ObjectRef},
+        reflector::{ObjectRef, store::Writer},
         utils::Predicate as _,
         watcher,
     },
@@ -55,11 +56,12 @@ pub const FINALIZER: &str = "meander.dev/slot-cleanup";
 /// Reconciles pipelines until `shutdown`, and says when all of them are known.
 pub async fn run(
     context: Arc<Context>,
+    writer: Writer<CdcPipeline>,
     pokes: mpsc::Receiver<ObjectRef<CdcPipeline>>,
     shutdown: CancellationToken,
     ready: impl FnOnce() + Send,
 ) {
-    let (store, writer) = reflector::store();
+    let store = context.pipelines.clone();
     // Statuses are written here and nowhere else: only what others change is worth a reconcile.
     let changes = predicates::generation
         .combine(predicates::finalizers)
@@ -234,6 +236,13 @@ async fn conclude(
                 "The replication slot {} stays, as reclaimPolicy says.",
                 validate::slot_of(pipeline)
             );
+            context
+                .events
+                .publish(pipeline, EventType::Normal, "Cleanup", "SlotRetained", &note)
+                .await;
+        }
+        Ending::Anothers(cause) => {
+            let note = format!("Nothing was dropped: {cause}");
             context
                 .events
                 .publish(pipeline, EventType::Normal, "Cleanup", "SlotRetained", &note)

@@ -13,7 +13,7 @@ use meander_crds::{
 
 use super::dereference::Facts;
 use crate::{
-    conditions::SPEC_VALID,
+    conditions::{SOURCE_READY, SPEC_VALID},
     context::Settings,
     error::{Error, Reason},
     naming::{digest, slot_name},
@@ -65,11 +65,20 @@ pub fn identity_of(pipeline: &CdcPipeline) -> ResourceIdentity {
 /// Judges the spec by the facts.
 ///
 /// # Errors
-/// Waiting when a Secret is missing.
+/// Waiting when the slot is another pipeline's, or a Secret is missing.
 pub fn validate(pipeline: &CdcPipeline, facts: &Facts, settings: &Settings) -> Result<ValidPipeline, Error> {
     let namespace = pipeline.namespace().unwrap_or_default();
     let spec = &pipeline.spec;
     let postgres = &spec.source.postgres;
+    if let Some(holder) = &facts.slot_held_by {
+        let message = format!(
+            "replication slot {} of {}:{} is that of pipeline {holder}, which came first: delete one of the two, and create it with another slot.name",
+            slot_of(pipeline),
+            postgres.host,
+            postgres.port
+        );
+        return Err(Error::waiting(SOURCE_READY, Reason::SlotConflict, message));
+    }
     let mounted = secrets::of_pipeline(pipeline);
     secrets::require(&facts.secrets, &namespace, &mounted)?;
 
