@@ -13,9 +13,9 @@ pub use pipeline::{
     AcceptedGap, Acknowledgement, CdcPipeline, CdcPipelineSpec, CdcPipelineStatus, Debezium, KafkaSasl, KafkaSink,
     KafkaTls, KafkaTopics, Origin, Partitions, PipelineFormat, PipelinePhase, PostgresSource, Publication,
     PublicationManagement, RedisDurability, RedisRetention, RedisSink, RedisState, RedisStatus, RefusedTable,
-    Replication, Runtime, SaslMechanism, SinkPosition, SinkPositions, Sinks, Slot, SlotReclaimPolicy, SlotStatus,
-    Snapshot, SnapshotMode, SnapshotRequest, SnapshotStatus, Source, SslMode, TableSelection, TableSnapshot,
-    TableSnapshotState, TablesStatus, TopicManagement,
+    Replication, Runtime, SaslMechanism, SchemaVersion, SinkPosition, SinkPositions, Sinks, Slot, SlotReclaimPolicy,
+    SlotStatus, Snapshot, SnapshotMode, SnapshotRequest, SnapshotStatus, Source, SslMode, TableSelection,
+    TableSnapshot, TableSnapshotState, TablesStatus, TopicManagement,
 };
 pub use replay::{
     Beginning, GrpcTarget, LogTarget, Now, PipelineReference, ReplayEnd, ReplayJob, ReplayJobSpec, ReplayJobStatus,

@@ -687,6 +687,22 @@ pub struct TablesStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 20))]
     pub refused: Vec<RefusedTable>,
+    /// The schemas that captured tables have now, those of the last 100 tables that got another one, the newest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 100))]
+    pub schemas: Vec<SchemaVersion>,
+}
+
+/// The version of a table's schema, as the table's records have it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct SchemaVersion {
+    /// The table, as SQL writes it.
+    pub table: String,
+    /// Counts the schemas of the table, from 1.
+    pub version: u32,
+    /// Position of the first change that has it.
+    pub since: String,
 }
 
 /// A table that is selected and not captured.

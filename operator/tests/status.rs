@@ -22,7 +22,8 @@ use meander_operator::{
 };
 use meander_proto::v1::{
     AcceptedGap, CaptureProgress, Condition, ProgressUpdate, RedisState, RefusedTable, ReplayProgress, ResolvedRange,
-    SlotHealth, SnapshotProgress, TableSnapshot, progress_update::Progress, replay_progress::Phase, table_snapshot,
+    SchemaVersion, SlotHealth, SnapshotProgress, TableSnapshot, progress_update::Progress, replay_progress::Phase,
+    table_snapshot,
 };
 use serde_json::{Value, from_value, json};
 
@@ -100,6 +101,11 @@ fn capture_report(conditions: Vec<Condition>) -> Observation {
             time_micros: 1_763_632_800_500_000,
         }),
         snapshot: None,
+        schemas: vec![SchemaVersion {
+            table: r#""public"."trades""#.into(),
+            version: 3,
+            since: "1:0/16B3748:2".into(),
+        }],
     };
     let report = ProgressUpdate {
         conditions,

@@ -5,6 +5,7 @@ use std::{ops::Range, sync::Arc};
 use crate::{
     log::SnapshotState,
     position::{Lsn, Position},
+    schema::Note,
 };
 
 /// A batch is handed on when it holds this many bytes, so a batch is at most this much and one record.
@@ -57,6 +58,8 @@ pub struct Batch {
     pub markers: usize,
     /// What of the snapshot is done once this batch is in Kafka, if it says anything of that.
     pub snapshot: Option<SnapshotState>,
+    /// Schemas of tables that the log knows once this batch is in Kafka.
+    pub schemas: Vec<Note>,
 }
 
 impl Batch {
@@ -108,6 +111,15 @@ impl Batch {
                 self.bytes.truncate(start);
                 Err(error)
             }
+        }
+    }
+
+    /// The number of the next record that is made of the change at `position`.
+    #[must_use]
+    pub fn next_part(&self, position: Position) -> u8 {
+        match self.records.last() {
+            Some(last) if last.position == position => last.part.saturating_add(1),
+            _ => 0,
         }
     }
 

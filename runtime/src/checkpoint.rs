@@ -3,7 +3,10 @@
 //! Everything here blocks, each call no longer than the reader's timeout: call it on a thread of its own
 //! (`tokio::task::spawn_blocking`).
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
 
 use meander_config::KafkaCluster;
 use rdkafka::{
@@ -17,6 +20,7 @@ use rdkafka::{
 use crate::{
     kafka_client::{ClientError, Hearing, settings},
     log::Checkpoint,
+    schema::Note,
 };
 
 /// How many offsets the first look back from the end takes in, and how much further each next one goes.
@@ -70,6 +74,14 @@ pub enum TailError {
         topic: String,
         /// Where the record is.
         offset: i64,
+        /// What is wrong with it.
+        source: serde_json::Error,
+    },
+    /// The record is there and is not what is kept of a table.
+    #[error("a record of the topic {topic} says nothing of a table's schema: {source}")]
+    NotASchema {
+        /// The topic.
+        topic: String,
         /// What is wrong with it.
         source: serde_json::Error,
     },
@@ -171,6 +183,34 @@ impl Tail {
         };
         self.last_in(topic, partition, low..end, note, deadline)?;
         Ok(keys.into_inner())
+    }
+
+    /// The newest committed value under each key that is `wanted`, without those that a tombstone withdrew. For compacted topics: all of
+    /// it is read.
+    ///
+    /// # Errors
+    /// When the partition does not exist or cannot be read in time.
+    pub fn newest(
+        &self,
+        topic: &str,
+        partition: i32,
+        wanted: impl Fn(&[u8]) -> bool,
+    ) -> Result<HashMap<Vec<u8>, Vec<u8>>, TailError> {
+        let deadline = Instant::now() + self.timeout;
+        let (low, end) = self.watermarks(topic, partition, deadline)?;
+        let newest = std::cell::RefCell::new(HashMap::new());
+        let note = |record: &BorrowedMessage<'_>| {
+            let key = record.key().unwrap_or_default();
+            if wanted(key) {
+                match record.payload() {
+                    None => newest.borrow_mut().remove(key),
+                    Some(value) => newest.borrow_mut().insert(key.to_vec(), value.to_vec()),
+                };
+            }
+            false
+        };
+        self.last_in(topic, partition, low..end, note, deadline)?;
+        Ok(newest.into_inner())
     }
 
     /// The last committed record of a partition; none if there is none.
@@ -316,4 +356,18 @@ pub fn read_checkpoint(
             offset,
             source,
         })
+}
+
+/// What was noted of the tables of the pipeline with this checkpoint key.
+///
+/// # Errors
+/// When the topic does not exist, cannot be read within `timeout`, or holds something else.
+pub fn read_schemas(cluster: &KafkaCluster, topic: &str, key: &str, timeout: Duration) -> Result<Vec<Note>, TailError> {
+    let ours = format!("{key}/");
+    let newest = Tail::new(cluster, timeout)?.newest(topic, 0, |key| key.starts_with(ours.as_bytes()))?;
+    let notes = newest.into_values().map(|value| serde_json::from_slice(&value));
+    notes.collect::<Result<_, _>>().map_err(|source| TailError::NotASchema {
+        topic: topic.to_owned(),
+        source,
+    })
 }

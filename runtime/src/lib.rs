@@ -10,6 +10,7 @@ pub mod log;
 pub mod position;
 pub mod progress;
 pub mod replay;
+pub mod schema;
 pub mod sink;
 pub mod source;
 pub mod tls;

@@ -54,6 +54,18 @@ pub fn checkpoint_topic(namespace: &str, pipeline: &str) -> String {
     format!("__meander.{namespace}.{pipeline}.checkpoint")
 }
 
+/// Name of the topic of the tables' schemas: compacted, one partition, a record for each table, under [`schema_key`].
+#[must_use]
+pub fn schemas_topic(namespace: &str, pipeline: &str) -> String {
+    format!("__meander.{namespace}.{pipeline}.schemas")
+}
+
+/// Key of what is kept of a table, after the key of the pipeline's checkpoint.
+#[must_use]
+pub fn schema_key(checkpoint_key: &str, oid: u32) -> String {
+    format!("{checkpoint_key}/{oid}")
+}
+
 /// Name of the topic that says whose a topic prefix is: compacted, one partition, a record for each pipeline that claims it, under the
 /// key of its checkpoint. The earliest claim that was not withdrawn holds. Its name does not begin with the prefix, so that no replay
 /// takes it for data.

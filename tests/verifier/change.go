@@ -28,6 +28,8 @@ type Change struct {
 	After        []Column
 	CommitMicros int64
 	KeyChanged   bool
+	// SchemaVersion is that of the table's schema; OldSchemaVersion is the one before, where this record says that it is another.
+	SchemaVersion, OldSchemaVersion uint32
 }
 
 // Table is a table's name.
@@ -63,8 +65,8 @@ func NewDecoder(ctx context.Context, folder string) (*Decoder, error) {
 	return &Decoder{record}, nil
 }
 
-// R is a row of a snapshot, B and E are where a snapshot begins and ends.
-var operations = map[protoreflect.EnumNumber]string{1: "I", 2: "U", 3: "D", 4: "T", 5: "R", 7: "B", 8: "E"}
+// R is a row of a snapshot, B and E are where a snapshot begins and ends, S is another schema.
+var operations = map[protoreflect.EnumNumber]string{1: "I", 2: "U", 3: "D", 4: "T", 5: "R", 7: "B", 8: "E", 9: "S"}
 
 // Decode reads the value of a record.
 func (d *Decoder) Decode(value []byte) (*Change, error) {
@@ -87,6 +89,9 @@ func (d *Decoder) Decode(value []byte) (*Change, error) {
 		Table:        Table{field(relation, "schema").String(), field(relation, "table").String()},
 		CommitMicros: field(record, "commit_time_micros").Int(),
 		KeyChanged:   field(record, "key_changed").Bool(),
+
+		SchemaVersion:    uint32(field(record, "schema_version").Uint()),
+		OldSchemaVersion: uint32(field(message(message(record, "schema_change"), "before"), "version").Uint()),
 	}
 	if change.Operation == "" {
 		return nil, fmt.Errorf("the value has no operation")
@@ -110,8 +115,8 @@ func (d *Decoder) Decode(value []byte) (*Change, error) {
 	return change, nil
 }
 
-// OfSnapshot says that the record was read beside the changes: the ledger does not know it.
-func (c *Change) OfSnapshot() bool { return strings.Contains("RBE", c.Operation) }
+// InLedger says that the ledger knows of it: not of what was read beside the changes, nor of schemas.
+func (c *Change) InLedger() bool { return strings.Contains("IUDT", c.Operation) }
 
 func field(m protoreflect.Message, name protoreflect.Name) protoreflect.Value {
 	return m.Get(m.Descriptor().Fields().ByName(name))

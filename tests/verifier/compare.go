@@ -107,13 +107,15 @@ func (d *Differences) add(format string, arguments ...any) {
 
 // Totals is one column of the report.
 type Totals struct {
-	Changes   int    `json:"changes"`
-	Inserts   int    `json:"inserts"`
-	Updates   int    `json:"updates"`
-	Deletes   int    `json:"deletes"`
-	Truncates int    `json:"truncates"`
-	Keys      int    `json:"keys"`
-	Digest    string `json:"digest"`
+	Changes   int `json:"changes"`
+	Inserts   int `json:"inserts"`
+	Updates   int `json:"updates"`
+	Deletes   int `json:"deletes"`
+	Truncates int `json:"truncates"`
+	// Schemas is how many records say that a table has another schema. The ledger does not know them.
+	Schemas int    `json:"schemas"`
+	Keys    int    `json:"keys"`
+	Digest  string `json:"digest"`
 }
 
 func (t *Totals) count(operation string) {
@@ -157,6 +159,7 @@ func CompareSink(ledger *Ledger, records []Record, differences *Differences) Tot
 	image := Image{}
 	found := map[EntryID]int{}
 	commits := newCommits()
+	schemas := schemas{}
 	for i, record := range records {
 		if i > 0 && record.Coordinate == records[i-1].Coordinate {
 			differences.add("duplicate: %s is at %s and at %s", record.Coordinate, records[i-1].Place, record.Place)
@@ -169,7 +172,12 @@ func CompareSink(ledger *Ledger, records []Record, differences *Differences) Tot
 		if change.Key != record.Key {
 			differences.add("%s (%s): filed under the key %q, but its value says %q", record.Place, record.Coordinate, record.Key, change.Key)
 		}
-		if change.OfSnapshot() {
+		schemas.check(record, differences)
+		switch {
+		case change.Operation == "S":
+			totals.Schemas++
+			continue
+		case !change.InLedger():
 			checkSnapshot(image, record, differences)
 			continue
 		}
@@ -189,7 +197,7 @@ func CompareSink(ledger *Ledger, records []Record, differences *Differences) Tot
 			totals.count(entry.Operation)
 		}
 		found[id]++
-		compareRecord(entry, record, row, differences)
+		compareRecord(entry, record, schemas.partOf(record), row, differences)
 	}
 	for id, entry := range ledger.Entries {
 		if parts := expected(entry); found[id] != len(parts) {
@@ -260,13 +268,49 @@ func (c *commits) check(record Record, differences *Differences) {
 	c.places[transaction], c.transactions[place] = place, transaction
 }
 
-func compareRecord(entry Entry, record Record, row []Column, differences *Differences) {
+// schemas has the schema that each table has.
+type schemas map[Table]schema
+
+type schema struct {
+	version uint32
+	// since is where the record lies that said so; nothing for the first schema that the table was seen with.
+	since Coordinate
+}
+
+// check checks that a table's schema is another one exactly where a record says so, and that this comes right before a record.
+func (s schemas) check(record Record, differences *Differences) {
+	change := record.Change
+	known, seen := s[change.Table]
+	switch {
+	case change.Operation != "S" && !seen:
+		s[change.Table] = schema{version: change.SchemaVersion}
+	case change.Operation != "S" && change.SchemaVersion != known.version:
+		differences.add("%s (%s): the schema is version %d, and was said to be %d", record.Place, record.Coordinate, change.SchemaVersion, known.version)
+	case change.Operation == "S":
+		if change.SchemaVersion != change.OldSchemaVersion+1 || change.Coordinate.Part != 0 {
+			differences.add("%s (%s): version %d of the schema follows version %d", record.Place, record.Coordinate, change.SchemaVersion, change.OldSchemaVersion)
+		}
+		s[change.Table] = schema{change.SchemaVersion, record.Coordinate}
+	}
+}
+
+// partOf is which of its change's records this is: another schema that it comes with is part 0.
+func (s schemas) partOf(record Record) int {
+	before := record.Coordinate
+	before.Part = 0
+	if s[record.Change.Table].since == before {
+		return int(record.Coordinate.Part) - 1
+	}
+	return int(record.Coordinate.Part)
+}
+
+func compareRecord(entry Entry, record Record, number int, row []Column, differences *Differences) {
 	change, parts := record.Change, expected(entry)
-	if int(record.Coordinate.Part) >= len(parts) {
+	if number < 0 || number >= len(parts) {
 		differences.add("%s (%s): the change has %d records", record.Place, record.Coordinate, len(parts))
 		return
 	}
-	want := parts[record.Coordinate.Part]
+	want := parts[number]
 	got := part{change.Operation, change.Key, ""}
 	if row != nil {
 		got.digest = digestRow(row)

@@ -289,6 +289,48 @@ func TestSnapshotRowsAreWhatTheChangesComeTo(t *testing.T) {
 	}
 }
 
+func TestASchemaChangesRightBeforeTheFirstRecordThatHasIt(t *testing.T) {
+	tests := map[string]struct {
+		damage func(records []Record) []Record
+		want   string
+	}{
+		"as it should be": {func(records []Record) []Record { return records }, ""},
+		"no event":        {func(records []Record) []Record { return slices.Delete(records, 2, 3) }, "the schema is version 2, and was said to be 1"},
+		"twice": {func(records []Record) []Record {
+			again := *records[2].Change
+			again.Coordinate = Coordinate{1, 9 << 8, 0, 2}
+			return slices.Insert(records, 4, Record{Lane: "t[0]", Coordinate: again.Coordinate, Millis: 1009, Change: &again})
+		}, "version 2 of the schema follows version 1"},
+		"a version is left out": {func(records []Record) []Record {
+			records[2].Change.OldSchemaVersion = 0
+			return records
+		}, "version 2 of the schema follows version 0"},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			ledger, records := history()
+			for _, record := range records {
+				record.Change.SchemaVersion = 1
+			}
+			// The second transaction begins with another schema: its first change is part 1 of its coordinate.
+			event := Record{Lane: "t[0]", Coordinate: Coordinate{1, 9 << 8, 0, 0}, Millis: 1009}
+			event.Change = &Change{Coordinate: event.Coordinate, Transaction: 9, Operation: "S", Table: trades, SchemaVersion: 2, OldSchemaVersion: 1}
+			for _, record := range records[2:] {
+				record.Change.SchemaVersion = 2
+			}
+			records[2].Coordinate.Part, records[2].Change.Coordinate.Part = 1, 1
+			var differences Differences
+			totals := CompareSink(ledger, test.damage(slices.Insert(records, 2, event)), &differences)
+			if test.want == "" && (differences.Count != 0 || totals.Schemas != 1 || totals.Changes != 6) {
+				t.Errorf("%+v, differences: %q", totals, differences.First)
+			}
+			if !strings.Contains(strings.Join(differences.First, "\n"), test.want) {
+				t.Errorf("differences: %q, wanted %q", differences.First, test.want)
+			}
+		})
+	}
+}
+
 func TestSinksHoldTheSameBytes(t *testing.T) {
 	_, kafka := history()
 	_, redis := history()

@@ -109,7 +109,7 @@ func readAll(ctx, deadline context.Context, log log, count int) ([]Record, error
 		}
 		changes := 0
 		for _, record := range records {
-			if !record.Change.OfSnapshot() {
+			if record.Change.InLedger() {
 				changes++
 			}
 		}

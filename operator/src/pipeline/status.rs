@@ -6,7 +6,8 @@ use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use meander_crds::{
     AcceptedGap, CdcPipeline, CdcPipelineStatus, PipelinePhase, RedisState, RedisStatus, RefusedTable, Replication,
-    SinkPosition, SinkPositions, SlotStatus, SnapshotStatus, TableSnapshot, TableSnapshotState, TablesStatus,
+    SchemaVersion, SinkPosition, SinkPositions, SlotStatus, SnapshotStatus, TableSnapshot, TableSnapshotState,
+    TablesStatus,
 };
 use meander_proto::v1::{
     CaptureProgress, ProgressUpdate, RedisState as Reported, SnapshotProgress, progress_update::Progress,
@@ -101,7 +102,10 @@ pub fn significant(status: &CdcPipelineStatus) -> impl PartialEq + '_ {
             let facts = (slot.failover, slot.synced, &slot.wal_status, &slot.invalidation_reason);
             (&slot.name, facts)
         }),
-        &status.tables,
+        status
+            .tables
+            .as_ref()
+            .map(|tables| (tables.captured, tables.refused_total, &tables.refused)),
         &status.config_hash,
     )
 }
@@ -356,6 +360,16 @@ fn tables(progress: &CaptureProgress) -> Option<TablesStatus> {
             .map(|refused| RefusedTable {
                 table: refused.table.clone(),
                 reason: refused.reason.clone(),
+            })
+            .collect(),
+        schemas: progress
+            .schemas
+            .iter()
+            .take(100)
+            .map(|schema| SchemaVersion {
+                table: schema.table.clone(),
+                version: schema.version,
+                since: schema.since.clone(),
             })
             .collect(),
     })

@@ -12,6 +12,7 @@ mod session;
 mod snapshot;
 mod status;
 mod stream;
+mod versions;
 
 use std::time::Duration;
 

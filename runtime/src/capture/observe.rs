@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use meander_proto::v1::{AcceptedGap, CaptureProgress, RedisState, SnapshotProgress};
+use meander_proto::v1::{AcceptedGap, CaptureProgress, RedisState, SchemaVersion, SnapshotProgress};
 use prometheus::{IntCounter, IntCounterVec, IntGauge, Opts, Registry, core::Collector};
 use tokio::{sync::watch, time::interval};
 
@@ -174,6 +174,7 @@ pub(super) async fn run(
     received: Received,
     inflight: Inflight,
     snapshot: watch::Receiver<Option<SnapshotProgress>>,
+    schemas: watch::Receiver<Vec<SchemaVersion>>,
 ) {
     let Context { reporter, metrics, .. } = &context;
     let mut ticks = interval(INTERVAL);
@@ -233,6 +234,7 @@ pub(super) async fn run(
                     time_micros: gap.time_micros,
                 }),
                 snapshot: snapshot.borrow().clone(),
+                schemas: schemas.borrow().clone(),
                 // What others report.
                 ..std::mem::take(&mut state.progress)
             };

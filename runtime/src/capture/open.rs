@@ -20,14 +20,15 @@ use crate::{
         status::{self, Received},
         stream::now_micros,
     },
-    checkpoint::{Tail, TailError, read_checkpoint},
+    checkpoint::{Tail, TailError, read_checkpoint, read_schemas},
     kafka_client::require_admission,
     log::{
         AcceptedGap, Checkpoint, POSITION_HEADER, SnapshotState, checkpoint_key, checkpoint_topic, claims_topic,
-        topic_name,
+        schemas_topic, topic_name,
     },
     position::{Epoch, Lsn, Position},
     progress::ConditionType,
+    schema::{Note, Schemas},
     sink::{SinkError, claims::Claims, kafka::KafkaSink, topics::Topics},
     source::{
         Change, Operation, Relation,
@@ -56,6 +57,7 @@ pub(super) struct Session {
     pub(super) kafka: KafkaSink,
     pub(super) checkpoint: Checkpoint,
     pub(super) owner: Owner,
+    pub(super) schemas: Schemas,
 }
 
 /// Opens a session. Can be given up at any point: nothing is published yet.
@@ -104,6 +106,10 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
         .claim()
         .await?;
     topics.ensure_compacted(&checkpoint_topic).await?;
+    let pipeline = &config.pipeline;
+    topics
+        .ensure_compacted(&schemas_topic(&pipeline.namespace, &pipeline.name))
+        .await?;
     for table in &tables {
         let topic = topic_name(&kafka.topic_prefix, &table.schema, &table.name);
         topics
@@ -141,7 +147,7 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
         "Ready",
         "The source is fit for capture.",
     );
-    let (kafka, checkpoint, known) = open_kafka(
+    let (kafka, checkpoint, schemas, known) = open_kafka(
         context,
         &catalog,
         (&tables, &refused),
@@ -177,6 +183,7 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
         kafka,
         checkpoint,
         owner: Owner { process, known },
+        schemas,
     })
 }
 
@@ -269,6 +276,15 @@ async fn read_own_checkpoint(context: &Context, topic: &str) -> Result<Option<Ch
     }
 }
 
+async fn read_own_schemas(context: &Context) -> Result<Vec<Note>, CaptureError> {
+    let pipeline = &context.config.pipeline;
+    let topic = schemas_topic(&pipeline.namespace, &pipeline.name);
+    let cluster = context.config.kafka.cluster();
+    let key = own_key(context);
+    let read = spawn_blocking(move || read_schemas(&cluster, &topic, &key, TAIL_DEADLINE)).await?;
+    Ok(read.map_err(SinkError::Checkpoint)?)
+}
+
 /// Becomes the one writer of Kafka.
 async fn open_kafka(
     context: &Context,
@@ -277,7 +293,7 @@ async fn open_kafka(
     checkpoint_topic: &str,
     server: &ServerIdentity,
     accepted_loss: Option<Loss>,
-) -> Result<(KafkaSink, Checkpoint, HashSet<Table>), CaptureError> {
+) -> Result<(KafkaSink, Checkpoint, Schemas, HashSet<Table>), CaptureError> {
     let config = context.config.clone();
     let kafka = spawn_blocking(move || KafkaSink::open(&config)).await??;
     let before = read_own_checkpoint(context, checkpoint_topic).await?;
@@ -329,11 +345,19 @@ async fn open_kafka(
     }
     checkpoint.released = false;
     checkpoint.owner_generation += 1;
+    let mut schemas = Schemas::new(read_own_schemas(context).await?, &checkpoint.system_identifier);
+    if schemas.is_empty() {
+        records.schemas = schemas.begin(
+            &catalog
+                .published_tables(&context.config.source.publication.name)
+                .await?,
+        );
+    }
     let kafka = {
         let checkpoint = checkpoint.clone();
         spawn_blocking(move || kafka.commit_batch(&records, &checkpoint).map(|()| kafka)).await??
     };
-    Ok((kafka, checkpoint, known))
+    Ok((kafka, checkpoint, schemas, known))
 }
 
 /// Goes over to the timeline of a promoted server, which has everything that was published.
@@ -396,6 +420,7 @@ fn accept(
         encoder.prepare(&relation, &TableDetails::default(), Arc::new(destination));
         let change = Change {
             relation: &Arc::new(relation),
+            schema_version: 0,
             operation: Operation::SourceGap { gap: &gap },
             position,
             commit_time_micros: gap.time_micros,

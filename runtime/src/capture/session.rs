@@ -18,6 +18,7 @@ use crate::{
         open::{Session, open},
         snapshot::Incremental,
         stream::{Queues, Stream},
+        versions::Versions,
     },
     encode::{DebeziumEncoder, Encoder, ProtobufEncoder},
     position::Epoch,
@@ -60,11 +61,13 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
         kafka,
         checkpoint,
         owner,
+        schemas,
     } = tokio::select! {
         session = open(context) => session?,
         () = shutdown.cancelled() => return Ok(()),
     };
     let (snapshot_progress, snapshot_changes) = watch::channel(None);
+    let (shown_schemas, schema_versions) = watch::channel(Vec::new());
     let snapshot = Incremental::new(config, &checkpoint, snapshot_progress)?;
 
     let (kafka_durable, kafka_progress) = watch::channel(Durable {
@@ -105,6 +108,7 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
         received.clone(),
         inflight.clone(),
         snapshot_changes,
+        schema_versions,
     ));
     let mut kafka_task = spawn_blocking({
         let checkpoint = checkpoint.clone();
@@ -138,6 +142,7 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
         received,
         inflight,
         snapshot,
+        Versions::new(schemas, shown_schemas),
     );
     let mut kafka_result = None;
     let queues = Queues {

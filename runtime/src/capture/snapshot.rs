@@ -392,6 +392,7 @@ impl Incremental {
             | Operation::Read { .. }
             | Operation::SnapshotBegin { .. }
             | Operation::SnapshotEnd { .. }
+            | Operation::SchemaChange { .. }
             | Operation::SourceGap { .. } => {}
         }
     }

@@ -15,7 +15,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     batch::{Batch, Destination},
-    capture::{CaptureError, messages::Messages, observe::Inflight, snapshot::Incremental, status::Received},
+    capture::{
+        CaptureError, messages::Messages, observe::Inflight, snapshot::Incremental, status::Received,
+        versions::Versions,
+    },
     encode::Encoder,
     log::{Checkpoint, topic_name},
     position::{Lsn, Position},
@@ -96,6 +99,7 @@ pub(super) struct Stream<'a> {
     /// The batch says something that the one before did not.
     news: bool,
     snapshot: Option<Incremental>,
+    versions: Versions,
 }
 
 impl<'a> Stream<'a> {
@@ -110,6 +114,7 @@ impl<'a> Stream<'a> {
         received: Received,
         inflight: Inflight,
         snapshot: Option<Incremental>,
+        versions: Versions,
     ) -> Self {
         Self {
             config,
@@ -129,6 +134,7 @@ impl<'a> Stream<'a> {
             safe: Lsn::ZERO,
             news: false,
             snapshot,
+            versions,
         }
     }
 
@@ -249,6 +255,7 @@ impl<'a> Stream<'a> {
             received,
             news,
             snapshot,
+            versions,
             ..
         } = self;
         match assembler.take(&message)? {
@@ -262,6 +269,23 @@ impl<'a> Stream<'a> {
                 }
                 if Some(change.position) > *published && !left_out.contains(&change.relation.oid) {
                     batch.high_time_micros = *high_time_micros;
+                    let schemas = versions.next(change.relation, change.position, &mut batch.schemas);
+                    let change = Change {
+                        schema_version: versions.version(change.relation.oid),
+                        ..change
+                    };
+                    if let Some(schemas) = &schemas {
+                        let operation = Operation::SchemaChange { change: schemas };
+                        encoder.encode(
+                            &Change {
+                                operation,
+                                ..change.clone()
+                            },
+                            batch,
+                        )?;
+                        // What is asked from the catalog, as a key under REPLICA IDENTITY FULL, can be another answer when it is made again.
+                        batch.kafka_first = true;
+                    }
                     encoder.encode(&change, batch)?;
                     *news = true;
                 }
@@ -429,9 +453,14 @@ impl<'a> Stream<'a> {
         };
         self.high_time_micros = self.high_time_micros.max(time_micros.min(now_micros()));
         self.batch.high_time_micros = self.high_time_micros;
-        for (ordinal, operation) in (0..).zip(operations) {
+        // Every change of another schema came before the watermark: where the rows have one that the log does not know, it is so from here on.
+        let schemas = self.versions.next(relation, at, &mut self.batch.schemas);
+        let schema_change = schemas.iter().map(|change| Operation::SchemaChange { change });
+        let operations = operations.into_iter().map(|operation: Operation<'_>| operation);
+        for (ordinal, operation) in (0..).zip(schema_change.chain(operations)) {
             let change = Change {
                 relation,
+                schema_version: self.versions.version(oid),
                 operation,
                 position: Position { ordinal, ..at },
                 commit_time_micros: time_micros,
@@ -509,6 +538,7 @@ impl<'a> Stream<'a> {
         } else {
             TableDetails::default()
         };
+        self.versions.described(relation.oid, message.replica_identity);
         self.encoder
             .prepare(&relation, &details, Arc::new(Destination { topic, stream }));
         self.assembler.learn(Arc::new(relation));

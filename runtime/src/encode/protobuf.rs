@@ -14,6 +14,7 @@ use prost::{
 use crate::{
     batch::{Batch, Destination},
     encode::{EncodeError, Encoder, json, key},
+    schema::TableSchema,
     source::{
         Change, Column, Message, Operation, Relation, Snapshot,
         postgres::{
@@ -65,14 +66,48 @@ impl Kind {
 
 /// One record of a change.
 struct Part<'a> {
-    number: u8,
     operation: v1::Operation,
     key: Option<(Tuple<'a>, Option<Tuple<'a>>)>,
     before: Option<OldTuple<'a>>,
     after: Option<Tuple<'a>>,
     key_changed: bool,
     snapshot: Option<v1::Snapshot>,
+    schema_change: Option<v1::SchemaChange>,
     source_gap: Option<v1::SourceGap>,
+}
+
+fn relation_message(relation: &Relation) -> v1::Relation {
+    v1::Relation {
+        schema: relation.schema.clone(),
+        table: relation.table.clone(),
+        columns: relation
+            .columns
+            .iter()
+            .map(|column| v1::Column {
+                name: column.name.clone(),
+                type_name: column.type_name.clone(),
+                type_oid: column.type_oid,
+                type_modifier: column.type_modifier,
+                key: column.key,
+            })
+            .collect(),
+    }
+}
+
+fn schema_message(schema: &TableSchema) -> v1::TableSchema {
+    let identity = match schema.replica_identity {
+        'd' => v1::ReplicaIdentity::Default,
+        'n' => v1::ReplicaIdentity::Nothing,
+        'f' => v1::ReplicaIdentity::Full,
+        'i' => v1::ReplicaIdentity::Index,
+        _ => v1::ReplicaIdentity::Unspecified,
+    };
+    v1::TableSchema {
+        version: schema.version,
+        oid: schema.relation.oid,
+        relation: Some(relation_message(&schema.relation)),
+        replica_identity: identity.into(),
+    }
 }
 
 impl Encoder for ProtobufEncoder {
@@ -81,23 +116,8 @@ impl Encoder for ProtobufEncoder {
     }
 
     fn prepare(&mut self, relation: &Relation, _details: &TableDetails, destination: Arc<Destination>) {
-        let message = v1::Relation {
-            schema: relation.schema.clone(),
-            table: relation.table.clone(),
-            columns: relation
-                .columns
-                .iter()
-                .map(|column| v1::Column {
-                    name: column.name.clone(),
-                    type_name: column.type_name.clone(),
-                    type_oid: column.type_oid,
-                    type_modifier: column.type_modifier,
-                    key: column.key,
-                })
-                .collect(),
-        };
         let mut bytes = Vec::new();
-        prost::encoding::message::encode(field::RELATION, &message, &mut bytes);
+        prost::encoding::message::encode(field::RELATION, &relation_message(relation), &mut bytes);
         let kinds = relation.columns.iter().map(Kind::of).collect();
         self.prepared.insert(
             relation.oid,
@@ -111,13 +131,13 @@ impl Encoder for ProtobufEncoder {
 
     fn encode(&mut self, change: &Change<'_>, batch: &mut Batch) -> Result<(), EncodeError> {
         let part = |operation, key, before, after| Part {
-            number: 0,
             operation,
             key,
             before,
             after,
             key_changed: false,
             snapshot: None,
+            schema_change: None,
             source_gap: None,
         };
         let of_snapshot = |snapshot: &Snapshot, rows| {
@@ -146,7 +166,6 @@ impl Encoder for ProtobufEncoder {
                     change,
                     batch,
                     &Part {
-                        number: 1,
                         key_changed: true,
                         ..part(
                             v1::Operation::Update,
@@ -167,6 +186,17 @@ impl Encoder for ProtobufEncoder {
                 &part(v1::Operation::Delete, Some((old.tuple(), None)), Some(old), None),
             ),
             Operation::Truncate => self.record(change, batch, &part(v1::Operation::Truncate, None, None, None)),
+            Operation::SchemaChange { change: schemas } => self.record(
+                change,
+                batch,
+                &Part {
+                    schema_change: Some(v1::SchemaChange {
+                        before: schemas.before.as_ref().map(schema_message),
+                        after: Some(schema_message(&schemas.after)),
+                    }),
+                    ..part(v1::Operation::SchemaChange, None, None, None)
+                },
+            ),
             Operation::SourceGap { gap } => self.record(
                 change,
                 batch,
@@ -272,8 +302,10 @@ mod field {
     pub(super) const TRANSACTION_ID: u32 = 7;
     pub(super) const KEY_CHANGED: u32 = 8;
     pub(super) const SNAPSHOT: u32 = 9;
-    pub(super) const SOURCE_GAP: u32 = 13;
+    pub(super) const SCHEMA_CHANGE: u32 = 11;
     pub(super) const ORIGIN: u32 = 12;
+    pub(super) const SOURCE_GAP: u32 = 13;
+    pub(super) const SCHEMA_VERSION: u32 = 14;
 }
 
 impl ProtobufEncoder {
@@ -283,9 +315,10 @@ impl ProtobufEncoder {
             .get(&change.relation.oid)
             .ok_or(EncodeError::Unprepared(change.relation.oid))?;
         let scratch = &mut self.scratch;
+        let number = batch.next_part(change.position);
         batch.push(
             change.position,
-            part.number,
+            number,
             change.commit_time_micros,
             &prepared.destination,
             |out| match part.key {
@@ -297,7 +330,7 @@ impl ProtobufEncoder {
                     epoch: u32::from(change.position.epoch.0),
                     commit_lsn: change.position.commit_lsn.0,
                     ordinal: change.position.ordinal,
-                    part: u32::from(part.number),
+                    part: u32::from(number),
                 };
                 encode_key(field::COORDINATE, WireType::LengthDelimited, out);
                 encode_varint(coordinate.encoded_len() as u64, out);
@@ -331,11 +364,18 @@ impl ProtobufEncoder {
                 if let Some(snapshot) = &part.snapshot {
                     prost::encoding::message::encode(field::SNAPSHOT, snapshot, out);
                 }
+                if let Some(schemas) = &part.schema_change {
+                    prost::encoding::message::encode(field::SCHEMA_CHANGE, schemas, out);
+                }
                 if let Some(gap) = &part.source_gap {
                     prost::encoding::message::encode(field::SOURCE_GAP, gap, out);
                 }
                 if let Some(origin) = change.origin {
                     write_bytes(field::ORIGIN, origin.as_bytes(), out);
+                }
+                if change.schema_version != 0 {
+                    encode_key(field::SCHEMA_VERSION, WireType::Varint, out);
+                    encode_varint(u64::from(change.schema_version), out);
                 }
                 Ok(true)
             },
@@ -535,6 +575,7 @@ mod tests {
         );
         let change = Change {
             relation: &relation,
+            schema_version: 2,
             operation,
             position: Position {
                 epoch: Epoch::FIRST,

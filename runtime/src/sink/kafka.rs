@@ -30,9 +30,10 @@ use crate::{
     kafka_client::{Hearing, probe, settings},
     log::{
         COMMIT_TIME_HEADER, Checkpoint, PART_HEADER, POSITION_HEADER, RedisPlace, SnapshotState, checkpoint_key,
-        checkpoint_topic,
+        checkpoint_topic, schema_key, schemas_topic,
     },
     position::{Lsn, Position},
+    schema::Note,
     sink::{
         Durable, SinkError,
         redis::feed::{Progress as RedisProgress, State as RedisState},
@@ -96,6 +97,7 @@ pub struct KafkaSink {
     servers: String,
     checkpoint_topic: String,
     checkpoint_key: String,
+    schemas_topic: String,
     stream_prefix: Option<String>,
     /// PostgreSQL is acknowledged only what Redis has as well.
     redis_required: bool,
@@ -135,6 +137,7 @@ impl KafkaSink {
             servers,
             checkpoint_topic: checkpoint_topic(namespace, name),
             checkpoint_key,
+            schemas_topic: schemas_topic(namespace, name),
             stream_prefix: config.redis.as_ref().map(|redis| redis.stream_prefix.clone()),
             redis_required: config
                 .redis
@@ -160,6 +163,7 @@ impl KafkaSink {
         for record in batch.records() {
             self.produce(batch, record, deadline)?;
         }
+        self.note(&batch.schemas, deadline)?;
         self.commit(checkpoint, deadline)
     }
 
@@ -199,6 +203,20 @@ impl KafkaSink {
         self.producer
             .commit_transaction(deadline.saturating_duration_since(Instant::now()))
             .map_err(|error| self.failed(&error))
+    }
+
+    /// Queues what is kept of tables.
+    fn note(&self, notes: &[Note], deadline: Instant) -> Result<(), SinkError> {
+        for note in notes {
+            let value = serde_json::to_vec(note).map_err(|error| SinkError::KafkaTransaction(error.to_string()))?;
+            let key = schema_key(&self.checkpoint_key, note.oid);
+            let record = BaseRecord::to(&self.schemas_topic)
+                .partition(0)
+                .key(key.as_bytes())
+                .payload(&value[..]);
+            self.send(record, deadline)?;
+        }
+        Ok(())
     }
 
     fn produce(&self, batch: &Batch, record: &Record, deadline: Instant) -> Result<(), SinkError> {
@@ -444,9 +462,15 @@ impl Transaction {
             let deadline = self.deadline.map_or_else(|| sink.begin(), Ok)?;
             self.deadline = Some(deadline);
             sink.produce(batch, record, deadline)?;
+            // A schema's change and the change that it comes before are one position, and one change.
             self.events += u64::from(record.part == 0);
             self.records += 1;
             self.last = Some(record.position);
+        }
+        if !batch.schemas.is_empty() {
+            let deadline = self.deadline.map_or_else(|| sink.begin(), Ok)?;
+            self.deadline = Some(deadline);
+            sink.note(&batch.schemas, deadline)?;
         }
         // They are new: a snapshot's records are in one batch with its state, and only once in all.
         self.events = self.events.saturating_sub(batch.markers as u64);

@@ -47,7 +47,7 @@ impl Topics {
         })
     }
 
-    /// Makes a compacted topic of one partition, for the checkpoint or the claims, if it is missing, or checks it.
+    /// Makes a compacted topic of one partition, for the checkpoint, the schemas or the claims, if it is missing, or checks it.
     ///
     /// # Errors
     /// When it cannot be made, is missing, or does not fit.

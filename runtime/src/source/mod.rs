@@ -7,14 +7,18 @@ pub mod postgres;
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use crate::{
     log::AcceptedGap,
     position::{Lsn, Position},
+    schema::SchemaChange,
     source::postgres::pgoutput::{OldTuple, Tuple},
 };
 
 /// A table, as it is at some point of the log.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Relation {
     /// The source's own identifier of the table.
     pub oid: u32,
@@ -27,7 +31,8 @@ pub struct Relation {
 }
 
 /// A column of a [`Relation`].
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Column {
     /// Name.
     pub name: String,
@@ -46,6 +51,8 @@ pub struct Column {
 pub struct Change<'a> {
     /// The table.
     pub relation: &'a Arc<Relation>,
+    /// Version of the table's schema; 0 where there is none.
+    pub schema_version: u32,
     /// What happened.
     pub operation: Operation<'a>,
     /// Identity and order.
@@ -108,6 +115,11 @@ pub enum Operation<'a> {
     },
     /// The table was emptied.
     Truncate,
+    /// The table has another schema from here on.
+    SchemaChange {
+        /// The old one and the new one.
+        change: &'a SchemaChange,
+    },
     /// Changes of the table may be lost before this.
     SourceGap {
         /// What is known of it.

@@ -15,6 +15,8 @@ use log::read_topic;
 pub struct Entry {
     pub coordinate: (u32, u64, u64, u32),
     pub operation: Operation,
+    /// One half of a change of the key.
+    pub key_changed: bool,
     pub key: Option<String>,
     /// The values after the change, as text; `?` for one that the source did not say, nothing for NULL.
     pub row: Vec<String>,
@@ -34,6 +36,7 @@ pub fn read_log(kafka: &Kafka, topic: &str) -> Vec<Entry> {
             Entry {
                 coordinate: (at.epoch, at.commit_lsn, at.ordinal, at.part),
                 operation: record.operation(),
+                key_changed: record.key_changed,
                 key,
                 row: record.after.as_ref().map(row).unwrap_or_default(),
                 snapshot: snapshot.id,
@@ -93,7 +96,7 @@ pub fn fold(log: &[Entry]) -> State {
                 assert!(same, "stale: {entry:?} after {:?}", state.get(key));
             }
             Operation::Update => {
-                let before = if entry.coordinate.3 == 1 {
+                let before = if entry.key_changed {
                     Some(&moved)
                 } else {
                     state.get(key)

@@ -304,6 +304,7 @@ impl Encoder for DebeziumEncoder {
             Operation::Truncate
             | Operation::SnapshotBegin { .. }
             | Operation::SnapshotEnd { .. }
+            | Operation::SchemaChange { .. }
             | Operation::SourceGap { .. } => Ok(()),
         }
     }
@@ -807,6 +808,7 @@ mod tests {
         };
         let change = Change {
             relation: &relation,
+            schema_version: 0,
             operation,
             position: Position {
                 epoch: Epoch::FIRST,

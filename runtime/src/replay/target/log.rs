@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 
 use jiff::Timestamp;
-use meander_proto::v1::{Absence, ChangeRecord, Column, Operation, Row, value::Kind};
+use meander_proto::v1::{Absence, ChangeRecord, Column, Operation, Row, TableSchema, value::Kind};
 use prost::Message as _;
 use serde_json::{Map, Value, json};
 use tokio::sync::mpsc;
@@ -92,6 +92,13 @@ fn line(record: &Record) -> Result<Value, TargetError> {
     }
     line.insert("schema".to_owned(), json!(relation.schema));
     line.insert("table".to_owned(), json!(relation.table));
+    if let Some(schemas) = &change.schema_change {
+        for (name, schema) in [("schemaBefore", &schemas.before), ("schemaAfter", &schemas.after)] {
+            if let Some(schema) = schema {
+                line.insert(name.to_owned(), described(schema));
+            }
+        }
+    }
     // A DELETE knows its key only from before, and an UPDATE that changed it is published under the new one.
     let keyed = if change.operation() == Operation::Delete {
         &change.before
@@ -156,6 +163,32 @@ fn values(columns: &[Column], row: &Row, which: impl Fn(&Column) -> bool) -> Val
         .into()
 }
 
+/// A version of a table's schema.
+fn described(schema: &TableSchema) -> Value {
+    let relation = schema.relation.clone().unwrap_or_default();
+    let columns: Vec<Value> = relation
+        .columns
+        .iter()
+        .map(|column| {
+            json!({
+                "name": column.name,
+                "type": column.type_name,
+                "typeModifier": column.type_modifier,
+                "key": column.key,
+            })
+        })
+        .collect();
+    let identity = schema.replica_identity().as_str_name();
+    json!({
+        "version": schema.version,
+        "oid": schema.oid,
+        "schema": relation.schema,
+        "table": relation.table,
+        "replicaIdentity": identity.trim_start_matches("REPLICA_IDENTITY_"),
+        "columns": columns,
+    })
+}
+
 /// Large values that the UPDATE left as they were.
 fn unchanged<'a>(columns: &'a [Column], row: &Row) -> Vec<&'a str> {
     columns
@@ -195,7 +228,7 @@ fn hex(bytes: &[u8]) -> String {
 mod tests {
     use std::sync::Arc;
 
-    use meander_proto::v1::{Relation, Value as Stored};
+    use meander_proto::v1::{Relation, ReplicaIdentity, SchemaChange, Value as Stored};
 
     use super::*;
     use crate::replay::record::Coordinate;
@@ -212,6 +245,22 @@ mod tests {
         Some(Row {
             values: kinds.into_iter().map(|kind| Stored { kind }).collect(),
         })
+    }
+
+    fn record(value: bytes::Bytes) -> Record {
+        Record {
+            coordinate: Coordinate {
+                position: "1:0/16B3748:3".parse().unwrap(),
+                part: 0,
+            },
+            timestamp: 1_763_632_800_000,
+            commit_time: 1_763_632_800_000_123,
+            topic: Arc::from("shop.public.trades"),
+            partition: 0,
+            offset: 5,
+            key: bytes::Bytes::new(),
+            value,
+        }
     }
 
     #[test]
@@ -247,6 +296,45 @@ mod tests {
     }
 
     #[test]
+    fn a_change_of_a_schema_shows_the_old_and_the_new_one() {
+        let schema = |version, names: &[&str]| TableSchema {
+            version,
+            oid: 16_400,
+            relation: Some(Relation {
+                schema: "public".to_owned(),
+                table: "trades".to_owned(),
+                columns: names.iter().map(|name| column(name, *name == "id")).collect(),
+            }),
+            replica_identity: ReplicaIdentity::Full.into(),
+        };
+        let change = ChangeRecord {
+            operation: Operation::SchemaChange.into(),
+            relation: schema(2, &["id", "price"]).relation,
+            schema_change: Some(SchemaChange {
+                before: Some(schema(1, &["id"])),
+                after: Some(schema(2, &["id", "price"])),
+            }),
+            ..ChangeRecord::default()
+        };
+        let shown = line(&record(change.encode_to_vec().into())).unwrap();
+        assert_eq!(
+            (&shown["operation"], &shown["table"]),
+            (&json!("SCHEMA_CHANGE"), &json!("trades"))
+        );
+        assert_eq!(shown["schemaBefore"]["columns"].as_array().map(Vec::len), Some(1));
+        assert_eq!(
+            shown["schemaAfter"],
+            json!({
+                "version": 2, "oid": 16_400, "schema": "public", "table": "trades", "replicaIdentity": "FULL",
+                "columns": [
+                    {"name": "id", "type": "", "typeModifier": 0, "key": true},
+                    {"name": "price", "type": "", "typeModifier": 0, "key": false},
+                ],
+            })
+        );
+    }
+
+    #[test]
     fn a_change_is_one_object_with_named_values() {
         let change = ChangeRecord {
             operation: Operation::Update.into(),
@@ -272,21 +360,8 @@ mod tests {
             ]),
             ..ChangeRecord::default()
         };
-        let record = Record {
-            coordinate: Coordinate {
-                position: "1:0/16B3748:3".parse().unwrap(),
-                part: 0,
-            },
-            timestamp: 1_763_632_800_000,
-            commit_time: 1_763_632_800_000_123,
-            topic: Arc::from("shop.public.trades"),
-            partition: 0,
-            offset: 5,
-            key: bytes::Bytes::new(),
-            value: change.encode_to_vec().into(),
-        };
         assert_eq!(
-            line(&record).unwrap(),
+            line(&record(change.encode_to_vec().into())).unwrap(),
             json!({
                 "position": "1:0/16B3748:3",
                 "part": 0,

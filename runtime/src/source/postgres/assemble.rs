@@ -77,6 +77,7 @@ impl Changes<'_> {
             check_width(relation, &operation)?;
             take(Change {
                 relation,
+                schema_version: 0,
                 operation,
                 position: Position {
                     ordinal: self.first.ordinal + index,
@@ -116,7 +117,8 @@ fn check_width(relation: &Relation, operation: &Operation<'_>) -> Result<(), Ass
             check(*new)
         }
         Operation::Delete { old } => check(old.tuple()),
-        Operation::SourceGap { .. }
+        Operation::SchemaChange { .. }
+        | Operation::SourceGap { .. }
         | Operation::Truncate
         | Operation::SnapshotBegin { .. }
         | Operation::SnapshotEnd { .. } => Ok(()),

@@ -68,6 +68,13 @@ const KEY: &str = "
     WHERE c.oid = $1 AND k.place <= i.indnkeyatts
     ORDER BY k.place";
 
+const PUBLISHED: &str = "
+    SELECT c.oid
+    FROM pg_catalog.pg_publication_tables p
+    JOIN pg_catalog.pg_namespace n ON n.nspname = p.schemaname
+    JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = p.tablename
+    WHERE p.pubname = $1";
+
 const TYPES: &str = "
     WITH RECURSIVE base AS (
         SELECT oid AS asked, oid, typtype, typbasetype, typtypmod, -1 AS modifier FROM pg_catalog.pg_type WHERE oid = ANY ($1)
@@ -88,6 +95,15 @@ const TYPES: &str = "
 const FIRST_OWN_OID: u32 = 16_384;
 
 impl Catalog {
+    /// OIDs of the tables whose changes a publication tells: partitions or their roots, as it says.
+    ///
+    /// # Errors
+    /// When the server does not answer.
+    pub async fn published_tables(&self, publication: &str) -> Result<Vec<u32>, SourceError> {
+        let rows = self.query(PUBLISHED, &[&publication]).await?;
+        Ok(rows.iter().map(|row| row.get(0)).collect())
+    }
+
     /// What there is to know of a table beyond its relation.
     ///
     /// # Errors

@@ -1,0 +1,62 @@
+//! The versions of the tables' schemas, as a session goes by them and shows them.
+
+use meander_proto::v1::SchemaVersion;
+use tokio::sync::watch;
+
+use crate::{
+    position::Position,
+    schema::{Note, SchemaChange, Schemas},
+    source::{Relation, postgres::preflight::Table},
+};
+
+/// The schemas that the log knows, with what is shown of them.
+pub(super) struct Versions {
+    schemas: Schemas,
+    shown: watch::Sender<Vec<SchemaVersion>>,
+}
+
+impl Versions {
+    pub(super) fn new(schemas: Schemas, shown: watch::Sender<Vec<SchemaVersion>>) -> Self {
+        let versions = Self { schemas, shown };
+        versions.show();
+        versions
+    }
+
+    /// See [`Schemas::described`].
+    pub(super) fn described(&mut self, oid: u32, replica_identity: u8) {
+        self.schemas.described(oid, replica_identity);
+    }
+
+    /// See [`Schemas::next`].
+    pub(super) fn next(
+        &mut self,
+        relation: &Relation,
+        position: Position,
+        notes: &mut Vec<Note>,
+    ) -> Option<SchemaChange> {
+        let known = notes.len();
+        let change = self.schemas.next(relation, position, notes);
+        if notes.len() > known {
+            self.show();
+        }
+        change
+    }
+
+    /// See [`Schemas::version`].
+    pub(super) fn version(&self, oid: u32) -> u32 {
+        self.schemas.version(oid)
+    }
+
+    fn show(&self) {
+        let shown = self.schemas.newest().map(|schema| SchemaVersion {
+            table: Table {
+                schema: schema.relation.schema.clone(),
+                name: schema.relation.table.clone(),
+            }
+            .quoted(),
+            version: schema.version,
+            since: schema.since.to_string(),
+        });
+        self.shown.send_replace(shown.collect());
+    }
+}
