@@ -302,14 +302,14 @@ const REDIS_COMMANDS: &[&str] = &[
 const ACLS: &str = "org.apache.kafka.tools.AclCommand";
 const TOPICS: &str = "org.apache.kafka.tools.TopicCommand";
 
-/// What docs/security.md grants a pipeline with the topic prefix and the checkpoint topic.
+/// What docs/security.md grants a pipeline with the topic prefix, and topics of its own.
 async fn grant(kafka: &Kafka, config: &CaptureConfig) {
     let (namespace, name) = (&config.pipeline.namespace, &config.pipeline.name);
     let (prefix, slot) = (&config.kafka.topic_prefix, &config.source.slot_name);
     let rights = "--operation Create --operation Read --operation Write --operation DescribeConfigs";
     for what in [
         format!("{rights} --topic {prefix}. --resource-pattern-type prefixed"),
-        format!("{rights} --topic __meander.{namespace}.{name}.checkpoint"),
+        format!("{rights} --topic __meander.{namespace}.{name}. --resource-pattern-type prefixed"),
         format!("{rights} --topic __meander.claims. --resource-pattern-type prefixed"),
         format!("--operation Write --operation Describe --transactional-id {namespace}/{name}/{slot}"),
         "--operation Describe --group meander- --resource-pattern-type prefixed".to_owned(),

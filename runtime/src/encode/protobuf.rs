@@ -642,6 +642,7 @@ mod tests {
             (record.commit_time_micros, record.transaction_id, record.origin.as_str()),
             (1_763_700_000_000_001, 777, "upstream")
         );
+        assert_eq!(record.schema_version, 2);
         assert_eq!(record.relation.as_ref().unwrap().columns.len(), 8);
         assert_eq!(record.before, None);
         assert_eq!(
