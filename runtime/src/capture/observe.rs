@@ -173,8 +173,10 @@ pub(super) async fn run(
     mut checkpoint: watch::Receiver<Checkpoint>,
     received: Received,
     inflight: Inflight,
-    snapshot: watch::Receiver<Option<SnapshotProgress>>,
-    schemas: watch::Receiver<Vec<SchemaVersion>>,
+    (snapshot, schemas): (
+        watch::Receiver<Option<SnapshotProgress>>,
+        watch::Receiver<Vec<SchemaVersion>>,
+    ),
 ) {
     let Context { reporter, metrics, .. } = &context;
     let mut ticks = interval(INTERVAL);

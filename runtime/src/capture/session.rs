@@ -107,8 +107,7 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
         checkpoints.subscribe(),
         received.clone(),
         inflight.clone(),
-        snapshot_changes,
-        schema_versions,
+        (snapshot_changes, schema_versions),
     ));
     let mut kafka_task = spawn_blocking({
         let checkpoint = checkpoint.clone();
