@@ -183,6 +183,9 @@ impl Assembler {
     #[must_use]
     pub fn describe(&self, message: &RelationMessage<'_>, primary_key: &[String]) -> Relation {
         let full = message.replica_identity == b'f';
+        // By a part of a key, rows are not told apart.
+        let is_sent = |key: &String| message.columns.iter().any(|column| column.name == key);
+        let has_key = primary_key.iter().all(is_sent);
         Relation {
             oid: message.oid,
             schema: message.schema.to_owned(),
@@ -196,7 +199,7 @@ impl Assembler {
                     type_name: self.type_name(column.type_oid),
                     type_modifier: column.type_modifier,
                     key: if full {
-                        primary_key.iter().any(|key| key == column.name)
+                        has_key && primary_key.iter().any(|key| key == column.name)
                     } else {
                         column.key
                     },

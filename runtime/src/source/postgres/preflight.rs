@@ -746,7 +746,7 @@ impl Catalog {
         let rows = self
             .query(
                 "SELECT a.attname FROM pg_catalog.pg_index i
-                 JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey)
+                 JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])
                  WHERE i.indrelid = $1 AND i.indisprimary",
                 &[&relation],
             )

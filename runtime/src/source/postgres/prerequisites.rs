@@ -44,6 +44,8 @@ pub struct RefusedTable {
 pub enum Refusal {
     /// To publish it would make the application's own UPDATE and DELETE fail.
     NoReplicaIdentity,
+    /// Its replica identity has a generated column, which is not published: its rows could not be told apart.
+    GeneratedIdentity,
     /// Only its owner may publish it; this is the role that would have to be.
     NotOwner(String),
     /// It could not join the publication, for this cause, and that is tried again.
@@ -58,6 +60,7 @@ impl Refusal {
     pub fn reason(&self) -> &'static str {
         match self {
             Self::NoReplicaIdentity => "TableWithoutReplicaIdentity",
+            Self::GeneratedIdentity => "ReplicaIdentityNotPublished",
             Self::NotOwner(_) => "TableNotOwned",
             Self::NotAdded(_) => "TableNotAdded",
             Self::TopicCollision(_) => "TopicCollision",
@@ -73,6 +76,10 @@ impl fmt::Display for RefusedTable {
             Refusal::NoReplicaIdentity => write!(
                 f,
                 "{table} has no replica identity, and to publish it would make UPDATE and DELETE on it fail: add a primary key, run ALTER TABLE {table} REPLICA IDENTITY FULL;, or name it in tables.exclude"
+            ),
+            Refusal::GeneratedIdentity => write!(
+                f,
+                "the replica identity of {table} has a generated column, which PostgreSQL does not publish: run ALTER TABLE {table} REPLICA IDENTITY USING INDEX …; with a unique index of other columns, ALTER TABLE {table} REPLICA IDENTITY FULL;, or name it in tables.exclude"
             ),
             Refusal::TopicCollision(first) => write!(
                 f,
@@ -312,14 +319,20 @@ impl Catalog {
             .query(
                 // A change of a partitioned table is checked against the identity of the partition that it happens in.
                 "WITH identified AS (
-                    SELECT c.*, c.relreplident = 'f' OR EXISTS
-                        (SELECT FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid AND i.indisvalid AND i.indimmediate
-                         AND CASE c.relreplident WHEN 'd' THEN i.indisprimary WHEN 'i' THEN i.indisreplident END) AS identity
-                    FROM pg_catalog.pg_class c WHERE c.relkind IN ('r', 'p') AND c.relpersistence = 'p')
+                    SELECT c.*, c.relreplident = 'f' OR i.indexrelid IS NOT NULL AS identity,
+                           EXISTS (SELECT FROM pg_catalog.pg_attribute a WHERE a.attrelid = c.oid AND a.attgenerated <> ''
+                                   AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])) AS generated
+                    FROM pg_catalog.pg_class c
+                    LEFT JOIN pg_catalog.pg_index i ON i.indrelid = c.oid AND i.indisvalid AND i.indimmediate
+                      AND CASE c.relreplident WHEN 'd' THEN i.indisprimary WHEN 'i' THEN i.indisreplident END
+                    WHERE c.relkind IN ('r', 'p') AND c.relpersistence = 'p')
                  SELECT n.nspname, c.relname,
                         c.identity AND NOT EXISTS
                             (SELECT FROM pg_catalog.pg_partition_tree(c.oid) t JOIN identified l ON l.oid = t.relid
                              WHERE t.isleaf AND NOT l.identity),
+                        c.generated OR EXISTS
+                            (SELECT FROM pg_catalog.pg_partition_tree(c.oid) t JOIN identified l ON l.oid = t.relid
+                             WHERE t.isleaf AND l.generated),
                         pg_catalog.pg_has_role(c.relowner, 'USAGE'), c.relkind = 'p', c.relispartition
                  FROM identified c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
                  WHERE n.nspname <> 'information_schema' AND n.nspname !~ '^pg_'
@@ -337,7 +350,7 @@ impl Catalog {
                 continue;
             }
             // An external publication lists a partitioned table as it publishes it.
-            let (is_partitioned, is_partition): (bool, bool) = (row.get(4), row.get(5));
+            let (is_partitioned, is_partition): (bool, bool) = (row.get(5), row.get(6));
             let has_its_own_name = match source.publication.partitions {
                 Partitions::Root => !is_partition,
                 Partitions::Leaf => !is_partitioned,
@@ -345,10 +358,12 @@ impl Catalog {
             if !external && !has_its_own_name {
                 continue;
             }
-            let (is_published, has_identity, is_own) = (published.contains(&table), row.get(2), row.get(3));
+            let (has_identity, is_generated, is_own): (bool, bool, bool) = (row.get(2), row.get(3), row.get(4));
+            let is_published = published.contains(&table);
             let cause = match (external, is_published, has_identity, is_own) {
                 (true, false, _, _) => continue,
                 (false, _, false, _) => Some(Refusal::NoReplicaIdentity),
+                (false, _, true, _) if is_generated => Some(Refusal::GeneratedIdentity),
                 (false, false, true, false) => Some(Refusal::NotOwner(quote_identifier(&self.user))),
                 (true, true, _, _) | (false, true, true, _) | (false, false, true, true) => None,
             };
