@@ -171,7 +171,7 @@ fn a_pipeline_that_reads_rows_says_how_far_it_is_and_is_ready_meanwhile() {
         percent: 99.9,
         message: message.into(),
     };
-    let phase = |tables_done| {
+    let phase = |first, tables_done| {
         let mut observation = healthy();
         let Some(Progress::Capture(progress)) = &mut observation.report.as_mut().unwrap().progress else {
             panic!("no capture")
@@ -181,7 +181,7 @@ fn a_pipeline_that_reads_rows_says_how_far_it_is_and_is_ready_meanwhile() {
             tables_done,
             percent: 41.7,
             tables: vec![
-                table("public.a", table_snapshot::State::Reading, ""),
+                table("public.a", first, ""),
                 table("public.b", table_snapshot::State::Refused, "permission denied"),
             ],
         });
@@ -195,13 +195,15 @@ fn a_pipeline_that_reads_rows_says_how_far_it_is_and_is_ready_meanwhile() {
         assert_eq!(ready(&status).1, "True");
         (status.phase.unwrap(), status.snapshot.unwrap())
     };
-    let (reading, status) = phase(1);
+    let (reading, status) = phase(table_snapshot::State::Reading, 1);
     assert_eq!(reading, PipelinePhase::Snapshotting);
     assert_eq!((status.percent, status.tables_done, status.tables_total), (41, 1, 3));
     assert_eq!((status.tables[0].percent, &status.tables[0].message), (99, &None));
     assert_eq!(status.tables[1].state, TableSnapshotState::Refused);
     assert_eq!(status.tables[1].message.as_deref(), Some("permission denied"));
-    assert_eq!(phase(3).0, PipelinePhase::Streaming);
+    assert_eq!(phase(table_snapshot::State::Reading, 3).0, PipelinePhase::Streaming);
+    // What cannot be read is said, and waited for by nobody.
+    assert_eq!(phase(table_snapshot::State::Refused, 1).0, PipelinePhase::Streaming);
 }
 
 #[test]

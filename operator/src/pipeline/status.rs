@@ -293,7 +293,7 @@ fn phase(inputs: &Inputs<'_>, judgements: &[Judgement], old: Option<PipelinePhas
             Some(Progress::Capture(CaptureProgress {
                 snapshot: Some(snapshot),
                 ..
-            })) if snapshot.tables_done < snapshot.tables_total => PipelinePhase::Snapshotting,
+            })) if is_going_on(snapshot) => PipelinePhase::Snapshotting,
             _ => PipelinePhase::Streaming,
         }
     } else if inputs.outcome.is_err() && inputs.facts.is_some_and(|facts| facts.deployment.is_none()) {
@@ -310,6 +310,12 @@ fn phase(inputs: &Inputs<'_>, judgements: &[Judgement], old: Option<PipelinePhas
     } else {
         PipelinePhase::Starting
     }
+}
+
+/// True if tables are left to read, and not only such as cannot be.
+fn is_going_on(snapshot: &SnapshotProgress) -> bool {
+    let mut shown = snapshot.tables.iter();
+    snapshot.tables_done < snapshot.tables_total && shown.any(|table| table.state() != table_snapshot::State::Refused)
 }
 
 /// What was last seen of the slot. It is remembered while nobody looks, since what it holds back stays.
