@@ -2,7 +2,7 @@
 //!
 //! Capture writes it and replay reads it, so both find the rules here.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
@@ -104,15 +104,19 @@ pub struct RedisPlace {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct SnapshotState {
-    /// Captured tables that were read to their end, by OID.
-    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
-    pub done: BTreeSet<u32>,
+    /// Captured tables that were read to their end, by OID, with the OID of their membership of the publication. One that left and came
+    /// back missed changes, and has another one.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub done: BTreeMap<u32, u32>,
     /// The tables that each request still has to read, by OID; none once it is done.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub requests: BTreeMap<String, Vec<u32>>,
     /// The table that is being read in chunks.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reading: Option<TableCursor>,
+    /// Tables that could not be read any further, and go on from there once they can be.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub aside: Vec<TableCursor>,
 }
 
 impl SnapshotState {
@@ -120,6 +124,12 @@ impl SnapshotState {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
+    }
+
+    /// Gives up every table that was begun. Nobody notes any more what has to be come back to.
+    pub fn put_down(&mut self) {
+        self.reading = None;
+        self.aside.clear();
     }
 }
 

@@ -368,25 +368,12 @@ async fn a_table_that_joins_later_and_one_that_is_asked_for_are_read_while_other
     );
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_row_that_jumps_over_the_reading_keeps_its_large_values() {
-    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
-    execute(&postgres, LARGE_TABLE).await;
-    execute(
-        &postgres,
-        "INSERT INTO trades SELECT n, 0, 'short' FROM generate_series(20001, 200000) n",
-    )
-    .await;
-    execute(
-        &postgres,
-        "UPDATE trades SET note = repeat('x', 5000) WHERE id = 199999",
-    )
-    .await;
-    let config = config(&postgres, kafka);
-    let mut runtime = Runtime::capture(&config);
+/// Starts a capture of [`LARGE_TABLE`], grown to 200000 rows, and kills it while that is read.
+async fn interrupted(config: &CaptureConfig) -> Runtime {
+    let mut runtime = Runtime::capture(config);
     runtime.ready(LIMIT).await;
     eventually("the reading is under way", LIMIT, async || {
-        let reading = common::checkpoint(&config).and_then(|checkpoint| checkpoint.snapshot.reading);
+        let reading = common::checkpoint(config).and_then(|checkpoint| checkpoint.snapshot.reading);
         if reading.is_some_and(|cursor| cursor.rows > 0) {
             Ok(())
         } else {
@@ -395,11 +382,31 @@ async fn a_row_that_jumps_over_the_reading_keeps_its_large_values() {
     })
     .await;
     runtime.kill9();
-    let reading = common::checkpoint(&config).unwrap().snapshot.reading;
+    let reading = common::checkpoint(config).unwrap().snapshot.reading;
     assert!(
         reading.is_some_and(|cursor| !cursor.swept),
         "the kill came too late to show anything"
     );
+    runtime
+}
+
+/// See [`interrupted`].
+async fn make_large_table(postgres: &Postgres) {
+    execute(postgres, LARGE_TABLE).await;
+    execute(
+        postgres,
+        "INSERT INTO trades SELECT n, 0, 'short' FROM generate_series(20001, 200000) n;
+         UPDATE trades SET note = repeat('x', 5000) WHERE id = 199999",
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_jumps_over_the_reading_keeps_its_large_values() {
+    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    make_large_table(&postgres).await;
+    let config = config(&postgres, kafka);
+    let mut runtime = interrupted(&config).await;
     // From what is still to be read to what was read already, and the other way; the changes do not tell the note.
     execute(
         &postgres,
@@ -418,6 +425,24 @@ async fn a_row_that_jumps_over_the_reading_keeps_its_large_values() {
     assert_read_once(&log);
 }
 
+/// Captures the publication `p` as a role that is no superuser, and reads its tables. Its name and password are in the folder.
+async fn capture_as_a_role(postgres: &Postgres, config: &mut CaptureConfig) -> tempfile::TempDir {
+    execute(
+        postgres,
+        "CREATE ROLE capture LOGIN REPLICATION PASSWORD 'secret'; GRANT SELECT ON ALL TABLES IN SCHEMA public TO capture",
+    )
+    .await;
+    config.source.publication.name = "p".to_owned();
+    config.source.publication.management = meander_config::PublicationManagement::External;
+    let files = tempfile::tempdir().unwrap();
+    for (name, text) in [("username", "capture"), ("password", "secret")] {
+        std::fs::write(files.path().join(name), text).unwrap();
+    }
+    config.source.username_file = files.path().join("username");
+    config.source.password_file = files.path().join("password");
+    files
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_be_read_is_left_out_and_does_not_hold_up_the_rest() {
     let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
@@ -425,23 +450,11 @@ async fn what_cannot_be_read_is_left_out_and_does_not_hold_up_the_rest() {
         &postgres,
         "CREATE TABLE a_hidden (id int PRIMARY KEY, note text); INSERT INTO a_hidden VALUES (1, 'a');
          CREATE TABLE trades (id int PRIMARY KEY, note text); INSERT INTO trades VALUES (1, 'a');
-         CREATE ROLE capture LOGIN REPLICATION PASSWORD 'secret';
-         GRANT SELECT ON ALL TABLES IN SCHEMA public TO capture;
          CREATE PUBLICATION p FOR TABLE a_hidden, trades",
     )
     .await;
     let mut config = config(&postgres, kafka);
-    config.source.publication = meander_config::Publication {
-        name: "p".to_owned(),
-        management: meander_config::PublicationManagement::External,
-        partitions: meander_config::Partitions::Root,
-    };
-    let files = tempfile::tempdir().unwrap();
-    for (name, text) in [("username", "capture"), ("password", "secret")] {
-        std::fs::write(files.path().join(name), text).unwrap();
-    }
-    config.source.username_file = files.path().join("username");
-    config.source.password_file = files.path().join("password");
+    let files = capture_as_a_role(&postgres, &mut config).await;
     // Once there is a slot, a table that becomes unreadable stops nothing.
     config.source.snapshot.mode = SnapshotMode::Never;
     let mut runtime = Runtime::capture(&config);
@@ -455,8 +468,185 @@ async fn what_cannot_be_read_is_left_out_and_does_not_hold_up_the_rest() {
     assert_eq!(count(&log, Operation::Read), 1);
     let hidden = read_log(kafka, &topic(&config, "a_hidden"));
     assert_eq!(
-        count(&hidden, Operation::Read) + count(&hidden, Operation::SnapshotEnd),
+        hidden.len(),
         0,
-        "rows that a policy hides are not taken for gone"
+        "rows that a policy hides are not taken for gone, and what is not read does not begin"
     );
+    drop(files);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_of_any_type_are_read_in_the_order_of_their_index() {
+    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    // By the bytes of their text, the capital letters come first; by the index they do not.
+    execute(
+        &postgres,
+        "CREATE SCHEMA ext; CREATE EXTENSION citext SCHEMA ext; CREATE EXTENSION ltree SCHEMA ext;
+         CREATE TYPE state AS ENUM ('z', 'a');
+         CREATE TABLE people (email ext.citext PRIMARY KEY);
+         INSERT INTO people SELECT chr(97 + n % 26 - n % 2 * 32) || n FROM generate_series(1, 500) n;
+         CREATE TABLE mixed (n int, email ext.citext, s state, at ext.ltree, PRIMARY KEY (n, email, s, at));
+         INSERT INTO mixed SELECT n % 3, chr(97 + n % 26 - n % 2 * 32) || n % 50, (ARRAY['z', 'a'])[1 + n % 2]::state,
+             ('a.' || n)::ext.ltree FROM generate_series(1, 500) n;
+         CREATE TABLE backwards (a text NOT NULL, b text NOT NULL);
+         CREATE UNIQUE INDEX i ON backwards (a text_pattern_ops DESC, b); ALTER TABLE backwards REPLICA IDENTITY USING INDEX i;
+         INSERT INTO backwards SELECT n % 7, n FROM generate_series(1, 500) n",
+    )
+    .await;
+    let config = config(&postgres, kafka);
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    for table in ["people", "mixed", "backwards"] {
+        let log = wait_for_ends(kafka, &config, table, 1).await;
+        assert_eq!(count(&log, Operation::Read), 500, "{table}");
+        assert_read_once(&log);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_is_not_published_in_full_hides_no_row() {
+    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    execute(
+        &postgres,
+        "CREATE TABLE trades (tenant int, half int, whole int GENERATED ALWAYS AS (half * 2) STORED, PRIMARY KEY (tenant, whole));
+         INSERT INTO trades SELECT n % 2, n FROM generate_series(1, 200) n;
+         CREATE PUBLICATION p FOR TABLE trades",
+    )
+    .await;
+    let mut config = config(&postgres, kafka);
+    config.source.publication.name = "p".to_owned();
+    config.source.publication.management = meander_config::PublicationManagement::External;
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    let log = wait_for_ends(kafka, &config, "trades", 1).await;
+    assert_eq!(count(&log, Operation::Read), 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_that_fails_holds_up_the_snapshot_and_not_the_capture() {
+    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    make_large_table(&postgres).await;
+    execute(&postgres, "ALTER ROLE postgres SET idle_session_timeout = '10ms'").await;
+    let config = config(&postgres, kafka);
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    let client = postgres.client().await;
+    client.batch_execute("SET idle_session_timeout = 0").await.unwrap();
+    for _ in 0..2 {
+        eventually("the connection of the snapshot is cut", LIMIT, async || {
+            let cut = client
+                .query(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query ~ '^(COPY|.*emit_message)' AND pid <> pg_backend_pid()",
+                    &[],
+                )
+                .await
+                .unwrap();
+            if cut.is_empty() { Err("it reads nothing") } else { Ok(()) }
+        })
+        .await;
+    }
+    let log = wait_for_ends(kafka, &config, "trades", 1).await;
+    assert_read_once(&log);
+    assert_eq!(
+        (count(&log, Operation::SnapshotBegin), count(&log, Operation::Read)),
+        (1, 200_000)
+    );
+    assert_eq!(
+        common::checkpoint(&config).unwrap().owner_generation,
+        1,
+        "one session did it all"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_cannot_be_read_any_further_goes_on_from_there_once_it_can() {
+    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    make_large_table(&postgres).await;
+    execute(
+        &postgres,
+        "CREATE TABLE zebras (id int PRIMARY KEY); INSERT INTO zebras VALUES (1);
+         CREATE PUBLICATION p FOR TABLE trades, zebras",
+    )
+    .await;
+    let mut config = config(&postgres, kafka);
+    let files = capture_as_a_role(&postgres, &mut config).await;
+    let mut runtime = interrupted(&config).await;
+    execute(&postgres, "ALTER TABLE trades ENABLE ROW LEVEL SECURITY").await;
+    runtime.start_again();
+    wait_for_ends(kafka, &config, "zebras", 1).await;
+    assert!(runtime.terminate(LIMIT).success());
+    execute(&postgres, "ALTER TABLE trades DISABLE ROW LEVEL SECURITY").await;
+    runtime.start_again();
+    let log = wait_for_ends(kafka, &config, "trades", 1).await;
+    assert_read_once(&log);
+    assert_eq!(
+        (count(&log, Operation::SnapshotBegin), count(&log, Operation::Read)),
+        (1, 200_000)
+    );
+    drop(files);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_was_renamed_begins_anew_under_its_new_name() {
+    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    make_large_table(&postgres).await;
+    let config = config(&postgres, kafka);
+    let mut runtime = interrupted(&config).await;
+    execute(&postgres, "ALTER TABLE trades RENAME TO deals").await;
+    runtime.start_again();
+    let log = wait_for_ends(kafka, &config, "deals", 1).await;
+    assert_eq!(
+        (count(&log, Operation::SnapshotBegin), count(&log, Operation::Read)),
+        (1, 200_000)
+    );
+    let before = read_log(kafka, &topic(&config, "trades"));
+    assert_eq!(count(&before, Operation::SnapshotEnd), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_nobody_watched_for_a_while_is_read_anew() {
+    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    make_large_table(&postgres).await;
+    execute(
+        &postgres,
+        "CREATE TABLE zebras (id int PRIMARY KEY); INSERT INTO zebras VALUES (1)",
+    )
+    .await;
+    let mut config = config(&postgres, kafka);
+    interrupted(&config).await;
+    // Without a snapshot, nobody notes that this row jumps over the place that the reading had come to.
+    config.source.snapshot.mode = SnapshotMode::Never;
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    execute(&postgres, "UPDATE trades SET id = -id WHERE id = 199999").await;
+    eventually("the table is given up", LIMIT, async || {
+        let reading = common::checkpoint(&config).unwrap().snapshot.reading;
+        reading.map_or(Ok(()), |cursor| Err(cursor.rows))
+    })
+    .await;
+    assert!(runtime.terminate(LIMIT).success());
+    config.source.snapshot.mode = SnapshotMode::Incremental;
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    wait_for_ends(kafka, &config, "trades", 1).await;
+    let rows = table(&postgres.client().await, "trades", "price note").await;
+    let log = wait_until_equal(kafka, &config, "trades", &rows).await;
+    assert_eq!(count(&log, Operation::SnapshotBegin), 2);
+    wait_for_ends(kafka, &config, "zebras", 1).await;
+    assert!(runtime.terminate(LIMIT).success());
+
+    // Nobody is told what happens to a table that is not in the publication.
+    let publication = &config.source.publication.name;
+    execute(
+        &postgres,
+        &format!(
+            "ALTER PUBLICATION \"{publication}\" DROP TABLE zebras; UPDATE zebras SET id = 2;
+             ALTER PUBLICATION \"{publication}\" ADD TABLE ONLY zebras"
+        ),
+    )
+    .await;
+    runtime.start_again();
+    let log = wait_for_ends(kafka, &config, "zebras", 2).await;
+    let read: Vec<_> = log.iter().filter(|entry| entry.operation == Operation::Read).collect();
+    assert_eq!((read.len(), &read[1].row[..]), (2, &["2".to_owned()][..]));
 }

@@ -59,7 +59,7 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
         mut status,
         acknowledged,
         kafka,
-        checkpoint,
+        mut checkpoint,
         owner,
         schemas,
     } = tokio::select! {
@@ -69,6 +69,9 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
     let (snapshot_progress, snapshot_changes) = watch::channel(None);
     let (shown_schemas, schema_versions) = watch::channel(Vec::new());
     let snapshot = Incremental::new(config, &checkpoint, snapshot_progress)?;
+    if snapshot.is_none() {
+        checkpoint.snapshot.put_down();
+    }
 
     let (kafka_durable, kafka_progress) = watch::channel(Durable {
         position: checkpoint.published,

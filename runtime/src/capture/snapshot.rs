@@ -5,7 +5,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use meander_config::{CaptureConfig, SnapshotMode, SnapshotRequest, TableSelection};
+use meander_config::{CaptureConfig, PostgresSource, SnapshotMode, SnapshotRequest, TableSelection};
 use meander_proto::v1::{SnapshotProgress, TableSnapshot, table_snapshot};
 use tokio::{sync::watch, time::Instant};
 
@@ -31,11 +31,15 @@ const LOOK_AGAIN: Duration = Duration::from_secs(30);
 /// How long a chunk waits that cannot be taken yet.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// How long it waits for a new connection after one that failed.
+const RECONNECT_PAUSE: Duration = Duration::from_secs(5);
 /// Rows of the first chunk, before anything is known of their size.
-const FIRST_ROWS: u32 = 512;
-/// Rows that are come back to in one chunk, and keys that are kept to come back to.
-const COME_BACK_ROWS: usize = 64;
-const MOST_JUMPED: usize = 4096;
+const FIRST_ROWS: u32 = 32;
+/// Rows that are come back to in one chunk. They are those with large values.
+const COME_BACK_ROWS: usize = 8;
+/// How much the keys to come back to take together, and how many tables are put aside: they ride in every checkpoint.
+const MOST_JUMPED_BYTES: usize = 64 << 10;
+const MOST_ASIDE: usize = 16;
 /// Tables that the progress names at most.
 const SHOWN_TABLES: usize = 100;
 
@@ -50,11 +54,14 @@ enum Step {
 
 /// A snapshot that is read while changes stream.
 pub(super) struct Incremental {
+    source: PostgresSource,
     initial: bool,
     requests: Vec<(SnapshotRequest, Selection)>,
     reader: ChunkReader,
     overlap: Overlap,
     state: SnapshotState,
+    /// A table was given up, and the log does not know it yet.
+    given_up: bool,
     /// Captured tables, in the order of their names, as last seen.
     tables: Vec<Candidate>,
     /// They were looked at since there was nothing to read.
@@ -104,11 +111,13 @@ impl Incremental {
             })
             .collect::<Result<_, _>>()?;
         Ok(Some(Self {
+            source: source.clone(),
             initial,
             requests,
             reader: ChunkReader::start(source.clone()),
             overlap: Overlap::default(),
             state: checkpoint.snapshot.clone(),
+            given_up: false,
             tables: Vec::new(),
             listed: false,
             refused: BTreeMap::new(),
@@ -141,6 +150,14 @@ impl Incremental {
 
     /// Asks the next question. To be called when the stream has nothing to do.
     pub(super) fn ask(&mut self) {
+        if self.state.reading.is_none()
+            && let Some((oid, request)) = self.next_table()
+        {
+            let begun = |cursor: &TableCursor| cursor.oid == oid && cursor.request == request;
+            if let Some(place) = self.state.aside.iter().position(begun) {
+                self.state.reading = Some(self.state.aside.remove(place));
+            }
+        }
         let reading = self.state.reading.as_ref();
         let next = reading
             .map(|cursor| (cursor.oid, cursor.request.clone()))
@@ -200,7 +217,7 @@ impl Incremental {
             .tables
             .iter()
             .map(|table| table.oid)
-            .find(|oid| self.initial && !self.state.done.contains(oid) && readable(oid));
+            .find(|oid| self.initial && !self.state.done.contains_key(oid) && readable(oid));
         first.map(|oid| (oid, None)).or_else(|| {
             self.state.requests.iter().find_map(|(id, tables)| {
                 let oid = tables.iter().find(|oid| readable(oid))?;
@@ -212,16 +229,14 @@ impl Incremental {
     /// Waits for an answer. Cancel safe.
     pub(super) async fn answer(&mut self) -> Answer {
         match self.step {
-            Step::Asked => self.reader.answer().await,
-            _ => std::future::pending().await,
+            // After an answer that has a watermark, only the failure to write it can come.
+            Step::Asked | Step::Answered(_) => self.reader.answer().await,
+            Step::Due(_) => std::future::pending().await,
         }
     }
 
     /// Takes an answer.
-    ///
-    /// # Errors
-    /// When the connection failed.
-    pub(super) fn take(&mut self, answer: Answer) -> Result<(), SourceError> {
+    pub(super) fn take(&mut self, answer: Answer) {
         match answer {
             answer @ (Answer::Described(_) | Answer::Chunk(_)) => self.step = Step::Answered(Box::new(answer)),
             Answer::Tables(tables) => {
@@ -249,18 +264,31 @@ impl Incremental {
                     tracing::warn!(table = self.name(oid), cause, "a table's rows cannot be read");
                     self.refused.insert(oid, cause);
                 }
+                // The others come first.
+                self.state.aside.extend(self.state.reading.take());
+                let too_many = self.state.aside.len().saturating_sub(MOST_ASIDE);
+                self.state.aside.drain(..too_many);
                 self.put_down();
             }
             Answer::Busy(cause) => self.wait(cause, LONGEST_PAUSE),
-            Answer::Failed(error) => return Err(error),
+            // The stream goes on without it. If the watermark was written all the same, it means nothing any more.
+            Answer::Failed(error) => {
+                let cause = error.to_string();
+                if self.waiting.as_ref() != Some(&cause) {
+                    tracing::warn!(cause, "the snapshot waits for a new connection");
+                }
+                self.watermark.clear();
+                self.reader = ChunkReader::start(self.source.clone());
+                self.wait(cause, RECONNECT_PAUSE);
+            }
         }
         self.report();
-        Ok(())
     }
 
     /// Gives up the table in hand; where it is still wanted, it begins anew.
     pub(super) fn put_down(&mut self) {
         self.state.reading = None;
+        self.given_up = true;
         self.window = None;
         self.rows = FIRST_ROWS;
         self.go_on();
@@ -283,7 +311,7 @@ impl Incremental {
         // What left the selection missed changes, and is read again when it comes back.
         self.state
             .done
-            .retain(|oid| tables.iter().any(|table| table.oid == *oid));
+            .retain(|oid, member| tables.iter().any(|table| table.oid == *oid && table.member == *member));
         let requests = &self.requests;
         self.state
             .requests
@@ -297,15 +325,22 @@ impl Incremental {
                     .collect()
             });
         }
-        let wanted = |cursor: &TableCursor| match &cursor.request {
-            None => self.initial,
-            Some(request) => self.state.requests.contains_key(request),
+        let SnapshotState {
+            done,
+            requests,
+            reading,
+            aside,
+        } = &mut self.state;
+        let wanted = |cursor: &TableCursor| {
+            let wanted = match &cursor.request {
+                None => self.initial && !done.contains_key(&cursor.oid),
+                Some(request) => requests.contains_key(request),
+            };
+            wanted && tables.iter().any(|table| table.oid == cursor.oid)
         };
-        if let Some(cursor) = &self.state.reading
-            && !(wanted(cursor) && tables.iter().any(|table| table.oid == cursor.oid))
-        {
-            self.state.reading = None;
-        }
+        reading.take_if(|cursor| !wanted(cursor));
+        aside.retain(wanted);
+        self.given_up = true;
         self.tables = tables;
     }
 
@@ -319,10 +354,11 @@ impl Incremental {
         self.described |= self.window == Some(oid);
     }
 
-    /// A change comes out of the stream. True if the state has changed: it must go into Kafka no later than the change.
-    pub(super) fn changed(&mut self, change: &Change<'_>) -> bool {
+    /// A change comes out of the stream; one that the log has already, with what follows from it here, is not `new`. True if the state has
+    /// changed: it must go into Kafka no later than the change.
+    pub(super) fn changed(&mut self, change: &Change<'_>, new: bool) -> bool {
         self.touched(change);
-        self.jumped(change)
+        new && (self.jumped(change) | std::mem::take(&mut self.given_up))
     }
 
     /// Notes a row to come back to. See [`TableCursor::jumped`].
@@ -331,19 +367,15 @@ impl Incremental {
             return false;
         };
         let relation = change.relation;
-        let Some(cursor) = self.state.reading.as_mut().filter(|cursor| cursor.oid == relation.oid) else {
+        let SnapshotState { reading, aside, .. } = &mut self.state;
+        let begun = |cursor: &TableCursor| cursor.oid == relation.oid;
+        if !reading.iter().chain(aside.iter()).any(begun) {
             return false;
-        };
+        }
         let left_out = new.values().any(|value| value == Datum::UnchangedToast);
         if !left_out || !crate::encode::key::differs(relation, old.tuple(), new) {
             return false;
         }
-        // What is being come back to may have to be come back to once more.
-        let under_way = if cursor.swept && self.window.is_some() {
-            cursor.jumped.len().min(COME_BACK_ROWS)
-        } else {
-            0
-        };
         let key: Option<Vec<String>> = relation
             .columns
             .iter()
@@ -354,13 +386,33 @@ impl Incremental {
                 _ => None,
             })
             .collect();
-        match key {
-            Some(key) if cursor.jumped[under_way..].contains(&key) => return false,
-            Some(key) if cursor.jumped.len() < MOST_JUMPED => cursor.jumped.push(key),
+        let size = |key: &Vec<String>| key.iter().map(|value| value.len() + 3).sum::<usize>();
+        let all: usize = reading
+            .iter()
+            .chain(aside.iter())
+            .flat_map(|cursor| &cursor.jumped)
+            .map(size)
+            .sum();
+        let Some(key) = key.filter(|key| all + size(key) <= MOST_JUMPED_BYTES) else {
             // Too many to come back to: the table begins anew.
-            _ => self.state.reading = None,
+            reading.take_if(|cursor| begun(cursor));
+            aside.retain(|cursor| !begun(cursor));
+            return true;
+        };
+        let mut noted = false;
+        for cursor in reading.iter_mut().chain(aside).filter(|cursor| begun(cursor)) {
+            // What is being come back to may have to be come back to once more.
+            let under_way = if cursor.swept && self.window.is_some() {
+                cursor.jumped.len().min(COME_BACK_ROWS)
+            } else {
+                0
+            };
+            if !cursor.jumped[under_way..].contains(&key) {
+                cursor.jumped.push(key.clone());
+                noted = true;
+            }
         }
-        true
+        noted
     }
 
     fn touched(&mut self, change: &Change<'_>) {
@@ -491,7 +543,7 @@ impl Incremental {
             self.rows = FIRST_ROWS;
             match request {
                 None => {
-                    self.state.done.insert(oid);
+                    self.state.done.insert(oid, chunk.shape.member);
                 }
                 Some(request) => {
                     if let Some(tables) = self.state.requests.get_mut(&request) {
@@ -522,10 +574,10 @@ impl Incremental {
         let reading = self.state.reading.as_ref();
         let requested = || self.state.requests.values().flatten().copied();
         let initial = self.tables.iter().map(|table| table.oid).filter(|_| self.initial);
-        let open = initial
-            .clone()
-            .filter(|oid| !self.state.done.contains(oid))
-            .chain(requested());
+        let unread = initial.clone().filter(|oid| !self.state.done.contains_key(oid));
+        let mut open: Vec<u32> = unread.chain(requested()).collect();
+        // What goes on is shown before what does not.
+        open.sort_by_key(|oid| self.refused.contains_key(oid));
         let estimate = |oid: u32| {
             let table = self.tables.iter().find(|table| table.oid == oid);
             table.map_or(1.0, |table| table.estimate)
@@ -537,10 +589,11 @@ impl Incremental {
             _ => 0.0,
         };
         let total: f64 = initial.clone().chain(requested()).map(estimate).sum();
-        let left: f64 = open.clone().map(|oid| estimate(oid) - read(oid)).sum();
+        let left: f64 = open.iter().map(|oid| estimate(*oid) - read(*oid)).sum();
         let in_hand = self.asked.as_ref().map(|(oid, _)| *oid);
         let mut tables: Vec<TableSnapshot> = open
-            .clone()
+            .iter()
+            .copied()
             .take(SHOWN_TABLES)
             .map(|oid| {
                 let is_read = reading.is_some_and(|cursor| cursor.oid == oid);
@@ -561,7 +614,7 @@ impl Incremental {
             .collect();
         tables.sort_by_key(|table| table.rows == 0);
         let count = |tables: usize| u32::try_from(tables).unwrap_or(u32::MAX);
-        let (all, unfinished) = (initial.count() + requested().count(), open.count());
+        let (all, unfinished) = (initial.count() + requested().count(), open.len());
         self.progress.send_replace(Some(SnapshotProgress {
             tables_total: count(all),
             tables_done: count(all - unfinished),

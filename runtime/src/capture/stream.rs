@@ -1,7 +1,7 @@
 //! The loop that turns the replication stream into batches.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     sync::Arc,
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -87,6 +87,9 @@ pub(super) struct Stream<'a> {
     messages: Messages,
     /// Tables that an external publication holds and the globs do not: counted, and not captured.
     left_out: HashSet<u32>,
+    /// Topics that have to be there before the next change of a table, by its OID, with its name. A partition of a table that is captured
+    /// as one is described like the others, and has no changes of its own.
+    topics_due: HashMap<u32, (String, String)>,
     /// The last change in Kafka when the session started; what comes up to there is known.
     published: Option<Position>,
     received: Received,
@@ -124,6 +127,7 @@ impl<'a> Stream<'a> {
             selection,
             messages: Messages::new(config),
             left_out: HashSet::new(),
+            topics_due: HashMap::new(),
             published: checkpoint.published,
             received,
             inflight,
@@ -182,7 +186,7 @@ impl<'a> Stream<'a> {
                     None => return Ok(()),
                 },
                 answer = answer(self.snapshot.as_mut()) => if let Some(snapshot) = &mut self.snapshot {
-                    snapshot.take(answer)?;
+                    snapshot.take(answer);
                 },
                 filled = reader.fill() => filled.map_err(wire)?,
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
@@ -239,6 +243,14 @@ impl<'a> Stream<'a> {
                     snapshot.began(*xid);
                 }
             }
+            LogicalMessage::Insert { relation, .. }
+            | LogicalMessage::Update { relation, .. }
+            | LogicalMessage::Delete { relation, .. } => self.ensure_topic(*relation).await?,
+            LogicalMessage::Truncate { relations } => {
+                for relation in relations.iter() {
+                    self.ensure_topic(relation).await?;
+                }
+            }
             _ => {}
         }
         let Self {
@@ -261,13 +273,14 @@ impl<'a> Stream<'a> {
         match assembler.take(&message)? {
             Assembled::Nothing => {}
             Assembled::Changes(changes) => changes.for_each(|change| {
+                let new = Some(change.position) > *published;
                 // Also what is in the log already, and is sent again: a chunk comes after it.
                 if let Some(snapshot) = snapshot
-                    && snapshot.changed(&change)
+                    && snapshot.changed(&change, new)
                 {
                     batch.snapshot = Some(snapshot.state());
                 }
-                if Some(change.position) > *published && !left_out.contains(&change.relation.oid) {
+                if new && !left_out.contains(&change.relation.oid) {
                     batch.high_time_micros = *high_time_micros;
                     let schemas = versions.next(change.relation, change.position, &mut batch.schemas);
                     let change = Change {
@@ -357,6 +370,7 @@ impl<'a> Stream<'a> {
     /// A snapshot of a table begins at a watermark.
     async fn begin_table(&mut self, shape: &Shape, position: Position, catalog: &Catalog) -> Result<(), CaptureError> {
         self.learn_shape(shape, catalog).await?;
+        self.ensure_topic(shape.oid).await?;
         let snapshot = Snapshot {
             id: position.to_string(),
             incremental: true,
@@ -386,6 +400,11 @@ impl<'a> Stream<'a> {
             return Ok(());
         };
         let shape = &chunk.shape;
+        // By a part of a key, rows are not told apart.
+        if !shape.has_key() && !stale.is_empty() {
+            self.read_again(Again::Disturbed);
+            return Ok(());
+        }
         if !self.has_shape(shape) {
             if self.snapshot.as_ref().is_some_and(Incremental::was_described) {
                 self.read_again(Again::Disturbed);
@@ -394,6 +413,7 @@ impl<'a> Stream<'a> {
             // The stream has not come to speak of the new shape; whatever it had before the watermark was of the old one.
             self.learn_shape(shape, catalog).await?;
         }
+        self.ensure_topic(shape.oid).await?;
         let Some(relation) = self.assembler.relation(shape.oid).cloned() else {
             return Ok(());
         };
@@ -489,11 +509,16 @@ impl<'a> Stream<'a> {
             relation.schema == message.schema
                 && relation.table == message.table
                 && relation.columns.len() == message.columns.len()
-                && relation.columns.iter().zip(&message.columns).all(|(known, column)| {
+                && (relation.columns.iter().zip(&message.columns).enumerate()).all(|(index, (known, column))| {
+                    // Under REPLICA IDENTITY FULL every column is flagged, and the primary key is the key.
+                    let is_key = match message.replica_identity {
+                        b'f' => shape.key().contains(&index),
+                        _ => column.key,
+                    };
                     known.name == column.name
                         && known.type_oid == column.type_oid
                         && known.type_modifier == column.type_modifier
-                        && (known.key == column.key || message.replica_identity == b'f')
+                        && known.key == is_key
                 })
         })
     }
@@ -506,6 +531,13 @@ impl<'a> Stream<'a> {
             self.assembler.take(&LogicalMessage::Type { oid, schema, name })?;
         }
         self.relation(&shape.message(), catalog).await
+    }
+
+    async fn ensure_topic(&mut self, oid: u32) -> Result<(), CaptureError> {
+        if let Some((topic, table)) = self.topics_due.remove(&oid) {
+            self.topics.ensure_data(&topic, &table).await?;
+        }
+        Ok(())
     }
 
     async fn relation(&mut self, message: &RelationMessage<'_>, catalog: &Catalog) -> Result<(), CaptureError> {
@@ -526,7 +558,8 @@ impl<'a> Stream<'a> {
         }
         self.left_out.remove(&relation.oid);
         let topic = topic_name(&self.config.kafka.topic_prefix, schema, table);
-        self.topics.ensure_data(&topic, &format!("{schema}.{table}")).await?;
+        self.topics_due
+            .insert(relation.oid, (topic.clone(), format!("{schema}.{table}")));
         let stream = self
             .config
             .redis

@@ -202,8 +202,13 @@ impl Checkpoint {
         self.acknowledged = at;
         self.system_identifier.clone_from(&server.system_identifier);
         self.timeline = server.timeline;
-        // What was read before says nothing of what changed in between.
-        self.snapshot = SnapshotState::default();
+        // What was read before says nothing of what changed in between. A request that was done is not made again by that.
+        let mut requests = std::mem::take(&mut self.snapshot.requests);
+        requests.retain(|_, tables| tables.is_empty());
+        self.snapshot = SnapshotState {
+            requests,
+            ..SnapshotState::default()
+        };
     }
 }
 
@@ -390,6 +395,18 @@ mod tests {
             released: false,
             accepted_gap: None,
         }
+    }
+
+    #[test]
+    fn a_new_epoch_reads_every_table_anew_and_makes_no_request_again_that_was_done() {
+        let mut checkpoint = checkpoint();
+        checkpoint.snapshot.done.insert(16_384, 1);
+        let requests = [("done".to_owned(), vec![]), ("begun".to_owned(), vec![16_384])];
+        checkpoint.snapshot.requests.extend(requests);
+        checkpoint.begin_epoch(Epoch(2), Lsn(7), &server());
+        assert_eq!(checkpoint.snapshot.requests.keys().collect::<Vec<_>>(), ["done"]);
+        checkpoint.snapshot.requests.clear();
+        assert!(checkpoint.snapshot.is_empty());
     }
 
     fn slot(at: u64) -> SlotState {

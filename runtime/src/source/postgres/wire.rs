@@ -321,6 +321,10 @@ pub const SESSION_SETTINGS: &[(&str, &str)] = &[
     ("quote_all_identifiers", "off"),
     // Creating a slot waits for every older transaction, and so does a change of a publication for its tables' locks.
     ("lock_timeout", "10s"),
+    // Nothing that the role is set to ends a connection which waits for work, or for a sink.
+    ("statement_timeout", "0"),
+    ("idle_in_transaction_session_timeout", "0"),
+    ("idle_session_timeout", "0"),
     // What is changed here is seen by this server alone; a standby that is gone must not hold it up.
     ("synchronous_commit", "local"),
     ("wal_sender_timeout", "10s"),

@@ -29,7 +29,8 @@ pub const CHUNK_ROWS: u32 = 8192;
 /// What a snapshot's session is set to, beside what every session is: a policy that hides rows is an error, and the watermark is in
 /// the WAL when its statement ends, whatever a standby does.
 const SETTINGS: &str = "SET row_security = off; SET search_path = ''; SET synchronous_commit = local;
-    SET standard_conforming_strings = on; SET statement_timeout = 0; SET idle_in_transaction_session_timeout = 0";
+    SET standard_conforming_strings = on;
+    SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings WHERE name = 'transaction_timeout'";
 
 /// What is asked of the reader.
 #[derive(Clone, Debug)]
@@ -101,6 +102,8 @@ pub struct Candidate {
     pub schema: String,
     /// Name.
     pub table: String,
+    /// OID of its [membership](Shape::member) of the publication.
+    pub member: u32,
     /// The planner's estimate of its rows.
     pub estimate: f64,
 }
@@ -280,6 +283,8 @@ fn unreadable(error: &ReadError) -> Option<Answer> {
     if *code == SqlState::LOCK_NOT_AVAILABLE
         || *code == SqlState::QUERY_CANCELED
         || *code == SqlState::T_R_DEADLOCK_DETECTED
+        // The server lacks memory, disk space or the like.
+        || code.code().starts_with("53")
     {
         Some(Answer::Busy(cause))
     } else if *code == SqlState::UNDEFINED_TABLE || *code == SqlState::INVALID_SCHEMA_NAME {
@@ -324,11 +329,13 @@ impl Reader<'_> {
         let client = self.catalog.client();
         let rows = client
             .query(
-                "SELECT c.oid, n.nspname::text, c.relname::text, c.reltuples::float8
-                 FROM pg_catalog.pg_publication_tables p
+                "SELECT c.oid, n.nspname::text, c.relname::text, c.reltuples::float8, coalesce(r.oid, 0)
+                 FROM pg_catalog.pg_publication b
+                 JOIN pg_catalog.pg_publication_tables p ON p.pubname = b.pubname
                  JOIN pg_catalog.pg_namespace n ON n.nspname = p.schemaname
                  JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = p.tablename
-                 WHERE p.pubname = $1 ORDER BY 2, 3",
+                 LEFT JOIN pg_catalog.pg_publication_rel r ON r.prpubid = b.oid AND r.prrelid = c.oid
+                 WHERE b.pubname = $1 ORDER BY 2, 3",
                 &[&self.source.publication.name],
             )
             .await?;
@@ -340,6 +347,7 @@ impl Reader<'_> {
                 table: row.get(2),
                 // Without a VACUUM or ANALYZE there is none, or none that is worth anything.
                 estimate: row.get::<_, f64>(3).max(1.0),
+                member: row.get(4),
             })
             .filter(|table| self.selection.holds(&table.schema, &table.table))
             .collect();
@@ -379,8 +387,10 @@ impl Reader<'_> {
             ))
             .await?;
         let shape = Shape::read(client, publication, oid).await?;
-        // It was renamed in between, so another table was locked.
-        Ok(shape.filter(|shape| shape.from_clause() == before.from_clause()))
+        // If it was renamed in between, another table was locked. Its new name need not be one that is captured.
+        Ok(shape
+            .filter(|shape| shape.from_clause() == before.from_clause())
+            .filter(|shape| self.selection.holds(&shape.schema, &shape.table)))
     }
 
     async fn end(&self, said: Answer) -> Result<Answer, ReadError> {
@@ -389,8 +399,41 @@ impl Reader<'_> {
     }
 
     async fn describe(&self, oid: u32) -> Result<Answer, ReadError> {
-        let shape = self.begin(oid).await?;
-        self.end(shape.map_or(Answer::Gone, Answer::Described)).await
+        let Some(shape) = self.begin(oid).await? else {
+            return self.end(Answer::Gone).await;
+        };
+        // What a chunk would be refused for is refused before anything is published of the table.
+        if let Some(cause) = self.too_large(&shape).await? {
+            return self.end(Answer::Refused(cause)).await;
+        }
+        let client = self.catalog.client();
+        let mut lines = pin!(client.copy_out(&shape.copy_nothing()).await?);
+        while let Some(nothing) = lines.next().await {
+            nothing?;
+        }
+        self.end(Answer::Described(shape)).await
+    }
+
+    /// Why a table cannot be read in chunks, nor as one.
+    async fn too_large(&self, shape: &Shape) -> Result<Option<String>, Error> {
+        if shape.has_key() {
+            return Ok(None);
+        }
+        let size = self
+            .catalog
+            .client()
+            .query_one(
+                "SELECT (pg_catalog.pg_table_size($1::oid) + coalesce(
+                     (SELECT sum(pg_catalog.pg_table_size(relid)) FROM pg_catalog.pg_partition_tree($1::oid)), 0))::int8",
+                &[&shape.oid],
+            )
+            .await?;
+        Ok((size.get::<_, i64>(0) > WHOLE_TABLE_BYTES).then(|| {
+            format!(
+                "it has no key and takes more than {} MiB, so its rows cannot be read in chunks; add a primary key",
+                WHOLE_TABLE_BYTES >> 20
+            )
+        }))
     }
 
     async fn chunk(&self, oid: u32, which: Which, order: &str, limit: u32) -> Result<Answer, ReadError> {
@@ -400,24 +443,17 @@ impl Reader<'_> {
         if shape.order() != order {
             return self.end(Answer::Reordered).await;
         }
+        if let Some(cause) = self.too_large(&shape).await? {
+            return self.end(Answer::Refused(cause)).await;
+        }
         let client = self.catalog.client();
         let now = client
             .query_one(
                 "SELECT pg_catalog.pg_current_snapshot()::text,
-                        (extract(epoch FROM pg_catalog.clock_timestamp()) * 1000000)::int8,
-                        (pg_catalog.pg_table_size($1::oid) + coalesce(
-                            (SELECT sum(pg_catalog.pg_table_size(relid)) FROM pg_catalog.pg_partition_tree($1::oid)), 0))::int8",
-                &[&oid],
+                        (extract(epoch FROM pg_catalog.clock_timestamp()) * 1000000)::int8",
+                &[],
             )
             .await?;
-        if !shape.has_key() && now.get::<_, i64>(2) > WHOLE_TABLE_BYTES {
-            return self
-                .end(Answer::Refused(format!(
-                    "it has no key and takes more than {} MiB, so its rows cannot be read in chunks; add a primary key",
-                    WHOLE_TABLE_BYTES >> 20
-                )))
-                .await;
-        }
         let (largest, limit) = if shape.has_key() && matches!(which, Which::After(_)) {
             (CHUNK_BYTES, limit)
         } else {

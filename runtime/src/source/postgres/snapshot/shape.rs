@@ -18,6 +18,9 @@ pub struct Shape {
     pub schema: String,
     /// Name.
     pub table: String,
+    /// OID of the table's membership of the publication: another one when it left and came back. 0 where it is a member by its schema,
+    /// or as every table is.
+    pub member: u32,
     replica_identity: u8,
     partitioned: bool,
     row_filter: Option<String>,
@@ -36,8 +39,19 @@ struct Column {
     type_schema: String,
     type_name: String,
     identity: bool,
-    /// The collation of the key's index, quoted.
-    collation: Option<String>,
+    /// How the key's index orders it, where it is a part of the key.
+    ordering: Ordering,
+}
+
+/// How an index orders a column, as SQL writes it: no name is looked up in a search path, and what compares is what the index has.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Ordering {
+    /// ` COLLATE …`, or nothing.
+    collate: String,
+    less: String,
+    equal: String,
+    at_least: String,
+    greater: String,
 }
 
 impl Shape {
@@ -56,7 +70,7 @@ impl Shape {
         } else {
             ("NULL::text[]", "NULL::text")
         };
-        let generated = if version >= 180_000 {
+        let is_sent = if version >= 180_000 {
             "true"
         } else {
             "a.attgenerated = ''"
@@ -65,11 +79,13 @@ impl Shape {
             .query_opt(
                 &format!(
                     "SELECT n.nspname::text, c.relname::text, c.relreplident::text, c.relkind = 'p',
-                            {column_list}, {row_filter}
+                            {column_list}, {row_filter}, coalesce(r.oid, 0)
                      FROM pg_catalog.pg_class c
                      JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+                     JOIN pg_catalog.pg_publication b ON b.pubname = $2
                      JOIN pg_catalog.pg_publication_tables p
-                       ON p.schemaname = n.nspname AND p.tablename = c.relname AND p.pubname = $2
+                       ON p.schemaname = n.nspname AND p.tablename = c.relname AND p.pubname = b.pubname
+                     LEFT JOIN pg_catalog.pg_publication_rel r ON r.prpubid = b.oid AND r.prrelid = c.oid
                      WHERE c.oid = $1"
                 ),
                 &[&oid, &publication],
@@ -83,20 +99,27 @@ impl Shape {
                 &format!(
                     "SELECT a.attname::text, a.atttypid, a.atttypmod,
                             pg_catalog.format_type(a.atttypid, a.atttypmod), tn.nspname::text, t.typname::text,
-                            k.n, quote_ident(cn.nspname) || '.' || quote_ident(l.collname),
-                            i.indisreplident OR (i.indisprimary AND c.relreplident = 'd')
+                            k.n, ' COLLATE ' || quote_ident(cn.nspname) || '.' || quote_ident(l.collname),
+                            i.indisreplident OR (i.indisprimary AND c.relreplident = 'd'), {is_sent},
+                            ARRAY(SELECT 'OPERATOR(' || quote_ident(pn.nspname) || '.' || p.oprname || ')'
+                                  FROM pg_catalog.pg_opclass o
+                                  JOIN pg_catalog.pg_amop m ON m.amopfamily = o.opcfamily
+                                    AND m.amoplefttype = o.opcintype AND m.amoprighttype = o.opcintype
+                                  JOIN pg_catalog.pg_operator p ON p.oid = m.amopopr
+                                  JOIN pg_catalog.pg_namespace pn ON pn.oid = p.oprnamespace
+                                  WHERE o.oid = k.opclass AND m.amoppurpose = 's' ORDER BY m.amopstrategy)
                      FROM pg_catalog.pg_attribute a
                      JOIN pg_catalog.pg_class c ON c.oid = a.attrelid
                      JOIN pg_catalog.pg_type t ON t.oid = a.atttypid
                      JOIN pg_catalog.pg_namespace tn ON tn.oid = t.typnamespace
                      LEFT JOIN pg_catalog.pg_index i ON i.indrelid = c.oid
                        AND CASE c.relreplident WHEN 'i' THEN i.indisreplident ELSE i.indisprimary END
-                     LEFT JOIN LATERAL unnest(i.indkey::int2[], i.indcollation::oid[])
-                       WITH ORDINALITY AS k(attnum, collation_oid, n)
+                     LEFT JOIN LATERAL unnest(i.indkey::int2[], i.indcollation::oid[], i.indclass::oid[])
+                       WITH ORDINALITY AS k(attnum, collation_oid, opclass, n)
                        ON k.attnum = a.attnum AND k.n <= i.indnkeyatts
                      LEFT JOIN pg_catalog.pg_collation l ON l.oid = k.collation_oid
                      LEFT JOIN pg_catalog.pg_namespace cn ON cn.oid = l.collnamespace
-                     WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped AND {generated}
+                     WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped
                      ORDER BY a.attnum"
                 ),
                 &[&oid],
@@ -108,7 +131,7 @@ impl Shape {
         for row in &rows {
             let name: String = row.get(0);
             let place: Option<i64> = row.get(6);
-            if column_list.as_ref().is_some_and(|list| !list.contains(&name)) {
+            if !row.get::<_, bool>(9) || column_list.as_ref().is_some_and(|list| !list.contains(&name)) {
                 // Rows cannot be told apart by a key that is not sent in full.
                 whole_key &= place.is_none();
                 continue;
@@ -116,6 +139,21 @@ impl Shape {
             if let Some(place) = place {
                 key.push((place, columns.len()));
             }
+            // The strategies of a B-tree, which every unique index is, in their order.
+            let operators: Vec<String> = row.get(10);
+            let ordering = match <[String; 5]>::try_from(operators) {
+                Ok([less, _, equal, at_least, greater]) => Ordering {
+                    collate: row.get::<_, Option<String>>(7).unwrap_or_default(),
+                    less,
+                    equal,
+                    at_least,
+                    greater,
+                },
+                Err(_) => {
+                    whole_key &= place.is_none();
+                    Ordering::default()
+                }
+            };
             columns.push(Column {
                 name,
                 type_oid: row.get(1),
@@ -124,7 +162,7 @@ impl Shape {
                 type_schema: row.get(4),
                 type_name: row.get(5),
                 identity: place.is_some() && row.get::<_, Option<bool>>(8) == Some(true),
-                collation: row.get(7),
+                ordering,
             });
         }
         key.sort_unstable();
@@ -135,6 +173,7 @@ impl Shape {
             replica_identity: replica_identity.bytes().next().unwrap_or(b'd'),
             partitioned: table.get(3),
             row_filter: table.get(5),
+            member: table.get(6),
             columns,
             key: if whole_key {
                 key.into_iter().map(|(_, index)| index).collect()
@@ -203,27 +242,18 @@ impl Shape {
         self.columns.len()
     }
 
-    /// Says by what the rows are ordered. A place in one order means nothing in another.
+    /// Says which rows are read, and by what they are ordered. A place in one order means nothing in another.
     #[must_use]
     pub fn order(&self) -> String {
-        self.key_list(|column, sql| {
-            let _ = write!(sql, " :: {}", column.sql_type);
-        })
+        let mut order = format!("{} {}", self.member, self.from_clause());
+        for column in self.key_columns() {
+            let _ = write!(order, ", {} :: {}", sort_key(column), column.sql_type);
+        }
+        order
     }
 
-    fn key_list(&self, more: impl Fn(&Column, &mut String)) -> String {
-        let mut sql = String::new();
-        for (index, column) in self.key.iter().map(|index| &self.columns[*index]).enumerate() {
-            if index > 0 {
-                sql.push_str(", ");
-            }
-            sql.push_str(&quote_identifier(&column.name));
-            more(column, &mut sql);
-            if let Some(collation) = &column.collation {
-                let _ = write!(sql, " COLLATE {collation}");
-            }
-        }
-        sql
+    fn key_columns(&self) -> impl Iterator<Item = &Column> {
+        self.key.iter().map(|index| &self.columns[*index])
     }
 
     /// The table's name, with `ONLY` where its children are tables of their own.
@@ -240,68 +270,101 @@ impl Shape {
     /// Prints the rows that come after a key, in its order; from the first one without it.
     #[must_use]
     pub fn copy_chunk(&self, after: Option<&[String]>, limit: u32) -> String {
-        let mut conditions = Vec::new();
-        if let Some(filter) = &self.row_filter {
-            conditions.push(format!("({filter})"));
-        }
-        if let Some(after) = after {
-            let values: Vec<String> = self
-                .key
-                .iter()
-                .zip(after)
-                .map(|(index, value)| {
-                    let column = &self.columns[*index];
-                    let collation = column.collation.as_ref().map(|name| format!(" COLLATE {name}"));
-                    format!(
-                        "{}::{}{}",
-                        quote_literal(value),
-                        column.sql_type,
-                        collation.unwrap_or_default()
-                    )
-                })
-                .collect();
-            conditions.push(format!("({}) > ({})", self.key_list(|_, _| ()), values.join(", ")));
-        }
-        let mut sql = self.select(&conditions);
+        let condition = after.map(|after| {
+            let values = after.iter().map(|value| quote_literal(value));
+            self.comes_after(&self.typed(values))
+        });
+        self.copy_in_order(condition, limit)
+    }
+
+    /// Prints no rows, and takes everything that it takes to print a chunk.
+    #[must_use]
+    pub fn copy_nothing(&self) -> String {
+        let values = self.key.iter().map(|_| "NULL".to_owned());
+        let condition = self.has_key().then(|| self.comes_after(&self.typed(values)));
+        self.copy_in_order(condition, 0)
+    }
+
+    fn copy_in_order(&self, condition: Option<String>, limit: u32) -> String {
+        let mut sql = self.select(condition);
         if self.has_key() {
-            let _ = write!(sql, " ORDER BY {}", self.key_list(|_, _| ()));
+            let keys: Vec<String> = self.key_columns().map(sort_key).collect();
+            let _ = write!(sql, " ORDER BY {}", keys.join(", "));
         }
         format!("COPY ({sql} LIMIT {limit}) TO STDOUT")
+    }
+
+    /// Values of the key's columns, in the order of the index.
+    fn typed(&self, values: impl Iterator<Item = String>) -> Vec<String> {
+        self.key_columns()
+            .zip(values)
+            .map(|(column, value)| format!("{value}::{}{}", column.sql_type, column.ordering.collate))
+            .collect()
+    }
+
+    /// The key is greater than one with these values.
+    fn comes_after(&self, values: &[String]) -> String {
+        let columns: Vec<(&Column, String)> = self.key_columns().map(|column| (column, collated(column))).collect();
+        // As one comparison, the index leads to the place. It has one operator's name for all of its columns.
+        if let [(first, _), others @ ..] = &columns[..]
+            && let greater = &first.ordering.greater
+            && others.iter().all(|(column, _)| column.ordering.greater == *greater)
+        {
+            let names: Vec<&str> = columns.iter().map(|(_, name)| name.as_str()).collect();
+            return format!("({}) {greater} ({})", names.join(", "), values.join(", "));
+        }
+        columns
+            .iter()
+            .zip(values)
+            .rev()
+            .fold(String::new(), |rest, ((column, name), value)| {
+                let Ordering { at_least, greater, .. } = &column.ordering;
+                if rest.is_empty() {
+                    format!("{name} {greater} {value}")
+                } else {
+                    format!("{name} {at_least} {value} AND ({name} {greater} {value} OR ({rest}))")
+                }
+            })
     }
 
     /// Prints the rows with these keys, whose values are in the order of the columns.
     #[must_use]
     pub fn copy_rows(&self, keys: &[Vec<String>]) -> String {
-        let mut key: Vec<&Column> = Vec::new();
-        for (index, column) in self.columns.iter().enumerate() {
-            if self.key.contains(&index) {
-                key.push(column);
-            }
-        }
-        let names: Vec<String> = key.iter().map(|column| quote_identifier(&column.name)).collect();
+        let mut indexes = self.key.clone();
+        indexes.sort_unstable();
         let rows: Vec<String> = keys
             .iter()
             .map(|values| {
-                let values: Vec<String> = key
+                let terms: Vec<String> = indexes
                     .iter()
+                    .map(|index| &self.columns[*index])
                     .zip(values)
-                    .map(|(column, value)| format!("{}::{}", quote_literal(value), column.sql_type))
+                    .map(|(column, value)| {
+                        let Ordering { collate, equal, .. } = &column.ordering;
+                        let value = quote_literal(value);
+                        format!("{} {equal} {value}::{}{collate}", collated(column), column.sql_type)
+                    })
                     .collect();
-                format!("({})", values.join(", "))
+                terms.join(" AND ")
             })
             .collect();
-        let mut conditions: Vec<String> = self.row_filter.iter().map(|filter| format!("({filter})")).collect();
-        conditions.push(format!("({}) IN ({})", names.join(", "), rows.join(", ")));
-        format!("COPY ({}) TO STDOUT", self.select(&conditions))
+        format!("COPY ({}) TO STDOUT", self.select(Some(rows.join(" OR "))))
     }
 
-    fn select(&self, conditions: &[String]) -> String {
+    /// Selects the rows that are published and for which the condition holds.
+    fn select(&self, condition: Option<String>) -> String {
         let columns: Vec<String> = self
             .columns
             .iter()
             .map(|column| quote_identifier(&column.name))
             .collect();
         let mut sql = format!("SELECT {} FROM {}", columns.join(", "), self.from_clause());
+        let conditions: Vec<String> = self
+            .row_filter
+            .iter()
+            .chain(&condition)
+            .map(|sql| format!("({sql})"))
+            .collect();
         if !conditions.is_empty() {
             let _ = write!(sql, " WHERE {}", conditions.join(" AND "));
         }
@@ -309,13 +372,34 @@ impl Shape {
     }
 }
 
+/// A column of the key as its index compares it.
+fn collated(column: &Column) -> String {
+    quote_identifier(&column.name) + &column.ordering.collate
+}
+
+/// It in an `ORDER BY`.
+fn sort_key(column: &Column) -> String {
+    format!("{} USING {}", collated(column), column.ordering.less)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn ordering(schema: &str, collate: &str) -> Ordering {
+        let operator = |sign| format!("OPERATOR({schema}.{sign})");
+        Ordering {
+            collate: collate.to_owned(),
+            less: operator("<"),
+            equal: operator("="),
+            at_least: operator(">="),
+            greater: operator(">"),
+        }
+    }
+
     #[test]
     fn a_chunk_goes_on_after_the_key_in_the_order_of_its_index() {
-        let column = |name: &str, sql_type: &str, collation: Option<&str>| Column {
+        let column = |name: &str, sql_type: &str, collate: &str| Column {
             name: name.to_owned(),
             type_oid: 25,
             type_modifier: -1,
@@ -323,33 +407,40 @@ mod tests {
             type_schema: "pg_catalog".to_owned(),
             type_name: sql_type.to_owned(),
             identity: true,
-            collation: collation.map(str::to_owned),
+            ordering: ordering("s", collate),
         };
         let shape = Shape {
             oid: 1,
             schema: "public".to_owned(),
             table: "Order \"Lines\"".to_owned(),
+            member: 2,
             replica_identity: b'd',
             partitioned: false,
             row_filter: Some("price > 0".to_owned()),
             columns: vec![
-                column("name", "text", Some("pg_catalog.\"C\"")),
-                column("price", "numeric", None),
-                column("no", "character(3)", None),
+                column("name", "text", " COLLATE x.c"),
+                column("price", "numeric", ""),
+                column("no", "character(3)", ""),
             ],
             key: vec![2, 0],
         };
+        let after = ["7  ".to_owned(), "o'x\\".to_owned()];
         assert_eq!(
-            shape.copy_chunk(Some(&["7  ".to_owned(), "o'x\\".to_owned()]), 10),
-            r#"COPY (SELECT "name", "price", "no" FROM ONLY "public"."Order ""Lines""" WHERE (price > 0) AND ("no", "name" COLLATE pg_catalog."C") > ('7  '::character(3), 'o''x\'::text COLLATE pg_catalog."C") ORDER BY "no", "name" COLLATE pg_catalog."C" LIMIT 10) TO STDOUT"#
+            shape.copy_chunk(Some(&after), 10),
+            r#"COPY (SELECT "name", "price", "no" FROM ONLY "public"."Order ""Lines""" WHERE (price > 0) AND (("no", "name" COLLATE x.c) OPERATOR(s.>) ('7  '::character(3), 'o''x\'::text COLLATE x.c)) ORDER BY "no" USING OPERATOR(s.<), "name" COLLATE x.c USING OPERATOR(s.<) LIMIT 10) TO STDOUT"#
         );
         assert_eq!(
             shape.copy_rows(&[
                 vec!["a".to_owned(), "7".to_owned()],
                 vec!["b".to_owned(), "8".to_owned()]
             ]),
-            r#"COPY (SELECT "name", "price", "no" FROM ONLY "public"."Order ""Lines""" WHERE (price > 0) AND ("name", "no") IN (('a'::text, '7'::character(3)), ('b'::text, '8'::character(3)))) TO STDOUT"#
+            r#"COPY (SELECT "name", "price", "no" FROM ONLY "public"."Order ""Lines""" WHERE (price > 0) AND ("name" COLLATE x.c OPERATOR(s.=) 'a'::text COLLATE x.c AND "no" OPERATOR(s.=) '7'::character(3) OR "name" COLLATE x.c OPERATOR(s.=) 'b'::text COLLATE x.c AND "no" OPERATOR(s.=) '8'::character(3))) TO STDOUT"#
         );
+        let mut mixed = shape.clone();
+        mixed.columns[2].ordering = ordering("t", "");
+        let sql = mixed.copy_chunk(Some(&after), 10);
+        let condition = r#"("no" OPERATOR(t.>=) '7  '::character(3) AND ("no" OPERATOR(t.>) '7  '::character(3) OR ("name" COLLATE x.c OPERATOR(s.>) 'o''x\'::text COLLATE x.c)))"#;
+        assert!(sql.contains(condition), "{sql}");
         let keyless = Shape {
             key: vec![],
             row_filter: None,
