@@ -18,6 +18,7 @@ pub use pipeline::{
     TableSnapshot, TableSnapshotState, TablesStatus, TopicManagement,
 };
 pub use replay::{
-    Beginning, GrpcTarget, LogTarget, Now, PipelineReference, ReplayEnd, ReplayJob, ReplayJobSpec, ReplayJobStatus,
-    ReplayPhase, ReplayProgress, ReplayRange, ReplayRuntime, ReplayStart, ReplayTarget, Serve, Speed,
+    Beginning, ChangePosition, GrpcTarget, LogTarget, Now, PipelineReference, RecordOffset, ReplayEnd, ReplayJob,
+    ReplayJobSpec, ReplayJobStatus, ReplayPhase, ReplayProgress, ReplayRange, ReplayRuntime, ReplayStart, ReplayTarget,
+    Serve, Speed,
 };

@@ -80,16 +80,63 @@ pub struct PipelineReference {
 
 /// Where a replay starts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
-#[x_kube(validation = Rule::new("has(self.time) != has(self.at)").message("write exactly one of from.time and from.at"))]
+#[x_kube(validation = Rule::new("[has(self.time), has(self.position), has(self.offset), has(self.at)].exists_one(given, given)").message("write exactly one of from.time, from.position, from.offset and from.at"))]
 #[serde(rename_all = "camelCase")]
 pub struct ReplayStart {
     /// With the first change committed at or after this time, such as `2026-11-20T10:00:00Z`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("format" = "date-time"), length(max = 40))]
     pub time: Option<String>,
+    /// With the transaction of the change at this position, such as `1:0/19BF3A0:0`: what the header `meander-position` of a record
+    /// says, and the field `position` of an entry in Redis.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub position: Option<ChangePosition>,
+    /// With the transaction of a record in Kafka.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub offset: Option<RecordOffset>,
     /// With the oldest change that Kafka still holds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub at: Option<Beginning>,
+}
+
+/// The coordinate of a change: `epoch:LSN:ordinal`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct ChangePosition(pub String);
+
+impl JsonSchema for ChangePosition {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "ChangePosition".into()
+    }
+
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "type": "string",
+            "maxLength": 48,
+            "pattern": "^[0-9]{1,3}:[0-9A-Fa-f]{1,8}/[0-9A-Fa-f]{1,8}:[0-9]{1,20}$",
+        })
+    }
+}
+
+/// A record in one of the pipeline's topics.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RecordOffset {
+    /// Its topic.
+    #[schemars(length(min = 1, max = 249))]
+    pub topic: String,
+    /// Its partition.
+    #[serde(default)]
+    #[schemars(range(min = 0))]
+    pub partition: i32,
+    /// Its offset. Where nobody can read a record there, such as the mark of a transaction's end, the next one is meant where a range
+    /// begins, and the one before where it ends.
+    #[schemars(range(min = 0))]
+    pub offset: i64,
 }
 
 /// A start that is no time: with the oldest change that Kafka still holds.
@@ -101,7 +148,7 @@ pub enum Beginning {
 
 /// Where a replay ends.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
-#[x_kube(validation = Rule::new("has(self.time) != has(self.at)").message("write exactly one of to.time and to.at"))]
+#[x_kube(validation = Rule::new("[has(self.time), has(self.position), has(self.offset), has(self.at)].exists_one(given, given)").message("write exactly one of to.time, to.position, to.offset and to.at"))]
 #[serde(rename_all = "camelCase")]
 pub struct ReplayEnd {
     /// Before the first change committed at or after this time, such as `2026-11-20T11:00:00Z`. A time later than what is
@@ -109,6 +156,12 @@ pub struct ReplayEnd {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("format" = "date-time"), length(max = 40))]
     pub time: Option<String>,
+    /// With the transaction of the change at this position, such as `1:0/19BF3A0:0`, as a whole.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub position: Option<ChangePosition>,
+    /// With the transaction of a record in Kafka, as a whole.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub offset: Option<RecordOffset>,
     /// With the last transaction that is published when the replay starts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub at: Option<Now>,

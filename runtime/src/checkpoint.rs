@@ -5,6 +5,7 @@
 
 use std::{
     collections::HashMap,
+    ops::ControlFlow,
     time::{Duration, Instant},
 };
 
@@ -234,9 +235,24 @@ impl Tail {
         partition: i32,
         wanted: impl Fn(&BorrowedMessage<'_>) -> bool,
     ) -> Result<Option<OwnedMessage>, TailError> {
+        let (low, end) = self.watermarks(topic, partition, Instant::now() + self.timeout)?;
+        self.find_last_in(topic, partition, low..end, wanted)
+    }
+
+    /// As [`Tail::find_last`], in a stretch of the partition that ends at or before its last stable offset.
+    ///
+    /// # Errors
+    /// When the partition cannot be read in time.
+    pub fn find_last_in(
+        &self,
+        topic: &str,
+        partition: i32,
+        stretch: std::ops::Range<i64>,
+        wanted: impl Fn(&BorrowedMessage<'_>) -> bool,
+    ) -> Result<Option<OwnedMessage>, TailError> {
         let deadline = Instant::now() + self.timeout;
-        let (low, end) = self.watermarks(topic, partition, deadline)?;
-        let mut from = end;
+        let low = stretch.start;
+        let mut from = stretch.end;
         let mut step = FIRST_STEP;
         while from > low {
             let until = from;
@@ -249,6 +265,33 @@ impl Tail {
         Ok(None)
     }
 
+    /// The offsets that a partition holds, up to its last stable offset.
+    ///
+    /// # Errors
+    /// When the partition does not exist, or Kafka does not answer in time.
+    pub fn stretch(&self, topic: &str, partition: i32) -> Result<std::ops::Range<i64>, TailError> {
+        let (low, end) = self.watermarks(topic, partition, Instant::now() + self.timeout)?;
+        Ok(low..end)
+    }
+
+    /// The first committed record in a stretch of a partition that ends at or before its last stable offset.
+    ///
+    /// # Errors
+    /// When the partition cannot be read in time.
+    pub fn first_in(
+        &self,
+        topic: &str,
+        partition: i32,
+        stretch: std::ops::Range<i64>,
+    ) -> Result<Option<OwnedMessage>, TailError> {
+        let mut first = None;
+        self.read(topic, partition, stretch, Instant::now() + self.timeout, |record| {
+            first = Some(record.detach());
+            ControlFlow::Break(())
+        })?;
+        Ok(first)
+    }
+
     /// The last record in a stretch of a partition that ends at or before its last stable offset.
     fn last_in(
         &self,
@@ -258,21 +301,43 @@ impl Tail {
         wanted: impl Fn(&BorrowedMessage<'_>) -> bool,
         deadline: Instant,
     ) -> Result<Option<OwnedMessage>, TailError> {
+        let mut last = None;
+        self.read(topic, partition, stretch, deadline, |record| {
+            if wanted(record) {
+                last = Some(record.detach());
+            }
+            ControlFlow::Continue(())
+        })?;
+        Ok(last)
+    }
+
+    /// Shows the committed records in a stretch of a partition that ends at or before its last stable offset, in their order.
+    fn read(
+        &self,
+        topic: &str,
+        partition: i32,
+        stretch: std::ops::Range<i64>,
+        deadline: Instant,
+        mut see: impl FnMut(&BorrowedMessage<'_>) -> ControlFlow<()>,
+    ) -> Result<(), TailError> {
         let unreadable = |source| self.unreadable(topic, partition, source);
         let mut assignment = TopicPartitionList::new();
         assignment
             .add_partition_offset(topic, partition, Offset::Offset(stretch.start))
             .and_then(|()| self.consumer.assign(&assignment))
             .map_err(unreadable)?;
-        let mut last = None;
         let mut failure = KafkaError::MessageConsumption(RDKafkaErrorCode::OperationTimedOut);
         loop {
             match self.consumer.poll(deadline.saturating_duration_since(Instant::now())) {
-                Some(Ok(record)) if record.offset() >= stretch.end => return Ok(last),
-                Some(Ok(record)) if record.offset() >= stretch.start && wanted(&record) => last = Some(record.detach()),
+                Some(Ok(record)) if record.offset() >= stretch.end => return Ok(()),
+                Some(Ok(record)) if record.offset() >= stretch.start => {
+                    if see(&record).is_break() {
+                        return Ok(());
+                    }
+                }
                 Some(Ok(_)) => {}
                 // It is sent at the last stable offset, which never falls, and the stretch ends at or before it.
-                Some(Err(KafkaError::PartitionEOF(_))) => return Ok(last),
+                Some(Err(KafkaError::PartitionEOF(_))) => return Ok(()),
                 // The client goes on by itself after every other error.
                 Some(Err(error)) => failure = error,
                 None => {}

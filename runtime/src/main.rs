@@ -3,7 +3,10 @@
 use std::{error::Error, io::IsTerminal as _, path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Parser, Subcommand};
-use meander_runtime::{capture, replay};
+use meander_runtime::{
+    capture,
+    replay::{self, error::ReplayError},
+};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
@@ -63,7 +66,10 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!(error = chain(error.as_ref()), "ended");
-            ExitCode::FAILURE
+            match error.downcast_ref::<ReplayError>() {
+                Some(error) if error.is_permanent() => ExitCode::from(meander_config::EXIT_PERMANENT),
+                _ => ExitCode::FAILURE,
+            }
         }
     }
 }

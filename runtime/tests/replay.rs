@@ -13,7 +13,8 @@ use std::{
 };
 
 use meander_config::{
-    KafkaCluster, KafkaLog, OperatorLink, ReplayConfig, ReplayEnd, ReplayStart, ReplayTarget, ResourceIdentity, Speed,
+    KafkaCluster, KafkaLog, OperatorLink, RecordOffset, ReplayConfig, ReplayEnd, ReplayStart, ReplayTarget,
+    ResourceIdentity, Speed,
 };
 use meander_proto::v1::{
     DeliverAck, Directive, ProgressUpdate, ReplayEvent, ReplayProgress, ReplayRequest, ReplayedRecord,
@@ -552,7 +553,7 @@ async fn the_whole_log_comes_once_in_commit_order_and_its_end_is_told() {
     assert_eq!(range.to_time_micros, log.high_time);
     assert_eq!(
         operator.conditions(),
-        BTreeMap::from([("Complete".to_owned(), "Complete".to_owned())])
+        BTreeMap::from([("Complete".to_owned(), "Delivered".to_owned())])
     );
 
     let word: serde_json::Value = serde_json::from_slice(&std::fs::read(word).unwrap()).unwrap();
@@ -600,6 +601,124 @@ async fn ranges_that_touch_share_nothing_leave_nothing_out_and_split_no_transact
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_range_by_positions_or_records_holds_their_transactions_as_a_whole() {
+    let (log, changes) = log_with_history().await;
+    let of = |transactions: std::ops::RangeInclusive<u64>| {
+        let lsns = transactions.start() * 0x10 + 0x100..=transactions.end() * 0x10 + 0x100;
+        expected(
+            changes
+                .iter()
+                .filter(|change| lsns.contains(&change.position.commit_lsn.0)),
+        )
+    };
+    let transaction = |number: u64| Lsn(0x100 + number * 0x10);
+    // The middle of a transaction, one that nobody made, and one after everything.
+    let middle = |number| ReplayStart::Position(format!("1:{}:2", transaction(number)));
+    let until = |number| ReplayEnd::Position(format!("1:{}:0", transaction(number)));
+    let between = ReplayStart::Position(format!("1:{}:0", Lsn(transaction(8).0 + 8)));
+    let operator = Operator::start(Directive::default()).await;
+    let folder = tempfile::tempdir().unwrap();
+    let replayed = async |from: ReplayStart, to: ReplayEnd| {
+        let receiver = Receiver::start().await;
+        operator.update.send_replace(ProgressUpdate::default());
+        let config = ReplayConfig {
+            from,
+            to,
+            operator: operator.link(&folder),
+            ..log.config(receiver.target())
+        };
+        assert_eq!(replay(config).await.unwrap(), End::Complete);
+        let progress = operator.reported(|progress| progress.phase() == Phase::Succeeded).await;
+        (receiver.changes(), progress.resolved_range.unwrap())
+    };
+    let (taken, resolved) = replayed(middle(4), until(13)).await;
+    assert_eq!(taken, of(4..=13));
+    let end = START + 13 * 60 * SECOND;
+    assert_eq!(
+        resolved.to_time_micros / 1000,
+        (end + 123) / 1000,
+        "as the last change of it was committed"
+    );
+    let (_, whole) = replayed(ReplayStart::Beginning, ReplayEnd::Now).await;
+    assert!(
+        resolved.offsets * 2 < whole.offsets,
+        "the stretches are cut: {resolved:?} of {whole:?}"
+    );
+    assert_eq!(replayed(between, until(29)).await.0, of(9..=29));
+    assert_eq!(replayed(ReplayStart::Beginning, until(0)).await.0, of(0..=0));
+    assert_eq!(replayed(middle(29), until(500)).await.0, of(29..=29));
+    assert_eq!(replayed(middle(30), until(500)).await.0, []);
+
+    // By records: each transaction that has one in the orders is found by its offset.
+    let mut receiver = Receiver::start().await;
+    assert_eq!(replay(log.config(receiver.target())).await.unwrap(), End::Complete);
+    let orders = log.topic("orders");
+    let record = |number: u64| {
+        let received = receiver.received.lock().unwrap();
+        let lsn = format!("1:{}:", transaction(number));
+        let found = received
+            .iter()
+            .find(|record| record.topic == orders && record.position.starts_with(&lsn))
+            .unwrap();
+        RecordOffset {
+            topic: orders.clone(),
+            partition: found.partition,
+            offset: found.offset,
+        }
+    };
+    let (from, to) = (record(3), record(20));
+    assert_eq!(
+        replayed(ReplayStart::Offset(from.clone()), ReplayEnd::Offset(to.clone()))
+            .await
+            .0,
+        of(3..=20)
+    );
+    // What follows a transaction's last record is the mark of its end, which nobody can read.
+    let last = |offset: &RecordOffset| RecordOffset {
+        offset: offset.offset + 1,
+        ..offset.clone()
+    };
+    let (mark, _) = replayed(ReplayStart::Offset(from.clone()), ReplayEnd::Offset(last(&from))).await;
+    assert!(mark.starts_with(&of(3..=3)), "{mark:?}");
+
+    receiver = Receiver::start().await;
+    for (bad, reason) in [
+        (
+            ReplayStart::Offset(RecordOffset {
+                offset: 1 << 40,
+                ..to.clone()
+            }),
+            "NoSuchRecord",
+        ),
+        (
+            ReplayStart::Offset(RecordOffset {
+                partition: 77,
+                ..to.clone()
+            }),
+            "NoSuchRecord",
+        ),
+        (
+            ReplayStart::Offset(RecordOffset {
+                topic: "elsewhere".to_owned(),
+                ..to.clone()
+            }),
+            "NoSuchRecord",
+        ),
+        (ReplayStart::Position("1:0/10".to_owned()), "InvalidPosition"),
+        (middle(14), "EmptyRange"),
+    ] {
+        let config = ReplayConfig {
+            from: bad,
+            to: until(13),
+            ..log.config(receiver.target())
+        };
+        let error = replay(config).await.unwrap_err();
+        assert_eq!(error.reason(), reason, "{error}");
+        assert!(error.is_permanent());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_range_that_holds_nothing_succeeds_with_nothing() {
     let (log, _) = log_with_history().await;
     for (from, to) in [
@@ -612,8 +731,16 @@ async fn a_range_that_holds_nothing_succeeds_with_nothing() {
             to: ReplayEnd::Time(time(to)),
             ..log.config(receiver.target())
         };
+        let operator = Operator::start(Directive::default()).await;
+        let folder = tempfile::tempdir().unwrap();
+        let config = ReplayConfig {
+            operator: operator.link(&folder),
+            ..config
+        };
         assert_eq!(replay(config).await.unwrap(), End::Complete);
         assert_eq!(receiver.changes(), []);
+        operator.reported(|progress| progress.phase() == Phase::Succeeded).await;
+        assert_eq!(operator.conditions()["Complete"], "NothingInRange");
     }
 }
 

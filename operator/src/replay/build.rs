@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::{
     api::{
-        batch::v1::{Job, JobSpec},
+        batch::v1::{Job, JobSpec, PodFailurePolicy, PodFailurePolicyOnExitCodesRequirement, PodFailurePolicyRule},
         core::v1::{ConfigMap, Service, ServiceAccount, ServicePort, ServiceSpec},
     },
     apimachinery::pkg::{apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
@@ -99,6 +99,17 @@ pub fn build(replay: &ReplayJob, valid: &ValidReplay, settings: &Settings) -> Ob
                 backoff_limit: Some(3),
                 // One pod delivers at a time: one that is told to go goes on delivering until it has gone.
                 pod_replacement_policy: Some("Failed".to_owned()),
+                pod_failure_policy: Some(PodFailurePolicy {
+                    rules: vec![PodFailurePolicyRule {
+                        action: "FailJob".to_owned(),
+                        on_exit_codes: Some(PodFailurePolicyOnExitCodesRequirement {
+                            container_name: Some(REPLAY.to_owned()),
+                            operator: "In".to_owned(),
+                            values: vec![i32::from(meander_config::EXIT_PERMANENT)],
+                        }),
+                        on_pod_conditions: None,
+                    }],
+                }),
                 template: pod.template(settings, labels.clone(), BTreeMap::new()),
                 ..JobSpec::default()
             }),

@@ -149,10 +149,14 @@ fn end(inputs: &Inputs<'_>, report: Option<&v1::ReplayProgress>, word: Option<&F
         if said.is_none() && cancel {
             return Some(cancelled());
         }
+        let (reason, message) = match word {
+            Some(word) if !word.reason.is_empty() => (word.reason.as_str(), word.message.as_str()),
+            _ => ("Delivered", "The whole range was delivered."),
+        };
         return Some(End {
             phase: ReplayPhase::Succeeded,
-            reason: "Delivered".to_owned(),
-            message: "The whole range was delivered.".to_owned(),
+            reason: reason.to_owned(),
+            message: message.to_owned(),
         });
     }
     let failed = job::condition(job, "Failed")?;

@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 use kube::ResourceExt as _;
 use meander_config::{ReplayConfig, ReplayEnd, ReplayStart, ReplayTarget, ResourceIdentity, Speed};
-use meander_crds::{LogLevel, ReplayJob, Resources};
+use meander_crds::{ChangePosition, LogLevel, RecordOffset, ReplayJob, Resources};
 
 use super::dereference::Facts;
 use crate::{
@@ -67,15 +67,24 @@ pub fn validate(replay: &ReplayJob, facts: &Facts, settings: &Settings) -> Resul
             .map(|_| time.to_owned())
             .map_err(|_| invalid(format!("{field} is not a time; write it like 2026-11-20T10:00:00Z")))
     };
-    let from = match (&spec.from.time, spec.from.at) {
-        (Some(from), _) => ReplayStart::Time(time("from.time", from)?),
-        (None, Some(_)) => ReplayStart::Beginning,
-        (None, None) => return Err(invalid("write exactly one of from.time and from.at".to_owned())),
+    // The API server admits exactly one of each.
+    let from = if let Some(from) = &spec.from.time {
+        ReplayStart::Time(time("from.time", from)?)
+    } else if let Some(ChangePosition(from)) = &spec.from.position {
+        ReplayStart::Position(from.clone())
+    } else if let Some(from) = &spec.from.offset {
+        ReplayStart::Offset(record(from))
+    } else {
+        ReplayStart::Beginning
     };
-    let to = match (&spec.to.time, spec.to.at) {
-        (Some(to), _) => ReplayEnd::Time(time("to.time", to)?),
-        (None, Some(_)) => ReplayEnd::Now,
-        (None, None) => return Err(invalid("write exactly one of to.time and to.at".to_owned())),
+    let to = if let Some(to) = &spec.to.time {
+        ReplayEnd::Time(time("to.time", to)?)
+    } else if let Some(ChangePosition(to)) = &spec.to.position {
+        ReplayEnd::Position(to.clone())
+    } else if let Some(to) = &spec.to.offset {
+        ReplayEnd::Offset(record(to))
+    } else {
+        ReplayEnd::Now
     };
     let speed: Speed = spec
         .speed
@@ -140,4 +149,12 @@ pub fn validate(replay: &ReplayJob, facts: &Facts, settings: &Settings) -> Resul
         resources: spec.runtime.resources.clone(),
         log_level: spec.runtime.log_level,
     })
+}
+
+fn record(offset: &RecordOffset) -> meander_config::RecordOffset {
+    meander_config::RecordOffset {
+        topic: offset.topic.clone(),
+        partition: offset.partition,
+        offset: offset.offset,
+    }
 }

@@ -453,8 +453,24 @@ pub struct OperatorLink {
 pub enum ReplayStart {
     /// With the first change at or after this commit time, RFC 3339.
     Time(String),
+    /// With the transaction of the change at this position, `epoch:LSN:ordinal`.
+    Position(String),
+    /// With the transaction of this record, or of the next one that can be read.
+    Offset(RecordOffset),
     /// With the oldest change that Kafka still holds.
     Beginning,
+}
+
+/// A record in Kafka.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct RecordOffset {
+    /// Its topic, one of the pipeline's.
+    pub topic: String,
+    /// Its partition.
+    pub partition: i32,
+    /// Its offset.
+    pub offset: i64,
 }
 
 /// Where a replay ends.
@@ -463,6 +479,10 @@ pub enum ReplayStart {
 pub enum ReplayEnd {
     /// Before the first change at or after this commit time, RFC 3339.
     Time(String),
+    /// With the transaction of the change at this position, `epoch:LSN:ordinal`.
+    Position(String),
+    /// With the transaction of this record, or of the last one before it that can be read.
+    Offset(RecordOffset),
     /// With the last transaction that is published when the replay starts.
     Now,
 }
@@ -554,6 +574,9 @@ pub enum ReplayTarget {
     /// Write each change as one line of JSON to standard output.
     Log,
 }
+
+/// The exit code of a process that would fail in the same way if it were started again: it does not help to try.
+pub const EXIT_PERMANENT: u8 = 3;
 
 fn default_admin_address() -> SocketAddr {
     SocketAddr::from(([0, 0, 0, 0], 9464))

@@ -8,7 +8,7 @@ use super::{
     record::{Coordinate, InvalidHeader},
     target::TargetError,
 };
-use crate::{checkpoint::TailError, kafka_client::ClientError, sink::SinkError};
+use crate::{checkpoint::TailError, kafka_client::ClientError, position::InvalidPosition, sink::SinkError};
 
 /// A replay cannot go on. Each message says the cause and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -23,8 +23,32 @@ pub enum ReplayError {
         /// What is wrong with it.
         source: jiff::Error,
     },
+    /// A position in the configuration cannot be understood.
+    #[error("`{field}`: {source}")]
+    InvalidPosition {
+        /// `from` or `to`.
+        field: &'static str,
+        /// What is wrong with it.
+        source: InvalidPosition,
+    },
+    /// The record that a range is bounded by is not there.
+    #[error(
+        "`{field}` names offset {offset} in partition {partition} of {topic}, which is not there: {cause}; create another replay"
+    )]
+    NoSuchRecord {
+        /// `from` or `to`.
+        field: &'static str,
+        /// The topic.
+        topic: String,
+        /// The partition.
+        partition: i32,
+        /// The offset.
+        offset: i64,
+        /// Why it is not.
+        cause: String,
+    },
     /// The range ends before it starts.
-    #[error("the range would end before it starts: set `to` to a time after `from`")]
+    #[error("the range would end before it starts: set `to` to something after `from`")]
     EmptyRange,
     /// The pipeline has not written a log.
     #[error(
@@ -157,11 +181,39 @@ pub(super) fn no_client(error: ClientError) -> ReplayError {
 }
 
 impl ReplayError {
+    /// Whether a replay of the same range into the same target would fail in the same way.
+    #[must_use]
+    pub fn is_permanent(&self) -> bool {
+        match self {
+            Self::InvalidTime { .. }
+            | Self::InvalidPosition { .. }
+            | Self::NoSuchRecord { .. }
+            | Self::EmptyRange
+            | Self::LogTruncated { .. }
+            | Self::ForeignRecord { .. }
+            | Self::Disorder { .. } => true,
+            Self::Target(error) => error.is_permanent(),
+            Self::NoDurableLog { .. }
+            | Self::TailUnreadable(_)
+            | Self::NotAdmitted(_)
+            | Self::KafkaUnreachable { .. }
+            | Self::LogStalled { .. }
+            | Self::HangingTransaction { .. }
+            | Self::TaskStopped(_)
+            | Self::NoToken { .. }
+            | Self::Listen { .. }
+            | Self::Server(_)
+            | Self::Interrupted => false,
+        }
+    }
+
     /// The reason, in PascalCase, as it stands in conditions and events.
     #[must_use]
     pub fn reason(&self) -> &'static str {
         match self {
             Self::InvalidTime { .. } => "InvalidTime",
+            Self::InvalidPosition { .. } => "InvalidPosition",
+            Self::NoSuchRecord { .. } => "NoSuchRecord",
             Self::EmptyRange => "EmptyRange",
             Self::NoDurableLog { .. } => "NoDurableLog",
             Self::NotAdmitted(error) => error.reason(),

@@ -13,12 +13,13 @@ pub mod pace;
 pub mod range;
 pub mod reader;
 pub mod record;
+pub mod seek;
 pub mod target;
 
 use std::{path::Path, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
-use meander_config::{ReplayConfig, ReplayTarget};
+use meander_config::{ReplayConfig, ReplayEnd, ReplayTarget};
 use meander_proto::v1::{ReplayProgress, replay_progress::Phase};
 use prometheus::{Gauge, IntCounter, IntGauge, Registry};
 use serde::Serialize;
@@ -66,7 +67,7 @@ pub async fn run(config: ReplayConfig, shutdown: CancellationToken) -> Result<En
         metrics: metrics.map(Arc::new),
     };
     let result = replay(&config, orders, &report, &shutdown).await;
-    let word = report.conclude(&result);
+    let word = report.conclude(&config, &result);
     if let Some(path) = &config.termination_message_file {
         write_word(path, &word).await;
     }
@@ -97,7 +98,7 @@ async fn replay(
         .await
         .map_err(|source| ReplayError::Listen { address, source })?;
 
-    report.waiting(orders.current().paused);
+    report.resolving(orders.current().paused);
     let Some(range) = resolve(config, &mut orders, shutdown).await? else {
         return Ok(End::Cancelled);
     };
@@ -167,24 +168,31 @@ pub struct JobReport {
 }
 
 impl JobReport {
-    /// The range is being resolved, or nobody is there to take it.
-    pub fn waiting(&self, paused: bool) {
+    /// The range is being resolved.
+    fn resolving(&self, paused: bool) {
+        self.waiting(paused, "Resolving", "Kafka is asked where the range begins and ends.");
+    }
+
+    /// Nobody is there to take it.
+    pub fn unattended(&self, paused: bool) {
+        self.waiting(paused, "WaitingForSubscriber", "No subscriber has come yet.");
+    }
+
+    fn waiting(&self, paused: bool, reason: &'static str, message: &str) {
         self.reporter.update(|state| {
             state
                 .progress
                 .set_phase(if paused { Phase::Paused } else { Phase::Pending });
-            state.conditions.set(
-                ConditionType::Progressing,
-                !paused,
-                "Waiting",
-                "The replay has not begun to deliver.",
-            );
+            state
+                .conditions
+                .set(ConditionType::Progressing, !paused, reason, message.to_owned());
         });
     }
 
     fn resolved(&self, range: &Range) {
         tracing::info!(
             from = range.from.map(|from| micros(from.saturating_mul(1000))),
+            first = range.first.map(|first| first.to_string()),
             to = micros(range.end_time()),
             end = range.end.map(|end| end.to_string()),
             partitions = range.partitions.len(),
@@ -198,7 +206,7 @@ impl JobReport {
             tokio::time::Instant::now(),
         );
         self.reporter.update(|state| state.progress = progress);
-        if let Some((topic, partition)) = range.emptied.first().filter(|_| range.from.is_some()) {
+        if let Some((topic, partition)) = range.emptied.first().filter(|_| range.has_start()) {
             let others = range.emptied.len() - 1;
             self.set_truncated(format!(
                 "Kafka has deleted everything in partition {partition} of {topic} (and {others} more like it), so nobody can say \
@@ -223,13 +231,12 @@ impl JobReport {
     }
 
     /// Sets the last state, and says it.
-    fn conclude(&self, result: &Result<End, ReplayError>) -> FinalWord {
+    fn conclude(&self, config: &ReplayConfig, result: &Result<End, ReplayError>) -> FinalWord {
         let (phase, reason, message) = match result {
-            Ok(End::Complete) => (
-                Some(Phase::Succeeded),
-                "Complete",
-                "Everything in the range is delivered.".to_owned(),
-            ),
+            Ok(End::Complete) => {
+                let (reason, message) = completion(config, &self.reporter.state().progress);
+                (Some(Phase::Succeeded), reason, message)
+            }
             Ok(End::Cancelled) => (
                 Some(Phase::Cancelled),
                 "Cancelled",
@@ -313,6 +320,28 @@ impl Report for JobReport {
              replay from there."
         ));
     }
+}
+
+/// What is said of a replay that came to its end: also that there was nothing, or less than was asked for.
+fn completion(config: &ReplayConfig, progress: &ReplayProgress) -> (&'static str, String) {
+    let end = progress.resolved_range.as_ref().map_or(0, |range| range.to_time_micros);
+    let asked_for_more = match &config.to {
+        ReplayEnd::Time(to) => to.parse::<Timestamp>().is_ok_and(|to| to.as_microsecond() > end),
+        _ => false,
+    };
+    let (reason, delivered) = match progress.delivered {
+        0 => (
+            "NothingInRange",
+            "No change was committed in the range, so nothing was delivered.",
+        ),
+        _ => ("Delivered", "The whole range was delivered."),
+    };
+    if asked_for_more && end > 0 {
+        let end = micros(end);
+        let last = format!("{delivered} The last change in the log when the replay started was committed at {end}.");
+        return (reason, last);
+    }
+    (reason, delivered.to_owned())
 }
 
 /// What a replay leaves behind, as JSON.

@@ -6,7 +6,7 @@ use std::{
 };
 
 use jiff::Timestamp;
-use meander_config::{KafkaLog, ReplayConfig, ReplayEnd, ReplayStart};
+use meander_config::{KafkaLog, RecordOffset, ReplayConfig, ReplayEnd, ReplayStart};
 use rdkafka::{
     Message as _, Offset, TopicPartitionList,
     consumer::{BaseConsumer, Consumer as _},
@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     error::{ReplayError, no_client},
     record::ResumeToken,
+    seek::Seek,
 };
 use crate::{
     checkpoint::{Tail, TailError, client_config, read_checkpoint, retry_until},
@@ -34,7 +35,7 @@ const SETTLE_PAUSE: Duration = Duration::from_millis(20);
 
 /// The frozen range.
 ///
-/// A record belongs to it if its timestamp is in `[from, to)` and its change is not after `end`. Timestamps are the running
+/// A record belongs to it if its timestamp is in `[from, to)` and its change is neither before `first` nor after `end`. Timestamps are the running
 /// maximum of the commit times in commit order, in milliseconds, and all changes of a transaction have the same: so the range is
 /// one stretch of commit order, holds whole transactions only, and ranges that touch share nothing and leave nothing out.
 #[derive(Clone, Debug)]
@@ -43,9 +44,12 @@ pub struct Range {
     pub from: Option<i64>,
     /// Timestamp before which the last records are; none: bounded by `end` alone.
     pub to: Option<i64>,
-    /// The end of the log when the range was resolved, of a replay that of its last whole transaction; none in an empty log.
+    /// The beginning of the first transaction; none: bounded by `from` alone.
+    pub first: Option<Position>,
+    /// The end of the last transaction that may be in the range: the one that was asked for, if the log had reached it when the range was
+    /// resolved, and otherwise that of the log. None in an empty log.
     pub end: Option<Position>,
-    /// The greatest commit time in the log when the range was resolved, in microseconds.
+    /// The greatest commit time up to `end`, in microseconds.
     pub high_time: i64,
     /// The partitions that may hold something of it.
     pub partitions: Vec<Stretch>,
@@ -86,11 +90,24 @@ impl Range {
         let within = self.end.is_some_and(|end| position <= end);
         if !within || self.to.is_some_and(|to| timestamp >= to) {
             Place::Beyond
-        } else if self.from.is_some_and(|from| timestamp < from) {
+        } else if self.from.is_some_and(|from| timestamp < from) || self.first.is_some_and(|first| position < first) {
             Place::Before
         } else {
             Place::Inside
         }
+    }
+
+    /// Whether the range begins before a record's transaction.
+    #[must_use]
+    pub fn begins_before(&self, timestamp: i64, position: Position) -> bool {
+        let transaction = beginning(position);
+        self.from.is_some_and(|from| from < timestamp) || self.first.is_some_and(|first| first < transaction)
+    }
+
+    /// Whether it has a beginning of its own, and not what Kafka happens to hold.
+    #[must_use]
+    pub fn has_start(&self) -> bool {
+        self.from.is_some() || self.first.is_some()
     }
 
     /// An upper bound of the records to come.
@@ -120,11 +137,11 @@ impl Range {
 pub fn resolve(config: &ReplayConfig, stop: &CancellationToken) -> Result<Range, ReplayError> {
     let from = match &config.from {
         ReplayStart::Time(text) => Some(milliseconds("from", text)?),
-        ReplayStart::Beginning => None,
+        _ => None,
     };
     let to = match &config.to {
         ReplayEnd::Time(text) => Some(milliseconds("to", text)?),
-        ReplayEnd::Now => None,
+        _ => None,
     };
     if from.zip(to).is_some_and(|(from, to)| to < from) {
         return Err(ReplayError::EmptyRange);
@@ -146,15 +163,113 @@ pub fn resolve(config: &ReplayConfig, stop: &CancellationToken) -> Result<Range,
     let mut range = Range {
         from,
         to,
+        first: None,
         end: checkpoint.complete,
         high_time: checkpoint.high_time_micros,
         partitions: Vec::new(),
         emptied: Vec::new(),
     };
-    if range.end.is_some() {
-        locate(&mut range, &config.kafka, &checkpoint_topic, stop)?;
+    if let Some(end) = range.end {
+        let kafka = &config.kafka;
+        range.first = match &config.from {
+            ReplayStart::Position(text) => Some(position("from", text)?),
+            ReplayStart::Offset(record) => Some(position_at(kafka, "from", record)?),
+            ReplayStart::Time(_) | ReplayStart::Beginning => None,
+        }
+        .map(beginning);
+        let last = match &config.to {
+            ReplayEnd::Position(text) => Some(position("to", text)?),
+            ReplayEnd::Offset(record) => Some(position_at(kafka, "to", record)?),
+            ReplayEnd::Time(_) | ReplayEnd::Now => None,
+        }
+        .map(|last| Position::end_of_transaction(last.epoch, last.commit_lsn));
+        if range.first.zip(last).is_some_and(|(first, last)| last < first) {
+            return Err(ReplayError::EmptyRange);
+        }
+        let last = last.filter(|last| *last < end);
+        range.end = last.or(range.end);
+        locate(&mut range, kafka, &checkpoint_topic, stop)?;
+        narrow(&mut range, kafka, last)?;
     }
     Ok(range)
+}
+
+/// Where the transaction of a change begins.
+fn beginning(position: Position) -> Position {
+    Position { ordinal: 0, ..position }
+}
+
+/// The position of a record in Kafka. `field` is for the error.
+fn position_at(kafka: &KafkaLog, field: &'static str, wanted: &RecordOffset) -> Result<Position, ReplayError> {
+    let missing = |cause: String| ReplayError::NoSuchRecord {
+        field,
+        topic: wanted.topic.clone(),
+        partition: wanted.partition,
+        offset: wanted.offset,
+        cause,
+    };
+    let prefix = format!("{}.", kafka.topic_prefix);
+    if !wanted.topic.starts_with(&prefix) {
+        return Err(missing(format!("the topics of this pipeline begin with {prefix:?}")));
+    }
+    let tail = Tail::new(&kafka.cluster(), TIMEOUT).map_err(ReplayError::TailUnreadable)?;
+    let stretch = match tail.stretch(&wanted.topic, wanted.partition) {
+        Ok(stretch) => stretch,
+        Err(error @ TailError::NoSuchPartition { .. }) => return Err(missing(error.to_string())),
+        Err(error) => return Err(ReplayError::TailUnreadable(error)),
+    };
+    if !stretch.contains(&wanted.offset) {
+        return Err(missing(format!("Kafka holds {} to {}", stretch.start, stretch.end - 1)));
+    }
+    let topic = Arc::from(wanted.topic.as_str());
+    let seek = Seek {
+        tail: &tail,
+        topic: &topic,
+        partition: wanted.partition,
+        stretch,
+    };
+    let record = match field {
+        "from" => seek.first_from(wanted.offset)?,
+        _ => seek.last_before(wanted.offset + 1)?,
+    };
+    record
+        .map(|record| record.coordinate.position)
+        .ok_or_else(|| missing("nothing there can be read".to_owned()))
+}
+
+/// Cuts the stretches of a range that is bounded by positions, and finds the commit time of its end.
+fn narrow(range: &mut Range, kafka: &KafkaLog, last: Option<Position>) -> Result<(), ReplayError> {
+    if range.first.is_none() && last.is_none() {
+        return Ok(());
+    }
+    let tail = Tail::new(&kafka.cluster(), TIMEOUT).map_err(ReplayError::TailUnreadable)?;
+    let mut high_time = None;
+    for stretch in &mut range.partitions {
+        let mut seek = Seek {
+            tail: &tail,
+            topic: &stretch.topic,
+            partition: stretch.partition,
+            stretch: stretch.start..stretch.end,
+        };
+        if let Some(last) = last {
+            seek.stretch.end = seek.partition_point(|position| position <= last)?;
+            let before = seek.last_before(seek.stretch.end)?;
+            high_time = high_time.max(before.map(|record| record.timestamp));
+        }
+        let start = match range.first {
+            Some(first) => seek.partition_point(|position| position < first)?,
+            None => stretch.start,
+        };
+        stretch.truncated &= start == stretch.start;
+        (stretch.start, stretch.end) = (start, seek.stretch.end);
+    }
+    if last.is_some() {
+        range.high_time = high_time
+            .map_or(0, |time| time.saturating_mul(1000).saturating_add(999))
+            .min(range.high_time);
+    }
+    range.partitions.retain(|stretch| stretch.start < stretch.end);
+    Ok(())
 }
 
 /// The range from a timestamp, or from the oldest change that Kafka holds, to the end of the log, which is in a committed checkpoint.
@@ -172,6 +287,7 @@ pub fn up_to(
     let mut range = Range {
         from,
         to: None,
+        first: None,
         end: Some(end),
         high_time: 0,
         partitions: Vec::new(),
@@ -370,6 +486,11 @@ fn unreachable(doing: &'static str) -> impl FnOnce(KafkaError) -> ReplayError {
     move |source| ReplayError::KafkaUnreachable { doing, source }
 }
 
+fn position(field: &'static str, text: &str) -> Result<Position, ReplayError> {
+    text.parse()
+        .map_err(|source| ReplayError::InvalidPosition { field, source })
+}
+
 /// Parses a time to the granularity of Kafka's timestamps.
 fn milliseconds(field: &'static str, text: &str) -> Result<i64, ReplayError> {
     text.parse::<Timestamp>()
@@ -390,6 +511,7 @@ mod tests {
         Range {
             from,
             to,
+            first: None,
             end: Some(end.parse().unwrap()),
             high_time: 0,
             partitions: Vec::new(),

@@ -228,10 +228,11 @@ impl Reader {
                             source: error,
                         })?;
                     let first_of_truncated = std::mem::take(&mut stretch.truncated);
-                    if first_of_truncated && self.range.from.is_some_and(|from| record.timestamp > from) {
+                    let (timestamp, position) = (record.timestamp, record.coordinate.position);
+                    if first_of_truncated && self.range.begins_before(timestamp, position) {
                         self.truncated = self.truncated.max(Some(record.timestamp));
                     }
-                    match self.range.place(record.timestamp, record.coordinate.position) {
+                    match self.range.place(timestamp, position) {
                         Place::Beyond => return Ok(None),
                         Place::Inside if self.after.is_none_or(|after| record.coordinate > after) => {
                             return Ok(Some(record));

@@ -4,10 +4,7 @@ use std::{fmt, str::FromStr, sync::Arc};
 
 use bytes::Bytes;
 use meander_proto::v1::ReplayedRecord;
-use rdkafka::{
-    Message,
-    message::{BorrowedMessage, Headers as _},
-};
+use rdkafka::{Message, message::Headers as _};
 
 use crate::{
     log::{COMMIT_TIME_HEADER, PART_HEADER, POSITION_HEADER},
@@ -74,7 +71,7 @@ impl Record {
     ///
     /// # Errors
     /// When its headers do not say what it is.
-    pub fn read(topic: &Arc<str>, message: &BorrowedMessage<'_>) -> Result<Self, InvalidHeader> {
+    pub fn read(topic: &Arc<str>, message: &impl Message) -> Result<Self, InvalidHeader> {
         let position = header(message, POSITION_HEADER)?.ok_or(InvalidHeader::Missing(POSITION_HEADER))?;
         let commit_time = header(message, COMMIT_TIME_HEADER)?.ok_or(InvalidHeader::Missing(COMMIT_TIME_HEADER))?;
         let part = header(message, PART_HEADER)?.unwrap_or(0);
@@ -120,7 +117,7 @@ impl From<Record> for ReplayedRecord {
     }
 }
 
-fn header<T: FromStr>(message: &BorrowedMessage<'_>, name: &'static str) -> Result<Option<T>, InvalidHeader> {
+fn header<T: FromStr>(message: &impl Message, name: &'static str) -> Result<Option<T>, InvalidHeader> {
     let Some(value) = message
         .headers()
         .and_then(|headers| headers.iter().find(|header| header.key == name))

@@ -125,7 +125,7 @@ pub async fn serve(
         .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.clone().cancelled_owned());
     let mut server = tokio::spawn(server);
     tracing::info!(%address, "waiting for subscribers");
-    report.waiting(orders.current().paused);
+    report.unattended(orders.current().paused);
 
     let end = loop {
         tokio::select! {
@@ -144,7 +144,7 @@ pub async fn serve(
                     break Ok(End::Cancelled);
                 }
                 if slots.available_permits() == SUBSCRIBERS as usize {
-                    report.waiting(order.paused);
+                    report.unattended(order.paused);
                 }
             }
             // Nobody else can be the first to end the job; the others are let finish.
@@ -413,7 +413,7 @@ impl Drop for SubscriberReport {
             times.is_empty()
         };
         if alone {
-            self.lead.report.waiting(self.paused.current().paused);
+            self.lead.report.unattended(self.paused.current().paused);
         }
     }
 }

@@ -203,6 +203,20 @@ pub enum TargetError {
 }
 
 impl TargetError {
+    /// Whether the same target would fail in the same way again.
+    #[must_use]
+    pub fn is_permanent(&self) -> bool {
+        match self {
+            Self::InvalidEndpoint { .. }
+            | Self::ReceiverRefused { .. }
+            | Self::ReceiverConfused { .. }
+            | Self::Undecodable { .. } => true,
+            Self::ReceiverUnreachable { .. } | Self::ReceiverSilent { .. } | Self::SubscriberGone | Self::Output(_) => {
+                false
+            }
+        }
+    }
+
     /// The reason, in PascalCase, as it stands in conditions and events.
     #[must_use]
     pub fn reason(&self) -> &'static str {
