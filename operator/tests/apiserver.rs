@@ -558,8 +558,14 @@ async fn a_replay_that_can_never_work_is_refused() {
             spec(json!({"to": {"at": "Now", "position": "1:0/10:0"}})),
             "write exactly one of to.time, to.position, to.offset and to.at",
         ),
-        (spec(json!({"to": {"at": null, "position": "0/10"}})), "spec.to.position"),
-        (spec(json!({"to": {"at": null, "offset": {"topic": "t", "offset": -1}}})), "spec.to.offset.offset"),
+        (
+            spec(json!({"to": {"at": null, "position": "0/10"}})),
+            "spec.to.position",
+        ),
+        (
+            spec(json!({"to": {"at": null, "offset": {"topic": "t", "offset": -1}}})),
+            "spec.to.offset.offset",
+        ),
         (spec(json!({"from": {"at": "Now"}})), "spec.from.at"),
         (times("2026-11-20T10:00:00Z", "yesterday"), "spec.to.time"),
         (

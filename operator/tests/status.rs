@@ -634,7 +634,7 @@ fn a_replay_runs_and_ends() {
     // The operator was away at the end: what is left is the last word.
     replay.status = Some(running);
     facts.job = Some(job(Some("Complete")));
-    facts.pods = vec![last_word("Succeeded", "Complete")];
+    facts.pods = vec![last_word("Succeeded", "Delivered")];
     let ended = compute_replay(&replay, &facts, Ok(Outcome::Started), &support::nothing_reported());
     insta::assert_yaml_snapshot!("replay_succeeded", ended);
 
@@ -777,7 +777,7 @@ fn a_cancelled_replay_whose_last_word_is_lost_did_not_deliver_everything() {
         (&cancelled, vec![], &said(Phase::Succeeded), Succeeded),
         (
             &cancelled,
-            vec![last_word("Succeeded", "Complete")],
+            vec![last_word("Succeeded", "Delivered")],
             &running,
             Succeeded,
         ),

@@ -330,11 +330,8 @@ impl Tail {
         loop {
             match self.consumer.poll(deadline.saturating_duration_since(Instant::now())) {
                 Some(Ok(record)) if record.offset() >= stretch.end => return Ok(()),
-                Some(Ok(record)) if record.offset() >= stretch.start => {
-                    if see(&record).is_break() {
-                        return Ok(());
-                    }
-                }
+                Some(Ok(record)) if record.offset() < stretch.start => {}
+                Some(Ok(record)) if see(&record).is_break() => return Ok(()),
                 Some(Ok(_)) => {}
                 // It is sent at the last stable offset, which never falls, and the stretch ends at or before it.
                 Some(Err(KafkaError::PartitionEOF(_))) => return Ok(()),
