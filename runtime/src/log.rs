@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::position::{Lsn, Position};
+use crate::position::{Epoch, Lsn, Position};
 
 /// Header of every data record: its [`Position`] as text.
 pub const POSITION_HEADER: &str = "meander-position";
@@ -160,12 +160,27 @@ pub struct TableCursor {
     pub rows: u64,
 }
 
+/// Where an epoch ended in the midst of a server's WAL: a standby took over, and its timeline parts there from the one captured before.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Parting {
+    /// The epoch that ended.
+    pub epoch: u8,
+    /// What commits before this is still of that epoch. What it has past this was lost with the other timeline.
+    pub at: Lsn,
+    /// The running maximum of the commit times when that was found: no record that came later has a lower timestamp.
+    pub high_time_micros: i64,
+}
+
 /// How far a pipeline has come, in the same Kafka transaction as the records it speaks of. Written as JSON.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Checkpoint {
     /// The epoch that new changes get.
     pub epoch: u8,
+    /// The epochs before it of which the server still sends what is not in Kafka, in order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub partings: Vec<Parting>,
     /// The server that the epoch stands for.
     pub system_identifier: String,
     /// The server's timeline that the epoch stands for.
@@ -218,6 +233,20 @@ pub struct AcceptedGap {
 }
 
 impl Checkpoint {
+    /// The first epoch whose LSNs can be compared with the server's.
+    #[must_use]
+    pub fn first_comparable_epoch(&self) -> Epoch {
+        Epoch(self.partings.first().map_or(self.epoch, |parting| parting.epoch))
+    }
+
+    /// Where the timeline was left that has this change past that place: no server has it any more.
+    #[must_use]
+    pub fn lost_with(&self, change: Position) -> Option<&Parting> {
+        self.partings
+            .iter()
+            .find(|parting| Epoch(parting.epoch) == change.epoch && parting.at <= change.commit_lsn)
+    }
+
     /// How many records Kafka was given. Where they were not counted yet, the changes stand for them, as in Redis's mark.
     #[must_use]
     pub fn records(&self) -> u64 {

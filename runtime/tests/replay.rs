@@ -201,6 +201,7 @@ impl Log {
     fn send_checkpoint(&self, key: &str, published: Position) {
         let checkpoint = Checkpoint {
             epoch: 1,
+            partings: vec![],
             system_identifier: "7".to_owned(),
             timeline: 1,
             owner_generation: 1,

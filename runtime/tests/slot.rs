@@ -9,9 +9,10 @@ use std::collections::BTreeMap;
 
 use common::{LIMIT, checkpoint, config, wait_for_metric};
 use log::wait_for_records;
-use meander_config::{CaptureConfig, PublicationManagement, SnapshotMode};
+use meander_config::{Acknowledgement, CaptureConfig, PublicationManagement, SnapshotMode};
 use meander_proto::v1::{Operation, value::Kind};
-use meander_test_support::{Kafka, Postgres, Redis, Runtime, eventually};
+use meander_runtime::{log::checkpoint_key, position::Lsn, sink::redis::mark_key};
+use meander_test_support::{Kafka, Postgres, Redis, Runtime, Signal, eventually};
 
 async fn execute(postgres: &Postgres, sql: &str) {
     postgres.client().await.batch_execute(sql).await.unwrap();
@@ -300,6 +301,46 @@ async fn the_slot_is_looked_at_on_every_version_and_kept_on_standbys_where_that_
     }
 }
 
+/// Waits until a slot of the primary is fit for use on its standby.
+async fn slot_is_synced(primary: &Postgres, standby: &Postgres) {
+    let (primary, standby) = (primary.client().await, standby.client().await);
+    eventually("the standby has the slot", LIMIT, async || {
+        // It is once the standby has seen the primary's running transactions.
+        let logged = primary.batch_execute("SELECT pg_log_standby_snapshot()").await;
+        logged.map_err(|error| error.to_string())?;
+        let rows = standby
+            .query(
+                "SELECT FROM pg_replication_slots WHERE synced AND NOT temporary AND NOT conflicting",
+                &[],
+            )
+            .await;
+        match rows.map_err(|error| error.to_string())?.len() {
+            1 => Ok(()),
+            slots => Err(format!("{slots} slots")),
+        }
+    })
+    .await;
+}
+
+async fn promote(standby: &Postgres) {
+    execute(standby, "SELECT pg_promote()").await;
+    wait_for(standby, "the standby is the primary", "SELECT NOT pg_is_in_recovery()").await;
+}
+
+/// Position and id of every entry in a stream.
+async fn entries(redis: &Redis, stream: &str) -> Vec<(String, String)> {
+    let entries: Vec<(String, BTreeMap<String, Vec<u8>>)> = redis::cmd("XRANGE")
+        .arg(stream)
+        .arg(&["-", "+"])
+        .query_async(&mut redis.connection().await)
+        .await
+        .unwrap();
+    entries
+        .into_iter()
+        .map(|(id, fields)| (String::from_utf8(fields["position"].clone()).unwrap(), id))
+        .collect()
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn after_a_failover_capture_goes_on_in_the_same_epoch_with_nothing_lost_or_doubled() {
     let kafka = Kafka::shared().await;
@@ -318,31 +359,12 @@ async fn after_a_failover_capture_goes_on_in_the_same_epoch_with_nothing_lost_or
     runtime.ready(LIMIT).await;
     execute(&primary, "INSERT INTO t SELECT generate_series(1, 500)").await;
     wait_for_records(kafka, &topic, 500).await;
-    let client = primary.client().await;
-    let synced = standby.client().await;
-    eventually("the standby has the slot", LIMIT, async || {
-        // A slot becomes fit for use on the standby once it has seen the primary's running transactions.
-        let logged = client.batch_execute("SELECT pg_log_standby_snapshot()").await;
-        logged.map_err(|error| error.to_string())?;
-        let rows = synced
-            .query(
-                "SELECT FROM pg_replication_slots WHERE synced AND NOT temporary AND NOT conflicting",
-                &[],
-            )
-            .await;
-        match rows.map_err(|error| error.to_string())?.len() {
-            1 => Ok(()),
-            slots => Err(format!("{slots} slots")),
-        }
-    })
-    .await;
+    slot_is_synced(&primary, &standby).await;
     execute(&primary, "INSERT INTO t SELECT generate_series(501, 1000)").await;
     wait_for_records(kafka, &topic, 1000).await;
     runtime.kill9();
-    drop(client);
     primary.kill9();
-    synced.batch_execute("SELECT pg_promote()").await.unwrap();
-    wait_for(&standby, "the standby is the primary", "SELECT NOT pg_is_in_recovery()").await;
+    promote(&standby).await;
     execute(&standby, "INSERT INTO t SELECT generate_series(1001, 1500)").await;
 
     // A service leads to it, as in life.
@@ -357,6 +379,120 @@ async fn after_a_failover_capture_goes_on_in_the_same_epoch_with_nothing_lost_or
     assert_eq!(ids, (1..=1500).map(Kind::Integer).collect::<Vec<_>>());
     let checkpoint = checkpoint(&config).unwrap();
     assert_eq!((checkpoint.epoch, checkpoint.timeline), (1, 2));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_redis_alone_has_of_a_server_that_died_hides_nothing_of_the_one_that_took_over_and_is_named() {
+    let (mut kafka, redis) = (Kafka::start().await, Redis::start().await);
+    let mut primary = Postgres::start_version(17, &[("hot_standby_feedback", "on")]).await;
+    execute(&primary, "CREATE TABLE t (id int PRIMARY KEY)").await;
+    let mut standby = primary
+        .standby(&[("sync_replication_slots", "on"), ("hot_standby_feedback", "on")])
+        .await;
+    let mut config = config(&primary, &kafka, Some(&redis));
+    config.source.slot_failover = Some(true);
+    config.redis.as_mut().unwrap().acknowledgement = Acknowledgement::Required;
+    let topic = format!("{}.public.t", config.kafka.topic_prefix);
+    let in_redis = async |count: usize| {
+        eventually("the changes are in Redis", LIMIT, async || {
+            match entries(&redis, &topic).await.len() {
+                found if found == count => Ok(()),
+                found => Err(format!("{found} of {count}")),
+            }
+        })
+        .await;
+    };
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    execute(&primary, "INSERT INTO t SELECT generate_series(1, 10)").await;
+    wait_for_records(&kafka, &topic, 10).await;
+    in_redis(10).await;
+    slot_is_synced(&primary, &standby).await;
+
+    // Redis has these, Kafka does not, and the standby has only the first of them.
+    kafka.process().signal(Signal::STOP);
+    execute(&primary, "INSERT INTO t SELECT generate_series(11, 15)").await;
+    wait_for(&standby, "the standby has them", "SELECT count(*) = 15 FROM t").await;
+    standby.stop();
+    // What the new primary writes is to be at places that the old one has used.
+    let filler = "SELECT pg_logical_emit_message(false, 'filler', repeat('x', 4 << 20))";
+    execute(
+        &primary,
+        &format!("{filler}; INSERT INTO t SELECT generate_series(16, 18)"),
+    )
+    .await;
+    in_redis(18).await;
+    runtime.kill9();
+    primary.kill9();
+    kafka.process().signal(Signal::CONT);
+    standby.start_again().await;
+    promote(&standby).await;
+    let ahead = entries(&redis, &topic).await;
+
+    config.source.port = standby.port();
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    runtime.kill9();
+    execute(&standby, "INSERT INTO t SELECT generate_series(101, 103)").await;
+    runtime.start_again();
+    runtime.ready(LIMIT).await;
+    let records = wait_for_records(&kafka, &topic, 18).await;
+    let ids: Vec<_> = records
+        .iter()
+        .map(|(_, _, record)| record.after.as_ref().unwrap().values[0].kind.clone().unwrap())
+        .collect();
+    assert_eq!(ids, (1..=15).chain(101..=103).map(Kind::Integer).collect::<Vec<_>>());
+    let positions: Vec<_> = records.into_iter().map(|(position, ..)| position).collect();
+    let [epochs, lsns] = [0, 1].map(|part| {
+        let of = |position: &String| position.split(':').nth(part).unwrap().to_owned();
+        positions.iter().map(of).collect::<Vec<_>>()
+    });
+    assert_eq!(epochs, [["1"; 15].as_slice(), ["2"; 3].as_slice()].concat());
+    let lost = ahead[15].0.split(':').nth(1).unwrap();
+    assert!(
+        lsns[17].parse::<Lsn>().unwrap() < lost.parse().unwrap(),
+        "the places are not the same: {lsns:?}, {lost}"
+    );
+    in_redis(21).await;
+    let found = entries(&redis, &topic).await;
+    assert_eq!(found[..18], ahead);
+    let of_both: Vec<_> = found[..15]
+        .iter()
+        .chain(&found[18..])
+        .map(|(position, _)| position)
+        .collect();
+    assert_eq!(of_both, positions.iter().collect::<Vec<_>>());
+    wait_for(
+        &standby,
+        "PostgreSQL is told of what both have",
+        &format!(
+            "SELECT confirmed_flush_lsn > '{}' FROM pg_replication_slots WHERE slot_type = 'logical'",
+            lsns[17]
+        ),
+    )
+    .await;
+    let checkpoint = checkpoint(&config).unwrap();
+    assert_eq!((checkpoint.epoch, checkpoint.timeline), (2, 2));
+
+    // The mark names them, by what shows them.
+    let CaptureConfig { pipeline, source, .. } = &config;
+    let key = checkpoint_key(&pipeline.namespace, &pipeline.name, &source.slot_name);
+    let (records, phantoms): (u64, String) = redis::cmd("HMGET")
+        .arg(mark_key(&config.kafka.topic_prefix, &key))
+        .arg(&["records", "phantoms"])
+        .query_async(&mut redis.connection().await)
+        .await
+        .unwrap();
+    assert_eq!(records, checkpoint.records());
+    let (first, last) = phantoms.split_once(" to ").unwrap();
+    let named: Vec<(String, BTreeMap<String, Vec<u8>>)> = redis::cmd("XRANGE")
+        .arg(&topic)
+        .arg(&[first, last])
+        .query_async(&mut redis.connection().await)
+        .await
+        .unwrap();
+    let named: Vec<_> = named.into_iter().map(|(id, _)| id).collect();
+    assert_eq!(named, ahead[15..].iter().map(|(_, id)| id.clone()).collect::<Vec<_>>());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -398,18 +534,9 @@ async fn a_gap_that_is_accepted_by_its_name_is_noted_in_the_log_and_accepts_no_o
     assert_eq!((told.id, told.resumed_lsn), (gap, noted.resumed_at.0));
     assert_eq!(records[2].2.coordinate.unwrap().epoch, 2);
     // Redis has the same, in the same order.
-    let mut connection = redis.connection().await;
     eventually("the entries are in Redis", LIMIT, async || {
-        let entries: Vec<(String, BTreeMap<String, Vec<u8>>)> = redis::cmd("XRANGE")
-            .arg(&topic)
-            .arg(&["-", "+"])
-            .query_async(&mut connection)
-            .await
-            .map_err(|error| error.to_string())?;
-        let positions: Vec<_> = entries
-            .iter()
-            .map(|(_, fields)| String::from_utf8(fields["position"].clone()).unwrap())
-            .collect();
+        let entries = entries(&redis, &topic).await;
+        let positions: Vec<_> = entries.into_iter().map(|(position, _)| position).collect();
         if positions
             == records
                 .iter()

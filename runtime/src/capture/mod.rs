@@ -95,6 +95,8 @@ struct Context {
     reporter: ProgressReporter<CaptureProgress>,
     metrics: observe::Metrics,
     ready: watch::Sender<bool>,
+    /// What a person has to know of entries in Redis that stand for nothing.
+    phantoms: watch::Sender<Option<String>>,
 }
 
 impl Context {
@@ -138,6 +140,7 @@ pub async fn run(config: CaptureConfig, shutdown: CancellationToken) -> Result<(
         reporter,
         metrics,
         ready,
+        phantoms: watch::Sender::new(None),
     };
 
     let new_pauses = || {

@@ -103,6 +103,13 @@ pub(super) fn report(context: &Context, slot: Option<&SlotState>, tables: Option
             .into_iter()
             .chain(came_back(context, rejoined))
             .chain(left_out(tables))
+            .chain(
+                context
+                    .phantoms
+                    .borrow()
+                    .clone()
+                    .map(|message| ("PhantomEntries", message)),
+            )
             .collect();
         let (degraded, reason) = match problems.first() {
             Some((reason, _)) => (true, *reason),

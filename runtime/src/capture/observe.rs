@@ -269,6 +269,10 @@ impl Context {
     /// Says how Redis is. Nothing is said of a Redis that was not tried yet.
     fn judge(&self, redis: &RedisProgress) {
         let (gap, sinks) = (ConditionType::RedisGap, ConditionType::SinksReady);
+        if redis.state == State::Attached {
+            // The next look at the source says it, with all else that makes the pipeline Degraded.
+            self.phantoms.send_replace(redis.phantoms.clone());
+        }
         match (redis.state, redis.last_error.as_deref()) {
             (State::Starting, _) | (State::Detached, None) => {}
             (State::Attached, _) => {

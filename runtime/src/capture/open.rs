@@ -306,6 +306,7 @@ async fn open_kafka(
     let decision = start(before.as_ref(), context, slot.as_ref(), server)?;
     let mut checkpoint = before.unwrap_or(Checkpoint {
         epoch: Epoch::FIRST.0,
+        partings: vec![],
         system_identifier: String::new(),
         timeline: 0,
         owner_generation: 0,
@@ -326,7 +327,7 @@ async fn open_kafka(
     let stands_at = slot.and_then(|slot| slot.confirmed_flush);
     match (decision, stands_at) {
         (Start::Resume, _) => {}
-        (Start::Follow(left), _) => follow(&mut checkpoint, left, server.timeline),
+        (Start::Follow(left), _) => follow(&mut checkpoint, left, server.timeline, context.config.redis.is_some())?,
         (Start::Adopt(epoch, at), _) => {
             checkpoint.redis = None;
             checkpoint.begin_epoch(epoch, at, server);
@@ -360,9 +361,16 @@ async fn open_kafka(
     Ok((kafka, checkpoint, schemas, known))
 }
 
-/// Goes over to the timeline of a promoted server, which has everything that was published.
-fn follow(checkpoint: &mut Checkpoint, left: Lsn, timeline: u32) {
-    tracing::warn!(from = checkpoint.timeline, to = timeline, %left, "the server was promoted, and nothing is lost");
+/// Goes over to the timeline of a promoted server, which has everything that Kafka has.
+///
+/// Redis is ahead of Kafka, and nobody can say by how much before it answers. What it may have of the timeline that was left must not be
+/// taken for what the new one has at the same places: so that gets the next epoch.
+fn follow(checkpoint: &mut Checkpoint, left: Lsn, timeline: u32, redis: bool) -> Result<(), SourceGap> {
+    if redis {
+        checkpoint.part(left)?;
+    }
+    let epoch = checkpoint.epoch;
+    tracing::warn!(from = checkpoint.timeline, to = timeline, %left, epoch, "the server was promoted, and nothing is lost");
     checkpoint.timeline = timeline;
     // Past that place LSNs stand for other WAL than they did; to acknowledge them would skip what is in it now.
     checkpoint.acknowledged = checkpoint.acknowledged.min(left);
@@ -372,6 +380,7 @@ fn follow(checkpoint: &mut Checkpoint, left: Lsn, timeline: u32) {
             .published
             .map(|published| Position::end_of_transaction(published.epoch, published.commit_lsn));
     }
+    Ok(())
 }
 
 /// Goes on in the next epoch without what is lost, and notes that at its beginning: in the checkpoint, and in the topic of each table.

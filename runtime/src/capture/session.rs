@@ -75,6 +75,7 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
 
     let (kafka_durable, kafka_progress) = watch::channel(Durable {
         position: checkpoint.published,
+        safe: checkpoint.acknowledged,
         ..Durable::default()
     });
     let (kafka_queue, kafka_batches) = mpsc::channel(QUEUED_BATCHES);
@@ -136,7 +137,7 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
     context.ready.send_replace(true);
     let mut stream = Stream::new(
         config,
-        Assembler::new(Epoch(checkpoint.epoch)),
+        Assembler::new(Epoch(checkpoint.epoch)).with_partings(checkpoint.partings.clone()),
         encoder(config),
         topics,
         selection,

@@ -352,7 +352,7 @@ impl<'a> Stream<'a> {
     /// transaction in two. So what Kafka had seen before, wholly or in part, does not move it again.
     fn begin(&mut self, commit_lsn: Lsn, commit_time_micros: i64) {
         let first = Position {
-            epoch: self.assembler.epoch(),
+            epoch: self.assembler.epoch_at(commit_lsn),
             commit_lsn,
             ordinal: 0,
         };

@@ -68,6 +68,8 @@ struct Writer {
     confirmed: Option<Position>,
     /// Bytes written since.
     unconfirmed: usize,
+    /// Ids of entries that stand for nothing: `FROM to TO`, and more of them after a comma. Empty for none.
+    phantoms: String,
 }
 
 /// What the mark says.
@@ -122,6 +124,7 @@ impl Writer {
             place: Place::default(),
             confirmed: None,
             unconfirmed: 0,
+            phantoms: String::new(),
         };
         // A wait is for what the connection wrote, so it has to write in order to learn of what was there before.
         writer.place = writer.claim(durable != Durable::OnAnswer).await?;
@@ -141,12 +144,15 @@ impl Writer {
             .await
             .map_err(|error| failed(&self.address, &error))?;
         match texts(&answer)[..] {
-            ["ok", position, timestamp, records, accept] => Ok(Place {
-                position: written(position),
-                timestamp_millis: written(timestamp),
-                records: written(records).unwrap_or(0),
-                accept: written(accept),
-            }),
+            ["ok", position, timestamp, records, accept, phantoms] => {
+                phantoms.clone_into(&mut self.phantoms);
+                Ok(Place {
+                    position: written(position),
+                    timestamp_millis: written(timestamp),
+                    records: written(records).unwrap_or(0),
+                    accept: written(accept),
+                })
+            }
             ["taken", owner] => Err(SinkError::RedisTaken(owner.to_owned())),
             _ => Err(unexpected(&answer, &self.address, &self.mark)),
         }
@@ -221,7 +227,8 @@ impl Writer {
             .await
             .map_err(|error| failed(&self.address, &error))?;
         match texts(&answer)[..] {
-            ["ok"] => {
+            ["ok", phantoms] => {
+                phantoms.clone_into(&mut self.phantoms);
                 self.place = place;
                 self.unconfirmed += entries.iter().map(Entry::size).sum::<usize>();
                 Ok(())
@@ -256,6 +263,16 @@ impl Writer {
         Ok(())
     }
 
+    /// What a person has to know of the entries that stand for nothing.
+    fn phantoms(&self) -> Option<String> {
+        (!self.phantoms.is_empty()).then(|| {
+            format!(
+                "Redis holds entries of changes that were lost when a standby took over, and that Kafka never had: in every stream those with the ids {}; undo what was done with them, delete them (XRANGE shows them, XDEL deletes), and then run HDEL {} phantoms",
+                self.phantoms, self.mark
+            )
+        })
+    }
+
     /// So many records after the mark are gone.
     fn gap(&self, missing: u64) -> SinkError {
         let position = self.place.position;
@@ -266,8 +283,14 @@ impl Writer {
         }
     }
 
-    /// Sets the count of the mark, and forgets what somebody accepted.
-    async fn set_count(&mut self, records: u64) -> Result<(), SinkError> {
+    /// Sets the count of the mark, forgets what somebody accepted, and notes that every entry from `phantoms` on stands for nothing.
+    async fn set_count(&mut self, records: u64, phantoms: Option<Position>) -> Result<(), SinkError> {
+        let phantoms = self
+            .place
+            .position
+            .zip(phantoms)
+            .map(|(last, first)| format!("{} to {}", entry_id(first, 0), entry_id(last, u8::MAX)))
+            .unwrap_or_default();
         let accept = self.place.accept.map(|accept| accept.to_string()).unwrap_or_default();
         let set: i32 = Script::new(include_str!("redis/count.lua"))
             .key(&self.mark)
@@ -275,6 +298,7 @@ impl Writer {
             .arg(text(self.place.position))
             .arg(accept)
             .arg(records)
+            .arg(phantoms)
             .invoke_async(&mut self.connection)
             .await
             .map_err(|error| failed(&self.address, &error))?;

@@ -1,13 +1,13 @@
 -- Appends a batch and moves the mark, only if the mark is where this writer last saw it, and the streams are as it left them.
 -- KEYS: the mark, then the streams. ARGV: generation, position the mark must have, position, timestamp and count of records that it
 -- gets, length to keep or '', then for each record: index of its stream in KEYS, entry id, position, key, value.
--- Returns {'ok'}, {'mark', generation, position} when the mark is elsewhere, {'foreign', stream, its last id, our last id or ''} when
+-- Returns {'ok', phantoms}, {'mark', generation, position} when the mark is elsewhere, {'foreign', stream, its last id, our last id or ''} when
 -- somebody else wrote to a stream, or {'lost', stream} when a stream that was written to is gone.
 -- All or nothing: Redis refuses for want of memory before the first write of a script, never after it.
--- The mark's fields: generation, position, timestamp, records, for each stream `last:NAME`, the id of our last entry, and `accept`, by
--- which a person allows a gap at this position.
+-- The mark's fields: generation, position, timestamp, records, for each stream `last:NAME`, the id of our last entry, `accept`, by
+-- which a person allows a gap at this position, and `phantoms`, the ids of entries that stand for nothing, until a person removes it.
 local FIRST = 7
-local mark = redis.call('HMGET', KEYS[1], 'generation', 'position')
+local mark = redis.call('HMGET', KEYS[1], 'generation', 'position', 'phantoms')
 if mark[1] ~= ARGV[1] or (mark[2] or '') ~= ARGV[2] then
   return {'mark', mark[1] or '', mark[2] or ''}
 end
@@ -44,4 +44,4 @@ for k, id in pairs(last) do
 end
 redis.call('HSET', KEYS[1], 'position', ARGV[3], 'timestamp', ARGV[4], 'records', ARGV[5])
 redis.call('HDEL', KEYS[1], 'accept')
-return {'ok'}
+return {'ok', mark[3] or ''}

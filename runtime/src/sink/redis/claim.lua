@@ -1,6 +1,6 @@
 -- Makes this writer the owner of the mark, unless a later owner has it, and looks whether every stream ends as the mark says.
 -- KEYS: the mark. ARGV: generation, 1 to write in any case or 0.
--- Returns {'ok', position, timestamp, records, accept}, each '' where the mark does not say it, {'taken', generation}, or what
+-- Returns {'ok', position, timestamp, records, accept, phantoms}, each '' where the mark does not say it, {'taken', generation}, or what
 -- append.lua says of a stream that is not as it was left.
 local owner = redis.call('HGET', KEYS[1], 'generation')
 if owner and tonumber(owner) > tonumber(ARGV[1]) then
@@ -11,8 +11,8 @@ if owner ~= ARGV[1] or ARGV[2] == '1' then
   redis.call('HSET', KEYS[1], 'generation', ARGV[1])
 end
 
-local answer = {'ok', '', '', '', ''}
-local place = {position = 2, timestamp = 3, records = 4, accept = 5}
+local answer = {'ok', '', '', '', '', ''}
+local place = {position = 2, timestamp = 3, records = 4, accept = 5, phantoms = 6}
 local fields = redis.call('HGETALL', KEYS[1])
 for f = 1, #fields, 2 do
   local name, value = fields[f], fields[f + 1]

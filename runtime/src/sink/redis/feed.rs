@@ -18,7 +18,7 @@ use tokio::{
 use crate::{
     batch::Batch,
     log::{Checkpoint, checkpoint_key, checkpoint_topic},
-    position::{Epoch, Position},
+    position::{Epoch, Lsn, Position},
     sink::{
         Durable, SinkError,
         redis::{
@@ -47,6 +47,8 @@ pub struct Progress {
     pub state: State,
     /// What went wrong last, whether or not it is mended.
     pub last_error: Option<Arc<SinkError>>,
+    /// What a person has to know of entries that stand for nothing.
+    pub phantoms: Option<String>,
 }
 
 /// Whether Redis gets changes as they come.
@@ -182,10 +184,17 @@ impl Feed {
         }
         loop {
             let offered = self.live.collect();
+            // Until Kafka has all that there is of an epoch before, nobody knows which of Redis's entries it lacks for ever.
+            let parted = self
+                .log
+                .borrow()
+                .partings
+                .last()
+                .map_or(Lsn::ZERO, |parting| parting.at);
             // Kafka's place is told after the checkpoint that holds it, so the checkpoint that is read second has it too.
             let Ok(kafka) = self
                 .kafka
-                .wait_for(|kafka| kafka.position >= offered)
+                .wait_for(|kafka| kafka.position >= offered && kafka.safe >= parted)
                 .await
                 .map(|kafka| *kafka)
             else {
@@ -208,8 +217,13 @@ impl Feed {
         let position = writer.place.position;
         if position > log.published && position.is_some_and(|position| position.epoch >= Epoch(log.epoch)) {
             // It is ahead: the WAL will bring the same changes again, and Kafka will have them then. What it had of an earlier epoch
-            // nobody brings again: that slot is gone, and only the count is put right.
+            // nobody brings again: that slot or that server is gone, and only the count is put right.
             return Ok(());
+        }
+        if let Some(parting) = position.and_then(|position| log.lost_with(position)) {
+            // The time of what was lost says nothing of when the others came.
+            let time = parting.high_time_micros.div_euclid(1000);
+            writer.place.timestamp_millis = writer.place.timestamp_millis.min(Some(time));
         }
         let result = async {
             if position < log.published {
@@ -251,6 +265,12 @@ impl Feed {
         loop {
             let Ok(taken) = timeout(CHECK_INTERVAL, self.live.take(CONFIRM_BYTES)).await else {
                 writer.check().await?;
+                self.progress.send_if_modified(|progress| {
+                    let phantoms = writer.phantoms();
+                    let modified = progress.phantoms != phantoms;
+                    progress.phantoms = phantoms;
+                    modified
+                });
                 continue;
             };
             let (batches, number) = match taken {
@@ -261,7 +281,7 @@ impl Feed {
                     return Ok(false);
                 }
             };
-            let mut safe = crate::position::Lsn::ZERO;
+            let mut safe = Lsn::ZERO;
             for batch in &batches {
                 if batch.kafka_first
                     && self
@@ -289,6 +309,7 @@ impl Feed {
             writer.confirm().await?;
             self.acknowledged = writer.confirmed;
             self.progress.send_modify(|progress| {
+                progress.phantoms = writer.phantoms();
                 progress.durable.position = writer.confirmed;
                 progress.durable.safe = progress.durable.safe.max(safe);
                 progress.durable.batches = progress.durable.batches.max(number);
@@ -301,6 +322,7 @@ impl Feed {
         self.metrics.attached.set(1);
         self.progress.send_modify(|progress| {
             progress.state = State::Attached;
+            progress.phantoms = writer.phantoms();
             // What Kafka has, Redis has now.
             progress.durable = Durable {
                 position: writer.confirmed,

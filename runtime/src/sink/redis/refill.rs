@@ -157,6 +157,7 @@ pub(super) async fn missing(writer: &mut Writer, log: &Checkpoint, held: u64) ->
     // What the mark counts if nothing is missing.
     let due = log.records().saturating_sub(held);
     let after = said(writer.place.position);
+    let mut phantoms = None;
     match due.cmp(&counted) {
         Ordering::Equal if accept.is_none() => return Ok(()),
         // What was accepted is not missing.
@@ -169,14 +170,26 @@ pub(super) async fn missing(writer: &mut Writer, log: &Checkpoint, held: u64) ->
             );
         }
         Ordering::Greater => return Err(writer.gap(due - counted)),
-        // A runtime died after Redis had them and before Kafka did, and the slot was dropped before another could read them again.
-        Ordering::Less => tracing::warn!(
-            more = counted - due,
-            upto = after,
-            "Redis holds entries that Kafka lacks: the slot that would bring them again was dropped"
-        ),
+        // A runtime died after Redis had them and before Kafka did, and nobody can read them again: the slot was dropped, or the server
+        // died as well and the standby that took over lacks them.
+        Ordering::Less => {
+            let more = counted - due;
+            tracing::warn!(
+                more,
+                upto = after,
+                "Redis holds entries that Kafka lacks, and that PostgreSQL no longer has"
+            );
+            phantoms = writer.place.position.and_then(|position| {
+                let parting = log.lost_with(position)?;
+                Some(Position {
+                    commit_lsn: parting.at,
+                    ordinal: 0,
+                    ..position
+                })
+            });
+        }
     }
-    writer.set_count(due).await
+    writer.set_count(due, phantoms).await
 }
 
 /// The next records in commit order; none at the end.

@@ -5,6 +5,7 @@ use std::{collections::HashMap, sync::Arc};
 use tokio_postgres::types::Type;
 
 use crate::{
+    log::Parting,
     position::{Epoch, Lsn, Position},
     source::{
         Change, Column, Message, MessageTransaction, Operation, Relation,
@@ -127,6 +128,7 @@ fn check_width(relation: &Relation, operation: &Operation<'_>) -> Result<(), Ass
 
 #[derive(Clone)]
 struct Transaction {
+    epoch: Epoch,
     commit_lsn: Lsn,
     commit_time_micros: i64,
     xid: u32,
@@ -137,6 +139,8 @@ struct Transaction {
 /// Keeps the shape of every table and the place within the open transaction.
 pub struct Assembler {
     epoch: Epoch,
+    /// Where the epochs before it ended, in order.
+    partings: Vec<Parting>,
     relations: HashMap<u32, Arc<Relation>>,
     type_names: HashMap<u32, String>,
     transaction: Option<Transaction>,
@@ -152,6 +156,7 @@ impl Assembler {
     pub fn new(epoch: Epoch) -> Self {
         Self {
             epoch,
+            partings: Vec::new(),
             relations: HashMap::new(),
             type_names: HashMap::new(),
             transaction: None,
@@ -165,10 +170,19 @@ impl Assembler {
         self.place = lsn;
     }
 
-    /// The epoch that changes get.
+    /// Gives what commits before one of these places, which are in order, the epoch that ended there.
     #[must_use]
-    pub fn epoch(&self) -> Epoch {
-        self.epoch
+    pub fn with_partings(self, partings: Vec<Parting>) -> Self {
+        Self { partings, ..self }
+    }
+
+    /// The epoch of what commits at this place.
+    #[must_use]
+    pub fn epoch_at(&self, commit_lsn: Lsn) -> Epoch {
+        self.partings
+            .iter()
+            .find(|parting| commit_lsn < parting.at)
+            .map_or(self.epoch, |parting| Epoch(parting.epoch))
     }
 
     /// True between Begin and Commit, when no position of the server may be acknowledged.
@@ -243,6 +257,7 @@ impl Assembler {
                     return Err(AssembleError::OutOfOrder("Begin"));
                 }
                 self.transaction = Some(Transaction {
+                    epoch: self.epoch_at(final_lsn),
                     commit_lsn: final_lsn,
                     commit_time_micros,
                     xid,
@@ -255,7 +270,7 @@ impl Assembler {
                 Some(transaction) if transaction.commit_lsn == commit_lsn => {
                     self.last_end = Some(end_lsn);
                     Ok(Assembled::Committed {
-                        complete: Position::end_of_transaction(self.epoch, commit_lsn),
+                        complete: Position::end_of_transaction(transaction.epoch, commit_lsn),
                         end_lsn,
                     })
                 }
@@ -285,12 +300,13 @@ impl Assembler {
                 if self.transaction.is_some() {
                     return Err(AssembleError::OutOfOrder("a message outside of transactions"));
                 }
+                let commit_lsn = Lsn(end_lsn.0.saturating_sub(1));
                 Ok(Assembled::Message(Message {
                     prefix,
                     content,
                     position: Position {
-                        epoch: self.epoch,
-                        commit_lsn: Lsn(end_lsn.0.saturating_sub(1)),
+                        epoch: self.epoch_at(commit_lsn),
+                        commit_lsn,
                         ordinal: 0,
                     },
                     transaction: None,
@@ -341,7 +357,7 @@ impl Assembler {
     fn take_ordinals(&mut self, count: u64) -> Result<(Transaction, Position), AssembleError> {
         let transaction = self.transaction.as_mut().ok_or(AssembleError::OutOfOrder("a change"))?;
         let first = Position {
-            epoch: self.epoch,
+            epoch: transaction.epoch,
             commit_lsn: transaction.commit_lsn,
             ordinal: transaction.next_ordinal,
         };
@@ -408,6 +424,29 @@ mod tests {
             (Position::end_of_transaction(Epoch::FIRST, Lsn(0x10)), Lsn(0x20))
         );
         assert!(!assembler.in_transaction());
+    }
+
+    #[test]
+    fn what_commits_before_timelines_parted_keeps_its_coordinate() {
+        let parting = |epoch, at| Parting {
+            epoch,
+            at: Lsn(at),
+            high_time_micros: 0,
+        };
+        for (partings, position) in [
+            (vec![], "3:0/10:0 t1"),
+            (vec![parting(1, 0x10), parting(2, 0x11)], "2:0/10:0 t1"),
+            (vec![parting(1, 0x11), parting(2, 0x11)], "1:0/10:0 t1"),
+            (vec![parting(1, 0xF), parting(2, 0x10)], "3:0/10:0 t1"),
+        ] {
+            let mut assembler = Assembler {
+                epoch: Epoch(3),
+                ..assembler()
+            }
+            .with_partings(partings);
+            positions(&mut assembler, BEGIN).unwrap();
+            assert_eq!(positions(&mut assembler, INSERT).unwrap(), [position]);
+        }
     }
 
     #[test]

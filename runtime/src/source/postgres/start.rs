@@ -4,7 +4,7 @@
 //! checkpoint, unless somebody else moved it, and then changes are lost.
 
 use crate::{
-    log::{Checkpoint, SnapshotState},
+    log::{Checkpoint, Parting, SnapshotState},
     position::{Epoch, Lsn},
 };
 
@@ -199,6 +199,7 @@ impl Checkpoint {
     /// LSNs from here on are not comparable with those before, or do not follow them without a gap.
     pub fn begin_epoch(&mut self, epoch: Epoch, at: Lsn, server: &ServerIdentity) {
         self.epoch = epoch.0;
+        self.partings.clear();
         self.acknowledged = at;
         self.system_identifier.clone_from(&server.system_identifier);
         self.timeline = server.timeline;
@@ -209,6 +210,21 @@ impl Checkpoint {
             requests,
             ..SnapshotState::default()
         };
+    }
+
+    /// Ends the epoch at a place in the WAL, and not before: what commits up to there is the same on the new timeline, may be in a sink
+    /// already, and keeps its coordinate.
+    ///
+    /// # Errors
+    /// When there is no epoch after this one.
+    pub fn part(&mut self, at: Lsn) -> Result<(), SourceGap> {
+        let next = next(self.epoch)?.0;
+        self.partings.push(Parting {
+            epoch: std::mem::replace(&mut self.epoch, next),
+            at,
+            high_time_micros: self.high_time_micros,
+        });
+        Ok(())
     }
 }
 
@@ -310,7 +326,7 @@ fn resume(
     // What was published in an epoch before says nothing of where this server is.
     let published = checkpoint
         .published
-        .filter(|published| published.epoch.0 == checkpoint.epoch)
+        .filter(|published| published.epoch >= checkpoint.first_comparable_epoch())
         .map_or(Lsn::ZERO, |published| published.commit_lsn);
     let (start, after) = if server.timeline == checkpoint.timeline {
         (Start::Resume, checkpoint.acknowledged)
@@ -381,6 +397,7 @@ mod tests {
     fn checkpoint() -> Checkpoint {
         Checkpoint {
             epoch: 1,
+            partings: vec![],
             system_identifier: "7".to_owned(),
             timeline: 1,
             owner_generation: 4,
@@ -530,6 +547,52 @@ mod tests {
         };
         let gap = start_on(&stranger, None, Some(&published(50)), Some(slot(50))).unwrap_err();
         assert_eq!(gap.reason(), "OtherTimeline");
+    }
+
+    #[test]
+    fn a_server_that_was_followed_is_followed_again_whatever_was_published_meanwhile() {
+        let mut followed = Checkpoint {
+            published: Some(Position::end_of_transaction(Epoch::FIRST, Lsn(90))),
+            timeline: 2,
+            ..checkpoint()
+        };
+        followed.part(Lsn(100)).unwrap();
+        assert_eq!(followed.epoch, 2);
+        let third = ServerIdentity {
+            timeline: 3,
+            history: vec![(1, Lsn(100)), (2, Lsn(150))],
+            ..server()
+        };
+        let on = |checkpoint: &Checkpoint| start_on(&third, None, Some(checkpoint), Some(slot(80)));
+        assert_eq!(on(&followed), Ok(Start::Follow(Lsn(150))));
+        for (epoch, at, expected) in [(2, 149, Ok(Start::Follow(Lsn(150)))), (2, 150, Err("OtherTimeline"))] {
+            let later = Checkpoint {
+                published: Some(Position::end_of_transaction(Epoch(epoch), Lsn(at))),
+                ..followed.clone()
+            };
+            assert_eq!(on(&later).map_err(|gap| gap.reason()), expected);
+        }
+        // What the server had before it was set back is known from an epoch before, too.
+        let behind = ServerIdentity {
+            timeline: 2,
+            position: Lsn(89),
+            history: vec![(1, Lsn(80))],
+            ..server()
+        };
+        let idle = Checkpoint {
+            acknowledged: Lsn(50),
+            ..followed.clone()
+        };
+        let gap = start_on(&behind, None, Some(&idle), Some(slot(50))).unwrap_err();
+        assert_eq!(gap.reason(), "ServerBehind");
+
+        followed.part(Lsn(150)).unwrap();
+        let position = |epoch, at| Position::end_of_transaction(Epoch(epoch), Lsn(at));
+        let lost = |epoch, at| followed.lost_with(position(epoch, at)).map(|parting| parting.at);
+        assert_eq!([lost(1, 99), lost(2, 149), lost(3, 500)], [None; 3]);
+        assert_eq!([lost(1, 100), lost(2, 200)], [Some(Lsn(100)), Some(Lsn(150))]);
+        let last = Checkpoint { epoch: 255, ..followed };
+        assert_eq!(last.clone().part(Lsn(200)), Err(SourceGap::EpochsExhausted));
     }
 
     #[test]
