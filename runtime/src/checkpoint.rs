@@ -21,7 +21,7 @@ use rdkafka::{
 use crate::{
     kafka_client::{ClientError, Hearing, settings},
     log::Checkpoint,
-    schema::Note,
+    schema::Kept,
 };
 
 /// How many offsets the first look back from the end takes in, and how much further each next one goes.
@@ -420,15 +420,15 @@ pub fn read_checkpoint(
         })
 }
 
-/// What was noted of the tables of the pipeline with this checkpoint key.
+/// What is kept of the tables of the pipeline with this checkpoint key.
 ///
 /// # Errors
 /// When the topic does not exist, cannot be read within `timeout`, or holds something else.
-pub fn read_schemas(cluster: &KafkaCluster, topic: &str, key: &str, timeout: Duration) -> Result<Vec<Note>, TailError> {
+pub fn read_schemas(cluster: &KafkaCluster, topic: &str, key: &str, timeout: Duration) -> Result<Vec<Kept>, TailError> {
     let ours = format!("{key}/");
     let newest = Tail::new(cluster, timeout)?.newest(topic, 0, |key| key.starts_with(ours.as_bytes()))?;
-    let notes = newest.into_values().map(|value| serde_json::from_slice(&value));
-    notes.collect::<Result<_, _>>().map_err(|source| TailError::NotASchema {
+    let kept = newest.into_values().map(|value| serde_json::from_slice(&value));
+    kept.collect::<Result<_, _>>().map_err(|source| TailError::NotASchema {
         topic: topic.to_owned(),
         source,
     })

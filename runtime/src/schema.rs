@@ -42,14 +42,14 @@ pub struct TableSchema {
 pub struct SchemaChange {
     /// The old one; none where the table is seen for the first time.
     pub before: Option<TableSchema>,
-    /// The new one.
-    pub after: TableSchema,
+    /// The new one; none where the table was dropped.
+    pub after: Option<TableSchema>,
 }
 
 /// What is kept of a table.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Note {
+pub struct Kept {
     /// The server whose OIDs these are.
     pub system_identifier: String,
     /// OID of the table.
@@ -57,6 +57,15 @@ pub struct Note {
     /// None for a table that was there when the pipeline began, and has had no change since.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub schema: Option<TableSchema>,
+}
+
+/// What is to be kept of a table from now on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Note {
+    /// OID of the table.
+    pub oid: u32,
+    /// None where the table was dropped.
+    pub kept: Option<Kept>,
 }
 
 /// What the log knows of the tables.
@@ -71,18 +80,18 @@ pub struct Schemas {
 }
 
 impl Schemas {
-    /// What was noted of the tables of this server.
+    /// What was kept of the tables of this server.
     #[must_use]
-    pub fn new(notes: Vec<Note>, system_identifier: &str) -> Self {
+    pub fn new(kept: Vec<Kept>, system_identifier: &str) -> Self {
         let mut schemas = Self {
             system_identifier: system_identifier.to_owned(),
             ..Self::default()
         };
         // Another server's OIDs are those of other tables.
-        let ours = notes
+        let ours = kept
             .into_iter()
-            .filter(|note| note.system_identifier == system_identifier);
-        schemas.known = ours.map(|note| (note.oid, note.schema)).collect();
+            .filter(|kept| kept.system_identifier == system_identifier);
+        schemas.known = ours.map(|kept| (kept.oid, kept.schema)).collect();
         let mut newest: Vec<&TableSchema> = schemas.known.values().flatten().collect();
         newest.sort_by_key(|schema| std::cmp::Reverse(schema.since));
         schemas.newest = newest.iter().take(SHOWN).map(|schema| schema.relation.oid).collect();
@@ -122,22 +131,36 @@ impl Schemas {
         }) {
             return None;
         }
-        let change = SchemaChange {
-            before: before.cloned(),
-            after: TableSchema {
-                version: before.map_or(0, |known| known.version).saturating_add(1),
-                since: position,
-                replica_identity,
-                relation: relation.clone(),
-            },
+        let after = TableSchema {
+            version: before.map_or(0, |known| known.version).saturating_add(1),
+            since: position,
+            replica_identity,
+            relation: relation.clone(),
         };
         let was_there = known.is_some() && before.is_none();
-        notes.push(self.note(relation.oid, Some(change.after.clone())));
-        self.known.insert(relation.oid, Some(change.after.clone()));
+        notes.push(self.note(relation.oid, Some(after.clone())));
+        let before = self.known.insert(relation.oid, Some(after.clone())).flatten();
         self.newest.retain(|oid| *oid != relation.oid);
         self.newest.insert(0, relation.oid);
         self.newest.truncate(SHOWN);
-        (!was_there).then_some(change)
+        (!was_there).then_some(SchemaChange {
+            before,
+            after: Some(after),
+        })
+    }
+
+    /// A table was dropped: no change of it will come any more, and nothing is kept of it. Returns its last schema, if it had one.
+    pub fn dropped(&mut self, oid: u32, notes: &mut Vec<Note>) -> Option<TableSchema> {
+        let last = self.known.remove(&oid)?;
+        self.described.remove(&oid);
+        self.newest.retain(|newest| *newest != oid);
+        notes.push(Note { oid, kept: None });
+        last
+    }
+
+    /// OIDs of the tables that are known.
+    pub fn tables(&self) -> impl Iterator<Item = u32> {
+        self.known.keys().copied()
     }
 
     /// The version of the schema that changes of a table have; 0 while it is not known.
@@ -153,11 +176,12 @@ impl Schemas {
     }
 
     fn note(&self, oid: u32, schema: Option<TableSchema>) -> Note {
-        Note {
+        let kept = Some(Kept {
             system_identifier: self.system_identifier.clone(),
             oid,
             schema,
-        }
+        });
+        Note { oid, kept }
     }
 }
 
@@ -227,7 +251,7 @@ mod tests {
         let other = |change: &dyn Fn(&mut Relation)| {
             let mut other = one.clone();
             change(&mut other);
-            between((&one, b'd'), (&other, b'd')).map(|change| change.after.version)
+            between((&one, b'd'), (&other, b'd')).and_then(|change| Some(change.after?.version))
         };
         assert_eq!(other(&|_| ()), None);
         assert_eq!(other(&|table| table.columns[1].type_name = "renamed".to_owned()), None);
@@ -262,21 +286,42 @@ mod tests {
         let (old, new) = (relation(1, &[]), relation(2, &[]));
         assert_eq!(schemas.next(&old, at(0), &mut notes), None);
         let change = schemas.next(&new, at(1), &mut notes).unwrap();
-        assert_eq!((change.before, change.after.version), (None, 1));
+        assert_eq!((change.before, change.after.unwrap().version), (None, 1));
         assert_eq!((schemas.version(1), schemas.version(2), schemas.version(3)), (1, 1, 0));
         let newest: Vec<u32> = schemas.newest().map(|schema| schema.relation.oid).collect();
         assert_eq!(newest, [2, 1]);
 
+        let mut kept: HashMap<u32, Kept> = HashMap::new();
+        keep(&mut kept, notes);
+        let read = |server: &str| Schemas::new(kept.values().cloned().collect(), server);
         // The OIDs of another server are those of other tables.
-        assert!(Schemas::new(notes.clone(), "another").is_empty());
-        assert_eq!(Schemas::new(notes, "server").newest().count(), 2);
+        assert!(read("another").is_empty());
+        assert_eq!(read("server").newest().count(), 2);
+
+        // Once it is dropped, nothing is left of it.
+        let mut notes = Vec::new();
+        assert_eq!(schemas.dropped(2, &mut notes).unwrap().relation, new);
+        assert_eq!(schemas.dropped(2, &mut notes), None);
+        keep(&mut kept, notes);
+        let schemas = Schemas::new(kept.into_values().collect(), "server");
+        assert_eq!(schemas.tables().collect::<Vec<_>>(), [1]);
+    }
+
+    /// What the topic does.
+    fn keep(kept: &mut HashMap<u32, Kept>, notes: Vec<Note>) {
+        for note in notes {
+            match note.kept {
+                Some(value) => kept.insert(note.oid, value),
+                None => kept.remove(&note.oid),
+            };
+        }
     }
 
     /// A session: it is sent the changes from `from` on, is described each table before its first change and when it has another shape
     /// than in the change before, and publishes what comes after `published`, up to `until`.
     fn session(
         changes: &[(u32, u8)],
-        kept: &mut HashMap<u32, Note>,
+        kept: &mut HashMap<u32, Kept>,
         from: usize,
         published: &mut Option<usize>,
         until: usize,
@@ -295,10 +340,14 @@ mod tests {
             }
             let mut notes = Vec::new();
             if let Some(change) = schemas.next(&relation, at(number), &mut notes) {
-                events.push((number, change.after.version, change.before.map(|before| before.version)));
+                events.push((
+                    number,
+                    change.after.unwrap().version,
+                    change.before.map(|before| before.version),
+                ));
             }
             assert_eq!(change_version(&schemas, *oid), Some(relation));
-            kept.extend(notes.into_iter().map(|note| (note.oid, note)));
+            keep(kept, notes);
             *published = Some(number);
         }
         events

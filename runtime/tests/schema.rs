@@ -13,6 +13,10 @@ use common::{LIMIT, checkpoint, config};
 use log::read_topic;
 use meander_config::{CaptureConfig, SnapshotMode, SnapshotRequest};
 use meander_proto::v1::{ChangeRecord, Operation, ReplicaIdentity, TableSchema};
+use meander_runtime::{
+    checkpoint::read_schemas,
+    log::{checkpoint_key, schemas_topic},
+};
 use meander_test_support::{Kafka, Postgres, Redis, Runtime, eventually};
 use prost::Message as _;
 use tokio_postgres::Client;
@@ -88,7 +92,14 @@ fn check(log: &[ChangeRecord]) -> Vec<(String, String)> {
         let relation = record.relation.as_ref().unwrap();
         if let Some(change) = &record.schema_change {
             assert!(is_event(record));
-            let after = change.after.as_ref().unwrap();
+            let Some(after) = &change.after else {
+                // Nothing of the table comes after its end.
+                let before = change.before.as_ref().unwrap();
+                assert!(schemas.remove(&before.oid).is_none_or(|known| known == *before));
+                names.retain(|_, oid| *oid != before.oid);
+                events.push((short(Some(before)), String::new()));
+                continue;
+            };
             assert_eq!(
                 (after.relation.as_ref().unwrap(), after.version),
                 (relation, record.schema_version)
@@ -402,4 +413,76 @@ async fn rows_of_a_snapshot_have_the_schema_that_the_events_say() {
         Operation::SnapshotEnd,
     ];
     assert_eq!(operations, marked);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dropped_table_ends_with_an_event_also_if_nobody_looked_when_it_was_dropped() {
+    let (postgres, redis, kafka) = (Postgres::start(&[]).await, Redis::start().await, Kafka::shared().await);
+    let client = postgres.client().await;
+    execute(
+        &client,
+        "CREATE TABLE t (id int PRIMARY KEY); CREATE TABLE unused (id int PRIMARY KEY); CREATE TABLE stays (id int PRIMARY KEY)",
+    )
+    .await;
+    let config = config(&postgres, kafka, Some(&redis));
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    execute(
+        &client,
+        "ALTER TABLE t ADD note text; INSERT INTO t VALUES (1); INSERT INTO stays VALUES (1)",
+    )
+    .await;
+    let events = async |count: usize| {
+        eventually("the events are in Kafka", LIMIT, async || {
+            let log = tokio::task::block_in_place(|| read_log(kafka, &config, &["t"]));
+            let found = log.iter().filter(|record| is_event(record)).count();
+            if found >= count {
+                Ok(check(&log))
+            } else {
+                Err(format!("{found} of {count}"))
+            }
+        })
+        .await
+    };
+    events(0).await;
+    runtime.kill9();
+    // Whoever forges the message drops no table.
+    execute(
+        &client,
+        "INSERT INTO t VALUES (2); DROP TABLE t, unused;
+         SELECT pg_logical_emit_message(false, 'meander.dropped', 'stays'::regclass::oid::text)",
+    )
+    .await;
+    runtime.start_again();
+    let (one, gone) = ("t(id int4, note text) 1", "");
+    assert_eq!(events(1).await, [pair(one, gone)]);
+    assert_eq!(
+        checkpoint(&config).unwrap().events_total,
+        3,
+        "an event is no change of a row"
+    );
+
+    // A table of that name is another one.
+    runtime.kill9();
+    execute(&client, "CREATE TABLE t (id int PRIMARY KEY)").await;
+    runtime.start_again();
+    runtime.ready(LIMIT).await;
+    eventually("the new table joins", LIMIT, async || {
+        let sql = "SELECT count(*) FROM pg_publication_tables WHERE tablename = 't'";
+        let count: i64 = client.query_one(sql, &[]).await.unwrap().get(0);
+        if count == 1 { Ok(()) } else { Err("it has not") }
+    })
+    .await;
+    execute(&client, "INSERT INTO t VALUES (3)").await;
+    assert_eq!(events(2).await, [pair(one, gone), pair("", "t(id int4) 1")]);
+    let (namespace, name) = (&config.pipeline.namespace, &config.pipeline.name);
+    let kept = tokio::task::block_in_place(|| {
+        let key = checkpoint_key(namespace, name, &config.source.slot_name);
+        read_schemas(&config.kafka.cluster(), &schemas_topic(namespace, name), &key, LIMIT).unwrap()
+    });
+    let mut kept: Vec<_> = kept.into_iter().map(|kept| kept.oid).collect();
+    kept.sort_unstable();
+    let oids = "SELECT ARRAY['stays'::regclass::oid, 't'::regclass::oid]";
+    let expected: Vec<u32> = client.query_one(oids, &[]).await.unwrap().get(0);
+    assert_eq!(kept, expected, "nothing is left of what was dropped");
 }

@@ -30,6 +30,8 @@ type Change struct {
 	KeyChanged   bool
 	// SchemaVersion is that of the table's schema; OldSchemaVersion is the one before, where this record says that it is another.
 	SchemaVersion, OldSchemaVersion uint32
+	// Dropped: this record says that the table, or one that had its name, was dropped.
+	Dropped bool
 }
 
 // Table is a table's name.
@@ -93,6 +95,8 @@ func (d *Decoder) Decode(value []byte) (*Change, error) {
 		SchemaVersion:    uint32(field(record, "schema_version").Uint()),
 		OldSchemaVersion: uint32(field(message(message(record, "schema_change"), "before"), "version").Uint()),
 	}
+	schemas := message(record, "schema_change")
+	change.Dropped = schemas.IsValid() && !schemas.Has(schemas.Descriptor().Fields().ByName("after"))
 	if change.Operation == "" {
 		return nil, fmt.Errorf("the value has no operation")
 	}

@@ -286,6 +286,8 @@ func (s schemas) check(record Record, differences *Differences) {
 		s[change.Table] = schema{version: change.SchemaVersion}
 	case change.Operation != "S" && change.SchemaVersion != known.version:
 		differences.add("%s (%s): the schema is version %d, and was said to be %d", record.Place, record.Coordinate, change.SchemaVersion, known.version)
+	case change.Dropped:
+		// One that was made anew under its name has begun before.
 	case change.Operation == "S":
 		if change.SchemaVersion != change.OldSchemaVersion+1 || change.Coordinate.Part != 0 {
 			differences.add("%s (%s): version %d of the schema follows version %d", record.Place, record.Coordinate, change.SchemaVersion, change.OldSchemaVersion)

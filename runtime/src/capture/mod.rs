@@ -4,6 +4,7 @@
 //! one starts from the checkpoint, as it does after a crash. So there is one way back, and it is used all the time.
 
 mod cleanup;
+mod dropped;
 mod messages;
 mod monitor;
 mod observe;

@@ -10,7 +10,7 @@ use meander_proto::v1::{RefusedTable, SlotHealth};
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::{
-    capture::Context,
+    capture::{Context, dropped::Dropped},
     progress::ConditionType,
     source::postgres::{
         preflight::{Catalog, Credentials, Selection, SourceError, Table},
@@ -35,13 +35,13 @@ pub(super) struct Owner {
 }
 
 /// Looks every few seconds, until the publication is gone.
-pub(super) async fn run(context: &Context, mut owner: Owner) -> SourceError {
+pub(super) async fn run(context: &Context, mut owner: Owner, mut dropped: Dropped) -> SourceError {
     let mut ticks = interval(INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut catalog = None;
     loop {
         ticks.tick().await;
-        catalog = match look(context, &mut owner, catalog).await {
+        catalog = match look(context, &mut owner, &mut dropped, catalog).await {
             Ok(catalog) => Some(catalog),
             Err(error @ SourceError::PublicationDropped { .. }) => return error,
             Err(error) => {
@@ -54,7 +54,12 @@ pub(super) async fn run(context: &Context, mut owner: Owner) -> SourceError {
     }
 }
 
-async fn look(context: &Context, owner: &mut Owner, catalog: Option<Catalog>) -> Result<Catalog, SourceError> {
+async fn look(
+    context: &Context,
+    owner: &mut Owner,
+    dropped: &mut Dropped,
+    catalog: Option<Catalog>,
+) -> Result<Catalog, SourceError> {
     let source = &context.config.source;
     let catalog = match catalog {
         Some(catalog) => catalog,
@@ -76,6 +81,9 @@ async fn look(context: &Context, owner: &mut Owner, catalog: Option<Catalog>) ->
         vec![]
     };
     report(context, slot.as_ref(), Some((&tables, &rejoined[..])));
+    if owns {
+        dropped.look(&catalog).await?;
+    }
     Ok(catalog)
 }
 

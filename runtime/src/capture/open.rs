@@ -28,7 +28,7 @@ use crate::{
     },
     position::{Epoch, Lsn, Position},
     progress::ConditionType,
-    schema::{Note, Schemas},
+    schema::{Kept, Schemas},
     sink::{SinkError, claims::Claims, kafka::KafkaSink, topics::Topics},
     source::{
         Change, Operation, Relation,
@@ -276,7 +276,7 @@ async fn read_own_checkpoint(context: &Context, topic: &str) -> Result<Option<Ch
     }
 }
 
-async fn read_own_schemas(context: &Context) -> Result<Vec<Note>, CaptureError> {
+async fn read_own_schemas(context: &Context) -> Result<Vec<Kept>, CaptureError> {
     let pipeline = &context.config.pipeline;
     let topic = schemas_topic(&pipeline.namespace, &pipeline.name);
     let cluster = context.config.kafka.cluster();

@@ -13,7 +13,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     capture::{
-        CaptureError, Context, monitor,
+        CaptureError, Context,
+        dropped::Dropped,
+        monitor,
         observe::{self, Inflight},
         open::{Session, open},
         snapshot::Incremental,
@@ -68,6 +70,7 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
     };
     let (snapshot_progress, snapshot_changes) = watch::channel(None);
     let (shown_schemas, schema_versions) = watch::channel(Vec::new());
+    let (versions, known_tables) = Versions::new(schemas, shown_schemas);
     let snapshot = Incremental::new(config, &checkpoint, snapshot_progress)?;
     if snapshot.is_none() {
         checkpoint.snapshot.put_down();
@@ -145,7 +148,7 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
         received,
         inflight,
         snapshot,
-        Versions::new(schemas, shown_schemas),
+        versions,
     );
     let mut kafka_result = None;
     let queues = Queues {
@@ -159,7 +162,7 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
             Ok(())
         }
         error = crash(&mut redis_feed) => Err(error.into()),
-        error = monitor::run(context, owner) => Err(error.into()),
+        error = monitor::run(context, owner, Dropped::new(known_tables)) => Err(error.into()),
         error = status.failed() => Err(wire_failure(&config.source, "", error).into()),
     };
     // The queues are closed now: the sinks take what is left, and the last checkpoint acknowledges it.

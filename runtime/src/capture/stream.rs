@@ -22,12 +22,14 @@ use crate::{
     encode::Encoder,
     log::{Checkpoint, topic_name},
     position::{Lsn, Position},
-    sink::{redis::live::Offers, topics::Topics},
+    schema::SchemaChange,
+    sink::{SinkError, redis::live::Offers, topics::Topics},
     source::{
-        Change, Operation, Snapshot,
+        Change, Operation, Relation, Snapshot,
         postgres::{
             assemble::{Assembled, Assembler},
             details::TableDetails,
+            dropped::{DROPPED_PREFIX, told},
             pgoutput::{LogicalMessage, RelationMessage, decode},
             preflight::{Catalog, Selection, stream_failure},
             snapshot::{
@@ -324,6 +326,10 @@ impl<'a> Stream<'a> {
                     }
                     return Ok(());
                 }
+                if message.prefix == DROPPED_PREFIX && message.transaction.is_none() {
+                    let (tables, position) = (told(message.content), message.position);
+                    return self.dropped(&tables, position, catalog).await;
+                }
                 // A mark of our own: what needs it knows it by its prefix.
                 let answer = snapshot
                     .as_mut()
@@ -557,24 +563,84 @@ impl<'a> Stream<'a> {
             return Ok(());
         }
         self.left_out.remove(&relation.oid);
-        let topic = topic_name(&self.config.kafka.topic_prefix, schema, table);
+        let destination = self.destination(&relation);
         self.topics_due
-            .insert(relation.oid, (topic.clone(), format!("{schema}.{table}")));
-        let stream = self
-            .config
-            .redis
-            .as_ref()
-            .map(|redis| topic_name(&redis.stream_prefix, schema, table))
-            .unwrap_or_default();
+            .insert(relation.oid, (destination.topic.clone(), format!("{schema}.{table}")));
         let details = if self.encoder.wants_details() {
             catalog.details(&relation).await?
         } else {
             TableDetails::default()
         };
         self.versions.described(relation.oid, message.replica_identity);
-        self.encoder
-            .prepare(&relation, &details, Arc::new(Destination { topic, stream }));
+        self.encoder.prepare(&relation, &details, destination);
         self.assembler.learn(Arc::new(relation));
+        Ok(())
+    }
+
+    fn destination(&self, Relation { schema, table, .. }: &Relation) -> Arc<Destination> {
+        Arc::new(Destination {
+            topic: topic_name(&self.config.kafka.topic_prefix, schema, table),
+            stream: self
+                .config
+                .redis
+                .as_ref()
+                .map(|redis| topic_name(&redis.stream_prefix, schema, table))
+                .unwrap_or_default(),
+        })
+    }
+
+    /// The log says that tables are gone: nothing of them comes after this.
+    async fn dropped(&mut self, tables: &[u32], mut at: Position, catalog: &Catalog) -> Result<(), CaptureError> {
+        if Some(at) <= self.published {
+            return Ok(());
+        }
+        // Whoever may write into the log could have written this.
+        for oid in catalog.missing(tables).await?.tables {
+            let dropped = self.versions.dropped(oid, &mut self.batch.schemas);
+            self.news = true;
+            let Some(before) = dropped.filter(|schema| {
+                let relation = &schema.relation;
+                self.selection.holds(&relation.schema, &relation.table)
+            }) else {
+                continue;
+            };
+            let (relation, schema_version) = (Arc::new(before.relation.clone()), before.version);
+            let destination = self.destination(&relation);
+            let table = format!("{}.{}", relation.schema, relation.table);
+            match self.topics.ensure_data(&destination.topic, &table).await {
+                Err(error @ (SinkError::Topic { .. } | SinkError::TopicCollision { .. })) => {
+                    // It is nothing to stop for, and would be so each time.
+                    tracing::warn!(%error, "that a table was dropped cannot be told in its topic");
+                    continue;
+                }
+                ensured => ensured?,
+            }
+            self.encoder.prepare(&relation, &TableDetails::default(), destination);
+            let change = SchemaChange {
+                before: Some(before),
+                after: None,
+            };
+            let known = self.batch.records().len();
+            self.batch.high_time_micros = self.high_time_micros;
+            self.encoder.encode(
+                &Change {
+                    relation: &relation,
+                    schema_version,
+                    operation: Operation::SchemaChange { change: &change },
+                    position: at,
+                    commit_time_micros: self.high_time_micros,
+                    transaction_id: 0,
+                    lsn: at.commit_lsn,
+                    previous_end: None,
+                    origin: None,
+                },
+                &mut self.batch,
+            )?;
+            self.batch.markers += self.batch.records().len() - known;
+            self.batch.kafka_first = true;
+            self.complete = Some(Position::end_of_transaction(at.epoch, at.commit_lsn));
+            at.ordinal += 1;
+        }
         Ok(())
     }
 }

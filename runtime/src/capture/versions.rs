@@ -1,11 +1,13 @@
 //! The versions of the tables' schemas, as a session goes by them and shows them.
 
+use std::collections::HashSet;
+
 use meander_proto::v1::SchemaVersion;
 use tokio::sync::watch;
 
 use crate::{
     position::Position,
-    schema::{Note, SchemaChange, Schemas},
+    schema::{Note, SchemaChange, Schemas, TableSchema},
     source::{Relation, postgres::preflight::Table},
 };
 
@@ -13,13 +15,19 @@ use crate::{
 pub(super) struct Versions {
     schemas: Schemas,
     shown: watch::Sender<Vec<SchemaVersion>>,
+    tables: watch::Sender<HashSet<u32>>,
 }
 
 impl Versions {
-    pub(super) fn new(schemas: Schemas, shown: watch::Sender<Vec<SchemaVersion>>) -> Self {
-        let versions = Self { schemas, shown };
+    /// Also returns the tables that the log knows, by their OIDs.
+    pub(super) fn new(
+        schemas: Schemas,
+        shown: watch::Sender<Vec<SchemaVersion>>,
+    ) -> (Self, watch::Receiver<HashSet<u32>>) {
+        let (tables, known) = watch::channel(schemas.tables().collect());
+        let versions = Self { schemas, shown, tables };
         versions.show();
-        versions
+        (versions, known)
     }
 
     /// See [`Schemas::described`].
@@ -37,9 +45,22 @@ impl Versions {
         let known = notes.len();
         let change = self.schemas.next(relation, position, notes);
         if notes.len() > known {
+            self.tables.send_modify(|tables| {
+                tables.insert(relation.oid);
+            });
             self.show();
         }
         change
+    }
+
+    /// See [`Schemas::dropped`].
+    pub(super) fn dropped(&mut self, oid: u32, notes: &mut Vec<Note>) -> Option<TableSchema> {
+        let dropped = self.schemas.dropped(oid, notes);
+        self.tables.send_modify(|tables| {
+            tables.remove(&oid);
+        });
+        self.show();
+        dropped
     }
 
     /// See [`Schemas::version`].

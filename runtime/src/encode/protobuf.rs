@@ -192,7 +192,7 @@ impl Encoder for ProtobufEncoder {
                 &Part {
                     schema_change: Some(v1::SchemaChange {
                         before: schemas.before.as_ref().map(schema_message),
-                        after: Some(schema_message(&schemas.after)),
+                        after: schemas.after.as_ref().map(schema_message),
                     }),
                     ..part(v1::Operation::SchemaChange, None, None, None)
                 },

@@ -208,12 +208,13 @@ impl KafkaSink {
     /// Queues what is kept of tables.
     fn note(&self, notes: &[Note], deadline: Instant) -> Result<(), SinkError> {
         for note in notes {
-            let value = serde_json::to_vec(note).map_err(|error| SinkError::KafkaTransaction(error.to_string()))?;
             let key = schema_key(&self.checkpoint_key, note.oid);
-            let record = BaseRecord::to(&self.schemas_topic)
-                .partition(0)
-                .key(key.as_bytes())
-                .payload(&value[..]);
+            let value = note.kept.as_ref().map(serde_json::to_vec).transpose();
+            let value = value.map_err(|error| SinkError::KafkaTransaction(error.to_string()))?;
+            let mut record = BaseRecord::to(&self.schemas_topic).partition(0).key(key.as_bytes());
+            if let Some(value) = &value {
+                record = record.payload(&value[..]);
+            }
             self.send(record, deadline)?;
         }
         Ok(())

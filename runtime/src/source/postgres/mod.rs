@@ -2,6 +2,7 @@
 
 pub mod assemble;
 pub mod details;
+pub mod dropped;
 pub mod pgoutput;
 pub mod preflight;
 pub mod prerequisites;
