@@ -1,6 +1,6 @@
 //! `CdcPipeline`: changes of one PostgreSQL database, out to Kafka and Redis.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, num::NonZeroU8};
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::{CustomResource, KubeSchema};
@@ -159,11 +159,16 @@ pub struct PostgresSource {
 /// What becomes of the rows that are there when a table's capture begins. It may be changed at any time.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("!has(self.parallelism) || self.mode == 'Bulk'").message("parallelism is for the mode Bulk: the others read with one connection, or not at all"))]
 pub struct Snapshot {
-    /// How they are read. From `Never` to `Incremental`, the tables are read that were not yet; the other way, what is not read yet
-    /// is not read.
+    /// How they are read. From `Never` to another mode, the tables are read that were not yet; to `Never`, what is not read yet is not
+    /// read.
     #[serde(default)]
     pub mode: SnapshotMode,
+    /// How many connections read at the same time in the mode `Bulk`; 2 where it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 16))]
+    pub parallelism: Option<NonZeroU8>,
     /// Tables to read once more, or for the first time, in any mode. Each request runs once: what was done under an id is not done
     /// again, also when its tables change. A request may be taken out of the list when it is done.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -174,6 +179,11 @@ pub struct Snapshot {
 /// How the rows are read that are there when a table's capture begins.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum SnapshotMode {
+    /// At once, by several connections, under one snapshot of the database: the fastest way. Changes wait until it is done, and the
+    /// database keeps their WAL meanwhile. No key is needed. After a crash the tables that were not done are read anew, so that some of
+    /// their rows are published again, as `READ`; changes never are. A table that joins later is read in chunks, and so is one that an
+    /// ALTER TABLE or TRUNCATE comes to in the middle.
+    Bulk,
     /// In chunks in the order of the key, while changes are captured. A restart goes on at the chunk; each row is published once, and is
     /// never older than the changes before it. A table that joins later is read as well. A table without a key is read if it is small.
     #[default]

@@ -344,6 +344,10 @@ async fn a_pipeline_that_can_never_work_is_refused() {
             "messagePrefixes must not begin with meander.: those messages are the pipeline's own",
         ),
         (
+            postgres(json!({"snapshot": {"mode": "Incremental", "parallelism": 4}})),
+            "parallelism is for the mode Bulk: the others read with one connection, or not at all",
+        ),
+        (
             json!({"spec": {"debezium": {"schemas": true}}}),
             "debezium is for the format DebeziumJson only: remove it, or set format",
         ),

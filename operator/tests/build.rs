@@ -82,9 +82,10 @@ fn every_setting_reaches_the_pod() {
     spec.source.postgres.tables.exclude = vec!["public.secrets".into()];
     spec.source.postgres.message_prefixes = vec!["app.*".into()];
     spec.source.postgres.origin = meander_crds::Origin::None;
-    spec.source.postgres.snapshot =
-        serde_json::from_str(r#"{"mode": "Never", "requests": [{"id": "repair", "tables": ["public.orders"]}]}"#)
-            .unwrap();
+    spec.source.postgres.snapshot = serde_json::from_str(
+        r#"{"mode": "Bulk", "parallelism": 4, "requests": [{"id": "repair", "tables": ["public.orders"]}]}"#,
+    )
+    .unwrap();
     spec.sinks.kafka.topics = serde_json::from_value(serde_json::json!({
         "partitions": 6, "replicationFactor": 3, "config": {"retention.ms": "1000"}, "management": "External",
     }))

@@ -104,6 +104,9 @@ pub struct RedisPlace {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct SnapshotState {
+    /// A bulk snapshot was taken: the tables that are not done are read in chunks, in any mode.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub bulk_is_over: bool,
     /// Captured tables that were read to their end, by OID, with the OID of their membership of the publication. One that left and came
     /// back missed changes, and has another one.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]

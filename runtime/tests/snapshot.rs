@@ -4,70 +4,22 @@
 mod common;
 #[path = "common/fold.rs"]
 mod fold;
+#[path = "common/tables.rs"]
+mod tables;
+
+use std::time::Duration;
 
 use common::LIMIT;
-use fold::{Entry, State, assert_read_once, difference, fold, read_log};
+use fold::{assert_read_once, difference, fold, read_log};
 use meander_config::{CaptureConfig, SnapshotMode, SnapshotRequest};
 use meander_proto::v1::Operation;
 use meander_test_support::{Kafka, Postgres, Runtime, eventually};
-use tokio_postgres::Client;
+use tables::{LARGE_TABLE, count, disturb, execute, table, topic, wait_for_ends, wait_until_equal};
 
 fn config(postgres: &Postgres, kafka: &Kafka) -> CaptureConfig {
     let mut config = common::config(postgres, kafka, None);
     config.source.snapshot.mode = SnapshotMode::Incremental;
     config
-}
-
-async fn execute(postgres: &Postgres, sql: &str) {
-    postgres.client().await.batch_execute(sql).await.unwrap();
-}
-
-fn count(log: &[Entry], operation: Operation) -> usize {
-    log.iter().filter(|entry| entry.operation == operation).count()
-}
-
-fn topic(config: &CaptureConfig, table: &str) -> String {
-    format!("{}.public.{table}", config.kafka.topic_prefix)
-}
-
-/// Waits until the log holds this many ends of snapshots of the table, and reads it.
-async fn wait_for_ends(kafka: &Kafka, config: &CaptureConfig, table: &str, ends: usize) -> Vec<Entry> {
-    eventually("the snapshot has ended", LIMIT, async || {
-        let log = tokio::task::block_in_place(|| read_log(kafka, &topic(config, table)));
-        let found = count(&log, Operation::SnapshotEnd);
-        if found >= ends {
-            Ok(log)
-        } else {
-            Err(format!("{} records, {found} ends", log.len()))
-        }
-    })
-    .await
-}
-
-/// Reads the log until it comes to what the table holds.
-async fn wait_until_equal(kafka: &Kafka, config: &CaptureConfig, table: &str, rows: &State) -> Vec<Entry> {
-    eventually("the log comes to what the table holds", LIMIT, async || {
-        let log = tokio::task::block_in_place(|| read_log(kafka, &topic(config, table)));
-        difference(&fold(&log), rows).map_or(Ok(log), Err)
-    })
-    .await
-}
-
-/// What a table holds whose key is `id` and comes first. The other columns are named.
-async fn table(client: &Client, name: &str, columns: &str) -> State {
-    let others: Vec<String> = columns
-        .split(' ')
-        .map(|column| format!("coalesce({column}::text, '')"))
-        .collect();
-    let sql = format!("SELECT id::text, ARRAY[{}] FROM {name}", others.join(", "));
-    let rows = client.query(&sql, &[]).await.unwrap();
-    rows.iter()
-        .map(|row| {
-            let id: String = row.get(0);
-            let key = format!("{{\"id\":\"{id}\"}}");
-            (key, [vec![id], row.get(1)].concat())
-        })
-        .collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -122,58 +74,12 @@ async fn rows_that_were_there_are_read_between_markers_and_never_again() {
     assert_eq!(after.len(), log.len() + 2);
 }
 
-/// Twenty thousand rows, of which each tenth has a value that is stored apart.
-const LARGE_TABLE: &str = "CREATE TABLE trades (id bigint PRIMARY KEY, price bigint, note text);
-    ALTER TABLE trades ALTER note SET STORAGE EXTERNAL;
-    INSERT INTO trades SELECT n, 0, CASE WHEN n % 10 = 0 THEN repeat(n::text || ' ', 600) ELSE 'short' END
-      FROM generate_series(1, 20000) n";
-
-/// Changes rows of every kind until told to stop, four at a time: values, keys in both directions, deletions, insertions.
-fn disturb(postgres: &Postgres) -> (tokio::sync::watch::Sender<bool>, Vec<tokio::task::JoinHandle<u64>>) {
-    let (stop, stopped) = tokio::sync::watch::channel(false);
-    let url = postgres.url();
-    let clients = (0..4_i64)
-        .map(|client| {
-            let (url, stopped) = (url.clone(), stopped.clone());
-            tokio::spawn(async move {
-                let (connection, driver) = tokio_postgres::connect(&url, tokio_postgres::NoTls).await.unwrap();
-                tokio::spawn(driver);
-                let mut made = 0_i64;
-                // A simple generator, so that a run can be had again.
-                let mut random = client * 7_919 + 17;
-                // What changes while nobody looks is bounded: the log is read as a whole in the end.
-                let mut pace = tokio::time::interval(std::time::Duration::from_millis(4));
-                while !*stopped.borrow() {
-                    pace.tick().await;
-                    random = (random * 1_103_515_245 + 12_345) & 0x7fff_ffff;
-                    // Rows of their own for each client, so that none waits for another for long.
-                    let id = random % 5_000 * 4 + client + 1;
-                    let new = 100_000 + made * 4 + client;
-                    let sql = match random / 5_000 % 10 {
-                        0 => format!("UPDATE trades SET id = -{new}, price = price + 1 WHERE id = {id}"),
-                        1 => format!("UPDATE trades SET id = {new}, price = price + 1 WHERE id = {id}"),
-                        2 => format!("DELETE FROM trades WHERE id = {id}"),
-                        3 => format!("INSERT INTO trades VALUES ({new}, 1, 'new'), (-{new}, 1, 'new')"),
-                        4 => format!("BEGIN; UPDATE trades SET price = -1 WHERE id = {id}; ROLLBACK"),
-                        5 => format!("UPDATE trades SET note = 'b', price = price + 1 WHERE id = {id}"),
-                        _ => format!("UPDATE trades SET price = price + 1 WHERE id = {id}"),
-                    };
-                    connection.batch_execute(&sql).await.unwrap();
-                    made += 1;
-                }
-                made.cast_unsigned()
-            })
-        })
-        .collect();
-    (stop, clients)
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_snapshot_under_concurrent_changes_comes_to_what_the_table_holds() {
     let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
     execute(&postgres, LARGE_TABLE).await;
     let config = config(&postgres, kafka);
-    let (stop, clients) = disturb(&postgres);
+    let (stop, clients) = disturb(&postgres, "trades", Duration::from_millis(4));
     let mut runtime = Runtime::capture(&config);
     runtime.ready(LIMIT).await;
     wait_for_ends(kafka, &config, "trades", 1).await;
@@ -257,66 +163,6 @@ async fn a_commit_that_is_in_the_wal_and_not_yet_visible_is_not_overwritten_by_t
     assert_eq!(count(&log, Operation::Read), 100);
     let rows = table(&client, "trades", "price note").await;
     assert_eq!(difference(&fold(&log), &rows), None);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn three_kills_during_an_incremental_snapshot_lose_and_double_nothing() {
-    kills_during_a_snapshot(3).await;
-}
-
-/// The long form; `make test-long` runs it.
-#[tokio::test(flavor = "multi_thread")]
-#[ignore = "takes minutes: make test-long"]
-async fn fifty_kills_during_an_incremental_snapshot_lose_and_double_nothing() {
-    kills_during_a_snapshot(50).await;
-}
-
-async fn kills_during_a_snapshot(kills: usize) {
-    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
-    execute(&postgres, LARGE_TABLE).await;
-    // Enough snapshots, each by a request of its own, for every kill to come in the middle of one.
-    let mut config = config(&postgres, kafka);
-    config.source.snapshot.requests = (0..kills.div_ceil(2))
-        .map(|number| SnapshotRequest {
-            id: format!("again-{number}"),
-            tables: vec!["public.trades".to_owned()],
-        })
-        .collect();
-    let snapshots = 1 + config.source.snapshot.requests.len();
-    let (stop, clients) = disturb(&postgres);
-    let mut runtime = Runtime::capture(&config);
-    let mut seen = 0;
-    for _ in 0..kills {
-        runtime.ready(LIMIT).await;
-        // Records have come since the last kill, so this one is in another place.
-        seen = eventually("a snapshot is under way", LIMIT, async || {
-            let checkpoint = common::checkpoint(&config).unwrap();
-            let published = checkpoint.events_total;
-            let reads = checkpoint.snapshot.reading.is_some_and(|cursor| cursor.rows > 0);
-            if published > seen && reads {
-                Ok(published)
-            } else {
-                Err(published)
-            }
-        })
-        .await;
-        runtime.kill9();
-        runtime.start_again();
-    }
-    runtime.ready(LIMIT).await;
-    stop.send_replace(true);
-    wait_for_ends(kafka, &config, "trades", snapshots).await;
-    let mut made = 0;
-    for client in clients {
-        made += client.await.unwrap();
-    }
-    let rows = table(&postgres.client().await, "trades", "price note").await;
-    let log = wait_until_equal(kafka, &config, "trades", &rows).await;
-    assert_read_once(&log);
-    println!(
-        "{kills} kills, {snapshots} snapshots: {made} changes, {} rows read, each once",
-        count(&log, Operation::Read)
-    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

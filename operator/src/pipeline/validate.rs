@@ -169,9 +169,11 @@ pub fn validate(pipeline: &CdcPipeline, facts: &Facts, settings: &Settings) -> R
             slot_failover: postgres.slot.failover,
             snapshot: Snapshot {
                 mode: match postgres.snapshot.mode {
+                    Reading::Bulk => SnapshotMode::Bulk,
                     Reading::Incremental => SnapshotMode::Incremental,
                     Reading::Never => SnapshotMode::Never,
                 },
+                parallelism: postgres.snapshot.parallelism.unwrap_or(Snapshot::default().parallelism),
                 requests: postgres
                     .snapshot
                     .requests

@@ -8,6 +8,7 @@ use std::{
     collections::BTreeMap,
     fs,
     net::SocketAddr,
+    num::NonZeroU8,
     path::{Path, PathBuf},
 };
 
@@ -134,20 +135,44 @@ pub struct PostgresSource {
 }
 
 /// What becomes of the rows that are there when a table's capture begins.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Snapshot {
     /// How they are read.
     #[serde(default)]
     pub mode: SnapshotMode,
+    /// How many connections read at the same time in the mode `Bulk`.
+    #[serde(default = "default_parallelism", skip_serializing_if = "is_default_parallelism")]
+    pub parallelism: NonZeroU8,
     /// Tables to read again, or for the first time, each request once.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub requests: Vec<SnapshotRequest>,
 }
 
+impl Default for Snapshot {
+    fn default() -> Self {
+        Self {
+            mode: SnapshotMode::default(),
+            parallelism: default_parallelism(),
+            requests: Vec::new(),
+        }
+    }
+}
+
+fn default_parallelism() -> NonZeroU8 {
+    NonZeroU8::MIN.saturating_add(1)
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // As serde asks.
+fn is_default_parallelism(parallelism: &NonZeroU8) -> bool {
+    *parallelism == default_parallelism()
+}
+
 /// How the rows are read that are there when a table's capture begins.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SnapshotMode {
+    /// All at once, by several connections, while the stream stands still.
+    Bulk,
     /// In chunks, while changes are captured.
     #[default]
     Incremental,

@@ -207,8 +207,8 @@ async fn create_slot(
             Ok(())
         }
         // Each transaction is waited for as long as lock_timeout says, and all of them as long as a request may take.
-        Err(WireError::Timeout(_)) => Err(catalog.give_up_slot(source).await?),
-        Err(WireError::Server { code, .. }) if code == "55P03" => Err(catalog.give_up_slot(source).await?),
+        Err(WireError::Timeout(_)) => Err(catalog.give_up_slot(&source.slot_name).await?),
+        Err(WireError::Server { code, .. }) if code == "55P03" => Err(catalog.give_up_slot(&source.slot_name).await?),
         Err(error) => Err(wire(error)),
     }
 }

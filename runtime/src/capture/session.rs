@@ -19,7 +19,7 @@ use crate::{
         observe::{self, Inflight},
         open::{Session, open},
         snapshot::Incremental,
-        stream::{Queues, Stream},
+        stream::{Queues, Stream, bulk::Bulk},
         versions::Versions,
     },
     encode::{DebeziumEncoder, Encoder, ProtobufEncoder},
@@ -71,6 +71,7 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
     let (snapshot_progress, snapshot_changes) = watch::channel(None);
     let (shown_schemas, schema_versions) = watch::channel(Vec::new());
     let (versions, known_tables) = Versions::new(schemas, shown_schemas);
+    let bulk = Bulk::new(&config.source, &checkpoint, snapshot_progress.clone());
     let snapshot = Incremental::new(config, &checkpoint, snapshot_progress)?;
     if snapshot.is_none() {
         checkpoint.snapshot.put_down();
@@ -149,6 +150,7 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
         inflight,
         snapshot,
         versions,
+        bulk,
     );
     let mut kafka_result = None;
     let queues = Queues {

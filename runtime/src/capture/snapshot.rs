@@ -18,8 +18,9 @@ use crate::{
             preflight::{Selection, SourceError},
             snapshot::{
                 WATERMARK_PREFIX,
-                chunks::{Answer, CHUNK_BYTES, CHUNK_ROWS, Candidate, Chunk, ChunkReader, Request, Which},
+                chunks::{Answer, CHUNK_BYTES, CHUNK_ROWS, Chunk, ChunkReader, Request, Which},
                 overlap::{Again, Overlap, Stale},
+                session::Candidate,
                 shape::Shape,
             },
         },
@@ -41,7 +42,7 @@ const COME_BACK_ROWS: usize = 8;
 const MOST_JUMPED_BYTES: usize = 64 << 10;
 const MOST_ASIDE: usize = 16;
 /// Tables that the progress names at most.
-const SHOWN_TABLES: usize = 100;
+pub(super) const SHOWN_TABLES: usize = 100;
 
 enum Step {
     /// The next question is asked at this time.
@@ -330,6 +331,7 @@ impl Incremental {
             requests,
             reading,
             aside,
+            ..
         } = &mut self.state;
         let wanted = |cursor: &TableCursor| {
             let wanted = match &cursor.request {
@@ -554,7 +556,7 @@ impl Incremental {
         } else if !cursor.swept {
             cursor.after.clone_from(&chunk.last_key);
             // The next chunk shall have as many rows as make it full.
-            let fitting = CHUNK_BYTES / (chunk.size() / chunk.len().max(1)).max(1);
+            let fitting = CHUNK_BYTES / (chunk.rows.size() / chunk.rows.len().max(1)).max(1);
             self.rows = u32::try_from(fitting)
                 .unwrap_or(u32::MAX)
                 .min(self.rows.saturating_mul(2))
@@ -563,6 +565,23 @@ impl Incremental {
         self.go_on();
         self.report();
         self.state.reading.is_none().then_some(so_far)
+    }
+
+    /// A bulk snapshot has read this table to its end.
+    pub(super) fn was_read(&mut self, table: &Candidate) {
+        let SnapshotState {
+            done, reading, aside, ..
+        } = &mut self.state;
+        done.insert(table.oid, table.member);
+        // It may have been read in chunks before.
+        let begun = |cursor: &TableCursor| cursor.oid == table.oid && cursor.request.is_none();
+        reading.take_if(|cursor| begun(cursor));
+        aside.retain(|cursor| !begun(cursor));
+    }
+
+    /// What is not read by now is read in chunks.
+    pub(super) fn bulk_is_over(&mut self) {
+        self.state.bulk_is_over = true;
     }
 
     /// What goes into the checkpoint.
@@ -631,7 +650,7 @@ impl Incremental {
         self.tables
             .iter()
             .find(|table| table.oid == oid)
-            .map(|table| format!("{}.{}", table.schema, table.table))
+            .map(Candidate::name)
             .unwrap_or_default()
     }
 }

@@ -1,5 +1,7 @@
 //! The loop that turns the replication stream into batches.
 
+pub(super) mod bulk;
+
 use std::{
     collections::{HashMap, HashSet},
     sync::Arc,
@@ -13,6 +15,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+use self::bulk::Bulk;
 use crate::{
     batch::{Batch, Destination},
     capture::{
@@ -105,6 +108,7 @@ pub(super) struct Stream<'a> {
     news: bool,
     snapshot: Option<Incremental>,
     versions: Versions,
+    bulk: Option<Bulk>,
 }
 
 impl<'a> Stream<'a> {
@@ -120,6 +124,7 @@ impl<'a> Stream<'a> {
         inflight: Inflight,
         snapshot: Option<Incremental>,
         versions: Versions,
+        bulk: Option<Bulk>,
     ) -> Self {
         Self {
             config,
@@ -141,7 +146,13 @@ impl<'a> Stream<'a> {
             news: false,
             snapshot,
             versions,
+            bulk,
         }
+    }
+
+    /// True while a bulk snapshot is published, or made.
+    fn held(&self) -> bool {
+        self.bulk.as_ref().is_some_and(Bulk::holds)
     }
 
     /// Reads until `shutdown`, or until the connection or Kafka's sink ends.
@@ -155,7 +166,16 @@ impl<'a> Stream<'a> {
         let source = &self.config.source;
         let wire = |error| stream_failure(source, error);
         loop {
-            while let Some(frame) = reader.next_frame().map_err(wire)? {
+            while !self.held()
+                && let Some(frame) = reader.next_frame().map_err(wire)?
+            {
+                if let Some(bulk) = &mut self.bulk
+                    && bulk.comes_before(&frame, self.assembler.in_transaction())
+                {
+                    bulk.is_here(self.assembler.epoch());
+                    reader.put_back();
+                    break;
+                }
                 match frame {
                     Frame::Data { wal_end, message } => {
                         self.received.set_server(wal_end);
@@ -178,7 +198,10 @@ impl<'a> Stream<'a> {
                     }
                 }
             }
-            let due = self.snapshot.as_ref().and_then(Incremental::due);
+            // What a bulk snapshot leaves is read in chunks after it.
+            let chunks = self.snapshot.as_ref().filter(|_| self.bulk.is_none());
+            let due = chunks.and_then(Incremental::due);
+            let (held, room) = (self.held(), !self.batch.is_full());
             // What has come is handed on at once; while Kafka is busy, more of it gathers. The snapshot comes last.
             tokio::select! {
                 biased;
@@ -190,7 +213,9 @@ impl<'a> Stream<'a> {
                 answer = answer(self.snapshot.as_mut()) => if let Some(snapshot) = &mut self.snapshot {
                     snapshot.take(answer);
                 },
-                filled = reader.fill() => filled.map_err(wire)?,
+                // The server is told all the while that somebody is here, and does not have to be listened to.
+                filled = reader.fill(), if !held => filled.map_err(wire)?,
+                event = bulk::event(self.bulk.as_mut()), if room => self.take_bulk(event, catalog).await?,
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
                     if let Some(snapshot) = &mut self.snapshot {
                         // A chunk waits for the one before: they are large, and the changes come first.
@@ -384,12 +409,10 @@ impl<'a> Stream<'a> {
         if let Some(incremental) = &mut self.snapshot {
             incremental.begin(shape, snapshot.id.clone());
         }
-        self.read(
-            shape.oid,
-            position,
-            now_micros(),
-            [Operation::SnapshotBegin { snapshot: &snapshot }],
-        )
+        let begin = Operation::SnapshotBegin { snapshot: &snapshot };
+        self.read(shape.oid, position, now_micros(), [begin])?;
+        self.chunk_is_in(position);
+        Ok(())
     }
 
     /// Publishes a chunk at its watermark, without the rows whose keys the log has newer states of.
@@ -423,9 +446,9 @@ impl<'a> Stream<'a> {
         let Some(relation) = self.assembler.relation(shape.oid).cloned() else {
             return Ok(());
         };
-        let mut fresh = Vec::with_capacity(chunk.len());
+        let mut fresh = Vec::with_capacity(chunk.rows.len());
         let mut key = Vec::new();
-        for row in chunk.rows() {
+        for row in chunk.rows.iter() {
             key.clear();
             if !stale.is_empty() && crate::encode::key::write(&relation, row, None, &mut key)? {
                 match stale.get(&key[..]) {
@@ -457,7 +480,15 @@ impl<'a> Stream<'a> {
         let snapshot = &snapshot;
         let end = rows.map(|rows| Operation::SnapshotEnd { snapshot, rows });
         let reads = fresh.into_iter().map(|new| Operation::Read { new, snapshot });
-        self.read(shape.oid, position, chunk.time_micros, reads.chain(end))
+        self.read(shape.oid, position, chunk.time_micros, reads.chain(end))?;
+        self.chunk_is_in(position);
+        Ok(())
+    }
+
+    /// What is done of a snapshot goes into the log with its records: both are in one batch, and so in one transaction.
+    fn chunk_is_in(&mut self, at: Position) {
+        self.batch.snapshot = self.snapshot.as_ref().map(Incremental::state);
+        self.complete = Some(Position::end_of_transaction(at.epoch, at.commit_lsn));
     }
 
     fn read_again(&mut self, again: Again) {
@@ -466,16 +497,17 @@ impl<'a> Stream<'a> {
         }
     }
 
-    /// Appends records of a snapshot, and what is done of it with them: both are in one batch, and so in one transaction.
+    /// Appends records of a snapshot, the first of them at this position. Returns how many.
     fn read<'r>(
         &mut self,
         oid: u32,
         at: Position,
         time_micros: i64,
         operations: impl IntoIterator<Item = Operation<'r>>,
-    ) -> Result<(), CaptureError> {
+    ) -> Result<u64, CaptureError> {
+        let mut count = 0;
         let Some(relation) = self.assembler.relation(oid) else {
-            return Ok(());
+            return Ok(count);
         };
         self.high_time_micros = self.high_time_micros.max(time_micros.min(now_micros()));
         self.batch.high_time_micros = self.high_time_micros;
@@ -483,18 +515,22 @@ impl<'a> Stream<'a> {
         let schemas = self.versions.next(relation, at, &mut self.batch.schemas);
         let schema_change = schemas.iter().map(|change| Operation::SchemaChange { change });
         let operations = operations.into_iter().map(|operation: Operation<'_>| operation);
-        for (ordinal, operation) in (0..).zip(schema_change.chain(operations)) {
+        for operation in schema_change.chain(operations) {
             let change = Change {
                 relation,
                 schema_version: self.versions.version(oid),
                 operation,
-                position: Position { ordinal, ..at },
+                position: Position {
+                    ordinal: at.ordinal + count,
+                    ..at
+                },
                 commit_time_micros: time_micros,
                 transaction_id: 0,
                 lsn: at.commit_lsn,
                 previous_end: None,
                 origin: None,
             };
+            count += 1;
             let before = self.batch.records().len();
             self.encoder.encode(&change, &mut self.batch)?;
             if !matches!(operation, Operation::Read { .. }) {
@@ -502,10 +538,8 @@ impl<'a> Stream<'a> {
             }
         }
         self.batch.kafka_first = true;
-        self.batch.snapshot = self.snapshot.as_ref().map(Incremental::state);
-        self.complete = Some(Position::end_of_transaction(at.epoch, at.commit_lsn));
         self.news = true;
-        Ok(())
+        Ok(count)
     }
 
     /// True if the stream's changes of a table have this shape.

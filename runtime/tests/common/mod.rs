@@ -49,7 +49,7 @@ pub fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> Capt
             slot_failover: None,
             snapshot: Snapshot {
                 mode: SnapshotMode::Never,
-                requests: vec![],
+                ..Snapshot::default()
             },
         },
         format: Format::Protobuf,

@@ -234,9 +234,9 @@ pub enum SourceError {
         /// What it is.
         actual: String,
     },
-    /// Every slot is taken.
+    /// Too many slots are taken.
     #[error(
-        "all replication slots are in use; drop an unused one (SELECT slot_name FROM pg_replication_slots WHERE NOT active;), or run ALTER SYSTEM SET max_replication_slots = …; and restart PostgreSQL"
+        "too few replication slots are free (a bulk snapshot takes one for a moment, beside that of the pipeline); drop an unused one (SELECT slot_name FROM pg_replication_slots WHERE NOT active;), or run ALTER SYSTEM SET max_replication_slots = …; and restart PostgreSQL"
     )]
     NoFreeSlot,
     /// Every connection is taken.
@@ -659,22 +659,34 @@ impl Catalog {
         }))
     }
 
-    /// Ends an attempt to make the slot whose answer nobody waits for any more, and says what it was waiting for.
+    /// Ends an attempt to make a slot whose answer nobody waits for any more, and says what it was waiting for.
     ///
     /// # Errors
     /// When the server does not answer.
-    pub async fn give_up_slot(&self, source: &PostgresSource) -> Result<SourceError, SourceError> {
+    pub async fn give_up_slot(&self, slot: &str) -> Result<SourceError, SourceError> {
         // Left alone, the walsender would go on waiting, and make a slot long after this. While it waits, the slot has no position.
         self.query(
             "SELECT pg_catalog.pg_cancel_backend(active_pid) FROM pg_catalog.pg_replication_slots
              WHERE slot_name = $1 AND active_pid IS NOT NULL AND confirmed_flush_lsn IS NULL",
-            &[&source.slot_name],
+            &[&slot],
         )
         .await?;
         let standby = self.query("SELECT pg_catalog.pg_is_in_recovery()", &[]).await?;
         if standby.first().is_some_and(|row| row.get(0)) {
             return Ok(SourceError::SlotWaitsForPrimary);
         }
+        let blocker = self.oldest_writer(0).await?;
+        Ok(SourceError::SlotWaitsForTransaction(
+            blocker.unwrap_or_else(|| "one that has just ended".to_owned()),
+        ))
+    }
+
+    /// The oldest transaction that has written and is open for this many seconds, and how to end it; none if there is none that this role
+    /// may know the age of.
+    ///
+    /// # Errors
+    /// When the server does not answer.
+    pub async fn oldest_writer(&self, seconds: i32) -> Result<Option<String>, SourceError> {
         // Every transaction that writes holds a lock on its own id, which everybody may see.
         let rows = self
             .query(
@@ -685,11 +697,12 @@ impl Catalog {
                  LEFT JOIN pg_catalog.pg_prepared_xacts p ON p.transaction = l.transactionid
                  WHERE l.locktype = 'transactionid' AND l.mode = 'ExclusiveLock' AND l.granted
                    AND l.pid IS DISTINCT FROM pg_catalog.pg_backend_pid()
+                   AND ($1::int4 = 0 OR now() - coalesce(a.xact_start, p.prepared) >= pg_catalog.make_interval(secs => $1))
                  ORDER BY pg_catalog.age(l.transactionid) DESC LIMIT 1",
-                &[],
+                &[&seconds],
             )
             .await?;
-        let blocker = rows.first().map(|row| {
+        Ok(rows.first().map(|row| {
             let since = row
                 .get::<_, Option<i64>>(3)
                 .map_or(String::new(), |seconds| format!(", open for {seconds} s"));
@@ -706,10 +719,7 @@ impl Catalog {
                     format!("process {pid}{user}{since}: let it end, or run SELECT pg_terminate_backend({pid});")
                 }
             }
-        });
-        Ok(SourceError::SlotWaitsForTransaction(
-            blocker.unwrap_or_else(|| "one that has just ended".to_owned()),
-        ))
+        }))
     }
 
     /// How far the server's WAL has grown; of a standby, what it has replayed.

@@ -112,7 +112,7 @@ struct Server {
     version_name: String,
     standby: bool,
     wal_level: String,
-    slots_free: bool,
+    slots_free: i64,
     encoding: String,
     may_create: bool,
 }
@@ -150,7 +150,9 @@ impl Catalog {
         if server.encoding == "SQL_ASCII" {
             problems.push(SourceError::Encoding(quote_identifier(&source.database)));
         }
-        if slot.is_none() && !server.slots_free {
+        // A bulk snapshot takes one for a moment. Later on it waits for it, and the capture goes on.
+        let bulk = source.snapshot.mode == SnapshotMode::Bulk;
+        if slot.is_none() && server.slots_free < 1 + i64::from(bulk) {
             problems.push(SourceError::NoFreeSlot);
         }
         let published = self.published(&source.publication.name).await?;
@@ -211,8 +213,8 @@ impl Catalog {
             .query(
                 "SELECT current_setting('server_version_num')::int, current_setting('server_version'),
                         pg_catalog.pg_is_in_recovery(), current_setting('wal_level'),
-                        (SELECT count(*) FROM pg_catalog.pg_replication_slots)
-                            < current_setting('max_replication_slots')::int,
+                        current_setting('max_replication_slots')::int8
+                            - (SELECT count(*) FROM pg_catalog.pg_replication_slots),
                         pg_catalog.pg_encoding_to_char(d.encoding)::text,
                         pg_catalog.has_database_privilege(d.oid, 'CREATE')
                  FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()",

@@ -275,6 +275,7 @@ impl ReplicationConnection {
                 read,
                 end: self.buffer.len(),
                 buffer: self.buffer.to_vec(),
+                last: 0,
                 start: 0,
                 silence: LONGEST_SILENCE,
             },
@@ -353,6 +354,8 @@ pub enum Frame<'a> {
 pub struct FrameReader {
     read: ReadHalf<Socket>,
     buffer: Vec<u8>,
+    /// Where the last message began.
+    last: usize,
     start: usize,
     end: usize,
     silence: Duration,
@@ -388,6 +391,11 @@ impl FrameReader {
         }
     }
 
+    /// Has the last message come out once more. To be called before the next [`fill`](Self::fill).
+    pub fn put_back(&mut self) {
+        self.start = self.last;
+    }
+
     /// The next whole message that has been read, or `None` when [`fill`](Self::fill) is needed first.
     ///
     /// # Errors
@@ -409,6 +417,7 @@ impl FrameReader {
                 return Ok(None);
             }
             let from = self.start;
+            self.last = from;
             self.start += length + 1;
             match tag {
                 b'd' => return copy_data(&self.buffer[from + 5..self.start]).map(Some),

@@ -2,7 +2,7 @@
 //!
 //! A chunk is sent to whoever asked before its watermark is written: so it is always there when the watermark comes out of the stream.
 
-use std::{ops::Range, pin::pin};
+use std::pin::pin;
 
 use futures::StreamExt as _;
 use meander_config::PostgresSource;
@@ -10,12 +10,18 @@ use tokio::{
     sync::mpsc::{self, Receiver, Sender},
     task::JoinHandle,
 };
-use tokio_postgres::{Error, error::SqlState};
+use tokio_postgres::Error;
 
 use crate::source::postgres::{
-    pgoutput::{Datum, Tuple},
+    pgoutput::Datum,
     preflight::{Catalog, Credentials, Selection, SourceError},
-    snapshot::{WATERMARK_PREFIX, copy, shape::Shape, visibility::InvalidSnapshot, visibility::Visibility},
+    snapshot::{
+        WATERMARK_PREFIX,
+        copy::{Lines, Rows},
+        session::{self, Candidate, ReadError, Unreadable},
+        shape::Shape,
+        visibility::Visibility,
+    },
     wire::quote_literal,
 };
 
@@ -25,12 +31,6 @@ pub const CHUNK_BYTES: usize = 2 << 20;
 const WHOLE_TABLE_BYTES: i64 = 8 << 20;
 /// A chunk has at most this many rows.
 pub const CHUNK_ROWS: u32 = 8192;
-
-/// What a snapshot's session is set to, beside what every session is: a policy that hides rows is an error, and the watermark is in
-/// the WAL when its statement ends, whatever a standby does.
-const SETTINGS: &str = "SET row_security = off; SET search_path = ''; SET synchronous_commit = local;
-    SET standard_conforming_strings = on;
-    SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings WHERE name = 'transaction_timeout'";
 
 /// What is asked of the reader.
 #[derive(Clone, Debug)]
@@ -93,21 +93,6 @@ pub enum Answer {
     Failed(SourceError),
 }
 
-/// A table that could be read.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Candidate {
-    /// OID.
-    pub oid: u32,
-    /// Schema.
-    pub schema: String,
-    /// Name.
-    pub table: String,
-    /// OID of its [membership](Shape::member) of the publication.
-    pub member: u32,
-    /// The planner's estimate of its rows.
-    pub estimate: f64,
-}
-
 /// Rows that were read at one moment.
 #[derive(Debug)]
 pub struct Chunk {
@@ -123,37 +108,8 @@ pub struct Chunk {
     pub complete: bool,
     /// How many keys were asked for; 0 for a chunk in the order of the key.
     pub keys_asked: usize,
-    bytes: Vec<u8>,
-    rows: Vec<Range<usize>>,
-}
-
-impl Chunk {
-    /// The rows in the order of the key.
-    pub fn rows(&self) -> impl Iterator<Item = Tuple<'_>> {
-        let columns = u16::try_from(self.shape.width()).unwrap_or(u16::MAX);
-        // Each was checked when it was read.
-        self.rows
-            .iter()
-            .filter_map(move |range| Tuple::checked(columns, &self.bytes[range.clone()]))
-    }
-
-    /// Number of rows.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.rows.len()
-    }
-
-    /// True if there are no rows.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.rows.is_empty()
-    }
-
-    /// Their size.
-    #[must_use]
-    pub fn size(&self) -> usize {
-        self.bytes.len()
-    }
+    /// The rows, in the order of the key.
+    pub rows: Rows,
 }
 
 /// The task.
@@ -226,7 +182,7 @@ async fn serve(
         catalog: &catalog,
     };
     let failed = |error: Error| catalog.failed(&error);
-    catalog.client().batch_execute(SETTINGS).await.map_err(failed)?;
+    session::prepare(catalog.client()).await.map_err(failed)?;
     loop {
         let (said, watermark) = match request {
             Request::Tables => (reader.tables().await.map_err(failed)?, None),
@@ -257,51 +213,13 @@ async fn serve(
     }
 }
 
-/// Why a request has no answer.
-#[derive(Debug, thiserror::Error)]
-enum ReadError {
-    #[error(transparent)]
-    Sql(#[from] Error),
-    #[error(transparent)]
-    Snapshot(#[from] InvalidSnapshot),
-    #[error("a line of COPY cannot be read")]
-    Copy,
-}
-
-fn failed_read(catalog: &Catalog, error: ReadError) -> SourceError {
-    match error {
-        ReadError::Sql(error) => catalog.failed(&error),
-        other => catalog.said(other.to_string()),
-    }
-}
-
-/// What concerns one table only, and not the connection.
-fn unreadable(error: &ReadError) -> Option<Answer> {
-    let ReadError::Sql(error) = error else { return None };
-    let cause = error.as_db_error()?.message().to_owned();
-    let code = error.code()?;
-    if *code == SqlState::LOCK_NOT_AVAILABLE
-        || *code == SqlState::QUERY_CANCELED
-        || *code == SqlState::T_R_DEADLOCK_DETECTED
-        // The server lacks memory, disk space or the like.
-        || code.code().starts_with("53")
-    {
-        Some(Answer::Busy(cause))
-    } else if *code == SqlState::UNDEFINED_TABLE || *code == SqlState::INVALID_SCHEMA_NAME {
-        Some(Answer::Gone)
-    } else if *code == SqlState::ADMIN_SHUTDOWN || code.code().starts_with("08") || code.code().starts_with("57P") {
-        None
-    } else if *code == SqlState::INSUFFICIENT_PRIVILEGE {
-        // No permission, or a policy that would hide rows.
-        Some(Answer::Refused(format!(
-            "{cause}; run GRANT SELECT on it, and where it has row-level security ALTER ROLE … BYPASSRLS"
-        )))
-    } else {
-        // Other messages can hold data.
-        Some(Answer::Refused(format!(
-            "PostgreSQL refuses to read it (SQLSTATE {})",
-            code.code()
-        )))
+impl From<Unreadable> for Answer {
+    fn from(unreadable: Unreadable) -> Self {
+        match unreadable {
+            Unreadable::Busy(cause) => Self::Busy(cause),
+            Unreadable::Gone => Self::Gone,
+            Unreadable::Refused(cause) => Self::Refused(cause),
+        }
     }
 }
 
@@ -317,40 +235,17 @@ impl Reader<'_> {
         match read {
             Ok(said) => Ok(said),
             Err(error) => {
-                let said = unreadable(&error).ok_or_else(|| failed_read(self.catalog, error))?;
+                let said = error.unreadable().ok_or_else(|| error.into_source(self.catalog))?;
                 let rolled_back = self.catalog.client().batch_execute("ROLLBACK").await;
                 rolled_back.map_err(|error| self.catalog.failed(&error))?;
-                Ok(said)
+                Ok(said.into())
             }
         }
     }
 
     async fn tables(&self) -> Result<Answer, Error> {
-        let client = self.catalog.client();
-        let rows = client
-            .query(
-                "SELECT c.oid, n.nspname::text, c.relname::text, c.reltuples::float8, coalesce(r.oid, 0)
-                 FROM pg_catalog.pg_publication b
-                 JOIN pg_catalog.pg_publication_tables p ON p.pubname = b.pubname
-                 JOIN pg_catalog.pg_namespace n ON n.nspname = p.schemaname
-                 JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = p.tablename
-                 LEFT JOIN pg_catalog.pg_publication_rel r ON r.prpubid = b.oid AND r.prrelid = c.oid
-                 WHERE b.pubname = $1 ORDER BY 2, 3",
-                &[&self.source.publication.name],
-            )
-            .await?;
-        let tables = rows
-            .iter()
-            .map(|row| Candidate {
-                oid: row.get(0),
-                schema: row.get(1),
-                table: row.get(2),
-                // Without a VACUUM or ANALYZE there is none, or none that is worth anything.
-                estimate: row.get::<_, f64>(3).max(1.0),
-                member: row.get(4),
-            })
-            .filter(|table| self.selection.holds(&table.schema, &table.table))
-            .collect();
+        let publication = &self.source.publication.name;
+        let tables = session::tables(self.catalog.client(), publication, &self.selection).await?;
         Ok(Answer::Tables(tables))
     }
 
@@ -465,8 +360,7 @@ impl Reader<'_> {
             last_key: None,
             complete: false,
             keys_asked: 0,
-            bytes: Vec::new(),
-            rows: Vec::new(),
+            rows: Rows::new(shape.width()),
             shape,
         };
         let sql = match &which {
@@ -475,20 +369,15 @@ impl Reader<'_> {
         };
         let lines = client.copy_out(&sql).await?;
         let mut lines = pin!(lines);
-        // The server sends a message for each row, but need not.
-        let mut pending = Vec::new();
-        let mut full = false;
+        let (mut cutter, mut full) = (Lines::default(), false);
         while let Some(bytes) = lines.next().await {
-            pending.extend_from_slice(&bytes?);
-            let mut start = 0;
-            while let Some(length) = pending[start..].iter().position(|byte| *byte == b'\n') {
+            cutter.cut(&bytes?, |line| {
                 if !full {
-                    chunk.push(&pending[start..start + length])?;
-                    full = chunk.bytes.len() >= largest;
+                    chunk.rows.push(line)?;
+                    full = chunk.rows.size() >= largest;
                 }
-                start += length + 1;
-            }
-            pending.drain(..start);
+                Ok(())
+            })?;
         }
         // Rows that were asked for by their keys are all taken: what is left out would not be asked for again.
         chunk.complete = matches!(which, Which::Keys(_)) || (!full && chunk.rows.len() < limit as usize);
@@ -511,20 +400,8 @@ impl Reader<'_> {
 }
 
 impl Chunk {
-    fn push(&mut self, line: &[u8]) -> Result<(), ReadError> {
-        let start = self.bytes.len();
-        if self.shape.width() > 0 {
-            let columns = copy::append_row(line, &mut self.bytes).ok_or(ReadError::Copy)?;
-            if usize::from(columns) != self.shape.width() {
-                return Err(ReadError::Copy);
-            }
-        }
-        self.rows.push(start..self.bytes.len());
-        Ok(())
-    }
-
     fn key_of_last(&self) -> Option<Vec<String>> {
-        let last = self.rows().last().filter(|_| self.shape.has_key())?;
+        let last = self.rows.iter().last().filter(|_| self.shape.has_key())?;
         let values: Vec<Datum<'_>> = last.values().collect();
         self.shape
             .key()

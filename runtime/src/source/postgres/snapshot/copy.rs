@@ -1,4 +1,89 @@
-//! Turns a line of `COPY … TO STDOUT` into the row that `pgoutput` would send: both print values with the same functions.
+//! Turns lines of `COPY … TO STDOUT` into the rows that `pgoutput` would send: both print values with the same functions.
+
+use std::ops::Range;
+
+use crate::source::postgres::{pgoutput::Tuple, snapshot::session::ReadError};
+
+/// Rows in one piece of memory.
+#[derive(Debug, Default)]
+pub struct Rows {
+    width: usize,
+    bytes: Vec<u8>,
+    rows: Vec<Range<usize>>,
+}
+
+impl Rows {
+    /// No rows of so many columns.
+    #[must_use]
+    pub fn new(width: usize) -> Self {
+        Self {
+            width,
+            ..Self::default()
+        }
+    }
+
+    /// Appends the row of a line.
+    pub(super) fn push(&mut self, line: &[u8]) -> Result<(), ReadError> {
+        let start = self.bytes.len();
+        if self.width > 0 {
+            let columns = append_row(line, &mut self.bytes).ok_or(ReadError::Copy)?;
+            if usize::from(columns) != self.width {
+                return Err(ReadError::Copy);
+            }
+        }
+        self.rows.push(start..self.bytes.len());
+        Ok(())
+    }
+
+    /// The rows in their order.
+    pub fn iter(&self) -> impl Iterator<Item = Tuple<'_>> {
+        let columns = u16::try_from(self.width).unwrap_or(u16::MAX);
+        // Each was checked when it was read.
+        self.rows
+            .iter()
+            .filter_map(move |range| Tuple::checked(columns, &self.bytes[range.clone()]))
+    }
+
+    /// Number of rows.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// True if there are no rows.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+
+    /// Their size in bytes.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        self.bytes.len()
+    }
+}
+
+/// Cuts what COPY sends into lines. The server sends a message for each, but need not.
+#[derive(Default)]
+pub(super) struct Lines(Vec<u8>);
+
+impl Lines {
+    /// Calls `take` for each line that is complete with this piece.
+    pub(super) fn cut(
+        &mut self,
+        piece: &[u8],
+        mut take: impl FnMut(&[u8]) -> Result<(), ReadError>,
+    ) -> Result<(), ReadError> {
+        self.0.extend_from_slice(piece);
+        let mut start = 0;
+        while let Some(length) = self.0[start..].iter().position(|byte| *byte == b'\n') {
+            take(&self.0[start..start + length])?;
+            start += length + 1;
+        }
+        self.0.drain(..start);
+        Ok(())
+    }
+}
 
 /// Appends the row's values in the form of [`Tuple`](crate::source::postgres::pgoutput::Tuple), and says how many there are. None for
 /// what is not a line of COPY's text format.

@@ -327,6 +327,20 @@ impl Shape {
             })
     }
 
+    /// Prints the rows in a stretch of the table's own blocks, or of those of one of its partitions: from a block on, and before another.
+    #[must_use]
+    pub fn copy_blocks(&self, relation: &str, from: u32, before: Option<u32>) -> String {
+        let mut condition = format!("ctid OPERATOR(pg_catalog.>=) '({from},0)'::pg_catalog.tid");
+        if let Some(before) = before {
+            let _ = write!(
+                condition,
+                " AND ctid OPERATOR(pg_catalog.<) '({before},0)'::pg_catalog.tid"
+            );
+        }
+        let from = format!("ONLY {relation}");
+        format!("COPY ({}) TO STDOUT", self.select_from(&from, Some(condition)))
+    }
+
     /// Prints the rows with these keys, whose values are in the order of the columns.
     #[must_use]
     pub fn copy_rows(&self, keys: &[Vec<String>]) -> String {
@@ -353,12 +367,16 @@ impl Shape {
 
     /// Selects the rows that are published and for which the condition holds.
     fn select(&self, condition: Option<String>) -> String {
+        self.select_from(&self.from_clause(), condition)
+    }
+
+    fn select_from(&self, from: &str, condition: Option<String>) -> String {
         let columns: Vec<String> = self
             .columns
             .iter()
             .map(|column| quote_identifier(&column.name))
             .collect();
-        let mut sql = format!("SELECT {} FROM {}", columns.join(", "), self.from_clause());
+        let mut sql = format!("SELECT {} FROM {from}", columns.join(", "));
         let conditions: Vec<String> = self
             .row_filter
             .iter()
@@ -441,6 +459,10 @@ mod tests {
         let sql = mixed.copy_chunk(Some(&after), 10);
         let condition = r#"("no" OPERATOR(t.>=) '7  '::character(3) AND ("no" OPERATOR(t.>) '7  '::character(3) OR ("name" COLLATE x.c OPERATOR(s.>) 'o''x\'::text COLLATE x.c)))"#;
         assert!(sql.contains(condition), "{sql}");
+        assert_eq!(
+            shape.copy_blocks("\"public\".\"p1\"", 8, Some(16)),
+            r#"COPY (SELECT "name", "price", "no" FROM ONLY "public"."p1" WHERE (price > 0) AND (ctid OPERATOR(pg_catalog.>=) '(8,0)'::pg_catalog.tid AND ctid OPERATOR(pg_catalog.<) '(16,0)'::pg_catalog.tid)) TO STDOUT"#
+        );
         let keyless = Shape {
             key: vec![],
             row_filter: None,
