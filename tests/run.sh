@@ -66,8 +66,8 @@ long() {
   check "build" cargo build -q --release --locked -p meander-runtime
   counted "long tests" "$RUST_RESULTS" env MEANDER_LARGE_ROWS=10000000 \
     cargo test --release --locked -p meander-runtime --test large -- --nocapture
-  counted "long snapshots" "$RUST_RESULTS" \
-    cargo test --release --locked -p meander-runtime --test snapshot -- --ignored --nocapture
+  counted "fifty kills" "$RUST_RESULTS" \
+    cargo test --release --locked -p meander-runtime --test kills -- --ignored --nocapture
 }
 
 fuzz() {
