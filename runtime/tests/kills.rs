@@ -166,9 +166,18 @@ async fn run(
     // Every change is in the log: those that the ledger knows have to be.
     let loads = [disturb(&postgres, "trades", PAUSE), disturb(&postgres, "orders", PAUSE)];
     let mut random = fastrand::Rng::with_seed(7);
-    let mut published = 0;
+    let mut generation = 0;
     for kill in 0..kills {
-        let goal = published + random.u64(1..=most);
+        // What the owner before has written is settled then, and what comes more is this one's.
+        let begun = eventually("the next owner has begun", LIMIT, async || {
+            let checkpoint = common::checkpoint(&config);
+            checkpoint
+                .filter(|checkpoint| checkpoint.owner_generation > generation)
+                .ok_or("not yet")
+        })
+        .await;
+        generation = begun.owner_generation;
+        let goal = begun.events_total + random.u64(1..=most);
         eventually(&format!("kill {kill} finds a snapshot under way"), LIMIT, async || {
             let checkpoint = common::checkpoint(&config).unwrap();
             let published = checkpoint.events_total;
@@ -180,8 +189,6 @@ async fn run(
         })
         .await;
         runtime.kill9();
-        // What comes after this is of the next session.
-        published = common::checkpoint(&config).unwrap().events_total;
         runtime.start_again();
         runtime.ready(LIMIT).await;
     }
