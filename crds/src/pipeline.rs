@@ -274,7 +274,8 @@ pub struct Publication {
 /// What a partitioned table is captured as.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Partitions {
-    /// One table, whatever partition a row is in, also as partitions come and go. `tables` names the partitioned table.
+    /// One table, whatever partition a row is in. `tables` names the partitioned table. PostgreSQL does not tell which rows come or go
+    /// with a whole partition (ATTACH, DETACH, TRUNCATE or DROP of it): `snapshot.requests` reads the table again.
     #[default]
     Root,
     /// Each partition as a table of its own, with its own name, topic and stream. `tables` names the partitions.

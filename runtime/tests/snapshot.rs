@@ -296,7 +296,9 @@ async fn what_cannot_be_read_is_left_out_and_does_not_hold_up_the_rest() {
         &postgres,
         "CREATE TABLE a_hidden (id int PRIMARY KEY, note text); INSERT INTO a_hidden VALUES (1, 'a');
          CREATE TABLE trades (id int PRIMARY KEY, note text); INSERT INTO trades VALUES (1, 'a');
-         CREATE PUBLICATION p FOR TABLE a_hidden, trades",
+         CREATE TABLE a_packed (note text); ALTER TABLE a_packed REPLICA IDENTITY FULL;
+         INSERT INTO a_packed SELECT repeat('x', 1000000) FROM generate_series(1, 40);
+         CREATE PUBLICATION p FOR TABLE a_hidden, a_packed, trades",
     )
     .await;
     let mut config = config(&postgres, kafka);
@@ -318,6 +320,9 @@ async fn what_cannot_be_read_is_left_out_and_does_not_hold_up_the_rest() {
         0,
         "rows that a policy hides are not taken for gone, and what is not read does not begin"
     );
+    // Small on disk, and too large for one chunk: it is seen while it is read.
+    let packed = read_log(kafka, &topic(&config, "a_packed"));
+    assert_eq!((packed.len(), packed[0].operation), (1, Operation::SnapshotBegin));
     drop(files);
 }
 

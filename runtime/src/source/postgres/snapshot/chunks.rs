@@ -29,6 +29,8 @@ use crate::source::postgres::{
 pub const CHUNK_BYTES: usize = 2 << 20;
 /// A table without a key is read as one chunk, if it takes no more room than this.
 const WHOLE_TABLE_BYTES: i64 = 8 << 20;
+/// On disk it may be compressed: this is how much its rows take at most.
+const WHOLE_TABLE_TEXT: usize = 32 << 20;
 /// A chunk has at most this many rows.
 pub const CHUNK_ROWS: u32 = 8192;
 
@@ -223,6 +225,14 @@ impl From<Unreadable> for Answer {
     }
 }
 
+fn too_large() -> String {
+    format!(
+        "it has no key and takes more than {} MiB, or {} MiB as text, so its rows cannot be read in chunks; add a primary key",
+        WHOLE_TABLE_BYTES >> 20,
+        WHOLE_TABLE_TEXT >> 20
+    )
+}
+
 struct Reader<'a> {
     source: &'a PostgresSource,
     selection: Selection,
@@ -298,7 +308,7 @@ impl Reader<'_> {
             return self.end(Answer::Gone).await;
         };
         // What a chunk would be refused for is refused before anything is published of the table.
-        if let Some(cause) = self.too_large(&shape).await? {
+        if let Some(cause) = self.refuses(&shape).await? {
             return self.end(Answer::Refused(cause)).await;
         }
         let client = self.catalog.client();
@@ -310,7 +320,7 @@ impl Reader<'_> {
     }
 
     /// Why a table cannot be read in chunks, nor as one.
-    async fn too_large(&self, shape: &Shape) -> Result<Option<String>, Error> {
+    async fn refuses(&self, shape: &Shape) -> Result<Option<String>, Error> {
         if shape.has_key() {
             return Ok(None);
         }
@@ -323,12 +333,7 @@ impl Reader<'_> {
                 &[&shape.oid],
             )
             .await?;
-        Ok((size.get::<_, i64>(0) > WHOLE_TABLE_BYTES).then(|| {
-            format!(
-                "it has no key and takes more than {} MiB, so its rows cannot be read in chunks; add a primary key",
-                WHOLE_TABLE_BYTES >> 20
-            )
-        }))
+        Ok((size.get::<_, i64>(0) > WHOLE_TABLE_BYTES).then(too_large))
     }
 
     async fn chunk(&self, oid: u32, which: Which, order: &str, limit: u32) -> Result<Answer, ReadError> {
@@ -338,7 +343,7 @@ impl Reader<'_> {
         if shape.order() != order {
             return self.end(Answer::Reordered).await;
         }
-        if let Some(cause) = self.too_large(&shape).await? {
+        if let Some(cause) = self.refuses(&shape).await? {
             return self.end(Answer::Refused(cause)).await;
         }
         let client = self.catalog.client();
@@ -349,10 +354,10 @@ impl Reader<'_> {
                 &[],
             )
             .await?;
-        let (largest, limit) = if shape.has_key() && matches!(which, Which::After(_)) {
-            (CHUNK_BYTES, limit)
-        } else {
-            (usize::MAX, u32::MAX)
+        let (largest, limit) = match which {
+            Which::After(_) if shape.has_key() => (CHUNK_BYTES, limit),
+            Which::After(_) => (WHOLE_TABLE_TEXT, u32::MAX),
+            Which::Keys(_) => (usize::MAX, u32::MAX),
         };
         let mut chunk = Chunk {
             seen: now.get::<_, String>(0).parse()?,
@@ -381,6 +386,9 @@ impl Reader<'_> {
         }
         // Rows that were asked for by their keys are all taken: what is left out would not be asked for again.
         chunk.complete = matches!(which, Which::Keys(_)) || (!full && chunk.rows.len() < limit as usize);
+        if full && !chunk.shape.has_key() {
+            return self.end(Answer::Refused(too_large())).await;
+        }
         chunk.last_key = chunk.key_of_last();
         chunk.keys_asked = match which {
             Which::After(_) => 0,
