@@ -389,19 +389,18 @@ impl Incremental {
             })
             .collect();
         let size = |key: &Vec<String>| key.iter().map(|value| value.len() + 3).sum::<usize>();
-        let all: usize = reading
-            .iter()
-            .chain(aside.iter())
-            .flat_map(|cursor| &cursor.jumped)
-            .map(size)
-            .sum();
-        let Some(key) = key.filter(|key| all + size(key) <= MOST_JUMPED_BYTES) else {
-            // Too many to come back to: the table begins anew.
-            reading.take_if(|cursor| begun(cursor));
-            aside.retain(|cursor| !begun(cursor));
-            return true;
-        };
-        let mut noted = false;
+        let all = |cursor: &TableCursor| cursor.jumped.iter().map(size).sum::<usize>();
+        let in_hand = reading.as_ref().map_or(0, all);
+        let room = key.as_ref().map(|key| MOST_JUMPED_BYTES.saturating_sub(size(key)));
+        // Too many to come back to, or one that is not known: a table begins anew, and sooner one that waits than the one in hand.
+        let mut changed = false;
+        if room.is_none_or(|room| in_hand + aside.iter().map(all).sum::<usize>() > room) {
+            aside.clear();
+            changed = true;
+        }
+        if room.is_none_or(|room| in_hand > room) {
+            changed |= reading.take_if(|cursor| begun(cursor)).is_some();
+        }
         for cursor in reading.iter_mut().chain(aside).filter(|cursor| begun(cursor)) {
             // What is being come back to may have to be come back to once more.
             let under_way = if cursor.swept && self.window.is_some() {
@@ -409,12 +408,12 @@ impl Incremental {
             } else {
                 0
             };
-            if !cursor.jumped[under_way..].contains(&key) {
+            if let Some(key) = key.as_ref().filter(|key| !cursor.jumped[under_way..].contains(key)) {
                 cursor.jumped.push(key.clone());
-                noted = true;
+                changed = true;
             }
         }
-        noted
+        changed
     }
 
     fn touched(&mut self, change: &Change<'_>) {
