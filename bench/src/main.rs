@@ -105,6 +105,7 @@ fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> CaptureC
             acknowledgement: meander_config::Acknowledgement::BestEffort,
         }),
         accept_source_gap: None,
+        on_source_gap: Default::default(),
         operator: None,
         admin_address: free_address(),
     }

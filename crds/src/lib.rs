@@ -11,7 +11,7 @@ mod replay;
 pub use common::{LogLevel, Resources, SecretKeyReference, SecretReference};
 pub use pipeline::{
     AcceptedGap, Acknowledgement, CdcPipeline, CdcPipelineSpec, CdcPipelineStatus, Debezium, KafkaSasl, KafkaSink,
-    KafkaTls, KafkaTopics, Origin, Partitions, PipelineFormat, PipelinePhase, PostgresSource, Publication,
+    KafkaTls, KafkaTopics, OnSourceGap, Origin, Partitions, PipelineFormat, PipelinePhase, PostgresSource, Publication,
     PublicationManagement, RedisDurability, RedisRetention, RedisSink, RedisState, RedisStatus, RefusedTable,
     Replication, Runtime, SaslMechanism, SchemaVersion, SinkPosition, SinkPositions, Sinks, Slot, SlotReclaimPolicy,
     SlotStatus, Snapshot, SnapshotMode, SnapshotRequest, SnapshotStatus, Source, SslMode, TableSelection,

@@ -51,6 +51,10 @@ pub struct CdcPipelineSpec {
     /// For the format DebeziumJson. Immutable.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub debezium: Option<Debezium>,
+    /// What becomes of a gap in the source: of changes that were lost because the slot was dropped, lost or moved, its publication dropped,
+    /// or a standby promoted that lacks them. Where the host leads to another server, or to one that was set back, it is `Stop` anyway.
+    #[serde(default)]
+    pub on_source_gap: OnSourceGap,
     /// Stop capturing. The slot stays, and with it the WAL that has not been read: the database's disk fills while a busy
     /// pipeline is suspended.
     #[serde(default)]
@@ -58,6 +62,17 @@ pub struct CdcPipelineSpec {
     /// The pod that captures.
     #[serde(default)]
     pub runtime: Runtime,
+}
+
+/// What becomes of a gap in the source.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum OnSourceGap {
+    /// Capture stands still until somebody accepts the gap, by the annotation that the condition SourceGap gives.
+    #[default]
+    Stop,
+    /// The gap is accepted, which is recorded as if somebody had done it, and every captured table is read anew, in chunks beside the
+    /// changes, whatever `snapshot.mode` says.
+    Resnapshot,
 }
 
 /// What keys and values look like.

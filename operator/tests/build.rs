@@ -4,8 +4,8 @@
 mod support;
 
 use meander_crds::{
-    Acknowledgement, CdcPipeline, PipelineFormat, RedisDurability, RedisSink, ReplayJob, SecretKeyReference,
-    SecretReference, SslMode,
+    Acknowledgement, CdcPipeline, OnSourceGap, PipelineFormat, RedisDurability, RedisSink, ReplayJob,
+    SecretKeyReference, SecretReference, SslMode,
 };
 use meander_operator::{error::Error, pipeline, replay};
 use support::settings;
@@ -64,6 +64,7 @@ fn every_setting_reaches_the_pod() {
     pipeline.metadata.annotations = Some([annotation].into());
     let spec = &mut pipeline.spec;
     spec.suspend = true;
+    spec.on_source_gap = OnSourceGap::Resnapshot;
     spec.format = PipelineFormat::DebeziumJson;
     spec.debezium = serde_json::from_str(r#"{"schemas": false}"#).unwrap();
     spec.runtime = serde_json::from_value(serde_json::json!({

@@ -233,6 +233,9 @@ pub struct AcceptedGap {
     pub resumed_at: Lsn,
     /// When capture went on, in microseconds since the Unix epoch.
     pub time_micros: i64,
+    /// Every table that was captured then is read anew, whatever the mode of snapshots.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub read_anew: bool,
 }
 
 impl Checkpoint {

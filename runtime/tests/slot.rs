@@ -8,9 +8,9 @@ mod log;
 use std::collections::BTreeMap;
 
 use common::{LIMIT, checkpoint, config, wait_for_metric};
-use log::wait_for_records;
-use meander_config::{Acknowledgement, CaptureConfig, PublicationManagement, SnapshotMode};
-use meander_proto::v1::{Operation, value::Kind};
+use log::{read_topic, wait_for_records};
+use meander_config::{Acknowledgement, CaptureConfig, OnSourceGap, PublicationManagement, SnapshotMode};
+use meander_proto::v1::{ChangeRecord, Operation, value::Kind};
 use meander_runtime::{log::checkpoint_key, position::Lsn, sink::redis::mark_key};
 use meander_test_support::{Kafka, Postgres, Redis, Runtime, Signal, eventually};
 
@@ -555,6 +555,75 @@ async fn a_gap_that_is_accepted_by_its_name_is_noted_in_the_log_and_accepts_no_o
     runtime.start_again();
     wait_for_log(&mut runtime, "SlotMissing").await;
     assert!(slots(&postgres).await.is_empty(), "the second gap was not accepted");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gap_is_made_good_by_reading_every_table_anew_if_that_is_asked_for() {
+    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    execute(&postgres, "CREATE TABLE t (id int PRIMARY KEY)").await;
+    for mode in [SnapshotMode::Never, SnapshotMode::Incremental] {
+        let mut config = config(&postgres, kafka, None);
+        config.source.snapshot.mode = mode;
+        config.on_source_gap = OnSourceGap::Resnapshot;
+        let topic = format!("{}.public.t", config.kafka.topic_prefix);
+        let of_epoch = |epoch| -> Vec<ChangeRecord> {
+            tokio::task::block_in_place(|| read_topic(kafka, &topic))
+                .into_iter()
+                .map(|(_, _, record)| record)
+                .filter(|record| record.coordinate.unwrap().epoch == epoch)
+                .collect()
+        };
+        let mut runtime = Runtime::capture(&config);
+        runtime.ready(LIMIT).await;
+        execute(&postgres, "INSERT INTO t VALUES (1)").await;
+        eventually("the row is captured", LIMIT, async || {
+            let rows = of_epoch(1).iter().filter(|record| record.after.is_some()).count();
+            if rows > 0 { Ok(()) } else { Err("not yet") }
+        })
+        .await;
+        assert!(runtime.terminate(LIMIT).success());
+        execute(
+            &postgres,
+            "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE NOT active;
+             DELETE FROM t; INSERT INTO t VALUES (2)",
+        )
+        .await;
+        runtime.start_again();
+        let expected = [
+            Operation::SourceGap,
+            Operation::SnapshotBegin,
+            Operation::Read,
+            Operation::SnapshotEnd,
+        ];
+        eventually("the table was read anew", LIMIT, async || {
+            let told: Vec<_> = of_epoch(2).iter().map(ChangeRecord::operation).collect();
+            if told == expected {
+                Ok(())
+            } else {
+                Err(format!("{told:?}"))
+            }
+        })
+        .await;
+        let noted = checkpoint(&config).unwrap().accepted_gap.unwrap();
+        assert_eq!(noted.reason, "SlotMissing");
+        assert!(noted.id.starts_with("1:"), "{}", noted.id);
+
+        // That was once: neither the gap nor the reading is repeated.
+        runtime.kill9();
+        runtime.start_again();
+        runtime.ready(LIMIT).await;
+        execute(&postgres, "INSERT INTO t VALUES (3)").await;
+        eventually("changes flow", LIMIT, async || {
+            let told: Vec<_> = of_epoch(2).iter().map(ChangeRecord::operation).collect();
+            match told.as_slice() {
+                [before @ .., Operation::Insert] if before == expected => Ok(()),
+                _ => Err(format!("{told:?}")),
+            }
+        })
+        .await;
+        assert!(runtime.terminate(LIMIT).success());
+        execute(&postgres, "TRUNCATE t").await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -2,7 +2,7 @@
 
 use kube::ResourceExt as _;
 use meander_config::{
-    CaptureConfig, Durability, Format, KafkaSink, Origin, Partitions, PostgresSource, Publication,
+    CaptureConfig, Durability, Format, KafkaSink, OnSourceGap, Origin, Partitions, PostgresSource, Publication,
     PublicationManagement, RedisSink, ResourceIdentity, Snapshot, SnapshotMode, SnapshotRequest, SslMode,
     TableSelection, TopicManagement,
 };
@@ -206,6 +206,10 @@ pub fn validate(pipeline: &CdcPipeline, facts: &Facts, settings: &Settings) -> R
         },
         redis,
         accept_source_gap: pipeline.annotations().get(ACCEPT_SOURCE_GAP).cloned(),
+        on_source_gap: match spec.on_source_gap {
+            meander_crds::OnSourceGap::Stop => OnSourceGap::Stop,
+            meander_crds::OnSourceGap::Resnapshot => OnSourceGap::Resnapshot,
+        },
         operator: Some(pod::operator_link(settings)),
         admin_address: ([0, 0, 0, 0], 9464).into(),
     };

@@ -28,6 +28,9 @@ pub struct CaptureConfig {
     /// The `SourceGap` that somebody accepts, by the name that its message gives. It accepts that one, once, and no other.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub accept_source_gap: Option<String>,
+    /// What becomes of a `SourceGap` that nobody has accepted.
+    #[serde(default, skip_serializing_if = "OnSourceGap::is_stop")]
+    pub on_source_gap: OnSourceGap,
     /// The durable log.
     pub kafka: KafkaSink,
     /// The fast path.
@@ -39,6 +42,22 @@ pub struct CaptureConfig {
     /// Address of `/livez`, `/readyz` and `/metrics`.
     #[serde(default = "default_admin_address")]
     pub admin_address: SocketAddr,
+}
+
+/// What becomes of a gap in the source.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum OnSourceGap {
+    /// Capture stands still until somebody accepts it.
+    #[default]
+    Stop,
+    /// It is accepted, where a new start can follow it, and every captured table is read anew.
+    Resnapshot,
+}
+
+impl OnSourceGap {
+    fn is_stop(&self) -> bool {
+        *self == Self::Stop
+    }
 }
 
 /// What `meander-runtime replay` does.

@@ -5,7 +5,7 @@
 
 use std::{collections::HashSet, time::Duration};
 
-use meander_config::PublicationManagement;
+use meander_config::{PublicationManagement, SnapshotMode};
 use meander_proto::v1::{RefusedTable, SlotHealth};
 use tokio::time::{MissedTickBehavior, interval};
 
@@ -167,11 +167,16 @@ fn came_back(context: &Context, rejoined: &[String]) -> Option<(&'static str, St
         0 => String::new(),
         more => format!(" and {more} more"),
     };
-    let publication = quote_identifier(&context.config.source.publication.name);
+    let source = &context.config.source;
+    let remedy = match source.snapshot.mode {
+        SnapshotMode::Never => "read the table anew by an entry in snapshot.requests",
+        _ => "wait until the snapshot has read the table anew",
+    };
+    let publication = quote_identifier(&source.publication.name);
     Some((
         "TableRejoined",
         format!(
-            "{first}{more} left the publication and came back, and the log lacks the changes in between: read the table anew by an entry in snapshot.requests, then run COMMENT ON PUBLICATION {publication} IS NULL;"
+            "{first}{more} left the publication and came back, and the log lacks the changes in between: {remedy}, then run COMMENT ON PUBLICATION {publication} IS NULL;"
         ),
     ))
 }

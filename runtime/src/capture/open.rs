@@ -7,7 +7,7 @@
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use meander_config::KafkaCluster;
-use meander_config::PostgresSource;
+use meander_config::{OnSourceGap, PostgresSource};
 use rdkafka::{Message as _, message::Headers as _};
 use tokio::{sync::watch, task::spawn_blocking};
 
@@ -92,7 +92,7 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
         // There is no slot to own yet, so this look fences nobody, and what it finds is looked at again by the owner. But a pipeline
         // that will be refused must not leave a slot behind, which would keep WAL for nobody.
         let checkpoint = read_own_checkpoint(context, &checkpoint_topic).await?;
-        if let Start::Accept(_, loss) = start(checkpoint.as_ref(), context, slot.as_ref(), &server)? {
+        if let Start::Accept { loss, .. } = start(checkpoint.as_ref(), context, slot.as_ref(), &server)? {
             accepted_loss = Some(loss);
         }
         let published = checkpoint.and_then(|checkpoint| checkpoint.published);
@@ -233,10 +233,12 @@ async fn identify(
             timeline_history(file)
         }
     };
+    let (position, standby) = catalog.wal_position().await?;
     Ok(ServerIdentity {
         system_identifier: field(0),
         timeline,
-        position: catalog.wal_position().await?,
+        position,
+        standby,
         history,
     })
 }
@@ -251,6 +253,7 @@ fn start(
         name: &context.config.pipeline.name,
         slot: &context.config.source.slot_name,
         accepted: context.config.accept_source_gap.as_deref(),
+        resnapshots: context.config.on_source_gap == OnSourceGap::Resnapshot,
     };
     decide(checkpoint, pipeline, slot, server)
 }
@@ -299,8 +302,10 @@ async fn open_kafka(
     let before = read_own_checkpoint(context, checkpoint_topic).await?;
     // Only now: while the slot is ours nobody else can move it, and what is published cannot be newer than the server.
     let slot = catalog.slot(&context.config.source).await?;
+    let (position, standby) = catalog.wal_position().await?;
     let server = &ServerIdentity {
-        position: catalog.wal_position().await?,
+        position,
+        standby,
         ..server.clone()
     };
     let decision = start(before.as_ref(), context, slot.as_ref(), server)?;
@@ -332,13 +337,20 @@ async fn open_kafka(
             checkpoint.redis = None;
             checkpoint.begin_epoch(epoch, at, server);
         }
-        (Start::Accept(epoch, loss), Some(at)) => {
-            // What was found before the slot was made says more than that the new one stands elsewhere.
-            let reason = accepted_loss.as_ref().unwrap_or(&loss).reason();
-            records = accept(context, &mut checkpoint, tables, reason, (epoch, at), server)?;
+        (Start::Accept { id, epoch, loss }, Some(at)) => {
+            let gap = AcceptedGap {
+                id,
+                // What was found before the slot was made says more than that the new one stands elsewhere.
+                reason: accepted_loss.as_ref().unwrap_or(&loss).reason().to_owned(),
+                lost_after: checkpoint.acknowledged,
+                resumed_at: at,
+                time_micros: now_micros(),
+                read_anew: context.config.on_source_gap == OnSourceGap::Resnapshot,
+            };
+            records = accept(context, &mut checkpoint, tables, gap, epoch, server)?;
         }
         // The slot is being read by this session.
-        (Start::CreateSlot(_) | Start::Accept(..), _) => {
+        (Start::CreateSlot(_) | Start::Accept { .. }, _) => {
             return Err(catalog
                 .confused("the replication slot vanished while it was read")
                 .into());
@@ -388,18 +400,12 @@ fn accept(
     context: &Context,
     checkpoint: &mut Checkpoint,
     tables: &[Table],
-    reason: &str,
-    (epoch, at): (Epoch, Lsn),
+    gap: AcceptedGap,
+    epoch: Epoch,
     server: &ServerIdentity,
 ) -> Result<Batch, CaptureError> {
-    let gap = AcceptedGap {
-        id: context.config.accept_source_gap.clone().unwrap_or_default(),
-        reason: reason.to_owned(),
-        lost_after: checkpoint.acknowledged,
-        resumed_at: at,
-        time_micros: now_micros(),
-    };
-    tracing::warn!(gap.id, gap.reason, resumed_at = %at, "a gap in the source was accepted");
+    let at = gap.resumed_at;
+    tracing::warn!(gap.id, gap.reason, resumed_at = %at, gap.read_anew, "a gap in the source was accepted");
     let mut encoder = encoder(&context.config);
     let mut records = Batch::default();
     // A running maximum does not fall, and what is still to come may be older than now.

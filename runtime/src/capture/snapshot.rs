@@ -96,13 +96,22 @@ impl Incremental {
     ) -> Result<Option<Self>, SourceError> {
         let source = &config.source;
         let initial = source.snapshot.mode != SnapshotMode::Never;
-        if !initial && source.snapshot.requests.is_empty() {
+        // With a mode that reads, the epoch after a gap begins with that anyway.
+        let after_gap = checkpoint
+            .accepted_gap
+            .as_ref()
+            .filter(|gap| gap.read_anew && !initial)
+            .map(|gap| SnapshotRequest {
+                // No request of a user can have such a name.
+                id: format!("gap {}", gap.id),
+                tables: source.tables.include.clone(),
+            });
+        if !initial && after_gap.is_none() && source.snapshot.requests.is_empty() {
             return Ok(None);
         }
-        let requests = source
-            .snapshot
-            .requests
+        let requests = after_gap
             .iter()
+            .chain(&source.snapshot.requests)
             .map(|request| {
                 let globs = TableSelection {
                     include: request.tables.clone(),

@@ -72,6 +72,7 @@ pub fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> Capt
             acknowledgement: Acknowledgement::BestEffort,
         }),
         accept_source_gap: None,
+        on_source_gap: Default::default(),
         operator: None,
         admin_address: free_address(),
     }

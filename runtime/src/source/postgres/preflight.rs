@@ -722,21 +722,23 @@ impl Catalog {
         }))
     }
 
-    /// How far the server's WAL has grown; of a standby, what it has replayed.
+    /// How far the server's WAL has grown, or of a standby what it has replayed, and whether it is one.
     ///
     /// # Errors
     /// When the server does not answer.
-    pub async fn wal_position(&self) -> Result<Lsn, SourceError> {
+    pub async fn wal_position(&self) -> Result<(Lsn, bool), SourceError> {
         let rows = self
             .query(
-                "SELECT (CASE WHEN pg_catalog.pg_is_in_recovery() THEN pg_catalog.pg_last_wal_replay_lsn()
-                              ELSE pg_catalog.pg_current_wal_insert_lsn() END)::text",
+                "SELECT (CASE WHEN r THEN pg_catalog.pg_last_wal_replay_lsn() ELSE pg_catalog.pg_current_wal_insert_lsn() END)::text, r
+                 FROM pg_catalog.pg_is_in_recovery() r",
                 &[],
             )
             .await?;
-        let text: String = rows.first().map(|row| row.get(0)).unwrap_or_default();
-        text.parse()
-            .map_err(|_| self.confused(&format!("its WAL position is {text:?}")))
+        let (text, standby): (String, bool) = rows.first().map(|row| (row.get(0), row.get(1))).unwrap_or_default();
+        let position = text
+            .parse()
+            .map_err(|_| self.confused(&format!("its WAL position is {text:?}")))?;
+        Ok((position, standby))
     }
 
     /// The server answered what makes no sense.

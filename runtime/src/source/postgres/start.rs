@@ -17,6 +17,8 @@ pub struct ServerIdentity {
     pub timeline: u32,
     /// How far its WAL has grown.
     pub position: Lsn,
+    /// It follows another one.
+    pub standby: bool,
     /// The timelines that this one descends from, each with the place where it was left.
     pub history: Vec<(u32, Lsn)>,
 }
@@ -76,8 +78,15 @@ pub enum Start {
     /// Go on after the checkpoint, on the timeline of a promoted server: what was published came before the place where the timelines
     /// parted. What was acknowledged past that place means nothing on the new one.
     Follow(Lsn),
-    /// Somebody accepted the loss: go on where the slot stands, or where a new one will, in this epoch.
-    Accept(Epoch, Loss),
+    /// The loss is accepted: go on where the slot stands, or where a new one will, in the next epoch.
+    Accept {
+        /// The name of the gap.
+        id: String,
+        /// The next epoch.
+        epoch: Epoch,
+        /// What is lost.
+        loss: Loss,
+    },
 }
 
 /// Changes are missing between the checkpoint and what the source can still send.
@@ -180,6 +189,22 @@ pub enum Loss {
 }
 
 impl Loss {
+    /// True if the tables of this server, read anew, are what the log should lead to.
+    ///
+    /// Where the host leads to another server, or to one that was set back, nobody but a person knows whether it is the right one. A
+    /// standby is no server to begin anew on: its tables cannot be read, and a failover may be under way.
+    fn is_made_good_by_reading(&self, server: &ServerIdentity) -> bool {
+        let same_server = match self {
+            Self::SlotMissing { .. }
+            | Self::SlotLost { .. }
+            | Self::SlotAhead { .. }
+            | Self::PublicationMissing { .. }
+            | Self::OtherTimeline { .. } => true,
+            Self::OtherServer { .. } | Self::ServerBehind { .. } => false,
+        };
+        same_server && !server.standby
+    }
+
     /// One word for conditions, status and the stream.
     #[must_use]
     pub fn reason(&self) -> &'static str {
@@ -210,6 +235,9 @@ impl Checkpoint {
             requests,
             ..SnapshotState::default()
         };
+        if let Some(gap) = &mut self.accepted_gap {
+            gap.read_anew = false;
+        }
     }
 
     /// Ends the epoch at a place in the WAL, and not before: what commits up to there is the same on the new timeline, may be in a sink
@@ -248,6 +276,8 @@ pub struct Pipeline<'a> {
     pub slot: &'a str,
     /// The gap that somebody accepted.
     pub accepted: Option<&'a str>,
+    /// A gap is accepted without being asked about, since what was lost is made good by reading all tables anew.
+    pub resnapshots: bool,
 }
 
 /// Compares what was published with what the source has.
@@ -275,8 +305,9 @@ pub fn decide(
         // The epoch grows with the acceptance, so that it accepts nothing a second time. All of a gap has one name, so that what is
         // accepted while the slot is gone still is when it has been made anew.
         let id = format!("{}:{after}", epoch.0);
-        if pipeline.accepted == Some(id.as_str()) {
-            Ok(Start::Accept(next(epoch.0)?, loss))
+        if pipeline.accepted == Some(id.as_str()) || (pipeline.resnapshots && loss.is_made_good_by_reading(server)) {
+            let epoch = next(epoch.0)?;
+            Ok(Start::Accept { id, epoch, loss })
         } else {
             Err(SourceGap::Lost {
                 loss,
@@ -442,6 +473,7 @@ mod tests {
             system_identifier: "7".to_owned(),
             timeline: 1,
             position: Lsn(1000),
+            standby: false,
             history: vec![],
         }
     }
@@ -456,6 +488,7 @@ mod tests {
             name: "p",
             slot: "s",
             accepted,
+            resnapshots: false,
         };
         decide(checkpoint, pipeline, slot.as_ref(), server)
     }
@@ -603,7 +636,7 @@ mod tests {
         };
         assert_eq!(id, "1:0/64");
         let accepted = |slot| match lost(Some("1:0/64"), &checkpoint(), slot) {
-            Ok(Start::Accept(epoch, loss)) => (epoch, loss.reason()),
+            Ok(Start::Accept { epoch, loss, .. }) => (epoch, loss.reason()),
             other => panic!("{other:?}"),
         };
         assert_eq!(accepted(None), (Epoch(2), "SlotMissing"));
@@ -615,6 +648,50 @@ mod tests {
         };
         assert_eq!(lost(Some("1:0/64"), &later, None).unwrap_err().reason(), "SlotMissing");
         assert_eq!(lost(Some("1:0/64"), &checkpoint(), Some(slot(100))), Ok(Start::Resume));
+    }
+
+    #[test]
+    fn a_gap_that_reading_makes_good_needs_nobody_if_that_is_asked_for() {
+        let pipeline = Pipeline {
+            name: "p",
+            slot: "s",
+            accepted: None,
+            resnapshots: true,
+        };
+        let on = |server: &ServerIdentity, slot: Option<SlotState>| match decide(
+            Some(&checkpoint()),
+            pipeline,
+            slot.as_ref(),
+            server,
+        ) {
+            Ok(Start::Accept { epoch, loss, .. }) => Ok((epoch, loss.reason())),
+            Err(gap) => Err(gap.reason()),
+            Ok(other) => panic!("{other:?}"),
+        };
+        assert_eq!(on(&server(), None), Ok((Epoch(2), "SlotMissing")));
+        assert_eq!(on(&server(), Some(slot(101))), Ok((Epoch(2), "SlotAhead")));
+        let parted = ServerIdentity {
+            timeline: 2,
+            history: vec![(1, Lsn(0))],
+            ..server()
+        };
+        assert_eq!(on(&parted, None), Ok((Epoch(2), "OtherTimeline")));
+        // Whether that is the right server is for a person to say.
+        let other = ServerIdentity {
+            system_identifier: "8".to_owned(),
+            ..server()
+        };
+        assert_eq!(on(&other, None), Err("OtherServer"));
+        let behind = ServerIdentity {
+            position: Lsn(1),
+            ..server()
+        };
+        assert_eq!(on(&behind, None), Err("ServerBehind"));
+        let standby = ServerIdentity {
+            standby: true,
+            ..server()
+        };
+        assert_eq!(on(&standby, None), Err("SlotMissing"));
     }
 
     #[test]
