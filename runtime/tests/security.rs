@@ -168,8 +168,8 @@ fn give_to_postgres(path: &Path) {
 
 /// How both kinds of connection end: nothing, or the reason and the sentence.
 async fn try_both(source: &PostgresSource) -> Result<(), (&'static str, String)> {
-    let credentials = Credentials::read(source).unwrap();
-    let sql = preflight::connect(source, &credentials).await.map(drop);
+    let credentials = Credentials::read(&source.server()).unwrap();
+    let sql = preflight::connect(&source.server(), &credentials).await.map(drop);
     let replication = ReplicationConnection::connect(source, &credentials)
         .await
         .map(drop)

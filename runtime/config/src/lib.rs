@@ -153,6 +153,50 @@ pub struct PostgresSource {
     pub snapshot: Snapshot,
 }
 
+impl PostgresSource {
+    /// How to reach the server.
+    #[must_use]
+    pub fn server(&self) -> PostgresServer {
+        PostgresServer {
+            host: self.host.clone(),
+            port: self.port,
+            database: self.database.clone(),
+            username_file: self.username_file.clone(),
+            password_file: self.password_file.clone(),
+            ssl_mode: self.ssl_mode,
+            ca_file: self.ca_file.clone(),
+            client_certificate: self.client_certificate.clone(),
+        }
+    }
+}
+
+/// How to reach a PostgreSQL database.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct PostgresServer {
+    /// Host name or address.
+    pub host: String,
+    /// TCP port.
+    #[serde(default = "default_postgres_port")]
+    pub port: u16,
+    /// Database name.
+    pub database: String,
+    /// File that holds the user name.
+    pub username_file: PathBuf,
+    /// File that holds the password.
+    pub password_file: PathBuf,
+    /// Whether the connection is encrypted, and what the server has to prove.
+    #[serde(default)]
+    pub ssl_mode: SslMode,
+    /// File with the certificates of the authorities that the server's certificate may come from, PEM; those of Mozilla's list
+    /// where it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_file: Option<PathBuf>,
+    /// What this client proves itself with, beside the password.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub client_certificate: Option<ClientCertificate>,
+}
+
 /// What becomes of the rows that are there when a table's capture begins.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -617,6 +661,8 @@ pub enum ReplayTarget {
     },
     /// Write each change as one line of JSON to standard output.
     Log,
+    /// Make the changes in a PostgreSQL database.
+    Postgres(PostgresServer),
 }
 
 /// The exit code of a process that would fail in the same way if it were started again: it does not help to try.

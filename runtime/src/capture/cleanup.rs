@@ -24,7 +24,7 @@ const SLOT_ATTEMPTS: usize = 6;
 /// When PostgreSQL cannot be reached or refuses. A Kafka that is gone is no error: then the note is missing, and a pipeline that is created
 /// again under the same name reports a gap.
 pub async fn cleanup(config: CaptureConfig) -> Result<(), CaptureError> {
-    let credentials = Credentials::read(&config.source)?;
+    let credentials = Credentials::read(&config.source.server())?;
     let catalog = Catalog::connect(&config.source, &credentials).await?;
     // The note comes first: with it and the slot still there, a pipeline that is created again goes on without a loss.
     let source = config.source.clone();

@@ -63,7 +63,7 @@ async fn look(
     let source = &context.config.source;
     let catalog = match catalog {
         Some(catalog) => catalog,
-        None => Catalog::connect(source, &Credentials::read(source)?).await?,
+        None => Catalog::connect(source, &Credentials::read(&source.server())?).await?,
     };
     let slot = catalog.slot(source).await?;
     report(context, slot.as_ref(), None);

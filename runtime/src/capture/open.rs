@@ -66,7 +66,7 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
     let source = &config.source;
 
     // Preflight: nothing is made before everything is checked, and all that is missing is said at once.
-    let credentials = Credentials::read(source)?;
+    let credentials = Credentials::read(&source.server())?;
     let catalog = Catalog::connect(source, &credentials).await?;
     let selection = Selection::new(&source.tables)?;
     let slot = catalog.slot(source).await?;

@@ -20,6 +20,7 @@ use super::{
     record::Record,
     target::{Batch, Mark, Target, TargetError},
 };
+use crate::position::{Epoch, Lsn};
 
 /// Bounds of one message to the target.
 const BATCH_RECORDS: usize = 512;
@@ -55,9 +56,9 @@ enum Waiting {
 ///
 /// # Errors
 /// When the log or the target cannot go on, or the process is asked to end.
-pub async fn drive(
+pub async fn drive<T: Target>(
     mut reads: mpsc::Receiver<Result<Read, ReplayError>>,
-    target: impl Target,
+    target: T,
     mut orders: Orders,
     mut meter: Meter,
     report: &(impl Report + Sync),
@@ -76,8 +77,10 @@ pub async fn drive(
     let (batches, taken) = mpsc::channel(1);
     let mut batches = Some(batches);
     let mut running = Running(tokio::spawn(target.run(taken, meter.tally.clone())));
-    let mut queue = Queue::default();
-    let mut read_all = false;
+    let mut queue = Queue {
+        whole_transactions: T::WHOLE_TRANSACTIONS,
+        ..Queue::default()
+    };
     let mut reporting = interval(REPORT_INTERVAL);
     reporting.set_missed_tick_behavior(MissedTickBehavior::Delay);
 
@@ -85,12 +88,14 @@ pub async fn drive(
         let is_open = *opened.borrow();
         let waiting = match queue.next() {
             _ if !is_open => Waiting::Open,
+            // It was due together with what went before it.
+            Some(_) if queue.is_inside() => Waiting::Room,
             Some(time) => match clock.due(time, Instant::now()) {
                 Due::Now => Waiting::Room,
                 Due::At(at) => Waiting::Until(at),
                 Due::Held => Waiting::Order,
             },
-            None if !read_all => Waiting::Read,
+            None if !queue.ended => Waiting::Read,
             None => {
                 // The end of the batches, which tells the target to finish.
                 batches = None;
@@ -132,7 +137,7 @@ pub async fn drive(
             read = reads.recv(), if matches!(waiting, Waiting::Read) => match read {
                 Some(Ok(Read::Records(records))) => queue.extend(records),
                 Some(Ok(Read::Truncated(earliest))) => report.truncated(earliest),
-                Some(Ok(Read::End)) => read_all = true,
+                Some(Ok(Read::End)) => queue.ended = true,
                 Some(Err(error)) => return Err(error),
                 None => return Err(ReplayError::TaskStopped("the reader")),
             },
@@ -178,6 +183,19 @@ impl Drop for Running {
 struct Queue {
     records: VecDeque<(i64, Record)>,
     high_time: i64,
+    /// Nothing more comes.
+    ended: bool,
+    /// The target is told where transactions end. The last record waits for the one after it, which tells whether its own goes on.
+    whole_transactions: bool,
+    /// The transaction of the last record that was handed over.
+    handed: Option<Transaction>,
+}
+
+/// All changes of a transaction have these in common.
+type Transaction = (Epoch, Lsn);
+
+fn transaction(record: &Record) -> Transaction {
+    (record.coordinate.position.epoch, record.coordinate.position.commit_lsn)
 }
 
 impl Queue {
@@ -190,7 +208,16 @@ impl Queue {
 
     /// Event time of the next record.
     fn next(&self) -> Option<i64> {
+        if self.whole_transactions && !self.ended && self.records.len() < 2 {
+            return None;
+        }
         self.records.front().map(|(time, _)| *time)
+    }
+
+    /// Whether the next record is of a transaction that was handed over in part.
+    fn is_inside(&self) -> bool {
+        let next = self.records.front().map(|(_, record)| transaction(record));
+        self.whole_transactions && next.is_some() && self.handed == next
     }
 
     /// Everything that is due, within bounds; none if nothing is.
@@ -201,9 +228,14 @@ impl Queue {
         let mut records = Vec::new();
         let mut bytes = 0;
         while records.len() < BATCH_RECORDS && bytes < BATCH_BYTES {
-            let Some((time, record)) = self.records.pop_front_if(|(time, _)| clock.due(*time, now) == Due::Now) else {
+            let Some(time) = self.next() else { break };
+            if !self.is_inside() && clock.due(time, now) != Due::Now {
+                break;
+            }
+            let Some((_, record)) = self.records.pop_front() else {
                 break;
             };
+            self.handed = Some(transaction(&record));
             last_time = time;
             bytes += record.size();
             records.push(record);
@@ -215,6 +247,7 @@ impl Queue {
             resume: records.last()?.into(),
             handed: now,
         };
-        Some(Batch { records, mark })
+        let whole = !self.is_inside();
+        Some(Batch { records, whole, mark })
     }
 }

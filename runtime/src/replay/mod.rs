@@ -4,6 +4,7 @@
 //! hands it to a [`target`] when [`pace`] says that it is due, [`orders`] carry pause, speed and cancel, [`meter`] says how far
 //! it is. Here they are joined, and the end of it is told.
 
+pub mod checkpoint;
 pub mod drive;
 pub mod error;
 pub mod merge;
@@ -16,23 +17,36 @@ pub mod record;
 pub mod seek;
 pub mod target;
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    pin::pin,
+    sync::Arc,
+    time::Duration,
+};
 
+use backon::{BackoffBuilder as _, ExponentialBuilder};
 use jiff::Timestamp;
 use meander_config::{ReplayConfig, ReplayEnd, ReplayTarget};
 use meander_proto::v1::{ReplayProgress, replay_progress::Phase};
 use prometheus::{Gauge, IntCounter, IntGauge, Registry};
 use serde::Serialize;
-use tokio::{sync::watch, task::spawn_blocking};
+use tokio::{
+    sync::watch,
+    task::spawn_blocking,
+    time::{Instant, sleep},
+};
 use tokio_util::sync::CancellationToken;
 
 use self::{
+    checkpoint::Checkpoint,
     drive::{Report, drive},
     error::ReplayError,
     meter::Meter,
     orders::Orders,
     range::Range,
-    target::{Target, grpc_call::GrpcCall, grpc_serve, log::Log},
+    record::Coordinate,
+    target::{Resumable, Tally, Target, grpc_call::GrpcCall, grpc_serve, log::Log, postgres::Postgres},
 };
 use crate::{
     admin::Admin,
@@ -41,6 +55,9 @@ use crate::{
 
 /// Kubernetes keeps 4096 bytes of a termination message.
 const LONGEST_MESSAGE: usize = 2048;
+/// How long a replay goes on trying while nothing more gets into its target.
+const PATIENCE: Duration = Duration::from_secs(120);
+const LONGEST_BACKOFF: Duration = Duration::from_secs(5);
 
 /// How a replay ended, if nothing went wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,65 +116,163 @@ async fn replay(
         .map_err(|source| ReplayError::Listen { address, source })?;
 
     report.resolving(orders.current().paused);
-    let Some(range) = resolve(config, &mut orders, shutdown).await? else {
-        return Ok(End::Cancelled);
+    let job = Job {
+        config,
+        orders,
+        report,
+        ready,
+        shutdown,
     };
-    report.resolved(&range);
-    ready.send_replace(true);
-
     match &config.target {
-        ReplayTarget::GrpcCall { endpoint } => {
-            deliver(config, range, GrpcCall::new(endpoint.clone()), orders, report, shutdown).await
-        }
-        ReplayTarget::Log => deliver(config, range, Log::stdout(), orders, report, shutdown).await,
-        ReplayTarget::GrpcServe { address, token_file } => {
-            let offer = grpc_serve::Offer {
-                kafka: config.kafka.clone(),
-                job: config.job.clone(),
-                range,
-                orders,
-                report: report.clone(),
-            };
-            grpc_serve::serve(offer, *address, token_file.clone(), shutdown).await
-        }
+        ReplayTarget::GrpcCall { endpoint } => job.deliver(GrpcCall::new(endpoint.clone())).await,
+        ReplayTarget::Log => job.deliver(Log::stdout()).await,
+        ReplayTarget::GrpcServe { address, token_file } => job.serve(*address, token_file.clone()).await,
+        ReplayTarget::Postgres(server) => job.deliver_exactly::<Postgres>(server).await,
     }
 }
 
-/// The range; none if the replay is cancelled meanwhile.
-async fn resolve(
-    config: &ReplayConfig,
-    orders: &mut Orders,
-    shutdown: &CancellationToken,
-) -> Result<Option<Range>, ReplayError> {
-    let stop = CancellationToken::new();
-    let _stop_on_return = stop.clone().drop_guard();
-    let config = config.clone();
-    let mut resolving = spawn_blocking(move || range::resolve(&config, &stop));
-    let mut order = orders.current();
-    while !order.cancel {
-        tokio::select! {
-            range = &mut resolving => {
-                return range.map_err(|_| ReplayError::TaskStopped("resolving the range"))?.map(Some);
-            }
-            changed = orders.changed() => order = changed,
-            () = shutdown.cancelled() => return Err(ReplayError::Interrupted),
-        }
-    }
-    Ok(None)
-}
-
-/// One delivery of the range to one target.
-async fn deliver(
-    config: &ReplayConfig,
-    range: Range,
-    target: impl Target,
+/// A replay that is under way.
+struct Job<'a> {
+    config: &'a ReplayConfig,
     orders: Orders,
-    report: &JobReport,
-    shutdown: &CancellationToken,
-) -> Result<End, ReplayError> {
-    let meter = Meter::new(&range);
-    let reads = reader::start(&config.kafka, &config.job, range, None);
-    drive(reads, target, orders, meter, report, shutdown).await
+    report: &'a JobReport,
+    /// Set once there is something to deliver.
+    ready: watch::Sender<bool>,
+    shutdown: &'a CancellationToken,
+}
+
+impl Job<'_> {
+    /// Delivers the range to a target that knows nothing of an earlier process of this job.
+    async fn deliver(mut self, target: impl Target) -> Result<End, ReplayError> {
+        let Some(range) = self.resolve().await? else {
+            return Ok(End::Cancelled);
+        };
+        let mut meter = Meter::new(&range);
+        self.report.resolved(&range, &mut meter);
+        self.ready.send_replace(true);
+        let reads = reader::start(&self.config.kafka, &self.config.job, range, None);
+        drive(reads, target, self.orders, meter, self.report, self.shutdown).await
+    }
+
+    /// Serves the range to subscribers.
+    async fn serve(mut self, address: SocketAddr, token_file: PathBuf) -> Result<End, ReplayError> {
+        let Some(range) = self.resolve().await? else {
+            return Ok(End::Cancelled);
+        };
+        self.report.resolved(&range, &mut Meter::new(&range));
+        self.ready.send_replace(true);
+        let offer = grpc_serve::Offer {
+            kafka: self.config.kafka.clone(),
+            job: self.config.job.clone(),
+            range,
+            orders: self.orders,
+            report: self.report.clone(),
+        };
+        grpc_serve::serve(offer, address, token_file, self.shutdown).await
+    }
+
+    /// Delivers the range to a target that knows how far it is, in sessions: whatever befalls the target ends one, and the next goes on
+    /// from what the target has, as after a crash.
+    async fn deliver_exactly<T: Resumable>(mut self, settings: &T::Settings) -> Result<End, ReplayError> {
+        let mut delays = backoff();
+        let mut failing: Option<(Instant, Option<Coordinate>)> = None;
+        loop {
+            let tally = Tally::default();
+            let error = match self.session::<T>(settings, &tally).await {
+                Err(ReplayError::Target(error)) if error.is_passing() => error,
+                ended => return ended,
+            };
+            let reached = tally.counts().coordinate;
+            let since = match failing {
+                Some((since, before)) if before == reached || reached.is_none() => since,
+                _ => {
+                    delays = backoff();
+                    Instant::now()
+                }
+            };
+            failing = Some((since, reached.or(failing.and_then(|(_, before)| before))));
+            if since.elapsed() >= PATIENCE {
+                return Err(error.into());
+            }
+            tracing::warn!(%error, "the target failed; going on from where it is");
+            let pause = sleep(delays.next().unwrap_or(LONGEST_BACKOFF));
+            if self.unless_told(pause).await?.is_none() {
+                return Ok(End::Cancelled);
+            }
+        }
+    }
+
+    async fn session<T: Resumable>(&mut self, settings: &T::Settings, tally: &Tally) -> Result<End, ReplayError> {
+        let Some(opened) = self.unless_told(T::open(settings, &self.config.job)).await? else {
+            return Ok(End::Cancelled);
+        };
+        let (mut target, checkpoint) = opened?;
+        let Checkpoint { range, done } = match checkpoint {
+            Some(checkpoint) => checkpoint,
+            None => {
+                let Some(range) = self.resolve().await? else {
+                    return Ok(End::Cancelled);
+                };
+                target.begin(&range).await?;
+                Checkpoint { range, done: None }
+            }
+        };
+        let mut meter = Meter::new(&range);
+        meter.tally = tally.clone();
+        let rest = match done {
+            None => range.clone(),
+            Some(done) => {
+                tally.restore(&done);
+                tracing::info!(after = %done.resume.coordinate, delivered = done.delivered, "going on");
+                let (range, kafka) = (range.clone(), self.config.kafka.clone());
+                spawn_blocking(move || range::resume(&range, &kafka, done.resume))
+                    .await
+                    .map_err(|_| ReplayError::TaskStopped("finding the place to go on from"))??
+            }
+        };
+        self.report.resolved(&range, &mut meter);
+        self.ready.send_replace(true);
+        let after = done.map(|done| done.resume.coordinate);
+        let reads = reader::start(&self.config.kafka, &self.config.job, rest, after);
+        drive(reads, target, self.orders.clone(), meter, self.report, self.shutdown).await
+    }
+
+    /// The range; none if the replay is cancelled meanwhile.
+    async fn resolve(&mut self) -> Result<Option<Range>, ReplayError> {
+        let stop = CancellationToken::new();
+        let _stop_on_return = stop.clone().drop_guard();
+        let config = self.config.clone();
+        let resolving = spawn_blocking(move || range::resolve(&config, &stop));
+        match self.unless_told(resolving).await? {
+            Some(range) => range
+                .map_err(|_| ReplayError::TaskStopped("resolving the range"))?
+                .map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// What comes of `doing`; none if the replay is cancelled meanwhile.
+    async fn unless_told<T>(&mut self, doing: impl Future<Output = T>) -> Result<Option<T>, ReplayError> {
+        let mut doing = pin!(doing);
+        let mut order = self.orders.current();
+        while !order.cancel {
+            tokio::select! {
+                done = &mut doing => return Ok(Some(done)),
+                changed = self.orders.changed() => order = changed,
+                () = self.shutdown.cancelled() => return Err(ReplayError::Interrupted),
+            }
+        }
+        Ok(None)
+    }
+}
+
+fn backoff() -> impl Iterator<Item = Duration> {
+    ExponentialBuilder::default()
+        .with_min_delay(Duration::from_millis(200))
+        .with_max_delay(LONGEST_BACKOFF)
+        .without_max_times()
+        .with_jitter()
+        .build()
 }
 
 /// Where the state of the job is kept: for the operator, the metrics and the final word.
@@ -189,7 +304,7 @@ impl JobReport {
         });
     }
 
-    fn resolved(&self, range: &Range) {
+    fn resolved(&self, range: &Range, meter: &mut Meter) {
         tracing::info!(
             from = range.from.map(|from| micros(from.saturating_mul(1000))),
             first = range.first.map(|first| first.to_string()),
@@ -199,11 +314,11 @@ impl JobReport {
             offsets = range.offsets(),
             "the range is resolved"
         );
-        let progress = Meter::new(range).report(
+        let progress = meter.report(
             self.reporter.state().progress.phase(),
             Duration::ZERO,
             None,
-            tokio::time::Instant::now(),
+            Instant::now(),
         );
         self.reporter.update(|state| state.progress = progress);
         if let Some((topic, partition)) = range.emptied.first().filter(|_| range.has_start()) {

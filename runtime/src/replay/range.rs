@@ -13,6 +13,7 @@ use rdkafka::{
     error::KafkaError,
     types::RDKafkaErrorCode,
 };
+use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -38,7 +39,8 @@ const SETTLE_PAUSE: Duration = Duration::from_millis(20);
 /// A record belongs to it if its timestamp is in `[from, to)` and its change is neither before `first` nor after `end`. Timestamps are the running
 /// maximum of the commit times in commit order, in milliseconds, and all changes of a transaction have the same: so the range is
 /// one stretch of commit order, holds whole transactions only, and ranges that touch share nothing and leave nothing out.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Range {
     /// Timestamp of the first records; none: whatever is the oldest.
     pub from: Option<i64>,
@@ -58,7 +60,8 @@ pub struct Range {
 }
 
 /// A stretch of a partition.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Stretch {
     /// The topic.
     pub topic: Arc<str>,
@@ -349,7 +352,7 @@ fn locate(
     Ok(())
 }
 
-/// The range as a subscriber takes it who goes on after `token`. Blocks.
+/// The range as somebody takes it who goes on after `token`. Blocks.
 ///
 /// # Errors
 /// When Kafka cannot say where that is.
@@ -359,22 +362,24 @@ pub fn resume(range: &Range, kafka: &KafkaLog, token: ResumeToken) -> Result<Ran
         .iter()
         .map(|stretch| (Arc::clone(&stretch.topic), stretch.partition))
         .collect();
-    let starts =
-        Offsets::connect(kafka, "read_committed")?.list(&partitions, Offset::Offset(token.timestamp.max(0)))?;
+    let offsets = Offsets::connect(kafka, "read_committed")?;
+    let lows = offsets.list(&partitions, Offset::Beginning)?;
+    let starts = offsets.list(&partitions, Offset::Offset(token.timestamp.max(0)))?;
     let mut rest = range.clone();
-    rest.partitions = std::mem::take(&mut rest.partitions)
-        .into_iter()
-        .zip(starts)
-        .map(|(stretch, start)| {
-            // An answer of nothing can be wrong (see `resolve`); then what was taken is read again and passed over.
-            let start = stretch.start.max(start.unwrap_or(stretch.start));
-            Stretch {
-                start,
-                truncated: false,
-                ..stretch
-            }
-        })
-        .collect();
+    for (stretch, (low, start)) in rest.partitions.iter_mut().zip(lows.into_iter().zip(starts)) {
+        let low = low.unwrap_or(0);
+        let begun = stretch.start;
+        // An answer of nothing can be wrong (see `resolve`); then what was taken is read again and passed over.
+        stretch.start = begun.max(low).max(start.unwrap_or(begun));
+        // Something was deleted since, and it may not have been taken: the first record that is left tells.
+        stretch.truncated = low > begun && stretch.start == low;
+        if low > begun && low >= stretch.end {
+            return Err(ReplayError::LogTruncated {
+                topic: stretch.topic.to_string(),
+                partition: stretch.partition,
+            });
+        }
+    }
     Ok(rest)
 }
 

@@ -229,7 +229,10 @@ impl Reader {
                         })?;
                     let first_of_truncated = std::mem::take(&mut stretch.truncated);
                     let (timestamp, position) = (record.timestamp, record.coordinate.position);
-                    if first_of_truncated && self.range.begins_before(timestamp, position) {
+                    if first_of_truncated && self.after.is_some_and(|after| record.coordinate > after) {
+                        return Err(truncated(stretch).into());
+                    }
+                    if first_of_truncated && self.after.is_none() && self.range.begins_before(timestamp, position) {
                         self.truncated = self.truncated.max(Some(record.timestamp));
                     }
                     match self.range.place(timestamp, position) {
@@ -316,6 +319,13 @@ impl Reader {
     }
 }
 
+fn truncated(stretch: &Stretch) -> ReplayError {
+    ReplayError::LogTruncated {
+        topic: stretch.topic.to_string(),
+        partition: stretch.partition,
+    }
+}
+
 /// Errors that time does not heal.
 fn fatal(error: &KafkaError, stretch: &Stretch) -> Option<ReplayError> {
     let KafkaError::MessageConsumption(code) = error else {
@@ -325,10 +335,7 @@ fn fatal(error: &KafkaError, stretch: &Stretch) -> Option<ReplayError> {
         });
     };
     match code {
-        RDKafkaErrorCode::AutoOffsetReset | RDKafkaErrorCode::OffsetOutOfRange => Some(ReplayError::LogTruncated {
-            topic: stretch.topic.to_string(),
-            partition: stretch.partition,
-        }),
+        RDKafkaErrorCode::AutoOffsetReset | RDKafkaErrorCode::OffsetOutOfRange => Some(truncated(stretch)),
         RDKafkaErrorCode::TopicAuthorizationFailed
         | RDKafkaErrorCode::UnknownTopic
         | RDKafkaErrorCode::UnknownPartition => Some(ReplayError::KafkaUnreachable {

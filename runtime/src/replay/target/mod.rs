@@ -4,6 +4,7 @@
 pub mod grpc_call;
 pub mod grpc_serve;
 pub mod log;
+pub mod postgres;
 
 use std::{
     future::Future,
@@ -11,19 +12,43 @@ use std::{
     time::Duration,
 };
 
+use meander_config::ResourceIdentity;
 use meander_proto::v1::ReplayEvent;
 use tokio::{
     sync::{mpsc, watch},
     time::Instant,
 };
 
-use super::record::{Coordinate, Record, ResumeToken};
+use super::{
+    checkpoint::{Checkpoint, Done},
+    range::Range,
+    record::{Coordinate, Record, ResumeToken},
+};
+use crate::source::postgres::preflight::SourceError;
 
 /// Takes batches until there are no more.
 pub trait Target: Send + 'static {
+    /// Whether it has to be told where transactions end. Then one is never held half-way.
+    const WHOLE_TRANSACTIONS: bool = false;
+
     /// Opens the destination, says so by [`Tally::open`], takes every batch in order, and credits each to the tally once the
     /// destination has it. Returns when the batches have ended and all are credited, or when it cannot go on.
     fn run(self, batches: mpsc::Receiver<Batch>, tally: Tally) -> impl Future<Output = Result<(), TargetError>> + Send;
+}
+
+/// Keeps how far the replay is, together with what it delivered, and so is exactly once.
+pub trait Resumable: Target + Sized {
+    /// Where it goes.
+    type Settings: Sync;
+
+    /// Opens the destination. Returns what an earlier process of the same job left there.
+    fn open(
+        settings: &Self::Settings,
+        job: &ResourceIdentity,
+    ) -> impl Future<Output = Result<(Self, Option<Checkpoint>), TargetError>> + Send;
+
+    /// Notes the range of a replay that begins.
+    fn begin(&mut self, range: &Range) -> impl Future<Output = Result<(), TargetError>> + Send;
 }
 
 /// Records in commit order that are handed over together; at least one.
@@ -31,6 +56,8 @@ pub trait Target: Send + 'static {
 pub struct Batch {
     /// The records.
     pub records: Vec<Record>,
+    /// The last of them ends its transaction. Only known to targets that have to be told.
+    pub whole: bool,
     /// What the tally needs once they are delivered.
     pub mark: Mark,
 }
@@ -100,6 +127,17 @@ impl Tally {
     #[must_use]
     pub fn opened(&self) -> watch::Receiver<bool> {
         self.open.subscribe()
+    }
+
+    /// Goes on counting where an earlier process left off.
+    pub fn restore(&self, done: &Done) {
+        let now = Instant::now();
+        *self.lock() = Counts {
+            delivered: done.delivered,
+            first: Some((done.first_time, now)),
+            last: Some((done.resume.timestamp.saturating_mul(1000), now)),
+            coordinate: Some(done.resume.coordinate),
+        };
     }
 
     /// Counts a batch as delivered.
@@ -197,6 +235,115 @@ pub enum TargetError {
         /// What is wrong with it.
         cause: String,
     },
+    /// The target database cannot be signed in to.
+    #[error("the target: {0}")]
+    Database(#[from] SourceError),
+    /// The target database failed in a way that passes.
+    #[error("the target database: {0}; check that it runs, has room and can be written to")]
+    Disturbed(String),
+    /// Somebody else delivers the same replay.
+    #[error("another process goes on with this replay, so this one stops")]
+    TakenOver,
+    /// What an earlier process left cannot be read.
+    #[error("the place to go on from, in {place}, cannot be read: {cause}; delete it to replay from the beginning")]
+    CheckpointUnreadable {
+        /// Where it is.
+        place: String,
+        /// What is wrong with it.
+        cause: String,
+    },
+    /// The role may not make the table that the place is kept in.
+    #[error(
+        "user {user} may not make the table that the place of the replay is kept in; run CREATE SCHEMA meander AUTHORIZATION {user}; in the \
+         target database"
+    )]
+    NoPlace {
+        /// The role, quoted.
+        user: String,
+    },
+    /// A table does not exist.
+    #[error(
+        "the target database has no table {table}; make it, for example with pg_dump --schema-only --table='{table}' from the source"
+    )]
+    NoTable {
+        /// The table, quoted.
+        table: String,
+    },
+    /// The role may not write to a table.
+    #[error(
+        "user {user} may not write to {table} of the target database; run GRANT USAGE ON SCHEMA {schema} TO {user}; \
+         GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON {table} TO {user};"
+    )]
+    TableNotWritable {
+        /// The table, quoted.
+        table: String,
+        /// Its schema, quoted.
+        schema: String,
+        /// The role, quoted.
+        user: String,
+    },
+    /// Row-level security would hide rows from the role.
+    #[error(
+        "row-level security hides rows of {table} of the target database from user {user}, so that changes would not meet them; run \
+         ALTER ROLE {user} BYPASSRLS;"
+    )]
+    RowsHidden {
+        /// The table, quoted.
+        table: String,
+        /// The role, quoted.
+        user: String,
+    },
+    /// A pipeline may capture the table, and could not tell what the replay writes.
+    #[error(
+        "{table} of the target database is in a publication, so that what is replayed would be captured again, and user {user} may not mark \
+         it with a replication origin; run GRANT EXECUTE ON FUNCTION pg_replication_origin_oid(text), pg_replication_origin_create(text), \
+         pg_replication_origin_session_setup(text) TO {user}; and set origin: None in the pipeline that captures it"
+    )]
+    WouldBeCaptured {
+        /// The table, quoted.
+        table: String,
+        /// The role, quoted.
+        user: String,
+    },
+    /// A table lacks a column.
+    #[error(
+        "{table} of the target database has no column {column}; run ALTER TABLE {table} ADD COLUMN {column} {type_};"
+    )]
+    NoColumn {
+        /// The table, quoted.
+        table: String,
+        /// The column, quoted.
+        column: String,
+        /// The type that it has in the source.
+        type_: String,
+    },
+    /// Rows cannot be found by their key.
+    #[error(
+        "{table} of the target database has no unique index by which its rows are found; run CREATE UNIQUE INDEX ON {table} ({columns});"
+    )]
+    NoUniqueIndex {
+        /// The table, quoted.
+        table: String,
+        /// The columns of the key.
+        columns: String,
+    },
+    /// The target database refuses a change.
+    #[error("the target database refuses a change of {table}: {cause}")]
+    Refused {
+        /// The table, quoted.
+        table: String,
+        /// What it says, and what to do.
+        cause: String,
+    },
+    /// The format of the log does not hold every value.
+    #[error(
+        "{topic} holds no meander.v1.ChangeRecord: only the format Protobuf carries every value exactly, as a database needs it; replay a \
+         pipeline of that format"
+    )]
+    NotExact {
+        /// The topic.
+        topic: String,
+    },
     /// The output was closed.
     #[error("cannot write to the output: {0}; it was closed by whoever reads it")]
     Output(#[source] std::io::Error),
@@ -210,10 +357,24 @@ impl TargetError {
             Self::InvalidEndpoint { .. }
             | Self::ReceiverRefused { .. }
             | Self::ReceiverConfused { .. }
-            | Self::Undecodable { .. } => true,
-            Self::ReceiverUnreachable { .. } | Self::ReceiverSilent { .. } | Self::SubscriberGone | Self::Output(_) => {
-                false
-            }
+            | Self::Undecodable { .. }
+            | Self::CheckpointUnreadable { .. }
+            | Self::NoPlace { .. }
+            | Self::NoTable { .. }
+            | Self::TableNotWritable { .. }
+            | Self::RowsHidden { .. }
+            | Self::WouldBeCaptured { .. }
+            | Self::NoColumn { .. }
+            | Self::NoUniqueIndex { .. }
+            | Self::Refused { .. }
+            | Self::NotExact { .. } => true,
+            Self::ReceiverUnreachable { .. }
+            | Self::ReceiverSilent { .. }
+            | Self::SubscriberGone
+            | Self::Database(_)
+            | Self::Disturbed(_)
+            | Self::TakenOver
+            | Self::Output(_) => false,
         }
     }
 
@@ -228,7 +389,29 @@ impl TargetError {
             Self::ReceiverConfused { .. } => "ReceiverConfused",
             Self::SubscriberGone => "SubscriberGone",
             Self::Undecodable { .. } => "UndecodableRecord",
+            Self::Database(error) => error.reason(),
+            Self::Disturbed(_) => "TargetUnavailable",
+            Self::TakenOver => "TakenOver",
+            Self::CheckpointUnreadable { .. } => "CheckpointUnreadable",
+            Self::NoPlace { .. } => "NoPlace",
+            Self::NoTable { .. } => "NoTable",
+            Self::TableNotWritable { .. } => "TableNotWritable",
+            Self::RowsHidden { .. } => "RowsHidden",
+            Self::WouldBeCaptured { .. } => "WouldBeCaptured",
+            Self::NoColumn { .. } => "NoColumn",
+            Self::NoUniqueIndex { .. } => "NoUniqueIndex",
+            Self::Refused { .. } => "ChangeRefused",
+            Self::NotExact { .. } => "FormatNotExact",
             Self::Output(_) => "OutputClosed",
         }
+    }
+
+    /// Whether it may pass, so that it is worth to go on from where the target is.
+    #[must_use]
+    pub fn is_passing(&self) -> bool {
+        matches!(
+            self,
+            Self::Disturbed(_) | Self::Database(SourceError::Unreachable { .. } | SourceError::NoFreeConnection(_))
+        )
     }
 }

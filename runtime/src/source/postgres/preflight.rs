@@ -4,7 +4,7 @@
 use std::{fs, path::Path, time::Duration};
 
 use globset::{GlobBuilder, GlobMatcher};
-use meander_config::{PostgresSource, PublicationManagement, TableSelection};
+use meander_config::{PostgresServer, PostgresSource, PublicationManagement, TableSelection};
 use tokio::{task::JoinHandle, time::timeout};
 use tokio_postgres::{
     Client, Config,
@@ -37,7 +37,7 @@ pub enum SourceError {
     },
     /// No connection.
     #[error(
-        "cannot reach PostgreSQL at {address}: {cause}; check source.postgres.host and port, and that the server runs and admits this pod"
+        "cannot reach PostgreSQL at {address}: {cause}; check postgres.host and port in the spec, and that the server runs and admits this pod"
     )]
     Unreachable {
         /// `host:port`.
@@ -105,7 +105,7 @@ pub enum SourceError {
         cause: String,
     },
     /// The database does not exist.
-    #[error("database {0:?} does not exist on the server; create it or correct source.postgres.database")]
+    #[error("database {0:?} does not exist on the server; create it or correct postgres.database in the spec")]
     NoDatabase(String),
     /// Several prerequisites are missing. The first gives the reason.
     #[error("{}", several(.0))]
@@ -366,7 +366,7 @@ impl Credentials {
     ///
     /// # Errors
     /// When one cannot be read.
-    pub fn read(source: &PostgresSource) -> Result<Self, SourceError> {
+    pub fn read(server: &PostgresServer) -> Result<Self, SourceError> {
         let read = |path: &Path| {
             fs::read_to_string(path)
                 .map(|text| text.trim_end_matches(['\r', '\n']).to_owned())
@@ -376,8 +376,8 @@ impl Credentials {
                 })
         };
         Ok(Self {
-            user: read(&source.username_file)?,
-            password: read(&source.password_file)?,
+            user: read(&server.username_file)?,
+            password: read(&server.password_file)?,
         })
     }
 }
@@ -404,7 +404,7 @@ impl Table {
 /// # Errors
 /// When the server cannot be reached, is not as secure as asked, or refuses.
 pub async fn connect(
-    source: &PostgresSource,
+    server: &PostgresServer,
     credentials: &Credentials,
 ) -> Result<(Client, JoinHandle<()>), SourceError> {
     let settings: Vec<String> = SESSION_SETTINGS
@@ -414,7 +414,7 @@ pub async fn connect(
         .collect();
     let mut config = Config::new();
     config
-        .dbname(&source.database)
+        .dbname(&server.database)
         .user(&credentials.user)
         .password(&credentials.password)
         .application_name("meander")
@@ -422,32 +422,32 @@ pub async fn connect(
         // What `Settled` needs, which takes the socket as it is: encrypted already, or meant to be plain.
         .ssl_mode(SslMode::Require)
         .ssl_negotiation(SslNegotiation::Direct)
-        .channel_binding(if must_bind(source) {
+        .channel_binding(if must_bind(server) {
             ChannelBinding::Require
         } else {
             ChannelBinding::Prefer
         });
     let connected = timeout(DEADLINE, async {
-        let socket = socket::open(source).await.map_err(|error| no_socket(source, error))?;
+        let socket = socket::open(server).await.map_err(|error| no_socket(server, error))?;
         config
             .connect_raw(socket, Settled)
             .await
             .map_err(|error| match error.as_db_error() {
-                None if must_bind(source) && error.to_string().starts_with("authentication error") => {
+                None if must_bind(server) && error.to_string().starts_with("authentication error") => {
                     SourceError::Unbound {
-                        address: address(source),
+                        address: address(server),
                     }
                 }
                 None => SourceError::Unreachable {
-                    address: address(source),
+                    address: address(server),
                     cause: with_cause(&error),
                 },
-                Some(db) => refused(source, &credentials.user, db.code().code(), db.message()),
+                Some(db) => refused(server, &credentials.user, db.code().code(), db.message()),
             })
     });
     let (client, connection) = connected.await.unwrap_or_else(|_| {
         Err(SourceError::Unreachable {
-            address: address(source),
+            address: address(server),
             cause: "no answer".to_owned(),
         })
     })?;
@@ -457,17 +457,17 @@ pub async fn connect(
 
 /// Without a check of the certificate, only SCRAM that is bound to it tells the server from somebody in between: nothing that proves
 /// the password, or passes for an answer, is exchanged in another way.
-pub(super) fn must_bind(source: &PostgresSource) -> bool {
-    source.ssl_mode == meander_config::SslMode::Require
+pub(super) fn must_bind(server: &PostgresServer) -> bool {
+    server.ssl_mode == meander_config::SslMode::Require
 }
 
-fn address(source: &PostgresSource) -> String {
-    format!("{}:{}", source.host, source.port)
+fn address(server: &PostgresServer) -> String {
+    format!("{}:{}", server.host, server.port)
 }
 
 /// Tells what it means for the user that there is no connection.
-fn no_socket(source: &PostgresSource, error: SocketError) -> SourceError {
-    let address = address(source);
+fn no_socket(server: &PostgresServer, error: SocketError) -> SourceError {
+    let address = address(server);
     let cause = error.to_string();
     match error {
         SocketError::Io(_) => SourceError::Unreachable { address, cause },
@@ -506,11 +506,12 @@ impl Catalog {
     /// # Errors
     /// When the server cannot be reached, or refuses.
     pub async fn connect(source: &PostgresSource, credentials: &Credentials) -> Result<Self, SourceError> {
-        let (client, driver) = connect(source, credentials).await?;
+        let server = source.server();
+        let (client, driver) = connect(&server, credentials).await?;
         Ok(Self {
             client,
             driver,
-            address: address(source),
+            address: address(&server),
             user: credentials.user.clone(),
         })
     }
@@ -803,14 +804,22 @@ impl Catalog {
 /// Tells what a failure of the replication connection means for the user.
 #[must_use]
 pub fn wire_failure(source: &PostgresSource, user: &str, error: WireError) -> SourceError {
+    let server = source.server();
     match error {
-        WireError::Server { code, message } => refused(source, user, &code, &message),
-        WireError::Socket(error) => no_socket(source, error),
+        WireError::Server { code, message } => match code.as_str() {
+            "42501" => SourceError::NoReplicationAttribute(quote_identifier(user)),
+            "53400" => SourceError::NoFreeSlot,
+            "55006" => SourceError::SlotActive {
+                slot: source.slot_name.clone(),
+            },
+            code => refused(&server, user, code, &message),
+        },
+        WireError::Socket(error) => no_socket(&server, error),
         WireError::Unbound => SourceError::Unbound {
-            address: address(source),
+            address: address(&server),
         },
         other => SourceError::Unreachable {
-            address: address(source),
+            address: address(&server),
             cause: other.to_string(),
         },
     }
@@ -829,13 +838,13 @@ pub fn stream_failure(source: &PostgresSource, error: WireError) -> SourceError 
 }
 
 /// Tells what a refusal means, by its SQLSTATE.
-fn refused(source: &PostgresSource, user: &str, code: &str, message: &str) -> SourceError {
+fn refused(server: &PostgresServer, user: &str, code: &str, message: &str) -> SourceError {
     match code {
         // The words are in the server's own language, but not the name of the file.
         "28000" if message.contains("pg_hba.conf") => SourceError::NotAdmitted {
             user: user.to_owned(),
             cause: message.to_owned(),
-            hint: if source.ssl_mode == meander_config::SslMode::Disable {
+            hint: if server.ssl_mode == meander_config::SslMode::Disable {
                 " set sslMode to Require if the server wants TLS, or"
             } else {
                 ""
@@ -845,21 +854,21 @@ fn refused(source: &PostgresSource, user: &str, code: &str, message: &str) -> So
             user: user.to_owned(),
             cause: message.to_owned(),
         },
-        "3D000" => SourceError::NoDatabase(source.database.clone()),
-        "42501" => SourceError::NoReplicationAttribute(quote_identifier(user)),
-        "53400" => SourceError::NoFreeSlot,
+        "3D000" => SourceError::NoDatabase(server.database.clone()),
         "53300" => SourceError::NoFreeConnection(message.to_owned()),
-        "55006" => SourceError::SlotActive {
-            slot: source.slot_name.clone(),
+        // It starts, or ends.
+        "57P01" | "57P02" | "57P03" => SourceError::Unreachable {
+            address: address(server),
+            cause: message.to_owned(),
         },
         _ => SourceError::Server {
-            address: address(source),
+            address: address(server),
             cause: message.to_owned(),
         },
     }
 }
 
-fn with_cause(error: &tokio_postgres::Error) -> String {
+pub(crate) fn with_cause(error: &tokio_postgres::Error) -> String {
     std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
 }
 

@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use meander_config::{PostgresSource, SslMode};
+use meander_config::{PostgresServer, SslMode};
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
     client::{
@@ -74,13 +74,13 @@ pub enum Socket {
 ///
 /// # Errors
 /// When the server cannot be reached, or is not as secure as asked.
-pub async fn open(source: &PostgresSource) -> Result<Socket, SocketError> {
+pub async fn open(server: &PostgresServer) -> Result<Socket, SocketError> {
     // Before the server is bothered.
-    let tls = match source.ssl_mode {
+    let tls = match server.ssl_mode {
         SslMode::Disable => None,
-        mode => Some(tls_config(source, mode)?),
+        mode => Some(tls_config(server, mode)?),
     };
-    let mut stream = TcpStream::connect((source.host.as_str(), source.port)).await?;
+    let mut stream = TcpStream::connect((server.host.as_str(), server.port)).await?;
     stream.set_nodelay(true)?;
     // An unplugged server is noticed by the keepalives that we ask it for; this makes the kernel give up as well.
     socket2::SockRef::from(&stream).set_tcp_keepalive(
@@ -92,7 +92,7 @@ pub async fn open(source: &PostgresSource) -> Result<Socket, SocketError> {
         return Ok(Socket::Plain(stream));
     };
     let name =
-        ServerName::try_from(source.host.clone()).map_err(|error| SocketError::HostName(source.host.clone(), error))?;
+        ServerName::try_from(server.host.clone()).map_err(|error| SocketError::HostName(server.host.clone(), error))?;
     stream.write_all(&SSL_REQUEST).await?;
     // One byte and no more: whatever came after it in plain text would be taken for the start of the handshake, and fail it.
     match stream.read_u8().await? {
@@ -102,22 +102,22 @@ pub async fn open(source: &PostgresSource) -> Result<Socket, SocketError> {
     let stream = TlsConnector::from(Arc::new(config))
         .connect(name, stream)
         .await
-        .map_err(|error| handshake_failure(error, source))?;
+        .map_err(|error| handshake_failure(error, server))?;
     Ok(Socket::Tls(Box::new(stream)))
 }
 
-fn tls_config(source: &PostgresSource, mode: SslMode) -> Result<ClientConfig, SocketError> {
+fn tls_config(server: &PostgresServer, mode: SslMode) -> Result<ClientConfig, SocketError> {
     let provider = Arc::new(ring::default_provider());
     let roots = match mode {
         SslMode::Disable | SslMode::Require => RootCertStore::empty(),
-        SslMode::VerifyCa | SslMode::VerifyFull => root_store(source.ca_file.as_deref())?,
+        SslMode::VerifyCa | SslMode::VerifyFull => root_store(server.ca_file.as_deref())?,
     };
     let config = ClientConfig::builder_with_provider(provider.clone())
         .with_safe_default_protocol_versions()
         .map_err(SocketError::ClientCertificate)?
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(Verifier { provider, roots, mode }));
-    match &source.client_certificate {
+    match &server.client_certificate {
         None => Ok(config.with_no_client_auth()),
         Some(client) => {
             let (chain, key) = client_chain(client)?;
@@ -181,12 +181,12 @@ impl ServerCertVerifier for Verifier {
     }
 }
 
-fn handshake_failure(error: io::Error, source: &PostgresSource) -> SocketError {
+fn handshake_failure(error: io::Error, server: &PostgresServer) -> SocketError {
     let Some(rustls::Error::InvalidCertificate(problem)) = error.get_ref().and_then(|inner| inner.downcast_ref())
     else {
         return SocketError::Handshake(error);
     };
-    let host = &source.host;
+    let host = &server.host;
     SocketError::Certificate(match problem {
         CertificateError::UnknownIssuer | CertificateError::BadSignature => {
             "it does not come from an authority in caSecretRef; put the certificate of the authority that signed it there"
@@ -329,7 +329,7 @@ mod tests {
     #[tokio::test]
     async fn plain_text_before_the_handshake_is_never_taken_for_the_servers() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let source = source(listener.local_addr().unwrap().port());
+        let address = address(listener.local_addr().unwrap().port());
         let server = tokio::spawn(async move {
             let (mut stream, _) = listener.accept().await.unwrap();
             let mut request = [0; 8];
@@ -340,14 +340,14 @@ mod tests {
             let mut rest = Vec::new();
             let _ = stream.read_to_end(&mut rest).await;
         });
-        assert!(matches!(open(&source).await, Err(SocketError::Handshake(_))));
+        assert!(matches!(open(&address).await, Err(SocketError::Handshake(_))));
         server.await.unwrap();
     }
 
     #[tokio::test]
     async fn a_server_without_tls_is_not_spoken_to_in_plain_text() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let source = source(listener.local_addr().unwrap().port());
+        let address = address(listener.local_addr().unwrap().port());
         let server = tokio::spawn(async move {
             let (mut stream, _) = listener.accept().await.unwrap();
             let mut request = [0; 8];
@@ -357,11 +357,11 @@ mod tests {
             stream.read_to_end(&mut rest).await.unwrap();
             rest
         });
-        assert!(matches!(open(&source).await, Err(SocketError::TlsNotOffered)));
+        assert!(matches!(open(&address).await, Err(SocketError::TlsNotOffered)));
         assert_eq!(server.await.unwrap(), b"", "no user, no password");
     }
 
-    fn source(port: u16) -> PostgresSource {
+    fn address(port: u16) -> PostgresServer {
         serde_json::from_value(serde_json::json!({
             "host": "127.0.0.1",
             "port": port,
@@ -369,9 +369,6 @@ mod tests {
             "usernameFile": "username",
             "passwordFile": "password",
             "sslMode": "Require",
-            "tables": {"include": []},
-            "publication": {"name": "p"},
-            "slotName": "s",
         }))
         .unwrap()
     }

@@ -90,7 +90,8 @@ impl ReplicationConnection {
     }
 
     async fn connect_inner(source: &PostgresSource, credentials: &Credentials) -> Result<Self, WireError> {
-        let stream = socket::open(source).await?;
+        let server = source.server();
+        let stream = socket::open(&server).await?;
         let mut connection = Self {
             stream,
             buffer: BytesMut::with_capacity(8 * 1024),
@@ -108,7 +109,7 @@ impl ReplicationConnection {
             &mut out,
         )?;
         send(&mut connection.stream, &out).await?;
-        connection.authenticate(credentials, must_bind(source)).await?;
+        connection.authenticate(credentials, must_bind(&server)).await?;
         loop {
             match connection.message().await? {
                 Message::BackendKeyData(body) => connection.process = body.process_id(),

@@ -176,7 +176,7 @@ async fn serve(
     let Some(mut request) = asked.recv().await else {
         return Ok(());
     };
-    let credentials = Credentials::read(source)?;
+    let credentials = Credentials::read(&source.server())?;
     let catalog = Catalog::connect(source, &credentials).await?;
     let reader = Reader {
         selection: Selection::new(&source.tables)?,
