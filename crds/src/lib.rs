@@ -18,7 +18,7 @@ pub use pipeline::{
     TableSnapshot, TableSnapshotState, TablesStatus, TopicManagement,
 };
 pub use replay::{
-    Beginning, ChangePosition, GrpcTarget, LogTarget, Now, PipelineReference, RecordOffset, ReplayEnd, ReplayJob,
-    ReplayJobSpec, ReplayJobStatus, ReplayPhase, ReplayProgress, ReplayRange, ReplayRuntime, ReplayStart, ReplayTarget,
-    Serve, Speed,
+    Beginning, ChangePosition, GrpcTarget, LogTarget, Now, PipelineReference, PostgresTarget, RecordOffset, ReplayEnd,
+    ReplayJob, ReplayJobSpec, ReplayJobStatus, ReplayPhase, ReplayProgress, ReplayRange, ReplayRuntime, ReplayStart,
+    ReplayTarget, Serve, Speed,
 };

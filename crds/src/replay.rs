@@ -7,7 +7,10 @@ use kube::{CustomResource, KubeSchema};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 
-use crate::common::{LogLevel, Resources, SecretKeyReference, conditions};
+use crate::{
+    common::{LogLevel, Resources, SecretKeyReference, SecretReference, conditions},
+    pipeline::SslMode,
+};
 
 /// Which stretch of which pipeline's log is replayed, how fast, and where to.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, CustomResource, KubeSchema)]
@@ -213,7 +216,7 @@ impl JsonSchema for Speed {
 
 /// Where the changes go.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
-#[x_kube(validation = Rule::new("has(self.log) != has(self.grpc)").message("write exactly one of target.log and target.grpc"))]
+#[x_kube(validation = Rule::new("[has(self.log), has(self.grpc), has(self.postgres)].filter(given, given).size() == 1").message("write exactly one of target.log, target.grpc and target.postgres"))]
 #[serde(rename_all = "camelCase")]
 pub struct ReplayTarget {
     /// Into the pod's own log, one line of JSON for each change: `kubectl logs job/<name>-replay`.
@@ -222,11 +225,50 @@ pub struct ReplayTarget {
     /// Over gRPC.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub grpc: Option<GrpcTarget>,
+    /// Into the tables of a PostgreSQL database, exactly once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub postgres: Option<PostgresTarget>,
 }
 
 /// Into the pod's own log; there is nothing to set.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 pub struct LogTarget {}
+
+/// A PostgreSQL database, version 14 or later, in which the changes are made: each transaction of the source is one of it. Its tables have
+/// to exist. The pipeline's format has to be Protobuf.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[x_kube(
+    validation = Rule::new("!has(self.caSecretRef) || self.sslMode in ['VerifyCA', 'VerifyFull']").message("target.postgres.caSecretRef is for checking the server's certificate: set sslMode to VerifyFull, or leave caSecretRef out"),
+    validation = Rule::new("self.sslMode != 'VerifyCA' || has(self.caSecretRef)").message("target.postgres.sslMode VerifyCA needs caSecretRef: without the host name a certificate of any public authority would do"),
+    validation = Rule::new("!has(self.clientCertSecretRef) || self.sslMode != 'Disable'").message("target.postgres.clientCertSecretRef needs TLS: set sslMode to VerifyFull, or leave clientCertSecretRef out")
+)]
+#[serde(rename_all = "camelCase")]
+pub struct PostgresTarget {
+    /// Host name or address.
+    #[schemars(length(min = 1, max = 253))]
+    #[x_kube(validation = Rule::new("!self.matches('[/@, ]')").message("target.postgres.host is a bare host name or address, such as postgres.shop.svc; the port, user and database have fields of their own"))]
+    pub host: String,
+    /// TCP port.
+    #[serde(default = "default_postgres_port")]
+    #[schemars(range(min = 1, max = 65535))]
+    pub port: u16,
+    /// Name of the database.
+    #[schemars(length(min = 1, max = 63))]
+    pub database: String,
+    /// Secret with the keys `username` and `password`. The user needs SELECT, INSERT, UPDATE, DELETE and TRUNCATE on the tables, and a
+    /// schema `meander` of its own, where the place of the replay is kept.
+    pub credentials_secret_ref: SecretReference,
+    /// Whether the connection is encrypted, and what the server has to prove. `Require` wants SCRAM-SHA-256 with channel binding of it.
+    #[serde(default)]
+    pub ssl_mode: SslMode,
+    /// Key of a Secret that holds the certificates of the authorities which the server's certificate may come from, PEM; those of
+    /// Mozilla's list where it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_secret_ref: Option<SecretKeyReference>,
+    /// Secret of type `kubernetes.io/tls` with the certificate that the replay shows to the server.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub client_cert_secret_ref: Option<SecretReference>,
+}
 
 /// Over gRPC, one way or the other.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
@@ -379,6 +421,10 @@ pub struct ReplayProgress {
     /// How long delivery took from the first change to the last.
     #[serde(default)]
     pub delivery_millis: u64,
+}
+
+fn default_postgres_port() -> u16 {
+    5432
 }
 
 fn default_serve_port() -> u16 {

@@ -48,6 +48,8 @@ pub enum Reason {
     PipelineSuspended,
     /// The ReplayJob's pipeline is being deleted.
     PipelineTerminating,
+    /// The pipeline's format does not hold every value, and the target needs that.
+    FormatNotExact,
     /// A value passed the schema and means nothing.
     InvalidValue,
     /// An object of the name that is needed belongs to somebody else.
@@ -67,13 +69,14 @@ pub enum Reason {
 }
 
 impl Reason {
-    const ALL: [Self; 14] = [
+    const ALL: [Self; 15] = [
         Self::SecretNotFound,
         Self::SecretKeyNotFound,
         Self::SlotConflict,
         Self::PipelineNotFound,
         Self::PipelineSuspended,
         Self::PipelineTerminating,
+        Self::FormatNotExact,
         Self::InvalidValue,
         Self::NameTaken,
         Self::Forbidden,

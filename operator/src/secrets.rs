@@ -94,7 +94,16 @@ pub fn of_replay(replay: &ReplayJob, pipeline: Option<&CdcPipeline>) -> Vec<Secr
     let log = pipeline.map(|pipeline| of_kafka(&pipeline.spec.sinks.kafka, ACCEPTED));
     let serve = replay.spec.target.grpc.as_ref().and_then(|grpc| grpc.serve.as_ref());
     let token = serve.map(|serve| SecretFiles::one("subscribers", &serve.token_secret_ref, "token", ACCEPTED));
-    log.into_iter().flatten().chain(token).collect()
+    let database = replay.spec.target.postgres.iter().flat_map(|target| {
+        postgres_files(
+            ["target", "target-ca", "target-client"],
+            &target.credentials_secret_ref,
+            target.ca_secret_ref.as_ref(),
+            target.client_cert_secret_ref.as_ref(),
+            ACCEPTED,
+        )
+    });
+    log.into_iter().flatten().chain(token).chain(database).collect()
 }
 
 fn of_kafka(kafka: &KafkaSink, condition: &'static str) -> Vec<SecretFiles> {
@@ -109,13 +118,28 @@ fn of_kafka(kafka: &KafkaSink, condition: &'static str) -> Vec<SecretFiles> {
 }
 
 fn of_postgres(postgres: &PostgresSource) -> Vec<SecretFiles> {
-    let credentials = SecretFiles::credentials("postgres", &postgres.credentials_secret_ref, SOURCE_READY);
-    let authority = postgres.ca_secret_ref.as_ref();
-    let certificate = postgres.client_cert_secret_ref.as_ref();
-    [credentials]
+    postgres_files(
+        ["postgres", "postgres-ca", "postgres-client"],
+        &postgres.credentials_secret_ref,
+        postgres.ca_secret_ref.as_ref(),
+        postgres.client_cert_secret_ref.as_ref(),
+        SOURCE_READY,
+    )
+}
+
+/// What a connection to PostgreSQL needs: credentials, authority, certificate.
+fn postgres_files(
+    folders: [&'static str; 3],
+    credentials: &SecretReference,
+    authority: Option<&SecretKeyReference>,
+    certificate: Option<&SecretReference>,
+    condition: &'static str,
+) -> Vec<SecretFiles> {
+    let [signing_in, trusting, showing] = folders;
+    [SecretFiles::credentials(signing_in, credentials, condition)]
         .into_iter()
-        .chain(authority.map(|reference| SecretFiles::one("postgres-ca", reference, "ca.crt", SOURCE_READY)))
-        .chain(certificate.map(|reference| SecretFiles::certificate("postgres-client", reference, SOURCE_READY)))
+        .chain(authority.map(|reference| SecretFiles::one(trusting, reference, "ca.crt", condition)))
+        .chain(certificate.map(|reference| SecretFiles::certificate(showing, reference, condition)))
         .collect()
 }
 

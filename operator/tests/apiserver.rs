@@ -538,6 +538,10 @@ async fn a_replay_that_can_never_work_is_refused() {
         let serve = merged(json!({"tokenSecretRef": {"name": "n", "key": "k"}}), &change);
         target(json!({"grpc": {"serve": serve}}))
     };
+    let postgres = |change: Value| {
+        let postgres = json!({"host": "h", "database": "d", "credentialsSecretRef": {"name": "n"}});
+        target(json!({"postgres": merged(postgres, &change)}))
+    };
     let times =
         |from: &str, to: &str| spec(json!({"from": {"at": null, "time": from}, "to": {"at": null, "time": to}}));
     let long = "n".repeat(51);
@@ -592,7 +596,30 @@ async fn a_replay_that_can_never_work_is_refused() {
             spec(json!({"speed": "fast"})),
             "speed is a positive number such as 10 or \"0.5\", or \"max\"",
         ),
-        (target(json!({})), "write exactly one of target.log and target.grpc"),
+        (
+            target(json!({})),
+            "write exactly one of target.log, target.grpc and target.postgres",
+        ),
+        (
+            spec(json!({"target": {"grpc": {"endpoint": "http://receiver:50051"}}})),
+            "write exactly one of target.log, target.grpc and target.postgres",
+        ),
+        (
+            postgres(json!({"host": "postgres:5432/shop"})),
+            "target.postgres.host is a bare host name or address, such as postgres.shop.svc; the port, user and database have fields of their own",
+        ),
+        (
+            postgres(json!({"caSecretRef": {"name": "n", "key": "k"}})),
+            "target.postgres.caSecretRef is for checking the server's certificate: set sslMode to VerifyFull, or leave caSecretRef out",
+        ),
+        (
+            postgres(json!({"sslMode": "VerifyCA"})),
+            "target.postgres.sslMode VerifyCA needs caSecretRef: without the host name a certificate of any public authority would do",
+        ),
+        (
+            postgres(json!({"sslMode": "Disable", "clientCertSecretRef": {"name": "n"}})),
+            "target.postgres.clientCertSecretRef needs TLS: set sslMode to VerifyFull, or leave clientCertSecretRef out",
+        ),
         (
             target(json!({"grpc": {}})),
             "write exactly one of grpc.endpoint, to be called, and grpc.serve, to call",
@@ -675,7 +702,12 @@ async fn every_example_is_accepted_and_gets_its_defaults() {
     let pipeline: CdcPipeline = cluster.create(pipeline_json("trades")).await;
     // The types' own defaults are the schema's: a resource read from a file is the one that the API server stores.
     assert_eq!(pipeline.spec, support::pipeline().spec);
-    for file in ["replayjob.yaml", "replayjob-log.yaml", "replayjob-serve.yaml"] {
+    for file in [
+        "replayjob.yaml",
+        "replayjob-log.yaml",
+        "replayjob-serve.yaml",
+        "replayjob-postgres.yaml",
+    ] {
         let replay: ReplayJob = cluster.create(replay_json(file)).await;
         assert_eq!(replay.spec, support::replay(file).spec, "{file}");
     }

@@ -135,6 +135,7 @@ fn replays_become_jobs() {
         ("replay_log", "replayjob-log.yaml"),
         ("replay_grpc", "replayjob.yaml"),
         ("replay_serve", "replayjob-serve.yaml"),
+        ("replay_postgres", "replayjob-postgres.yaml"),
     ] {
         let replay = support::replay(file);
         let valid = replay::validate::validate(&replay, &replay_facts(), &settings()).unwrap();
@@ -230,6 +231,19 @@ fn a_replay_waits_for_its_pipeline_and_its_secret() {
         })
         .collect();
     insta::assert_yaml_snapshot!("replay_refusals", refusals);
+
+    let mut facts = replay_facts();
+    facts.pipeline.as_mut().unwrap().spec.format = PipelineFormat::DebeziumJson;
+    let replay = support::replay("replayjob-postgres.yaml");
+    let error = replay::validate::validate(&replay, &facts, &settings()).unwrap_err();
+    assert_eq!(error.problem().reason.to_string(), "FormatNotExact");
+    facts.pipeline = replay_facts().pipeline;
+    facts.secrets.remove("analytics");
+    let error = replay::validate::validate(&replay, &facts, &settings()).unwrap_err();
+    assert!(
+        error.problem().message.contains("Secret analytics does not exist"),
+        "{error}"
+    );
 }
 
 #[test]

@@ -62,6 +62,16 @@ pub fn identity_of(pipeline: &CdcPipeline) -> ResourceIdentity {
     }
 }
 
+/// As the runtime calls it.
+pub fn ssl_mode(mode: Mode) -> SslMode {
+    match mode {
+        Mode::Disable => SslMode::Disable,
+        Mode::Require => SslMode::Require,
+        Mode::VerifyCa => SslMode::VerifyCa,
+        Mode::VerifyFull => SslMode::VerifyFull,
+    }
+}
+
 /// Judges the spec by the facts.
 ///
 /// # Errors
@@ -127,12 +137,7 @@ pub fn validate(pipeline: &CdcPipeline, facts: &Facts, settings: &Settings) -> R
             database: postgres.database.clone(),
             username_file: pod::secret_file("postgres", "username"),
             password_file: pod::secret_file("postgres", "password"),
-            ssl_mode: match postgres.ssl_mode {
-                Mode::Disable => SslMode::Disable,
-                Mode::Require => SslMode::Require,
-                Mode::VerifyCa => SslMode::VerifyCa,
-                Mode::VerifyFull => SslMode::VerifyFull,
-            },
+            ssl_mode: ssl_mode(postgres.ssl_mode),
             ca_file: postgres
                 .ca_secret_ref
                 .as_ref()

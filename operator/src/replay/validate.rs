@@ -2,15 +2,19 @@
 
 use jiff::Timestamp;
 use kube::ResourceExt as _;
-use meander_config::{ReplayConfig, ReplayEnd, ReplayStart, ReplayTarget, ResourceIdentity, Speed};
-use meander_crds::{ChangePosition, LogLevel, RecordOffset, ReplayJob, Resources};
+use meander_config::{
+    PostgresServer, ReplayConfig, ReplayEnd, ReplayStart, ReplayTarget as Target, ResourceIdentity, Speed,
+};
+use meander_crds::{
+    ChangePosition, LogLevel, PipelineFormat, PostgresTarget, RecordOffset, ReplayJob, ReplayTarget, Resources,
+};
 
 use super::dereference::Facts;
 use crate::{
     conditions::ACCEPTED,
     context::Settings,
     error::{Error, Reason},
-    pipeline::validate::{identity_of, slot_of},
+    pipeline::validate::{identity_of, slot_of, ssl_mode},
     pod,
     secrets::{self, SecretFiles},
 };
@@ -95,24 +99,33 @@ pub fn validate(replay: &ReplayJob, facts: &Facts, settings: &Settings) -> Resul
     let mounted = secrets::of_replay(replay, Some(pipeline));
     secrets::require(&facts.secrets, &namespace, &mounted)?;
     let mut serve_port = None;
-    let grpc = spec.target.grpc.as_ref();
-    let target = match (
-        &spec.target.log,
-        grpc.and_then(|grpc| grpc.endpoint.as_ref()),
-        grpc.and_then(|g| g.serve.as_ref()),
-    ) {
-        (Some(_), _, _) => ReplayTarget::Log,
-        (None, Some(endpoint), _) => ReplayTarget::GrpcCall {
-            endpoint: endpoint.clone(),
-        },
-        (None, None, Some(serve)) => {
-            serve_port = Some(serve.port);
-            ReplayTarget::GrpcServe {
-                address: ([0, 0, 0, 0], serve.port).into(),
-                token_file: pod::secret_file("subscribers", "token"),
+    let ReplayTarget { log, grpc, postgres } = &spec.target;
+    let target = match (log, grpc, postgres) {
+        (Some(_), None, None) => Target::Log,
+        (None, Some(grpc), None) => match (&grpc.endpoint, &grpc.serve) {
+            (Some(endpoint), None) => Target::GrpcCall {
+                endpoint: endpoint.clone(),
+            },
+            (None, Some(serve)) => {
+                serve_port = Some(serve.port);
+                Target::GrpcServe {
+                    address: ([0, 0, 0, 0], serve.port).into(),
+                    token_file: pod::secret_file("subscribers", "token"),
+                }
             }
+            _ => return Err(invalid("write exactly one of grpc.endpoint and grpc.serve".to_owned())),
+        },
+        (None, None, Some(postgres)) => {
+            if pipeline.spec.format == PipelineFormat::DebeziumJson {
+                let message = format!(
+                    "CdcPipeline {name} has the format DebeziumJson, which does not hold every value as a database needs it; replay it \
+                     over gRPC, or a pipeline of the format Protobuf into PostgreSQL"
+                );
+                return Err(Error::invalid(ACCEPTED, Reason::FormatNotExact, message));
+            }
+            Target::Postgres(postgres_server(postgres))
         }
-        (None, None, None) => return Err(invalid("write exactly one of target.log and target.grpc".to_owned())),
+        _ => return Err(invalid("write exactly one target".to_owned())),
     };
     let config = ReplayConfig {
         job: ResourceIdentity {
@@ -156,5 +169,24 @@ fn record(offset: &RecordOffset) -> meander_config::RecordOffset {
         topic: offset.topic.clone(),
         partition: offset.partition,
         offset: offset.offset,
+    }
+}
+
+fn postgres_server(target: &PostgresTarget) -> PostgresServer {
+    PostgresServer {
+        host: target.host.clone(),
+        port: target.port,
+        database: target.database.clone(),
+        username_file: pod::secret_file("target", "username"),
+        password_file: pod::secret_file("target", "password"),
+        ssl_mode: ssl_mode(target.ssl_mode),
+        ca_file: target
+            .ca_secret_ref
+            .as_ref()
+            .map(|_| pod::secret_file("target-ca", "ca.crt")),
+        client_certificate: target
+            .client_cert_secret_ref
+            .as_ref()
+            .map(|_| pod::client_certificate("target-client")),
     }
 }

@@ -49,6 +49,7 @@ pub fn keys() -> Keys {
         secret("shop-ca", &["ca.crt"]),
         secret("shop-client", &["tls.crt", "tls.key"]),
         secret("replay-token", &["token"]),
+        secret("analytics", &["username", "password"]),
     ])
 }
 

@@ -251,3 +251,64 @@ impl Queue {
         Some(Batch { records, whole, mark })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use bytes::Bytes;
+    use meander_config::Speed;
+
+    use super::*;
+    use crate::{position::Position, replay::record::Coordinate};
+
+    fn record(lsn: u64, ordinal: u64) -> Record {
+        let position = Position {
+            epoch: Epoch::FIRST,
+            commit_lsn: Lsn(lsn),
+            ordinal,
+        };
+        Record {
+            coordinate: Coordinate { position, part: 0 },
+            timestamp: 1,
+            commit_time: 1000,
+            topic: Arc::from("shop.public.trades"),
+            partition: 0,
+            offset: 0,
+            key: Bytes::new(),
+            value: Bytes::new(),
+        }
+    }
+
+    #[test]
+    fn a_target_is_told_where_transactions_end_and_a_pause_parts_none() {
+        let mut clock = Clock::new(Speed::Max);
+        let mut queue = Queue {
+            whole_transactions: true,
+            ..Queue::default()
+        };
+        let mut handed = |queue: &mut Queue, clock: &mut Clock| {
+            let batch = queue.batch(clock)?;
+            Some((batch.records.len(), batch.whole))
+        };
+        queue.extend(vec![record(1, 0), record(2, 0), record(2, 1)]);
+        assert_eq!(
+            handed(&mut queue, &mut clock),
+            Some((2, false)),
+            "more of the second may come"
+        );
+        assert_eq!((queue.next(), queue.is_inside()), (None, true));
+
+        clock.hold(true, Instant::now());
+        queue.extend(vec![record(2, 2), record(3, 0)]);
+        assert_eq!(
+            handed(&mut queue, &mut clock),
+            Some((2, true)),
+            "it is taken to its end"
+        );
+        queue.ended = true;
+        assert_eq!(handed(&mut queue, &mut clock), None, "the next one is held");
+        clock.hold(false, Instant::now());
+        assert_eq!(handed(&mut queue, &mut clock), Some((1, true)));
+    }
+}

@@ -42,6 +42,9 @@ const INDEXES: &str = "
       AND k.place <= i.indnkeyatts
     ORDER BY i.indisprimary DESC, i.indexrelid, k.place";
 
+/// Statements that are kept of a table: there is one for each set of columns that an UPDATE leaves out.
+const MOST_STATEMENTS: usize = 64;
+
 /// A table of the target, for records that have these columns.
 pub struct Table {
     /// As SQL writes it.
@@ -247,6 +250,9 @@ impl Table {
         let parameters = self.found_by(shape.verb).len() + shape.written.len();
         let types = vec![Type::TEXT_ARRAY; parameters];
         let statement = client.prepare_typed(&self.sql(shape), &types).await?;
+        if self.statements.len() >= MOST_STATEMENTS {
+            self.statements.clear();
+        }
         self.statements.insert(shape.clone(), statement.clone());
         Ok(statement)
     }
