@@ -29,8 +29,12 @@ struct Target {
 }
 
 impl Target {
-    async fn start() -> Self {
-        let postgres = Postgres::start(&[]).await;
+    /// On a server of this version, or the machine's own.
+    async fn start(version: Option<u32>) -> Self {
+        let postgres = match version {
+            Some(version) => Postgres::start_version(version, &[]).await,
+            None => Postgres::start(&[]).await,
+        };
         let client = postgres.client().await;
         client
             .batch_execute(
@@ -163,7 +167,7 @@ async fn a_replay_into_an_empty_postgresql_equals_the_source_through_three_kills
     pgbench(&source, &["-c", "4", "-t", "2500"]);
     let records = published(&client, &pipeline).await;
 
-    let mut target = Target::start().await;
+    let mut target = Target::start(None).await;
     pgbench(&target.postgres, &["-i", "-q", "-I", "dtp"]);
     target.tables("CREATE TABLE last (id int PRIMARY KEY, n int)").await;
     let config = target.config(&pipeline);
@@ -287,7 +291,7 @@ async fn whatever_happens_to_rows_happens_to_them_in_the_target_and_values_are_t
         client.batch_execute(sql).await.unwrap();
     }
     published(&client, &pipeline).await;
-    let target = Target::start().await;
+    let target = Target::start(Some(18)).await;
     target.tables(TABLES).await;
     let config = target.config(&pipeline);
     assert_eq!(replay(&config).await.unwrap(), End::Complete);
@@ -373,7 +377,7 @@ async fn what_is_wrong_with_the_target_is_told_with_the_sql_that_mends_it() {
         .unwrap();
     published(&client, &pipeline).await;
 
-    let target = Target::start().await;
+    let target = Target::start(Some(14)).await;
     target
         .run("DROP SCHEMA meander; CREATE TABLE last (id int PRIMARY KEY, n int); GRANT ALL ON last TO replayer")
         .await;

@@ -295,9 +295,10 @@ pub enum TargetError {
     },
     /// A pipeline may capture the table, and could not tell what the replay writes.
     #[error(
-        "{table} of the target database is in a publication, so that what is replayed would be captured again, and user {user} may not mark \
-         it with a replication origin; run GRANT EXECUTE ON FUNCTION pg_replication_origin_oid(text), pg_replication_origin_create(text), \
-         pg_replication_origin_session_setup(text) TO {user}; and set origin: None in the pipeline that captures it"
+        "{table} of the target database is in a publication, so that what is replayed would be captured again, and this session has no \
+         replication origin by which it could be told apart; run GRANT EXECUTE ON FUNCTION pg_replication_origin_oid(text), \
+         pg_replication_origin_create(text), pg_replication_origin_session_setup(text) TO {user}; and set origin: None in the pipeline that \
+         captures it (if the user may, the server has no room for another origin: raise max_replication_slots)"
     )]
     WouldBeCaptured {
         /// The table, quoted.

@@ -18,7 +18,11 @@ const TABLE: &str = "
            has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT') AND has_table_privilege(c.oid, 'INSERT')
                AND has_table_privilege(c.oid, 'UPDATE') AND has_table_privilege(c.oid, 'DELETE'),
            row_security_active(c.oid),
-           EXISTS (SELECT FROM pg_publication_tables p WHERE p.schemaname = n.nspname AND p.tablename = c.relname)
+           EXISTS (SELECT FROM pg_publication_tables p
+                   JOIN pg_namespace s ON s.nspname = p.schemaname
+                   JOIN pg_class t ON t.relnamespace = s.oid AND t.relname = p.tablename
+                   WHERE t.oid = c.oid OR t.oid IN (
+                       SELECT relid FROM pg_partition_tree(c.oid) UNION ALL SELECT relid FROM pg_partition_ancestors(c.oid)))
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE n.nspname = $1 AND c.relname = $2";
 
