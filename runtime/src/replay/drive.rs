@@ -287,7 +287,7 @@ mod tests {
             whole_transactions: true,
             ..Queue::default()
         };
-        let mut handed = |queue: &mut Queue, clock: &mut Clock| {
+        let handed = |queue: &mut Queue, clock: &mut Clock| {
             let batch = queue.batch(clock)?;
             Some((batch.records.len(), batch.whole))
         };

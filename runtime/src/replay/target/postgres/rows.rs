@@ -101,7 +101,7 @@ mod tests {
         assert_eq!(shown(Kind::Float8(f64::MAX)), "1.7976931348623157e308");
         assert_eq!(shown(Kind::Float8(f64::NAN)), "NaN");
         assert_eq!(shown(Kind::Float4(f32::NEG_INFINITY)), "-inf");
-        assert_eq!(shown(Kind::Binary(vec![0, 171, 255].into())), "\\x00abff");
+        assert_eq!(shown(Kind::Binary(vec![0, 171, 255])), "\\x00abff");
         assert_eq!(shown(Kind::Text("größer".to_owned())), "größer");
     }
 }
