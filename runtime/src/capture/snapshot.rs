@@ -449,6 +449,10 @@ impl Incremental {
             }
             Operation::Delete { old } => touch(old.tuple(), None, true),
             Operation::Truncate => self.overlap.disturbed(xid),
+            // Without a key, what a chunk has replaces all that came before it.
+            Operation::Insert { .. } if !change.relation.columns.iter().any(|column| column.key) => {
+                self.overlap.disturbed(xid);
+            }
             // A chunk that does not see an insertion has no such row, or one that ended before it, and that was noted.
             Operation::Insert { .. }
             | Operation::Read { .. }

@@ -102,6 +102,8 @@ pub struct Postgres {
     run: Option<Run>,
     /// Tables that are emptied by the next statement, all together: one that others refer to cannot be emptied alone.
     emptied: Vec<String>,
+    /// Tables without a key that a snapshot in this transaction has emptied.
+    renewed: HashSet<String>,
     /// The first half of a change of a key.
     leaving: Option<Leaving>,
     /// What is delivered with the transaction that is open.
@@ -184,6 +186,7 @@ impl Resumable for Postgres {
             open: None,
             run: None,
             emptied: Vec::new(),
+            renewed: HashSet::new(),
             leaving: None,
             carried: None,
         };
@@ -376,6 +379,7 @@ impl Postgres {
             ..About::of(WHOLE)
         };
         self.open = None;
+        self.renewed.clear();
         self.send(commit, about, tally).await
     }
 
@@ -407,6 +411,9 @@ impl Postgres {
                 Ok(())
             }
             Operation::Insert | Operation::Read => {
+                if change.operation() == Operation::Read {
+                    self.renew(&relation, tally).await?;
+                }
                 let after = values(&relation, change.after.as_ref(), None, &record)?;
                 let verb = if self.table(&relation, tally).await?.key.is_empty() {
                     Verb::Insert
@@ -500,7 +507,21 @@ impl Postgres {
         self.statement(SNAPSHOT_BEGIN.to_owned(), parameters, name, tally).await
     }
 
+    /// Rows without a key are read all at once, those of a table in one transaction with its end marker, and replace what the target has:
+    /// they could not be told from it.
+    async fn renew(&mut self, relation: &Relation, tally: &Tally) -> Result<(), TargetError> {
+        let table = self.table(relation, tally).await?;
+        let name = table.name.clone();
+        if !table.key.is_empty() || !self.renewed.insert(name.clone()) {
+            return Ok(());
+        }
+        self.flush(tally).await?;
+        self.statement(format!("DELETE FROM {name}"), Vec::new(), name, tally)
+            .await
+    }
+
     async fn snapshot_ends(&mut self, relation: &Relation, tally: &Tally) -> Result<(), TargetError> {
+        self.renew(relation, tally).await?;
         self.flush(tally).await?;
         let table = self.table(relation, tally).await?;
         let (name, sweep, keyless) = (table.name.clone(), table.sweep(), table.key.is_empty());
