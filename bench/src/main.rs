@@ -82,7 +82,7 @@ fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> CaptureC
             slot_failover: None,
             snapshot: Snapshot {
                 mode: SnapshotMode::Never,
-                requests: vec![],
+                ..Snapshot::default()
             },
         },
         format: Format::Protobuf,

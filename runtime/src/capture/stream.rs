@@ -172,7 +172,7 @@ impl<'a> Stream<'a> {
                 if let Some(bulk) = &mut self.bulk
                     && bulk.comes_before(&frame, self.assembler.in_transaction())
                 {
-                    bulk.is_here(self.assembler.epoch());
+                    bulk.is_here(|place| self.assembler.epoch_at(place));
                     reader.put_back();
                     break;
                 }

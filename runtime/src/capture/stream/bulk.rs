@@ -138,12 +138,13 @@ impl Bulk {
     }
 
     /// The stream has come to the snapshot's place.
-    pub(super) fn is_here(&mut self, epoch: Epoch) {
+    pub(super) fn is_here(&mut self, epoch_at: impl Fn(Lsn) -> Epoch) {
         self.step = match std::mem::replace(&mut self.step, Step::Due(Instant::now())) {
             Step::Placed(export, time_micros) => {
+                let commit_lsn = Lsn(export.at.0.saturating_sub(1));
                 let first = Position {
-                    epoch,
-                    commit_lsn: Lsn(export.at.0.saturating_sub(1)),
+                    epoch: epoch_at(commit_lsn),
+                    commit_lsn,
                     ordinal: 0,
                 };
                 Step::Here(export, time_micros, first)
@@ -390,9 +391,10 @@ impl Stream<'_> {
         }
         if let Some(at) = at {
             let before = Lsn(at.0.saturating_sub(1));
-            self.complete = self
-                .complete
-                .max(Some(Position::end_of_transaction(self.assembler.epoch(), before)));
+            self.complete = self.complete.max(Some(Position::end_of_transaction(
+                self.assembler.epoch_at(before),
+                before,
+            )));
             self.safe = self.safe.max(at);
             self.received.set_received(at);
         }

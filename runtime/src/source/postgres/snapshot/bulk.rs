@@ -117,7 +117,7 @@ pub async fn begin(order: Order) -> Attempt {
 impl Order {
     async fn begin(self, tables: &mut Vec<Candidate>) -> Result<Option<Export>, SourceError> {
         let source = &self.source;
-        let credentials = Credentials::read(source)?;
+        let credentials = Credentials::read(&source.server())?;
         let catalog = Catalog::connect(source, &credentials).await?;
         let selection = Selection::new(&source.tables)?;
         // Before the slot is made: whoever wrote to a table before it was published has ended at the consistent point, since making a
