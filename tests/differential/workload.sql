@@ -129,6 +129,14 @@ COMMIT;
 BEGIN; INSERT INTO whole_row VALUES (99, 'never', 1); ROLLBACK;
 TRUNCATE whole_row;
 
+SELECT pg_replication_origin_create('upstream "1"');
+SELECT pg_replication_origin_session_setup('upstream "1"');
+BEGIN; SELECT pg_replication_origin_xact_setup('1/16B3748', '2020-01-01'); INSERT INTO text_key VALUES ('from upstream', 1); COMMIT;
+SELECT pg_replication_origin_xact_reset();
+INSERT INTO text_key VALUES ('of an unknown place', 1);
+SELECT pg_replication_origin_session_reset();
+INSERT INTO text_key VALUES ('made here', 1);
+
 INSERT INTO changing VALUES (1, 1, 'a');
 ----- then
 ALTER TABLE changing ADD COLUMN c numeric(6, 2) DEFAULT 1.5, ADD COLUMN d mood NOT NULL DEFAULT 'ok';

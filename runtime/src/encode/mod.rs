@@ -8,6 +8,7 @@ mod protobuf;
 use std::sync::Arc;
 
 pub use debezium::DebeziumEncoder;
+pub(crate) use debezium::key_payload as debezium_key_payload;
 pub use protobuf::ProtobufEncoder;
 
 use crate::{

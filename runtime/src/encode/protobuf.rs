@@ -279,9 +279,9 @@ impl Encoder for ProtobufEncoder {
                     }),
                     origin: transaction
                         .as_ref()
-                        .and_then(|transaction| transaction.origin.as_deref())
-                        .unwrap_or_default()
-                        .to_owned(),
+                        .and_then(|transaction| transaction.origin.as_ref())
+                        .map(|origin| origin.name.clone())
+                        .unwrap_or_default(),
                     ..v1::ChangeRecord::default()
                 };
                 record.encode_raw(out);
@@ -371,7 +371,7 @@ impl ProtobufEncoder {
                     prost::encoding::message::encode(field::SOURCE_GAP, gap, out);
                 }
                 if let Some(origin) = change.origin {
-                    write_bytes(field::ORIGIN, origin.as_bytes(), out);
+                    write_bytes(field::ORIGIN, origin.name.as_bytes(), out);
                 }
                 if change.schema_version != 0 {
                     encode_key(field::SCHEMA_VERSION, WireType::Varint, out);
@@ -504,7 +504,10 @@ mod tests {
     use super::*;
     use crate::{
         position::{Epoch, Lsn, Position},
-        source::postgres::pgoutput::{LogicalMessage, decode},
+        source::{
+            TransactionOrigin,
+            postgres::pgoutput::{LogicalMessage, decode},
+        },
     };
 
     const TYPES: [(&str, &str); 8] = [
@@ -573,6 +576,10 @@ mod tests {
                 stream: "s".to_owned(),
             }),
         );
+        let origin = TransactionOrigin {
+            name: "upstream".to_owned(),
+            lsn: Lsn(5),
+        };
         let change = Change {
             relation: &relation,
             schema_version: 2,
@@ -586,7 +593,7 @@ mod tests {
             transaction_id: 777,
             lsn: Lsn(0x16B_3000),
             previous_end: None,
-            origin: Some("upstream"),
+            origin: Some(&origin),
         };
         let mut batch = Batch::new();
         encoder.encode(&change, &mut batch)?;

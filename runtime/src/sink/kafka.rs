@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use meander_config::{Acknowledgement, CaptureConfig};
+use meander_config::{Acknowledgement, CaptureConfig, Format};
 use rdkafka::{
     ClientContext, Message as _,
     error::{KafkaError, RDKafkaErrorCode},
@@ -36,6 +36,7 @@ use crate::{
     schema::Note,
     sink::{
         Durable, SinkError,
+        partition::ByRow,
         redis::feed::{Progress as RedisProgress, State as RedisState},
     },
 };
@@ -66,8 +67,8 @@ const TICK: Duration = Duration::from_secs(1);
 const CLOSING_DEADLINE: Duration = Duration::from_secs(5);
 
 /// The first delivery that failed since the producer was made, and what else it has heard.
-#[derive(Default)]
 struct Deliveries {
+    partitioner: ByRow,
     failed: Mutex<Option<(String, KafkaError)>>,
     hearing: Hearing,
 }
@@ -78,8 +79,12 @@ impl ClientContext for Deliveries {
     }
 }
 
-impl ProducerContext for Deliveries {
+impl ProducerContext<ByRow> for Deliveries {
     type DeliveryOpaque = ();
+
+    fn get_custom_partitioner(&self) -> Option<&ByRow> {
+        Some(&self.partitioner)
+    }
 
     fn delivery(&self, result: &DeliveryResult<'_>, (): ()) {
         if let Err((error, message)) = result {
@@ -93,7 +98,7 @@ impl ProducerContext for Deliveries {
 
 /// A producer that has fenced every one before it.
 pub struct KafkaSink {
-    producer: BaseProducer<Deliveries>,
+    producer: BaseProducer<Deliveries, ByRow>,
     servers: String,
     checkpoint_topic: String,
     checkpoint_key: String,
@@ -113,15 +118,13 @@ impl KafkaSink {
         let (namespace, name) = (&config.pipeline.namespace, &config.pipeline.name);
         let checkpoint_key = checkpoint_key(namespace, name, &config.source.slot_name);
         let failed = |error: KafkaError| super::topics::unreachable(&servers, &error);
-        let producer: BaseProducer<Deliveries> = settings(&config.kafka.cluster())?
+        let producer: BaseProducer<Deliveries, ByRow> = settings(&config.kafka.cluster())?
             .set("transactional.id", &checkpoint_key)
             .set("transaction.timeout.ms", TRANSACTION_TIMEOUT.as_millis().to_string())
             .set("message.timeout.ms", DELIVERY_DEADLINE.as_millis().to_string())
             .set("acks", "all")
             .set("enable.idempotence", "true")
             .set("compression.type", "lz4")
-            // As Java's producers place keys, so that both can be joined.
-            .set("partitioner", "murmur2_random")
             .set("linger.ms", "0")
             // TRANSACTION_BYTES bounds what is queued. This would refuse one record that is larger, for ever.
             .set("queue.buffering.max.kbytes", "1048576")
@@ -129,7 +132,13 @@ impl KafkaSink {
             .set("message.max.bytes", "100000000")
             .set("batch.size", "1000000")
             .set("socket.nagle.disable", "true")
-            .create_with_context(Deliveries::default())
+            .create_with_context(Deliveries {
+                partitioner: ByRow {
+                    schemas: matches!(config.format, Format::DebeziumJson { schemas: true }),
+                },
+                failed: Mutex::default(),
+                hearing: Hearing::default(),
+            })
             .map_err(failed)?;
         producer.init_transactions(INIT_DEADLINE).map_err(failed)?;
         Ok(Self {

@@ -2,6 +2,7 @@
 
 pub mod claims;
 pub mod kafka;
+mod partition;
 pub mod redis;
 pub mod topics;
 

@@ -66,7 +66,7 @@ pub struct Change<'a> {
     /// Where the transaction before this one ended, if this session has seen its end.
     pub previous_end: Option<Lsn>,
     /// Where the transaction comes from, if the source had got it by replication itself.
-    pub origin: Option<&'a str>,
+    pub origin: Option<&'a TransactionOrigin>,
 }
 
 /// What an application wrote into the log beside its tables, for whoever reads it.
@@ -90,7 +90,16 @@ pub struct MessageTransaction {
     /// The source's transaction id.
     pub id: u32,
     /// Where it comes from, if the source had got it by replication itself.
-    pub origin: Option<Arc<str>>,
+    pub origin: Option<Arc<TransactionOrigin>>,
+}
+
+/// Where a transaction was made that the source had got by replication itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TransactionOrigin {
+    /// Name of the replication origin.
+    pub name: String,
+    /// Where it was committed there; zero where the source was not told.
+    pub lsn: Lsn,
 }
 
 /// What happened.

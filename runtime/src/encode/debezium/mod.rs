@@ -64,6 +64,14 @@ impl DebeziumEncoder {
     }
 }
 
+/// What of a key with its schema tells rows apart: the payload. The whole key, if it has no schema.
+pub(crate) fn key_payload(key: &[u8]) -> &[u8] {
+    // No object in a schema has a field of this name, and within a text the quotes would be escaped.
+    const PAYLOAD: &[u8] = b",\"payload\":";
+    let payload = key.windows(PAYLOAD.len()).position(|window| window == PAYLOAD);
+    payload.map_or(key, |at| &key[at + PAYLOAD.len()..key.len() - 1])
+}
+
 /// A column that is carried.
 struct Field {
     /// Its place in the row.
@@ -147,21 +155,22 @@ impl Encoder for DebeziumEncoder {
             .iter()
             .enumerate()
             .filter_map(|(index, column)| {
-                let type_details = details.types.get(&column.type_oid)?;
-                let modifier = if type_details.domain {
-                    type_details.modifier
-                } else {
-                    column.type_modifier
-                };
-                let kind = Kind::of(type_details, modifier)?;
                 let known = details.columns.get(&column.name);
+                let type_details = details.types.get(&column.type_oid);
+                let kind = match type_details {
+                    Some(details) if details.domain => Kind::of(details, details.modifier)?,
+                    Some(details) => Kind::of(details, column.type_modifier)?,
+                    // It was dropped since, and nobody can say any more what it was.
+                    None => Kind::Text(None),
+                };
                 let mut label = Vec::new();
                 write_string(&column.name, &mut label);
                 label.push(b':');
                 let optional = known.is_none_or(|column| column.optional);
                 let default = known
                     .and_then(|column| column.default.as_deref())
-                    .and_then(|expression| default::default(&kind, type_details, expression));
+                    .zip(type_details)
+                    .and_then(|(expression, details)| default::default(&kind, details, expression));
                 let null = match &default {
                     _ if optional => b"null".to_vec(),
                     Some(default) => default.clone(),
@@ -458,10 +467,14 @@ impl Prepared {
             0 => out.extend_from_slice(b"null"),
             id => json::write(out, format_args!("{id}")),
         }
-        json::write(
-            out,
-            format_args!(",\"lsn\":{lsn},\"xmin\":null,\"origin\":null,\"origin_lsn\":null}}"),
-        );
+        json::write(out, format_args!(",\"lsn\":{lsn},\"xmin\":null,\"origin\":"));
+        match change.origin {
+            Some(origin) => {
+                write_string(&origin.name, out);
+                json::write(out, format_args!(",\"origin_lsn\":{}}}", origin.lsn.0));
+            }
+            None => out.extend_from_slice(b"null,\"origin_lsn\":null}"),
+        }
     }
 
     fn write_row(
@@ -722,6 +735,8 @@ mod tests {
     const NUMERIC: u32 = 1700;
     const MOOD: u32 = 20_000;
     const PAIR: u32 = 20_001;
+    /// Of no type that the catalog has.
+    const DROPPED: u32 = 20_002;
 
     /// A table of these columns, the first of which is the key, and what the catalog says of it.
     fn table(columns: &[(&str, u32)]) -> (Arc<Relation>, TableDetails) {
@@ -854,6 +869,15 @@ mod tests {
             value["schema"]["fields"][1]["fields"][1]["parameters"]["allowed"],
             "ok,new"
         );
+    }
+
+    #[test]
+    fn a_type_that_was_dropped_since_is_carried_as_text() {
+        let records = insert(&[("d", DROPPED), ("e", DROPPED)], &[Some("(1,2)"), Some("x")]).unwrap();
+        let (key, value, _) = &records[0];
+        assert_eq!(key["payload"], json!({"d": "(1,2)"}));
+        assert_eq!(value["payload"]["after"], json!({"d": "(1,2)", "e": "x"}));
+        assert_eq!(value["schema"]["fields"][1]["fields"][1]["type"], "string");
     }
 
     #[test]

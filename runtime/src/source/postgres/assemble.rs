@@ -8,7 +8,7 @@ use crate::{
     log::Parting,
     position::{Epoch, Lsn, Position},
     source::{
-        Change, Column, Message, MessageTransaction, Operation, Relation,
+        Change, Column, Message, MessageTransaction, Operation, Relation, TransactionOrigin,
         postgres::pgoutput::{LogicalMessage, RelationMessage, Tuple},
     },
 };
@@ -133,7 +133,7 @@ struct Transaction {
     commit_time_micros: i64,
     xid: u32,
     next_ordinal: u64,
-    origin: Option<Arc<str>>,
+    origin: Option<Arc<TransactionOrigin>>,
 }
 
 /// Keeps the shape of every table and the place within the open transaction.
@@ -285,9 +285,12 @@ impl Assembler {
                 self.type_names.insert(oid, name);
                 Ok(Assembled::Nothing)
             }
-            LogicalMessage::Origin { name } => {
+            LogicalMessage::Origin { name, commit_lsn } => {
                 let transaction = self.transaction.as_mut().ok_or(AssembleError::OutOfOrder("Origin"))?;
-                transaction.origin = Some(name.into());
+                transaction.origin = Some(Arc::new(TransactionOrigin {
+                    name: name.to_owned(),
+                    lsn: commit_lsn,
+                }));
                 Ok(Assembled::Nothing)
             }
             LogicalMessage::Relation(_) => Err(AssembleError::OutOfOrder("Relation")),

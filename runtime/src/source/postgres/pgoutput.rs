@@ -80,6 +80,8 @@ pub enum LogicalMessage<'a> {
     Origin {
         /// Name of the replication origin.
         name: &'a str,
+        /// Where it was committed there.
+        commit_lsn: Lsn,
     },
     /// What `pg_logical_emit_message` wrote.
     Message {
@@ -301,8 +303,9 @@ pub fn decode(message: &[u8]) -> Result<LogicalMessage<'_>, DecodeError> {
             LogicalMessage::Truncate { relations: Oids(oids) }
         }
         b'O' => {
-            let _commit_lsn = cursor.u64()?;
-            LogicalMessage::Origin { name: cursor.string()? }
+            let commit_lsn = Lsn(cursor.u64()?);
+            let name = cursor.string()?;
+            LogicalMessage::Origin { name, commit_lsn }
         }
         b'M' => {
             let transactional = cursor.u8()? & 1 == 1;

@@ -1,0 +1,80 @@
+//! Which partition a key goes to.
+
+use rdkafka::producer::Partitioner;
+
+use crate::encode::debezium_key_payload;
+
+/// Places keys as Java's producers do, so that topics of both can be joined.
+///
+/// A key that carries its schema is placed by its payload: the schema changes with the table, by a new default or another label of an
+/// enum, and the row stays the same, and so in its partition and its order.
+pub(super) struct ByRow {
+    /// The keys carry their schemas.
+    pub(super) schemas: bool,
+}
+
+impl Partitioner for ByRow {
+    fn partition(&self, _topic: &str, key: Option<&[u8]>, count: i32, _available: impl Fn(i32) -> bool) -> i32 {
+        let key = key.unwrap_or_default();
+        let row = if self.schemas { debezium_key_payload(key) } else { key };
+        (murmur2(row).cast_signed() & i32::MAX) % count.max(1)
+    }
+}
+
+/// As Kafka's Java client computes it.
+fn murmur2(data: &[u8]) -> u32 {
+    const SEED: u32 = 0x9747_B28C;
+    const M: u32 = 0x5BD1_E995;
+    let (words, rest) = data.as_chunks::<4>();
+    // What is cut off here makes no difference to any key that Kafka takes.
+    let mut hash = SEED ^ data.len() as u32;
+    for word in words {
+        let mut word = u32::from_le_bytes(*word).wrapping_mul(M);
+        word = (word ^ (word >> 24)).wrapping_mul(M);
+        hash = hash.wrapping_mul(M) ^ word;
+    }
+    if !rest.is_empty() {
+        let mut last = [0; 4];
+        last[..rest.len()].copy_from_slice(rest);
+        hash = (hash ^ u32::from_le_bytes(last)).wrapping_mul(M);
+    }
+    hash = (hash ^ (hash >> 13)).wrapping_mul(M);
+    hash ^ (hash >> 15)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_are_hashed_as_by_kafkas_java_client() {
+        // Those of the client's own tests.
+        for (key, hash) in [
+            ("21", -973_932_308),
+            ("foobar", -790_332_482),
+            ("a-little-bit-long-string", -985_981_536),
+            ("a-little-bit-longer-string", -1_486_304_829),
+            ("lkjh234lh9fiuh90y23oiuhsafujhadof229phr9h19h89h8", -58_897_971),
+            ("abc", 479_470_107),
+        ] {
+            assert_eq!(murmur2(key.as_bytes()).cast_signed(), hash, "{key}");
+        }
+    }
+
+    #[test]
+    fn a_row_stays_in_its_partition_whatever_becomes_of_its_schema() {
+        let place = |schemas, key: &str| ByRow { schemas }.partition("t", Some(key.as_bytes()), 1000, |_| true);
+        let payload = r#"{"id":1,"payload":{"schema":2}}"#;
+        let with = |schema: &str| format!(r#"{{"schema":{schema},"payload":{payload}}}"#);
+        let alone = place(false, payload);
+        assert_eq!(place(true, &with(r#"{"default":1}"#)), alone);
+        assert_eq!(place(true, &with(r#"{"default":",\"payload\":"}"#)), alone);
+        assert_eq!(
+            place(true, payload.replace("payload", "value").as_str()),
+            place(false, &payload.replace("payload", "value"))
+        );
+        // Where keys carry no schemas, columns may have any name.
+        let named = with(r#""x""#);
+        assert_ne!(place(false, &named), alone);
+    }
+}
