@@ -62,9 +62,6 @@ pub enum TailError {
         /// The last answer.
         source: Box<KafkaError>,
     },
-    /// Kafka does not say which topics there are.
-    #[error("cannot list the topics: {0}")]
-    Topics(#[source] Box<KafkaError>),
     /// The client cannot be made from its settings.
     #[error("cannot set up a Kafka client: {0}")]
     Client(#[source] Box<ClientError>),
@@ -104,9 +101,6 @@ pub(crate) fn client_config(cluster: &KafkaCluster, group: &str) -> Result<Clien
         .set("fetch.wait.max.ms", "50");
     Ok(config)
 }
-
-/// A key, and the timestamp of its first record in milliseconds since the Unix epoch.
-pub type FirstSeen = (Vec<u8>, Option<i64>);
 
 /// Reads partitions from their end.
 pub struct Tail {
@@ -150,35 +144,22 @@ impl Tail {
         Ok(known.partitions().iter().map(|partition| partition.id()).collect())
     }
 
-    /// Names of all topics.
-    ///
-    /// # Errors
-    /// When Kafka does not answer in time.
-    pub fn topics(&self) -> Result<Vec<String>, TailError> {
-        let deadline = Instant::now() + self.timeout;
-        let metadata = retry_until(deadline, |left| self.consumer.fetch_metadata(None, left))
-            .map_err(|source| TailError::Topics(Box::new(source)))?;
-        Ok(metadata.topics().iter().map(|topic| topic.name().to_owned()).collect())
-    }
-
-    /// The keys of a partition's committed records, each once, with the timestamp of the first, in the order in which they came;
-    /// without those that a tombstone withdrew. For small topics: all of it is read.
+    /// The keys of a partition's committed records, each once, in the order in which they came first; without those that a tombstone
+    /// withdrew. For small topics: all of it is read.
     ///
     /// # Errors
     /// When the partition does not exist or cannot be read in time.
-    pub fn keys(&self, topic: &str, partition: i32) -> Result<Vec<FirstSeen>, TailError> {
+    pub fn keys(&self, topic: &str, partition: i32) -> Result<Vec<Vec<u8>>, TailError> {
         let deadline = Instant::now() + self.timeout;
         let (low, end) = self.watermarks(topic, partition, deadline)?;
-        let keys = std::cell::RefCell::new(Vec::<FirstSeen>::new());
+        let keys = std::cell::RefCell::new(Vec::<Vec<u8>>::new());
         let note = |record: &BorrowedMessage<'_>| {
-            let key = record.key().unwrap_or_default().to_vec();
+            let key = record.key().unwrap_or_default();
             let mut keys = keys.borrow_mut();
-            match record.payload() {
-                None => keys.retain(|(known, _)| *known != key),
-                Some(_) if !keys.iter().any(|(known, _)| *known == key) => {
-                    keys.push((key, record.timestamp().to_millis()));
-                }
-                Some(_) => {}
+            if record.payload().is_none() {
+                keys.retain(|known| known != key);
+            } else if !keys.iter().any(|known| known == key) {
+                keys.push(key.to_vec());
             }
             false
         };

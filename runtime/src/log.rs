@@ -16,7 +16,9 @@ pub const PART_HEADER: &str = "meander-part";
 /// timestamp is the running maximum of these, in milliseconds.
 pub const COMMIT_TIME_HEADER: &str = "meander-commit-time";
 
-const CLAIMS: &str = "__meander.claims.";
+/// The topic that says whose each topic prefix is: compacted, one partition, a record under [`claim_key`] for each pipeline that claims
+/// one. The first of those that overlap and were not withdrawn holds. Its name begins with no prefix, so that no replay takes it for data.
+pub const CLAIMS_TOPIC: &str = "__meander.claims";
 
 /// Name of the topic (or Redis stream) that holds the changes of a table.
 ///
@@ -66,18 +68,10 @@ pub fn schema_key(checkpoint_key: &str, oid: u32) -> String {
     format!("{checkpoint_key}/{oid}")
 }
 
-/// Name of the topic that says whose a topic prefix is: compacted, one partition, a record for each pipeline that claims it, under the
-/// key of its checkpoint. The earliest claim that was not withdrawn holds. Its name does not begin with the prefix, so that no replay
-/// takes it for data.
+/// Key of a pipeline's claim on a topic prefix, after which comes the key of its checkpoint.
 #[must_use]
-pub fn claims_topic(prefix: &str) -> String {
-    format!("{CLAIMS}{prefix}")
-}
-
-/// The topic prefix whose claims a topic holds; none if it holds no claims.
-#[must_use]
-pub fn prefix_of_claims(topic: &str) -> Option<&str> {
-    topic.strip_prefix(CLAIMS)
+pub fn claim_key(prefix: &str, checkpoint_key: &str) -> String {
+    format!("{prefix}/{checkpoint_key}")
 }
 
 /// Key of the checkpoint record, and the producer's `transactional.id`.

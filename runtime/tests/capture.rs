@@ -12,7 +12,7 @@ use log::{read_topic, wait_for_records};
 use meander_config::{CaptureConfig, PublicationManagement};
 use meander_proto::v1::{Operation, value::Kind};
 use meander_runtime::{checkpoint::Tail, log::checkpoint_key, sink::claims::Claims};
-use meander_test_support::{Kafka, Postgres, Redis, Runtime, eventually, free_address};
+use meander_test_support::{Kafka, Postgres, Redis, Runtime, eventually, free_address, unique_name};
 use prost::Message as _;
 
 async fn execute(postgres: &Postgres, sql: &str) {
@@ -422,11 +422,24 @@ async fn a_topic_prefix_belongs_to_one_pipeline() {
     claims(&key).claim().await.unwrap();
     let refused = claims("b/c/d").claim().await.unwrap_err();
     assert!(
-        refused
-            .to_string()
-            .contains(&format!("record with key {key} and no value")),
+        refused.to_string().contains(&format!(
+            "record with key {}/{key} and no value",
+            second.kafka.topic_prefix
+        )),
         "{refused}"
     );
     meander_runtime::capture::cleanup(second.clone()).await.unwrap();
     claims("b/c/d").claim().await.unwrap();
+
+    // Of two that come at the same time, one is refused, and takes nothing with it.
+    let outer = unique_name("shop");
+    let inner = format!("{outer}.eu");
+    let claims = |prefix: &str, owner: &str| Claims::new(second.kafka.cluster(), prefix, owner.to_owned());
+    let (one, other) = (claims(&outer, "b/c/d"), claims(&inner, "e/f/g"));
+    let (its, others) = tokio::join!(one.claim(), other.claim());
+    assert_ne!(its.is_ok(), others.is_ok(), "{its:?} {others:?}");
+    let (holds, refused) = if its.is_ok() { (one, other) } else { (other, one) };
+    refused.claim().await.unwrap_err();
+    holds.withdraw().await.unwrap();
+    refused.claim().await.unwrap();
 }

@@ -310,7 +310,7 @@ async fn grant(kafka: &Kafka, config: &CaptureConfig) {
     for what in [
         format!("{rights} --topic {prefix}. --resource-pattern-type prefixed"),
         format!("{rights} --topic __meander.{namespace}.{name}. --resource-pattern-type prefixed"),
-        format!("{rights} --topic __meander.claims. --resource-pattern-type prefixed"),
+        format!("{rights} --topic __meander.claims"),
         format!("--operation Write --operation Describe --transactional-id {namespace}/{name}/{slot}"),
         "--operation Describe --group meander- --resource-pattern-type prefixed".to_owned(),
     ] {

@@ -23,7 +23,7 @@ use crate::{
     checkpoint::{Tail, TailError, read_checkpoint, read_schemas},
     kafka_client::require_admission,
     log::{
-        AcceptedGap, Checkpoint, POSITION_HEADER, SnapshotState, checkpoint_key, checkpoint_topic, claims_topic,
+        AcceptedGap, CLAIMS_TOPIC, Checkpoint, POSITION_HEADER, SnapshotState, checkpoint_key, checkpoint_topic,
         schemas_topic, topic_name,
     },
     position::{Epoch, Lsn, Position},
@@ -101,7 +101,7 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
 
     let kafka = &config.kafka;
     let mut topics = Topics::new(kafka)?;
-    topics.ensure_compacted(&claims_topic(&kafka.topic_prefix)).await?;
+    topics.ensure_compacted(CLAIMS_TOPIC).await?;
     Claims::new(kafka.cluster(), &kafka.topic_prefix, own_key(context))
         .claim()
         .await?;

@@ -1,8 +1,9 @@
 //! Whose a topic prefix is: two pipelines that shared one would put each change into the same topics twice.
 //!
-//! A compacted topic holds a record for each pipeline that claims the prefix, under the key of its checkpoint. The earliest claim that
-//! was not withdrawn holds. A prefix and one that begins with it and a dot, as `shop` and `shop.eu`, are no better than two that are
-//! the same: whoever reads takes every topic that begins with the prefix and a dot. Claiming fences nobody and needs no slot, so it comes before a slot is made.
+//! A compacted topic of one partition holds a record for each pipeline that claims a prefix. Its offsets are the order of the claims,
+//! which no clock says: of those that were not withdrawn the first holds. A prefix and one that begins with it and a dot, as `shop` and
+//! `shop.eu`, are no better than two that are the same: whoever reads takes every topic that begins with the prefix and a dot. Claiming
+//! fences nobody and needs no slot, so it comes before a slot is made.
 
 use std::time::Duration;
 
@@ -16,25 +17,24 @@ use tokio::task::JoinError;
 use crate::{
     checkpoint::{Tail, TailError},
     kafka_client::settings,
-    log::{claims_topic, prefix_of_claims},
+    log::{CLAIMS_TOPIC, claim_key},
     sink::{SinkError, topics::unreachable},
 };
 
 const DEADLINE: Duration = Duration::from_secs(15);
 
-/// The claims on one topic prefix, as the pipeline with this checkpoint key sees them.
+/// The claims that overlap one topic prefix, as the pipeline with this checkpoint key sees them.
 pub struct Claims {
     cluster: KafkaCluster,
-    prefix: String,
-    key: String,
+    ours: Claim,
 }
 
-/// A claim that was not withdrawn. The least of those that overlap holds.
-#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+/// That the topics under a prefix are those of one pipeline.
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct Claim {
-    timestamp_millis: Option<i64>,
-    owner: String,
     prefix: String,
+    /// Key of the pipeline's checkpoint.
+    owner: String,
 }
 
 impl Claims {
@@ -43,27 +43,28 @@ impl Claims {
     pub fn new(cluster: KafkaCluster, prefix: &str, key: String) -> Self {
         Self {
             cluster,
-            prefix: prefix.to_owned(),
-            key,
+            ours: Claim {
+                prefix: prefix.to_owned(),
+                owner: key,
+            },
         }
     }
 
-    /// Claims the prefix, whose topic of claims has to exist.
+    /// Claims the prefix. The topic of claims has to exist.
     ///
     /// # Errors
     /// When another pipeline claimed it earlier, or one that overlaps, or Kafka does not answer.
     pub async fn claim(&self) -> Result<(), SinkError> {
         let live = self.live().await?;
-        if !live.iter().any(|claim| self.is_ours(claim)) {
-            // Whoever is there already came first, whatever the clocks say.
+        if !live.contains(&self.ours) {
             if let Some(other) = live.into_iter().next() {
                 return Err(self.taken(other));
             }
             self.write(Some("{}")).await?;
         }
-        // Of two that claim at the same time, both see which claim holds.
-        match self.live().await?.into_iter().min() {
-            Some(first) if !self.is_ours(&first) => {
+        // Of two that claim at the same time, both see which claim came first: whoever does not see the other's here is before it.
+        match self.live().await?.into_iter().next() {
+            Some(first) if first != self.ours => {
                 self.write(None).await?;
                 Err(self.taken(first))
             }
@@ -77,57 +78,31 @@ impl Claims {
     /// When Kafka does not answer.
     pub async fn withdraw(&self) -> Result<(), SinkError> {
         match self.live().await {
-            Ok(live) if live.iter().any(|claim| self.is_ours(claim)) => self.write(None).await,
-            Ok(_) => Ok(()),
+            Ok(live) if live.contains(&self.ours) => self.write(None).await,
             // Nobody ever claimed anything.
-            Err(SinkError::Checkpoint(TailError::NoSuchPartition { topic, .. }))
-                if topic == claims_topic(&self.prefix) =>
-            {
-                Ok(())
-            }
+            Ok(_) | Err(SinkError::Checkpoint(TailError::NoSuchPartition { .. })) => Ok(()),
             Err(error) => Err(error),
         }
     }
 
-    fn is_ours(&self, claim: &Claim) -> bool {
-        claim.owner == self.key && claim.prefix == self.prefix
-    }
-
     fn taken(&self, by: Claim) -> SinkError {
         SinkError::TopicPrefixTaken {
-            prefix: self.prefix.clone(),
+            prefix: self.ours.prefix.clone(),
             taken: by.prefix,
             owner: by.owner,
         }
     }
 
-    /// Our claim, and those of others that it cannot hold beside.
+    /// Our claim, and those of others that it cannot hold beside, in the order in which they came.
     async fn live(&self) -> Result<Vec<Claim>, SinkError> {
-        let (cluster, prefix) = (self.cluster.clone(), self.prefix.clone());
-        let read = tokio::task::spawn_blocking(move || {
-            let tail = Tail::new(&cluster, DEADLINE)?;
-            // Our own topic is there, whether or not every broker knows it yet.
-            let mut prefixes = vec![prefix.clone()];
-            prefixes.extend(tail.topics()?.iter().filter_map(|topic| {
-                let other = prefix_of_claims(topic)?;
-                (other != prefix && overlap(other, &prefix)).then(|| other.to_owned())
-            }));
-            let mut claims = Vec::new();
-            for prefix in prefixes {
-                for (key, timestamp_millis) in tail.keys(&claims_topic(&prefix), 0)? {
-                    claims.push(Claim {
-                        timestamp_millis,
-                        owner: String::from_utf8_lossy(&key).into_owned(),
-                        prefix: prefix.clone(),
-                    });
-                }
-            }
-            Ok::<_, TailError>(claims)
-        })
-        .await;
-        let mut claims = read.map_err(|error: JoinError| SinkError::KafkaTransaction(error.to_string()))??;
+        let cluster = self.cluster.clone();
+        let read = tokio::task::spawn_blocking(move || Tail::new(&cluster, DEADLINE)?.keys(CLAIMS_TOPIC, 0)).await;
+        let keys = read.map_err(|error: JoinError| SinkError::KafkaTransaction(error.to_string()))??;
+        let mut claims: Vec<Claim> = keys.iter().filter_map(|key| Claim::read(key)).collect();
         // A pipeline does not stand in its own way.
-        claims.retain(|claim| claim.owner != self.key || claim.prefix == self.prefix);
+        claims.retain(|claim| {
+            *claim == self.ours || (claim.owner != self.ours.owner && overlap(&claim.prefix, &self.ours.prefix))
+        });
         Ok(claims)
     }
 
@@ -139,8 +114,8 @@ impl Claims {
             .set("message.timeout.ms", DEADLINE.as_millis().to_string())
             .create()
             .map_err(|error| failed(&error))?;
-        let topic = claims_topic(&self.prefix);
-        let mut record = FutureRecord::to(&topic).partition(0).key(&self.key);
+        let key = claim_key(&self.ours.prefix, &self.ours.owner);
+        let mut record = FutureRecord::to(CLAIMS_TOPIC).partition(0).key(&key);
         if let Some(value) = value {
             record = record.payload(value);
         }
@@ -148,6 +123,18 @@ impl Claims {
             Ok(_) => Ok(()),
             Err((error, _)) => Err(failed(&error)),
         }
+    }
+}
+
+impl Claim {
+    /// Reads the key of a record; none of one that is no claim.
+    fn read(key: &[u8]) -> Option<Self> {
+        // No prefix holds a slash.
+        let (prefix, owner) = std::str::from_utf8(key).ok()?.split_once('/')?;
+        Some(Self {
+            prefix: prefix.to_owned(),
+            owner: owner.to_owned(),
+        })
     }
 }
 

@@ -9,7 +9,7 @@ pub mod topics;
 use crate::{
     checkpoint::TailError,
     kafka_client::Refusal,
-    log::claims_topic,
+    log::{CLAIMS_TOPIC, claim_key},
     position::{Lsn, Position},
 };
 
@@ -94,8 +94,8 @@ pub enum SinkError {
     },
     /// The prefix is another pipeline's.
     #[error(
-        "topicPrefix {prefix:?} is not free: pipeline {owner} publishes under {taken:?}, and nobody could tell the topics of both apart; choose another topicPrefix, or delete that pipeline with reclaimPolicy Delete; if it no longer exists, remove its claim, by a record with key {owner} and no value in topic {}",
-        claims_topic(.taken)
+        "topicPrefix {prefix:?} is not free: pipeline {owner} publishes under {taken:?}, and nobody could tell the topics of both apart; choose another topicPrefix, or delete that pipeline with reclaimPolicy Delete; if it no longer exists, remove its claim, by a record with key {} and no value in topic {CLAIMS_TOPIC}",
+        claim_key(.taken, .owner)
     )]
     TopicPrefixTaken {
         /// The prefix.
