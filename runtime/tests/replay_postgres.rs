@@ -111,8 +111,8 @@ async fn replay(config: &ReplayConfig) -> Result<End, ReplayError> {
         .expect("the replay does not end")
 }
 
-/// Waits until everything that is committed is in Kafka. Returns how many records that is.
-async fn published(source: &Client, config: &CaptureConfig) -> u64 {
+/// Waits until everything that is committed is in Kafka, and the snapshots of so many tables. Returns how many records that is.
+async fn published(source: &Client, config: &CaptureConfig, snapshots: usize) -> u64 {
     let row = source
         .query_one("SELECT pg_current_wal_insert_lsn()::text", &[])
         .await
@@ -121,7 +121,8 @@ async fn published(source: &Client, config: &CaptureConfig) -> u64 {
     source.batch_execute("UPDATE last SET n = n + 1").await.unwrap();
     eventually("everything is published", LIMIT, async || match checkpoint(config) {
         Some(checkpoint)
-            if checkpoint.snapshot.reading.is_none() && checkpoint.complete.is_some_and(|at| at.commit_lsn >= end) =>
+            if checkpoint.snapshot.done.len() >= snapshots
+                && checkpoint.complete.is_some_and(|at| at.commit_lsn >= end) =>
         {
             Ok(checkpoint.records())
         }
@@ -165,7 +166,7 @@ async fn a_replay_into_an_empty_postgresql_equals_the_source_through_three_kills
     capture.ready(LIMIT).await;
     // Three updates and an insert in each transaction.
     pgbench(&source, &["-c", "4", "-t", "2500"]);
-    let records = published(&client, &pipeline).await;
+    let records = published(&client, &pipeline, 5).await;
 
     let mut target = Target::start(None).await;
     pgbench(&target.postgres, &["-i", "-q", "-I", "dtp"]);
@@ -290,7 +291,7 @@ async fn whatever_happens_to_rows_happens_to_them_in_the_target_and_values_are_t
     for sql in HISTORY {
         client.batch_execute(sql).await.unwrap();
     }
-    published(&client, &pipeline).await;
+    published(&client, &pipeline, 0).await;
     let target = Target::start(Some(18)).await;
     target.tables(TABLES).await;
     let config = target.config(&pipeline);
@@ -375,7 +376,7 @@ async fn what_is_wrong_with_the_target_is_told_with_the_sql_that_mends_it() {
         .batch_execute("INSERT INTO goods VALUES (1, 'a', 1.5), (2, 'b', 2.5)")
         .await
         .unwrap();
-    published(&client, &pipeline).await;
+    published(&client, &pipeline, 0).await;
 
     let target = Target::start(Some(14)).await;
     target
