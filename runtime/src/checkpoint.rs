@@ -152,19 +152,17 @@ impl Tail {
     pub fn keys(&self, topic: &str, partition: i32) -> Result<Vec<Vec<u8>>, TailError> {
         let deadline = Instant::now() + self.timeout;
         let (low, end) = self.watermarks(topic, partition, deadline)?;
-        let keys = std::cell::RefCell::new(Vec::<Vec<u8>>::new());
-        let note = |record: &BorrowedMessage<'_>| {
+        let mut keys = Vec::<Vec<u8>>::new();
+        self.read(topic, partition, low..end, deadline, |record| {
             let key = record.key().unwrap_or_default();
-            let mut keys = keys.borrow_mut();
             if record.payload().is_none() {
                 keys.retain(|known| known != key);
             } else if !keys.iter().any(|known| known == key) {
                 keys.push(key.to_vec());
             }
-            false
-        };
-        self.last_in(topic, partition, low..end, note, deadline)?;
-        Ok(keys.into_inner())
+            ControlFlow::Continue(())
+        })?;
+        Ok(keys)
     }
 
     /// The newest committed value under each key that is `wanted`, without those that a tombstone withdrew. For compacted topics: all of
@@ -180,19 +178,18 @@ impl Tail {
     ) -> Result<HashMap<Vec<u8>, Vec<u8>>, TailError> {
         let deadline = Instant::now() + self.timeout;
         let (low, end) = self.watermarks(topic, partition, deadline)?;
-        let newest = std::cell::RefCell::new(HashMap::new());
-        let note = |record: &BorrowedMessage<'_>| {
+        let mut newest = HashMap::new();
+        self.read(topic, partition, low..end, deadline, |record| {
             let key = record.key().unwrap_or_default();
             if wanted(key) {
                 match record.payload() {
-                    None => newest.borrow_mut().remove(key),
-                    Some(value) => newest.borrow_mut().insert(key.to_vec(), value.to_vec()),
+                    None => newest.remove(key),
+                    Some(value) => newest.insert(key.to_vec(), value.to_vec()),
                 };
             }
-            false
-        };
-        self.last_in(topic, partition, low..end, note, deadline)?;
-        Ok(newest.into_inner())
+            ControlFlow::Continue(())
+        })?;
+        Ok(newest)
     }
 
     /// The last committed record of a partition; none if there is none.

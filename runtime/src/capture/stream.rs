@@ -514,6 +514,7 @@ impl<'a> Stream<'a> {
         // Every change of another schema came before the watermark: where the rows have one that the log does not know, it is so from here on.
         let schemas = self.versions.next(relation, at, &mut self.batch.schemas);
         let schema_change = schemas.iter().map(|change| Operation::SchemaChange { change });
+        // They live longer than the event, which is made here: this gives both one lifetime.
         let operations = operations.into_iter().map(|operation: Operation<'_>| operation);
         for operation in schema_change.chain(operations) {
             let change = Change {
