@@ -17,10 +17,9 @@ use super::{
     orders::Orders,
     pace::{Clock, Due},
     reader::Read,
-    record::Record,
+    record::{Record, Transaction},
     target::{Batch, Mark, Target, TargetError},
 };
-use crate::position::{Epoch, Lsn};
 
 /// Bounds of one message to the target.
 const BATCH_RECORDS: usize = 512;
@@ -191,13 +190,6 @@ struct Queue {
     handed: Option<Transaction>,
 }
 
-/// All changes of a transaction have these in common.
-type Transaction = (Epoch, Lsn);
-
-fn transaction(record: &Record) -> Transaction {
-    (record.coordinate.position.epoch, record.coordinate.position.commit_lsn)
-}
-
 impl Queue {
     fn extend(&mut self, records: Vec<Record>) {
         for record in records {
@@ -216,7 +208,7 @@ impl Queue {
 
     /// Whether the next record is of a transaction that was handed over in part.
     fn is_inside(&self) -> bool {
-        let next = self.records.front().map(|(_, record)| transaction(record));
+        let next = self.records.front().map(|(_, record)| record.transaction());
         self.whole_transactions && next.is_some() && self.handed == next
     }
 
@@ -235,7 +227,7 @@ impl Queue {
             let Some((_, record)) = self.records.pop_front() else {
                 break;
             };
-            self.handed = Some(transaction(&record));
+            self.handed = Some(record.transaction());
             last_time = time;
             bytes += record.size();
             records.push(record);
@@ -260,7 +252,10 @@ mod tests {
     use meander_config::Speed;
 
     use super::*;
-    use crate::{position::Position, replay::record::Coordinate};
+    use crate::{
+        position::{Epoch, Lsn, Position},
+        replay::record::Coordinate,
+    };
 
     fn record(lsn: u64, ordinal: u64) -> Record {
         let position = Position {

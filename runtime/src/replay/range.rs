@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     error::{ReplayError, no_client},
-    record::ResumeToken,
+    record::{Record, ResumeToken},
     seek::Seek,
 };
 use crate::{
@@ -176,13 +176,17 @@ pub fn resolve(config: &ReplayConfig, stop: &CancellationToken) -> Result<Range,
         let kafka = &config.kafka;
         range.first = match &config.from {
             ReplayStart::Position(text) => Some(position("from", text)?),
-            ReplayStart::Offset(record) => Some(position_at(kafka, "from", record)?),
+            ReplayStart::Offset(record) => Some(position_at(kafka, "from", record, |seek| {
+                seek.first_from(record.offset)
+            })?),
             ReplayStart::Time(_) | ReplayStart::Beginning => None,
         }
         .map(beginning);
         let last = match &config.to {
             ReplayEnd::Position(text) => Some(position("to", text)?),
-            ReplayEnd::Offset(record) => Some(position_at(kafka, "to", record)?),
+            ReplayEnd::Offset(record) => Some(position_at(kafka, "to", record, |seek| {
+                seek.last_before(record.offset + 1)
+            })?),
             ReplayEnd::Time(_) | ReplayEnd::Now => None,
         }
         .map(|last| Position::end_of_transaction(last.epoch, last.commit_lsn));
@@ -192,7 +196,7 @@ pub fn resolve(config: &ReplayConfig, stop: &CancellationToken) -> Result<Range,
         let last = last.filter(|last| *last < end);
         range.end = last.or(range.end);
         locate(&mut range, kafka, &checkpoint_topic, stop)?;
-        narrow(&mut range, kafka, last)?;
+        narrow(&mut range, kafka, last, stop)?;
     }
     Ok(range)
 }
@@ -202,8 +206,13 @@ fn beginning(position: Position) -> Position {
     Position { ordinal: 0, ..position }
 }
 
-/// The position of a record in Kafka. `field` is for the error.
-fn position_at(kafka: &KafkaLog, field: &'static str, wanted: &RecordOffset) -> Result<Position, ReplayError> {
+/// The position of a record in Kafka, or of the one that `meant` finds where none can be read there. `field` is for the error.
+fn position_at(
+    kafka: &KafkaLog,
+    field: &'static str,
+    wanted: &RecordOffset,
+    meant: impl FnOnce(&Seek<'_>) -> Result<Option<Record>, ReplayError>,
+) -> Result<Position, ReplayError> {
     let missing = |cause: String| ReplayError::NoSuchRecord {
         field,
         topic: wanted.topic.clone(),
@@ -231,23 +240,27 @@ fn position_at(kafka: &KafkaLog, field: &'static str, wanted: &RecordOffset) -> 
         partition: wanted.partition,
         stretch,
     };
-    let record = match field {
-        "from" => seek.first_from(wanted.offset)?,
-        _ => seek.last_before(wanted.offset + 1)?,
-    };
-    record
+    meant(&seek)?
         .map(|record| record.coordinate.position)
         .ok_or_else(|| missing("nothing there can be read".to_owned()))
 }
 
 /// Cuts the stretches of a range that is bounded by positions, and finds the commit time of its end.
-fn narrow(range: &mut Range, kafka: &KafkaLog, last: Option<Position>) -> Result<(), ReplayError> {
+fn narrow(
+    range: &mut Range,
+    kafka: &KafkaLog,
+    last: Option<Position>,
+    stop: &CancellationToken,
+) -> Result<(), ReplayError> {
     if range.first.is_none() && last.is_none() {
         return Ok(());
     }
     let tail = Tail::new(&kafka.cluster(), TIMEOUT).map_err(ReplayError::TailUnreadable)?;
     let mut high_time = None;
     for stretch in &mut range.partitions {
+        if stop.is_cancelled() {
+            return Err(ReplayError::Interrupted);
+        }
         let mut seek = Seek {
             tail: &tail,
             topic: &stretch.topic,

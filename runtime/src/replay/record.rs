@@ -8,7 +8,7 @@ use rdkafka::{Message, message::Headers as _};
 
 use crate::{
     log::{COMMIT_TIME_HEADER, PART_HEADER, POSITION_HEADER},
-    position::Position,
+    position::{Epoch, Lsn, Position},
 };
 
 /// The place of a record in commit order.
@@ -25,6 +25,9 @@ impl fmt::Display for Coordinate {
         write!(f, "{}#{}", self.position, self.part)
     }
 }
+
+/// Tells the transactions of the source apart.
+pub type Transaction = (Epoch, Lsn);
 
 /// A record as it is stored in Kafka, with what its headers say.
 #[derive(Clone, Debug)]
@@ -93,6 +96,12 @@ impl Record {
     pub fn event_time(&self) -> i64 {
         let millisecond = self.timestamp.saturating_mul(1000);
         self.commit_time.clamp(millisecond, millisecond.saturating_add(999))
+    }
+
+    /// What all changes of its transaction have in common.
+    #[must_use]
+    pub fn transaction(&self) -> Transaction {
+        (self.coordinate.position.epoch, self.coordinate.position.commit_lsn)
     }
 
     /// About how much memory it takes.

@@ -267,17 +267,8 @@ mod tests {
     fn a_record_of_debezium_is_shown_without_its_schemas_and_a_tombstone_as_null() {
         let shown = |key: &'static str, value: &'static str| {
             let record = Record {
-                coordinate: Coordinate {
-                    position: "1:0/16B3748:3".parse().unwrap(),
-                    part: 1,
-                },
-                timestamp: 1_763_632_800_000,
-                commit_time: 1_763_632_800_000_123,
-                topic: Arc::from("shop.public.trades"),
-                partition: 0,
-                offset: 5,
                 key: key.into(),
-                value: value.into(),
+                ..record(value.into())
             };
             let line = line(&record).unwrap();
             (line["key"].clone(), line["value"].clone())

@@ -32,11 +32,10 @@ use self::{
 };
 use super::{Batch, Mark, Resumable, Tally, Target, TargetError};
 use crate::{
-    position::{Epoch, Lsn},
     replay::{
         checkpoint::{Checkpoint, Done},
         range::Range,
-        record::{InvalidResumeToken, Record, ResumeToken},
+        record::{InvalidResumeToken, Record, ResumeToken, Transaction},
     },
     source::postgres::{
         preflight::{Credentials, connect, with_cause},
@@ -115,13 +114,6 @@ impl Drop for Postgres {
         // What is not committed is rolled back.
         self.driver.abort();
     }
-}
-
-/// All changes of a transaction of the source have these in common.
-type Transaction = (Epoch, Lsn);
-
-fn transaction(record: &Record) -> Transaction {
-    (record.coordinate.position.epoch, record.coordinate.position.commit_lsn)
 }
 
 /// Rows of one table to which the same is done.
@@ -332,7 +324,7 @@ impl Postgres {
         let mut records = batch.records.into_iter().peekable();
         while let Some(record) = records.next() {
             let is_last = match records.peek() {
-                Some(next) => transaction(next) != transaction(&record),
+                Some(next) => next.transaction() != record.transaction(),
                 None => batch.whole,
             };
             let first_time = self.carried.map_or(mark.first_time, |carried| carried.first_time);
@@ -347,7 +339,7 @@ impl Postgres {
                 let client = Arc::clone(&self.client);
                 let begin = async move { client.batch_execute("BEGIN").await.map(|()| 0) };
                 self.send(begin, About::of(WHOLE), tally).await?;
-                self.open = Some(transaction(&record));
+                self.open = Some(record.transaction());
             }
             self.change(record, tally).await?;
             if is_last {
