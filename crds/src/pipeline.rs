@@ -567,7 +567,7 @@ pub struct CdcPipelineStatus {
     /// The tables that `tables` selects.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tables: Option<TablesStatus>,
-    /// The last gap that was accepted by the annotation `meander.dev/accept-source-gap`.
+    /// The last gap that was accepted, by the annotation `meander.dev/accept-source-gap` or by `onSourceGap`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub accepted_gap: Option<AcceptedGap>,
     /// The rows that are read beside the changes; left out when nothing is to be read.

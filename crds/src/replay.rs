@@ -216,7 +216,7 @@ impl JsonSchema for Speed {
 
 /// Where the changes go.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
-#[x_kube(validation = Rule::new("[has(self.log), has(self.grpc), has(self.postgres)].filter(given, given).size() == 1").message("write exactly one of target.log, target.grpc and target.postgres"))]
+#[x_kube(validation = Rule::new("[has(self.log), has(self.grpc), has(self.postgres)].exists_one(given, given)").message("write exactly one of target.log, target.grpc and target.postgres"))]
 #[serde(rename_all = "camelCase")]
 pub struct ReplayTarget {
     /// Into the pod's own log, one line of JSON for each change: `kubectl logs job/<name>-replay`.

@@ -202,9 +202,8 @@ pub struct Checkpoint {
     /// The rows that were read beside the changes.
     #[serde(default, skip_serializing_if = "SnapshotState::is_empty")]
     pub snapshot: SnapshotState,
-    /// Records published since then: some changes are several. None in a checkpoint from before they were counted.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub records_total: Option<u64>,
+    /// Records published since then: some changes are several.
+    pub records_total: u64,
     /// The slot was dropped on purpose after this; a new one starts a new epoch and is no gap.
     #[serde(default)]
     pub released: bool,
@@ -245,12 +244,6 @@ impl Checkpoint {
         self.partings
             .iter()
             .find(|parting| Epoch(parting.epoch) == change.epoch && parting.at <= change.commit_lsn)
-    }
-
-    /// How many records Kafka was given. Where they were not counted yet, the changes stand for them, as in Redis's mark.
-    #[must_use]
-    pub fn records(&self) -> u64 {
-        self.records_total.unwrap_or(self.events_total)
     }
 }
 

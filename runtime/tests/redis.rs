@@ -379,7 +379,7 @@ async fn what_kafka_no_longer_holds_is_a_gap_until_somebody_accepts_it() {
     rig.attached().await;
     let held = tokio::task::block_in_place(|| positions_in_kafka(&rig));
     // Also what is left of a change of the key whose other half is gone.
-    let published = common::checkpoint(&rig.config).unwrap().records();
+    let published = common::checkpoint(&rig.config).unwrap().records_total;
     assert_eq!(held.len() as u64 + missing, published);
     eventually("Redis has what Kafka has", LIMIT, async || {
         let entries: Vec<(String, BTreeMap<String, Vec<u8>>)> = rig.redis(&["XRANGE", &rig.stream(), "-", "+"]).await;
@@ -478,7 +478,7 @@ async fn a_stream_that_is_not_wanted_any_more_is_forgotten_as_the_message_says()
     let _: i64 = rig.redis(&forget.split(' ').collect::<Vec<_>>()).await;
     rig.attached().await;
     rig.load(500).await.unwrap();
-    let published = common::checkpoint(&rig.config).unwrap().records();
+    let published = common::checkpoint(&rig.config).unwrap().records_total;
     rig.counts(|records| records >= published).await;
 }
 
@@ -513,7 +513,7 @@ async fn what_redis_alone_has_of_an_earlier_life_is_not_counted_in_the_next() {
     rig.attached().await;
     let checkpoint = common::checkpoint(&rig.config).unwrap();
     assert_eq!(checkpoint.epoch, 2);
-    rig.counts(|records| records == checkpoint.records()).await;
+    rig.counts(|records| records == checkpoint.records_total).await;
 }
 
 /// Position and part of every record that Kafka holds of the table, in order.

@@ -212,7 +212,7 @@ impl Log {
             high_time_micros: self.high_time,
             events_total: self.events,
             snapshot: SnapshotState::default(),
-            records_total: None,
+            records_total: self.events,
             released: false,
             accepted_gap: None,
         };

@@ -124,7 +124,7 @@ async fn published(source: &Client, config: &CaptureConfig, snapshots: usize) ->
             if checkpoint.snapshot.done.len() >= snapshots
                 && checkpoint.complete.is_some_and(|at| at.commit_lsn >= end) =>
         {
-            Ok(checkpoint.records())
+            Ok(checkpoint.records_total)
         }
         other => Err(format!("{other:?}")),
     })

@@ -483,7 +483,7 @@ async fn what_redis_alone_has_of_a_server_that_died_hides_nothing_of_the_one_tha
         .query_async(&mut redis.connection().await)
         .await
         .unwrap();
-    assert_eq!(records, checkpoint.records());
+    assert_eq!(records, checkpoint.records_total);
     let (first, last) = phantoms.split_once(" to ").unwrap();
     let named: Vec<(String, BTreeMap<String, Vec<u8>>)> = redis::cmd("XRANGE")
         .arg(&topic)

@@ -170,7 +170,8 @@ impl PostgresSource {
     }
 }
 
-/// How to reach a PostgreSQL database.
+/// How to reach a PostgreSQL database. [`PostgresSource`] has the same fields and not this: serde does not refuse unknown fields where one
+/// struct is flattened into another.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct PostgresServer {

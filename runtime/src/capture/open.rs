@@ -322,7 +322,7 @@ async fn open_kafka(
         high_time_micros: 0,
         events_total: 0,
         snapshot: SnapshotState::default(),
-        records_total: Some(0),
+        records_total: 0,
         released: false,
         accepted_gap: None,
     });
@@ -448,7 +448,7 @@ fn accept(
         position.ordinal += 1;
     }
     // They are no changes of the source, and records of the log.
-    checkpoint.records_total = Some(checkpoint.records() + records.records().len() as u64);
+    checkpoint.records_total += records.records().len() as u64;
     checkpoint.published = records.last().or(checkpoint.published);
     checkpoint.complete = Some(Position::end_of_transaction(epoch, Lsn::ZERO));
     checkpoint.accepted_gap = Some(gap);

@@ -462,6 +462,14 @@ struct Transaction {
 }
 
 impl Transaction {
+    /// Begins it, unless it has begun. Returns when it has to be over.
+    fn begin(&mut self, sink: &KafkaSink) -> Result<Instant, SinkError> {
+        match self.deadline {
+            Some(deadline) => Ok(deadline),
+            None => Ok(*self.deadline.insert(sink.begin()?)),
+        }
+    }
+
     /// Queues the records of a batch that Kafka does not have yet.
     fn take(&mut self, sink: &KafkaSink, checkpoint: &Checkpoint, batch: &Batch) -> Result<(), SinkError> {
         for record in batch
@@ -469,23 +477,19 @@ impl Transaction {
             .iter()
             .filter(|record| Some(record.position) > checkpoint.published)
         {
-            let deadline = self.deadline.map_or_else(|| sink.begin(), Ok)?;
-            self.deadline = Some(deadline);
-            sink.produce(batch, record, deadline)?;
+            sink.produce(batch, record, self.begin(sink)?)?;
             // A schema's change and the change that it comes before are one position, and one change.
             self.events += u64::from(record.part == 0);
             self.records += 1;
             self.last = Some(record.position);
         }
         if !batch.schemas.is_empty() {
-            let deadline = self.deadline.map_or_else(|| sink.begin(), Ok)?;
-            self.deadline = Some(deadline);
-            sink.note(&batch.schemas, deadline)?;
+            sink.note(&batch.schemas, self.begin(sink)?)?;
         }
         // They are new: a snapshot's records are in one batch with its state, and only once in all.
         self.events = self.events.saturating_sub(batch.markers as u64);
         if batch.snapshot.is_some() {
-            self.deadline = Some(self.deadline.map_or_else(|| sink.begin(), Ok)?);
+            self.begin(sink)?;
             self.snapshot.clone_from(&batch.snapshot);
         }
         // Serves delivery reports, which would pile up otherwise.
@@ -508,8 +512,7 @@ impl Transaction {
         durable.batches += self.batches;
         checkpoint.published = durable.position.max(checkpoint.published);
         checkpoint.complete = self.complete.max(checkpoint.complete);
-        // Before the changes, which stand for the records of an earlier version's checkpoint.
-        checkpoint.records_total = Some(checkpoint.records() + self.records);
+        checkpoint.records_total += self.records;
         checkpoint.events_total += self.events;
         checkpoint.high_time_micros = checkpoint.high_time_micros.max(self.high_time_micros);
     }

@@ -35,7 +35,7 @@ use crate::{
     replay::{
         checkpoint::{Checkpoint, Done},
         range::Range,
-        record::{InvalidResumeToken, Record, ResumeToken, Transaction},
+        record::{InvalidResumeToken, Record, ResumeToken},
     },
     source::postgres::{
         preflight::{Credentials, connect, with_cause},
@@ -95,8 +95,8 @@ pub struct Postgres {
     moves: Statement,
     tables: HashMap<(String, String), Table>,
     sent: Sent,
-    /// The transaction that is open in the target.
-    open: Option<Transaction>,
+    /// A transaction is open in the target.
+    open: bool,
     /// Rows that go into the next statement.
     run: Option<Run>,
     /// Tables that are emptied by the next statement, all together: one that others refer to cannot be emptied alone.
@@ -175,7 +175,7 @@ impl Resumable for Postgres {
             moves,
             tables: HashMap::new(),
             sent: Sent::default(),
-            open: None,
+            open: false,
             run: None,
             emptied: Vec::new(),
             renewed: HashSet::new(),
@@ -335,11 +335,11 @@ impl Postgres {
                 resume: (&record).into(),
                 handed: mark.handed,
             });
-            if self.open.is_none() {
+            if !self.open {
                 let client = Arc::clone(&self.client);
                 let begin = async move { client.batch_execute("BEGIN").await.map(|()| 0) };
                 self.send(begin, About::of(WHOLE), tally).await?;
-                self.open = Some(record.transaction());
+                self.open = true;
             }
             self.change(record, tally).await?;
             if is_last {
@@ -370,7 +370,7 @@ impl Postgres {
             mark: Some(mark),
             ..About::of(WHOLE)
         };
-        self.open = None;
+        self.open = false;
         self.renewed.clear();
         self.send(commit, about, tally).await
     }

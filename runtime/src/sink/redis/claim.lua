@@ -30,8 +30,4 @@ for f = 1, #fields, 2 do
     end
   end
 end
--- A mark from before records were counted counts changes.
-if answer[4] == '' then
-  answer[4] = redis.call('HGET', KEYS[1], 'events') or ''
-end
 return answer

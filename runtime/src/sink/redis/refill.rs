@@ -155,7 +155,7 @@ impl Source {
 pub(super) async fn missing(writer: &mut Writer, log: &Checkpoint, held: u64) -> Result<(), SinkError> {
     let (counted, accept) = (writer.place.records, writer.place.accept);
     // What the mark counts if nothing is missing.
-    let due = log.records().saturating_sub(held);
+    let due = log.records_total.saturating_sub(held);
     let after = said(writer.place.position);
     let mut phantoms = None;
     match due.cmp(&counted) {

@@ -439,7 +439,7 @@ mod tests {
             high_time_micros: 0,
             events_total: 0,
             snapshot: SnapshotState::default(),
-            records_total: Some(0),
+            records_total: 0,
             released: false,
             accepted_gap: None,
         }
