@@ -84,6 +84,7 @@ fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> CaptureC
                 mode: SnapshotMode::Never,
                 ..Snapshot::default()
             },
+            heartbeat_interval_seconds: None,
         },
         format: Format::Protobuf,
         kafka: KafkaSink {

@@ -1,6 +1,6 @@
 //! `CdcPipeline`: changes of one PostgreSQL database, out to Kafka and Redis.
 
-use std::{collections::BTreeMap, num::NonZeroU8};
+use std::{collections::BTreeMap, num::{NonZeroU8, NonZeroU32}};
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::{CustomResource, KubeSchema};
@@ -169,6 +169,12 @@ pub struct PostgresSource {
     /// What becomes of the rows that are there when a table's capture begins.
     #[serde(default)]
     pub snapshot: Snapshot,
+    /// How often a heartbeat is written into the WAL, by `pg_logical_emit_message`, so that `lagMillis` tells also on an idle database
+    /// whether the capture keeps up. With the format DebeziumJson each is a record of the topic `__debezium-heartbeat.<topicPrefix>`.
+    /// None is written where it is left out; no slot needs one to let go of WAL.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 3600))]
+    pub heartbeat_interval_seconds: Option<NonZeroU32>,
 }
 
 /// What becomes of the rows that are there when a table's capture begins. It may be changed at any time.

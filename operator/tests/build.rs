@@ -78,6 +78,7 @@ fn every_setting_reaches_the_pod() {
     spec.source.postgres.ca_secret_ref = Some(secret_key("shop-ca", "ca.crt"));
     spec.source.postgres.client_cert_secret_ref = Some(secret("shop-client"));
     spec.source.postgres.slot.failover = Some(true);
+    spec.source.postgres.heartbeat_interval_seconds = Some(10.try_into().unwrap());
     spec.source.postgres.publication =
         serde_json::from_str(r#"{"name": "a_pub", "management": "External", "partitions": "Leaf"}"#).unwrap();
     spec.source.postgres.tables.exclude = vec!["public.secrets".into()];

@@ -40,6 +40,19 @@ pub struct Record {
     headers: Vec<(&'static str, Range<usize>)>,
 }
 
+/// Says that the capture lives, as the format has it. It is no event, and no replay has it.
+#[derive(Clone, Debug)]
+pub struct Heartbeat {
+    /// Kafka topic. Its name does not begin with the prefix of the log.
+    pub topic: String,
+    /// Key of the record.
+    pub key: Vec<u8>,
+    /// Value of the record.
+    pub value: Vec<u8>,
+    /// Timestamp of the record.
+    pub timestamp_millis: i64,
+}
+
 /// Records in commit order, and what is safe once they are durable.
 #[derive(Clone, Debug, Default)]
 pub struct Batch {
@@ -56,6 +69,8 @@ pub struct Batch {
     pub kafka_first: bool,
     /// Records that are no events, but say where a snapshot begins or ends.
     pub markers: usize,
+    /// A record beside the log, in Kafka only. Of several that come together the last says it all.
+    pub heartbeat: Option<Heartbeat>,
     /// What of the snapshot is done once this batch is in Kafka, if it says anything of that.
     pub snapshot: Option<SnapshotState>,
     /// Schemas of tables that the log knows once this batch is in Kafka.

@@ -50,6 +50,12 @@ pub fn message_topic(prefix: &str) -> String {
     format!("{prefix}.message")
 }
 
+/// Name of the topic that consumers of Debezium look for its heartbeats in. It does not begin with the prefix, so no replay has them.
+#[must_use]
+pub fn heartbeat_topic(prefix: &str) -> String {
+    format!("__debezium-heartbeat.{prefix}")
+}
+
 /// Name of the pipeline's checkpoint topic: compacted, one partition.
 #[must_use]
 pub fn checkpoint_topic(namespace: &str, pipeline: &str) -> String {

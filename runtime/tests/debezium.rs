@@ -22,6 +22,8 @@ use serde_json::{Value, json};
 
 const SCHEMA: &str = include_str!("../../tests/differential/schema.sql");
 const WORKLOAD: &str = include_str!("../../tests/differential/workload.sql");
+/// Topics of heartbeats begin so, and end with the topics' prefix.
+const HEARTBEATS: &str = "__debezium-heartbeat";
 
 /// A record as both write it; the topic's prefix is replaced by `PREFIX`.
 #[derive(Debug)]
@@ -117,6 +119,7 @@ async fn the_events_are_those_of_debezium() {
     let mut config = debezium_config(&postgres, kafka, None, true);
     config.source.publication.name = "everything".to_owned();
     config.source.publication.management = PublicationManagement::External;
+    config.source.heartbeat_interval_seconds = Some(1.try_into().unwrap());
     let ours_prefix = config.kafka.topic_prefix.clone();
     let mut runtime = Runtime::capture(&config);
     runtime.ready(LIMIT).await;
@@ -168,6 +171,14 @@ async fn the_events_are_those_of_debezium() {
     let gone: Vec<String> = all_reasons().difference(&reasons).cloned().collect();
     assert!(gone.is_empty(), "Debezium does this as we do now: {gone:?}");
     println!("{compared} events of {} topics are those of Debezium", theirs.len());
+
+    let mut heartbeats = tokio::task::block_in_place(|| read_all(kafka, HEARTBEATS));
+    let [theirs, ours_alive] = [&theirs_prefix, &ours_prefix].map(|prefix| heartbeats.remove(prefix).unwrap());
+    let different: Vec<String> = differences(&theirs[0], &ours_alive[0])
+        .into_iter()
+        .map(|difference| difference.path)
+        .collect();
+    assert_eq!(different, ["key/payload/serverName", "value/payload/ts_ms"]);
 
     let unavailable = |topic: &str, number: usize| ours[topic][number].headers.get("meander-unavailable").cloned();
     assert_eq!(

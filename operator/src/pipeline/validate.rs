@@ -172,6 +172,7 @@ pub fn validate(pipeline: &CdcPipeline, facts: &Facts, settings: &Settings) -> R
             },
             slot_name: slot_of(pipeline),
             slot_failover: postgres.slot.failover,
+            heartbeat_interval_seconds: postgres.heartbeat_interval_seconds,
             snapshot: Snapshot {
                 mode: match postgres.snapshot.mode {
                     Reading::Bulk => SnapshotMode::Bulk,

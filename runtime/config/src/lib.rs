@@ -8,7 +8,7 @@ use std::{
     collections::BTreeMap,
     fs,
     net::SocketAddr,
-    num::NonZeroU8,
+    num::{NonZeroU8, NonZeroU32},
     path::{Path, PathBuf},
 };
 
@@ -151,6 +151,9 @@ pub struct PostgresSource {
     /// What becomes of the rows that are there already.
     #[serde(default)]
     pub snapshot: Snapshot,
+    /// How often a heartbeat is written into the WAL; none is where it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub heartbeat_interval_seconds: Option<NonZeroU32>,
 }
 
 impl PostgresSource {

@@ -5,6 +5,7 @@
 
 mod cleanup;
 mod dropped;
+mod heartbeat;
 mod messages;
 mod monitor;
 mod observe;
@@ -98,6 +99,7 @@ struct Context {
     ready: watch::Sender<bool>,
     /// What a person has to know of entries in Redis that stand for nothing.
     phantoms: watch::Sender<Option<String>>,
+    heartbeats: heartbeat::Heartbeats,
 }
 
 impl Context {
@@ -142,6 +144,7 @@ pub async fn run(config: CaptureConfig, shutdown: CancellationToken) -> Result<(
         metrics,
         ready,
         phantoms: watch::Sender::new(None),
+        heartbeats: heartbeat::Heartbeats::default(),
     };
 
     let new_pauses = || {
@@ -155,7 +158,7 @@ pub async fn run(config: CaptureConfig, shutdown: CancellationToken) -> Result<(
     let mut pauses = new_pauses();
     while !shutdown.is_cancelled() {
         let started = Instant::now();
-        let ended = session::run(&context, &shutdown).await;
+        let ended = Box::pin(session::run(&context, &shutdown)).await;
         context.ready.send_replace(false);
         let Err(error) = ended else { break };
         if shutdown.is_cancelled() {

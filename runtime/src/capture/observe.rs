@@ -23,8 +23,8 @@ use crate::{
 
 const INTERVAL: Duration = Duration::from_millis(500);
 
-/// Batches that were handed to the sinks and are not yet in all that are attached, with the commit time of their first change. Queue
-/// and buffer bound how many there are.
+/// Batches that were handed to the sinks and are not yet in all that are attached, with the commit time of their first change, or that of
+/// a heartbeat. Queue and buffer bound how many there are.
 #[derive(Clone, Default)]
 pub(super) struct Inflight(Arc<Mutex<VecDeque<(u64, i64)>>>);
 
@@ -86,7 +86,7 @@ impl Metrics {
                 )?,
                 lag_millis: gauge(
                     "meander_capture_lag_milliseconds",
-                    "Age of the oldest change that is received and not in Kafka, or not in Redis while that is attached.",
+                    "Age of the oldest change that is received and not in Kafka, or not in Redis while that is attached; or of a heartbeat that has not come back.",
                 )?,
                 received: gauge(
                     "meander_capture_received_lsn",
@@ -200,9 +200,12 @@ pub(super) async fn run(
             Some(redis) if redis.state == State::Attached => kafka.batches.min(redis.durable.batches),
             _ => kafka.batches,
         };
-        let lag_micros = inflight
+        let oldest = inflight
             .oldest(done)
-            .map_or(0, |oldest| now_micros().saturating_sub(oldest).max(0));
+            .into_iter()
+            .chain(context.heartbeats.under_way())
+            .min();
+        let lag_micros = oldest.map_or(0, |oldest| now_micros().saturating_sub(oldest).max(0));
         let lag_bytes = received.server().0.saturating_sub(checkpoint.acknowledged.0);
         let text = |sink: Durable| sink.position.map(|position| position.to_string()).unwrap_or_default();
         metrics.events.set(signed(checkpoint.events_total));

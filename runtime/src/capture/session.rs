@@ -15,7 +15,7 @@ use crate::{
     capture::{
         CaptureError, Context,
         dropped::Dropped,
-        monitor,
+        heartbeat, monitor,
         observe::{self, Inflight},
         open::{Session, open},
         snapshot::Incremental,
@@ -148,6 +148,7 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
         &checkpoint,
         received,
         inflight,
+        context.heartbeats.clone(),
         snapshot,
         versions,
         bulk,
@@ -165,6 +166,7 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
         }
         error = crash(&mut redis_feed) => Err(error.into()),
         error = monitor::run(context, owner, Dropped::new(known_tables)) => Err(error.into()),
+        () = heartbeat::run(context) => Ok(()),
         error = status.failed() => Err(wire_failure(&config.source, "", error).into()),
     };
     // The queues are closed now: the sinks take what is left, and the last checkpoint acknowledges it.

@@ -19,7 +19,12 @@ use self::bulk::Bulk;
 use crate::{
     batch::{Batch, Destination},
     capture::{
-        CaptureError, messages::Messages, observe::Inflight, snapshot::Incremental, status::Received,
+        CaptureError,
+        heartbeat::{self, Heartbeats},
+        messages::Messages,
+        observe::Inflight,
+        snapshot::Incremental,
+        status::Received,
         versions::Versions,
     },
     encode::Encoder,
@@ -104,6 +109,11 @@ pub(super) struct Stream<'a> {
     high_time_micros: i64,
     complete: Option<Position>,
     safe: Lsn,
+    heartbeats: Heartbeats,
+    /// The last thing that was complete when the session started: heartbeats up to there are known.
+    known_complete: Option<Position>,
+    /// When the heartbeat was written that the batch acknowledges.
+    heartbeat: Option<i64>,
     /// The batch says something that the one before did not.
     news: bool,
     snapshot: Option<Incremental>,
@@ -122,6 +132,7 @@ impl<'a> Stream<'a> {
         checkpoint: &Checkpoint,
         received: Received,
         inflight: Inflight,
+        heartbeats: Heartbeats,
         snapshot: Option<Incremental>,
         versions: Versions,
         bulk: Option<Bulk>,
@@ -143,6 +154,9 @@ impl<'a> Stream<'a> {
             high_time_micros: checkpoint.high_time_micros,
             complete: None,
             safe: Lsn::ZERO,
+            heartbeats,
+            known_complete: checkpoint.complete,
+            heartbeat: None,
             news: false,
             snapshot,
             versions,
@@ -235,8 +249,14 @@ impl<'a> Stream<'a> {
         batch.complete = self.complete;
         batch.safe = self.safe;
         self.batches += 1;
-        if let Some(first) = batch.records().first() {
-            self.inflight.push(self.batches, first.commit_time_micros);
+        let heartbeat = self.heartbeat.take();
+        if let Some(time) = batch
+            .records()
+            .first()
+            .map(|first| first.commit_time_micros)
+            .or(heartbeat)
+        {
+            self.inflight.push(self.batches, time);
         }
         place.take(Arc::new(batch));
         self.news = false;
@@ -295,6 +315,10 @@ impl<'a> Stream<'a> {
             news,
             snapshot,
             versions,
+            config,
+            heartbeats,
+            known_complete,
+            heartbeat,
             ..
         } = self;
         match assembler.take(&message)? {
@@ -354,6 +378,23 @@ impl<'a> Stream<'a> {
                 if message.prefix == DROPPED_PREFIX && message.transaction.is_none() {
                     let (tables, position) = (told(message.content), message.position);
                     return self.dropped(&tables, position, catalog).await;
+                }
+                if let Some(time) = heartbeat::time_of(message.prefix, message.content, &config.source.slot_name)
+                    && message.transaction.is_none()
+                {
+                    heartbeats.came(time);
+                    if Some(message.position) > *known_complete {
+                        if let Some(record) = encoder.heartbeat(time) {
+                            topics.ensure_data(&record.topic, "heartbeats").await?;
+                            batch.heartbeat = Some(record);
+                        }
+                        *heartbeat = Some(time);
+                        *complete = Some(message.position);
+                        *safe = Lsn(message.position.commit_lsn.0 + 1);
+                        received.set_received(*safe);
+                        *news = true;
+                    }
+                    return Ok(());
                 }
                 // A mark of our own: what needs it knows it by its prefix.
                 let answer = snapshot

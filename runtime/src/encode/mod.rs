@@ -12,7 +12,7 @@ pub(crate) use debezium::key_payload as debezium_key_payload;
 pub use protobuf::ProtobufEncoder;
 
 use crate::{
-    batch::{Batch, Destination},
+    batch::{Batch, Destination, Heartbeat},
     source::{Change, Message, Relation, postgres::details::TableDetails},
 };
 
@@ -41,6 +41,9 @@ pub trait Encoder: Send {
         destination: &Arc<Destination>,
         batch: &mut Batch,
     ) -> Result<(), EncodeError>;
+
+    /// The record that tells of a heartbeat, if the format has one.
+    fn heartbeat(&self, time_micros: i64) -> Option<Heartbeat>;
 }
 
 /// A change that cannot be encoded. It is never passed over.

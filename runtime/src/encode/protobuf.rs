@@ -12,7 +12,7 @@ use prost::{
 };
 
 use crate::{
-    batch::{Batch, Destination},
+    batch::{Batch, Destination, Heartbeat},
     encode::{EncodeError, Encoder, json, key},
     schema::TableSchema,
     source::{
@@ -235,6 +235,10 @@ impl Encoder for ProtobufEncoder {
                 },
             ),
         }
+    }
+
+    fn heartbeat(&self, _time_micros: i64) -> Option<Heartbeat> {
+        None
     }
 
     fn encode_message(

@@ -486,6 +486,16 @@ impl Transaction {
         if !batch.schemas.is_empty() {
             sink.note(&batch.schemas, self.begin(sink)?)?;
         }
+        if let Some(heartbeat) = &batch.heartbeat {
+            let deadline = self.deadline.map_or_else(|| sink.begin(), Ok)?;
+            self.deadline = Some(deadline);
+            let record = BaseRecord::to(&heartbeat.topic)
+                .partition(0)
+                .timestamp(heartbeat.timestamp_millis)
+                .key(&heartbeat.key[..])
+                .payload(&heartbeat.value[..]);
+            sink.send(record, deadline)?;
+        }
         // They are new: a snapshot's records are in one batch with its state, and only once in all.
         self.events = self.events.saturating_sub(batch.markers as u64);
         if batch.snapshot.is_some() {

@@ -51,6 +51,7 @@ pub fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> Capt
                 mode: SnapshotMode::Never,
                 ..Snapshot::default()
             },
+            heartbeat_interval_seconds: None,
         },
         format: Format::Protobuf,
         kafka: KafkaSink {

@@ -25,7 +25,8 @@ use self::{
     value::{Kind, Unfit},
 };
 use crate::{
-    batch::{Batch, Destination},
+    batch::{Batch, Destination, Heartbeat},
+    log::heartbeat_topic,
     source::{
         Change, Message, Operation, Relation,
         postgres::{
@@ -326,6 +327,32 @@ impl Encoder for DebeziumEncoder {
         _batch: &mut Batch,
     ) -> Result<(), EncodeError> {
         Err(EncodeError::Message)
+    }
+
+    fn heartbeat(&self, time_micros: i64) -> Option<Heartbeat> {
+        let timestamp_millis = time_micros.div_euclid(1000);
+        let wrap = |schema: &str, payload: Vec<u8>| {
+            let mut out = Vec::new();
+            if self.schemas {
+                json::write(&mut out, format_args!("{{\"schema\":{schema},\"payload\":"));
+            }
+            out.extend(payload);
+            if self.schemas {
+                out.push(b'}');
+            }
+            out
+        };
+        let mut key = b"{\"serverName\":".to_vec();
+        write_string(&self.topic_prefix, &mut key);
+        key.push(b'}');
+        let mut value = Vec::new();
+        json::write(&mut value, format_args!("{{\"ts_ms\":{timestamp_millis}}}"));
+        Some(Heartbeat {
+            topic: heartbeat_topic(&self.topic_prefix),
+            key: wrap(HEARTBEAT_KEY, key),
+            value: wrap(HEARTBEAT_VALUE, value),
+            timestamp_millis,
+        })
     }
 }
 
@@ -710,6 +737,10 @@ struct Unavailable {
     before: Vec<usize>,
     after: Vec<usize>,
 }
+
+/// Schemas of a heartbeat.
+const HEARTBEAT_KEY: &str = r#"{"type":"struct","fields":[{"type":"string","optional":false,"field":"serverName"}],"optional":false,"name":"io.debezium.connector.common.ServerNameKey","version":1}"#;
+const HEARTBEAT_VALUE: &str = r#"{"type":"struct","fields":[{"type":"int64","optional":false,"field":"ts_ms"}],"optional":false,"name":"io.debezium.connector.common.Heartbeat","version":1}"#;
 
 /// What the schema of every table has after the rows.
 const ENVELOPE: &str = r#"{"type":"struct","fields":[{"type":"string","optional":false,"field":"version"},{"type":"string","optional":false,"field":"connector"},{"type":"string","optional":false,"field":"name"},{"type":"int64","optional":false,"field":"ts_ms"},{"type":"string","optional":true,"name":"io.debezium.data.Enum","version":1,"parameters":{"allowed":"true,first,first_in_data_collection,last_in_data_collection,last,false,incremental"},"default":"false","field":"snapshot"},{"type":"string","optional":false,"field":"db"},{"type":"string","optional":true,"field":"sequence"},{"type":"int64","optional":true,"field":"ts_us"},{"type":"int64","optional":true,"field":"ts_ns"},{"type":"string","optional":false,"field":"schema"},{"type":"string","optional":false,"field":"table"},{"type":"int64","optional":true,"field":"txId"},{"type":"int64","optional":true,"field":"lsn"},{"type":"int64","optional":true,"field":"xmin"},{"type":"string","optional":true,"field":"origin"},{"type":"int64","optional":true,"field":"origin_lsn"}],"optional":false,"name":"io.debezium.connector.postgresql.Source","version":1,"field":"source"},{"type":"struct","fields":[{"type":"string","optional":false,"field":"id"},{"type":"int64","optional":false,"field":"total_order"},{"type":"int64","optional":false,"field":"data_collection_order"}],"optional":true,"name":"event.block","version":1,"field":"transaction"},{"type":"string","optional":false,"field":"op"},{"type":"int64","optional":true,"field":"ts_ms"},{"type":"int64","optional":true,"field":"ts_us"},{"type":"int64","optional":true,"field":"ts_ns"}"#;

@@ -751,6 +751,15 @@ impl Catalog {
         }
     }
 
+    /// Writes a logical message that belongs to no transaction.
+    ///
+    /// # Errors
+    /// When the server does not take it, as a standby does not.
+    pub async fn emit_message(&self, prefix: &str, content: &str) -> Result<(), SourceError> {
+        let sql = "SELECT pg_catalog.pg_logical_emit_message(false, $1::text, $2::text)";
+        self.query(sql, &[&prefix, &content]).await.map(drop)
+    }
+
     /// Names of the primary key's columns, for tables with REPLICA IDENTITY FULL, whose messages do not tell them.
     ///
     /// # Errors
