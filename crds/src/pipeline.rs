@@ -1,6 +1,9 @@
 //! `CdcPipeline`: changes of one PostgreSQL database, out to Kafka and Redis.
 
-use std::{collections::BTreeMap, num::{NonZeroU8, NonZeroU32}};
+use std::{
+    collections::BTreeMap,
+    num::{NonZeroU8, NonZeroU32},
+};
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::{CustomResource, KubeSchema};
@@ -94,12 +97,17 @@ pub struct Debezium {
     /// of Kafka Connect need it. Without it they are the payload alone, which is a fraction of the size.
     #[serde(default = "default_schemas")]
     pub schemas: bool,
+    /// Each event says which transaction it is part of and its place there, and the topic `<topicPrefix>.transaction` where each
+    /// transaction begins and ends, with the number of its events: what Debezium does with `provide.transaction.metadata`.
+    #[serde(default)]
+    pub transaction_metadata: bool,
 }
 
 impl Default for Debezium {
     fn default() -> Self {
         Self {
             schemas: default_schemas(),
+            transaction_metadata: false,
         }
     }
 }

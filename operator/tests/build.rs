@@ -66,7 +66,7 @@ fn every_setting_reaches_the_pod() {
     spec.suspend = true;
     spec.on_source_gap = OnSourceGap::Resnapshot;
     spec.format = PipelineFormat::DebeziumJson;
-    spec.debezium = serde_json::from_str(r#"{"schemas": false}"#).unwrap();
+    spec.debezium = serde_json::from_str(r#"{"schemas": false, "transactionMetadata": true}"#).unwrap();
     spec.runtime = serde_json::from_value(serde_json::json!({
         "image": "elsewhere/runtime:1",
         "logLevel": "Debug",

@@ -67,7 +67,7 @@ pub struct Batch {
     /// The records cannot be made again from the WAL, as those of a snapshot cannot. Redis gets them only once Kafka has committed
     /// them: a crash in between would leave it with rows that the log does not have.
     pub kafka_first: bool,
-    /// Records that are no events, but say where a snapshot begins or ends.
+    /// Records that are no events, but say where a snapshot or a transaction begins or ends.
     pub markers: usize,
     /// A record beside the log, in Kafka only. Of several that come together the last says it all.
     pub heartbeat: Option<Heartbeat>,

@@ -50,6 +50,12 @@ pub fn message_topic(prefix: &str) -> String {
     format!("{prefix}.message")
 }
 
+/// Name of the topic (or Redis stream) that tells where transactions begin and end. No table's has it.
+#[must_use]
+pub fn transaction_topic(prefix: &str) -> String {
+    format!("{prefix}.transaction")
+}
+
 /// Name of the topic that consumers of Debezium look for its heartbeats in. It does not begin with the prefix, so no replay has them.
 #[must_use]
 pub fn heartbeat_topic(prefix: &str) -> String {

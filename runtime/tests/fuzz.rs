@@ -43,7 +43,7 @@ fn corpus() -> Vec<Vec<u8>> {
 
 /// Does with a stream what a session does; returns how many messages came through.
 fn run(stream: &[Vec<u8>]) -> usize {
-    let mut assembler = Assembler::new(Epoch::FIRST);
+    let mut assembler = Assembler::new(Epoch::FIRST, false);
     let mut encoder = ProtobufEncoder::default();
     let destination = Arc::new(Destination {
         topic: "t".to_owned(),

@@ -193,9 +193,13 @@ pub fn validate(pipeline: &CdcPipeline, facts: &Facts, settings: &Settings) -> R
         },
         format: match spec.format {
             PipelineFormat::Protobuf => Format::Protobuf,
-            PipelineFormat::DebeziumJson => Format::DebeziumJson {
-                schemas: spec.debezium.unwrap_or_default().schemas,
-            },
+            PipelineFormat::DebeziumJson => {
+                let debezium = spec.debezium.unwrap_or_default();
+                Format::DebeziumJson {
+                    schemas: debezium.schemas,
+                    transaction_metadata: debezium.transaction_metadata,
+                }
+            }
         },
         kafka: KafkaSink {
             bootstrap_servers: log.bootstrap_servers,

@@ -349,6 +349,9 @@ pub enum Format {
     DebeziumJson {
         /// Each key and value is an object of a schema and a payload.
         schemas: bool,
+        /// Each event tells its place in its transaction, and a topic where transactions begin and end.
+        #[serde(default)]
+        transaction_metadata: bool,
     },
 }
 

@@ -107,7 +107,7 @@ async fn write(context: &Context, catalog: Option<Catalog>, now: i64) -> Result<
     let source = &context.config.source;
     let catalog = match catalog {
         Some(catalog) => catalog,
-        None => Catalog::connect(source, &Credentials::read(source)?).await?,
+        None => Catalog::connect(source, &Credentials::read(&source.server())?).await?,
     };
     catalog
         .emit_message(PREFIX, &format!("{} {now}", source.slot_name))

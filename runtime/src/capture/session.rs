@@ -12,6 +12,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    batch::Destination,
     capture::{
         CaptureError, Context,
         dropped::Dropped,
@@ -23,6 +24,7 @@ use crate::{
         versions::Versions,
     },
     encode::{DebeziumEncoder, Encoder, ProtobufEncoder},
+    log::transaction_topic,
     position::Epoch,
     progress::ConditionType,
     sink::{
@@ -41,11 +43,23 @@ const PARTING: Duration = Duration::from_secs(5);
 pub(super) fn encoder(config: &CaptureConfig) -> Box<dyn Encoder> {
     match config.format {
         Format::Protobuf => Box::new(ProtobufEncoder::default()),
-        Format::DebeziumJson { schemas } => Box::new(DebeziumEncoder::new(
-            &config.kafka.topic_prefix,
-            &config.source.database,
+        Format::DebeziumJson {
             schemas,
-        )),
+            transaction_metadata,
+        } => {
+            let encoder = DebeziumEncoder::new(&config.kafka.topic_prefix, &config.source.database, schemas);
+            if !transaction_metadata {
+                return Box::new(encoder);
+            }
+            let stream = config
+                .redis
+                .as_ref()
+                .map(|redis| transaction_topic(&redis.stream_prefix));
+            Box::new(encoder.with_transactions(Destination {
+                topic: transaction_topic(&config.kafka.topic_prefix),
+                stream: stream.unwrap_or_default(),
+            }))
+        }
     }
 }
 
@@ -139,10 +153,12 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
         "Changes are captured as they are committed.",
     );
     context.ready.send_replace(true);
+    let encoder = encoder(config);
     let mut stream = Stream::new(
         config,
-        Assembler::new(Epoch(checkpoint.epoch)).with_partings(checkpoint.partings.clone()),
-        encoder(config),
+        Assembler::new(Epoch(checkpoint.epoch), encoder.transactions().is_some())
+            .with_partings(checkpoint.partings.clone()),
+        encoder,
         topics,
         selection,
         &checkpoint,

@@ -323,6 +323,7 @@ impl<'a> Stream<'a> {
         } = self;
         match assembler.take(&message)? {
             Assembled::Nothing => {}
+            Assembled::Begun(mark) => encoder.begin(&mark, Some(mark.position) <= *published),
             Assembled::Changes(changes) => changes.for_each(|change| {
                 let new = Some(change.position) > *published;
                 // Also what is in the log already, and is sent again: a chunk comes after it.
@@ -331,7 +332,10 @@ impl<'a> Stream<'a> {
                 {
                     batch.snapshot = Some(snapshot.state());
                 }
-                if new && !left_out.contains(&change.relation.oid) {
+                if left_out.contains(&change.relation.oid) {
+                    return Ok(());
+                }
+                if new {
                     batch.high_time_micros = *high_time_micros;
                     let schemas = versions.next(change.relation, change.position, &mut batch.schemas);
                     let change = Change {
@@ -352,6 +356,8 @@ impl<'a> Stream<'a> {
                     }
                     encoder.encode(&change, batch)?;
                     *news = true;
+                } else {
+                    encoder.pass(&change);
                 }
                 Ok::<_, CaptureError>(())
             })?,
@@ -408,7 +414,16 @@ impl<'a> Stream<'a> {
                     _ => {}
                 }
             }
-            Assembled::Committed { complete, end_lsn } => {
+            Assembled::Committed {
+                complete,
+                end_lsn,
+                mark,
+            } => {
+                if let Some(mark) = mark {
+                    self.batch.high_time_micros = self.high_time_micros;
+                    self.encoder
+                        .end(&mark, Some(mark.position) <= self.published, &mut self.batch);
+                }
                 self.complete = Some(complete);
                 self.safe = end_lsn;
                 self.received.set_received(end_lsn);
@@ -618,6 +633,9 @@ impl<'a> Stream<'a> {
     async fn ensure_topic(&mut self, oid: u32) -> Result<(), CaptureError> {
         if let Some((topic, table)) = self.topics_due.remove(&oid) {
             self.topics.ensure_data(&topic, &table).await?;
+            if let Some(transactions) = self.encoder.transactions() {
+                self.topics.ensure_data(&transactions.topic, "transactions").await?;
+            }
         }
         Ok(())
     }

@@ -13,7 +13,7 @@ pub use protobuf::ProtobufEncoder;
 
 use crate::{
     batch::{Batch, Destination, Heartbeat},
-    source::{Change, Message, Relation, postgres::details::TableDetails},
+    source::{Change, Message, Relation, TransactionMark, postgres::details::TableDetails},
 };
 
 /// Turns changes into records.
@@ -41,6 +41,19 @@ pub trait Encoder: Send {
         destination: &Arc<Destination>,
         batch: &mut Batch,
     ) -> Result<(), EncodeError>;
+
+    /// The topic and stream of what is told of transactions, if the format tells of them. Then [`begin`](Self::begin) and
+    /// [`end`](Self::end) enclose the changes of each, and [`pass`](Self::pass) gets those that are not encoded.
+    fn transactions(&self) -> Option<&Destination>;
+
+    /// A transaction begins. `known` says that its beginning is in the log already, since it is sent again.
+    fn begin(&mut self, mark: &TransactionMark, known: bool);
+
+    /// A change that is in the log already. What is said of its transaction counts it.
+    fn pass(&mut self, change: &Change<'_>);
+
+    /// The transaction is complete. `known` says that its end is in the log already.
+    fn end(&mut self, mark: &TransactionMark, known: bool, batch: &mut Batch);
 
     /// The record that tells of a heartbeat, if the format has one.
     fn heartbeat(&self, time_micros: i64) -> Option<Heartbeat>;

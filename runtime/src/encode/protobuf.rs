@@ -16,7 +16,7 @@ use crate::{
     encode::{EncodeError, Encoder, json, key},
     schema::TableSchema,
     source::{
-        Change, Column, Message, Operation, Relation, Snapshot,
+        Change, Column, Message, Operation, Relation, Snapshot, TransactionMark,
         postgres::{
             details::TableDetails,
             pgoutput::{Datum, OldTuple, Tuple},
@@ -236,6 +236,16 @@ impl Encoder for ProtobufEncoder {
             ),
         }
     }
+
+    fn transactions(&self) -> Option<&Destination> {
+        None
+    }
+
+    fn begin(&mut self, _mark: &TransactionMark, _known: bool) {}
+
+    fn pass(&mut self, _change: &Change<'_>) {}
+
+    fn end(&mut self, _mark: &TransactionMark, _known: bool, _batch: &mut Batch) {}
 
     fn heartbeat(&self, _time_micros: i64) -> Option<Heartbeat> {
         None

@@ -134,7 +134,7 @@ impl KafkaSink {
             .set("socket.nagle.disable", "true")
             .create_with_context(Deliveries {
                 partitioner: ByRow {
-                    schemas: matches!(config.format, Format::DebeziumJson { schemas: true }),
+                    schemas: matches!(config.format, Format::DebeziumJson { schemas: true, .. }),
                 },
                 failed: Mutex::default(),
                 hearing: Hearing::default(),

@@ -63,7 +63,7 @@ pub struct Change<'a> {
     pub transaction_id: u32,
     /// Where the change itself is in the source's log. It is neither unique nor in the order of the changes.
     pub lsn: Lsn,
-    /// Where the transaction before this one ended, if this session has seen its end.
+    /// Where the transaction before this one ended, or a message between the two, if this session has seen its end.
     pub previous_end: Option<Lsn>,
     /// Where the transaction comes from, if the source had got it by replication itself.
     pub origin: Option<&'a TransactionOrigin>,
@@ -99,6 +99,19 @@ pub struct TransactionOrigin {
     /// Name of the replication origin.
     pub name: String,
     /// Where it was committed there; zero where the source was not told.
+    pub lsn: Lsn,
+}
+
+/// The beginning or the end of a transaction, for a format that tells of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TransactionMark {
+    /// Identity and order: before, or after, each change of the transaction.
+    pub position: Position,
+    /// The source's transaction id.
+    pub transaction_id: u32,
+    /// The source's commit time, in microseconds since 1970-01-01T00:00:00Z.
+    pub commit_time_micros: i64,
+    /// Where the mark itself is in the source's log.
     pub lsn: Lsn,
 }
 

@@ -13,7 +13,7 @@ use crate::{
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// Debezium's PostgreSQL connector as it comes, on a worker of Kafka Connect as it comes, but for these: it starts without a snapshot,
-/// answers soon, shows that it lives, and leaves the heartbeats of our captures alone.
+/// answers soon, tells of transactions, shows that it lives, and leaves the heartbeats of our captures alone.
 pub struct Debezium {
     process: Process,
     /// Removed with the handle.
@@ -62,6 +62,7 @@ publication.autocreate.mode=disabled
 snapshot.mode=no_data
 poll.interval.ms=50
 heartbeat.interval.ms=500
+provide.transaction.metadata=true
 message.prefix.exclude.list=meander[.].*
 topic.creation.default.partitions=1
 topic.creation.default.replication.factor=1

@@ -9,6 +9,7 @@ mod default;
 mod geometry;
 mod literal;
 mod time;
+mod transaction;
 mod value;
 
 use std::{
@@ -22,13 +23,14 @@ use self::{
         EncodeError, Encoder,
         json::{self, write_string},
     },
+    transaction::{Order, Transactions},
     value::{Kind, Unfit},
 };
 use crate::{
     batch::{Batch, Destination, Heartbeat},
     log::heartbeat_topic,
     source::{
-        Change, Message, Operation, Relation,
+        Change, Message, Operation, Relation, TransactionMark,
         postgres::{
             details::TableDetails,
             pgoutput::{Datum, OldTuple, Tuple},
@@ -50,6 +52,7 @@ pub struct DebeziumEncoder {
     database: String,
     schemas: bool,
     prepared: HashMap<u32, Prepared>,
+    transactions: Option<Transactions>,
 }
 
 impl DebeziumEncoder {
@@ -61,7 +64,15 @@ impl DebeziumEncoder {
             database: database.to_owned(),
             schemas,
             prepared: HashMap::new(),
+            transactions: None,
         }
+    }
+
+    /// Tells of transactions, too.
+    #[must_use]
+    pub fn with_transactions(mut self, destination: Destination) -> Self {
+        self.transactions = Some(Transactions::new(destination, self.schemas));
+        self
     }
 }
 
@@ -91,6 +102,8 @@ struct Field {
 /// What is the same for every change of a table.
 struct Prepared {
     destination: Arc<Destination>,
+    /// Schema and name.
+    table: Arc<str>,
     schemas: bool,
     fields: Vec<Field>,
     /// The fields of the key in its order.
@@ -116,6 +129,8 @@ struct Part<'a> {
     before: Option<Row<'a>>,
     after: Option<Row<'a>>,
     header: Option<(&'static str, Row<'a>)>,
+    /// Its place in its transaction, where that is told.
+    order: Option<Order>,
 }
 
 /// A row, and where to find the values that it leaves out as unchanged.
@@ -221,6 +236,7 @@ impl Encoder for DebeziumEncoder {
         source_tail.extend_from_slice(b",\"txId\":");
         let mut prepared = Prepared {
             destination,
+            table: format!("{}.{}", relation.schema, relation.table).into(),
             schemas: self.schemas,
             fields,
             key,
@@ -248,7 +264,13 @@ impl Encoder for DebeziumEncoder {
                 type_name: column.type_name.clone(),
             });
         }
+        let order = self.transactions.as_mut().and_then(|transactions| {
+            let order = prepared.count(change, transactions)?;
+            transactions.announce(batch);
+            Some(order)
+        });
         let part = |operation, key| Part {
+            order,
             number: 0,
             operation: Some(operation),
             key,
@@ -297,7 +319,7 @@ impl Encoder for DebeziumEncoder {
                         },
                     );
                 };
-                prepared.end_of(change, batch, old, Some((NEW_KEY_HEADER, new)))?;
+                prepared.end_of(change, batch, old, Some((NEW_KEY_HEADER, new)), order)?;
                 prepared.record(
                     change,
                     batch,
@@ -305,11 +327,12 @@ impl Encoder for DebeziumEncoder {
                         number: 2,
                         after: Some(new),
                         header: Some((OLD_KEY_HEADER, old)),
+                        order: order.map(Order::next),
                         ..part("c", new)
                     },
                 )
             }
-            Operation::Delete { old } => prepared.end_of(change, batch, Row::alone(old.tuple()), None),
+            Operation::Delete { old } => prepared.end_of(change, batch, Row::alone(old.tuple()), None, order),
             // Debezium leaves them out by default, and it has no markers around a snapshot.
             Operation::Truncate
             | Operation::SnapshotBegin { .. }
@@ -329,34 +352,80 @@ impl Encoder for DebeziumEncoder {
         Err(EncodeError::Message)
     }
 
+    fn transactions(&self) -> Option<&Destination> {
+        self.transactions
+            .as_ref()
+            .map(|transactions| &*transactions.destination)
+    }
+
+    fn begin(&mut self, mark: &TransactionMark, known: bool) {
+        if let Some(transactions) = &mut self.transactions {
+            transactions.begin(*mark, known);
+        }
+    }
+
+    fn pass(&mut self, change: &Change<'_>) {
+        if let (Some(transactions), Some(prepared)) = (&mut self.transactions, self.prepared.get(&change.relation.oid))
+        {
+            prepared.count(change, transactions);
+        }
+    }
+
+    fn end(&mut self, mark: &TransactionMark, known: bool, batch: &mut Batch) {
+        if let Some(transactions) = &mut self.transactions {
+            transactions.end(mark, known, batch);
+        }
+    }
+
     fn heartbeat(&self, time_micros: i64) -> Option<Heartbeat> {
         let timestamp_millis = time_micros.div_euclid(1000);
-        let wrap = |schema: &str, payload: Vec<u8>| {
-            let mut out = Vec::new();
-            if self.schemas {
-                json::write(&mut out, format_args!("{{\"schema\":{schema},\"payload\":"));
-            }
-            out.extend(payload);
-            if self.schemas {
-                out.push(b'}');
-            }
-            out
-        };
-        let mut key = b"{\"serverName\":".to_vec();
-        write_string(&self.topic_prefix, &mut key);
-        key.push(b'}');
-        let mut value = Vec::new();
-        json::write(&mut value, format_args!("{{\"ts_ms\":{timestamp_millis}}}"));
+        let (mut key, mut value) = (Vec::new(), Vec::new());
+        wrapped(self.schemas.then_some(HEARTBEAT_KEY), &mut key, |out| {
+            out.extend_from_slice(b"{\"serverName\":");
+            write_string(&self.topic_prefix, out);
+            out.push(b'}');
+        });
+        wrapped(self.schemas.then_some(HEARTBEAT_VALUE), &mut value, |out| {
+            json::write(out, format_args!("{{\"ts_ms\":{timestamp_millis}}}"));
+        });
         Some(Heartbeat {
             topic: heartbeat_topic(&self.topic_prefix),
-            key: wrap(HEARTBEAT_KEY, key),
-            value: wrap(HEARTBEAT_VALUE, value),
+            key,
+            value,
             timestamp_millis,
         })
     }
 }
 
+/// Writes a payload, with its schema if there is one.
+fn wrapped(schema: Option<&str>, out: &mut Vec<u8>, payload: impl FnOnce(&mut Vec<u8>)) {
+    if let Some(schema) = schema {
+        json::write(out, format_args!("{{\"schema\":{schema},\"payload\":"));
+    }
+    payload(out);
+    if schema.is_some() {
+        out.push(b'}');
+    }
+}
+
 impl Prepared {
+    /// Counts the events of a change. None where its place is not told.
+    fn count(&self, change: &Change<'_>, transactions: &mut Transactions) -> Option<Order> {
+        let events = match change.operation {
+            Operation::Insert { .. } | Operation::Delete { .. } => 1,
+            Operation::Update { old, new } => {
+                let old = old.as_ref().map(OldTuple::tuple);
+                let new = Row {
+                    row: new,
+                    unchanged: old,
+                };
+                1 + u64::from(old.is_some_and(|old| self.key_differs(Row::alone(old), new)))
+            }
+            _ => return None,
+        };
+        transactions.count(&self.table, events)
+    }
+
     /// The end of a key: the DELETE, and the tombstone by which a compacted topic forgets the key.
     fn end_of(
         &mut self,
@@ -364,8 +433,10 @@ impl Prepared {
         batch: &mut Batch,
         old: Row<'_>,
         header: Option<(&'static str, Row<'_>)>,
+        order: Option<Order>,
     ) -> Result<(), EncodeError> {
         let delete = Part {
+            order,
             number: 0,
             operation: Some("d"),
             key: old,
@@ -455,11 +526,14 @@ impl Prepared {
         self.write_source(change, out);
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let (millis, micros, nanos) = (now.as_millis(), now.as_micros(), now.as_nanos());
+        out.extend_from_slice(b",\"transaction\":");
+        match part.order {
+            Some(order) => order.write(change.transaction_id, change.lsn, out),
+            None => out.extend_from_slice(b"null"),
+        }
         json::write(
             out,
-            format_args!(
-                ",\"transaction\":null,\"op\":\"{operation}\",\"ts_ms\":{millis},\"ts_us\":{micros},\"ts_ns\":{nanos}}}"
-            ),
+            format_args!(",\"op\":\"{operation}\",\"ts_ms\":{millis},\"ts_us\":{micros},\"ts_ns\":{nanos}}}"),
         );
         self.end(out);
         Ok(())

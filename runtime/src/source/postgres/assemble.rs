@@ -8,7 +8,7 @@ use crate::{
     log::Parting,
     position::{Epoch, Lsn, Position},
     source::{
-        Change, Column, Message, MessageTransaction, Operation, Relation, TransactionOrigin,
+        Change, Column, Message, MessageTransaction, Operation, Relation, TransactionMark, TransactionOrigin,
         postgres::pgoutput::{LogicalMessage, RelationMessage, Tuple},
     },
 };
@@ -38,6 +38,8 @@ pub enum AssembleError {
 pub enum Assembled<'a> {
     /// Nothing that concerns a consumer.
     Nothing,
+    /// A transaction begins whose ends are marked.
+    Begun(TransactionMark),
     /// Changes at consecutive ordinals: one, or as many as there are tables in a TRUNCATE.
     Changes(Changes<'a>),
     /// What an application wrote into the log. Within a transaction it takes an ordinal, as a change does. Outside of one it is complete
@@ -49,6 +51,8 @@ pub enum Assembled<'a> {
         complete: Position,
         /// What may be acknowledged once the transaction is durable.
         end_lsn: Lsn,
+        /// Its end, where the ends of transactions are marked.
+        mark: Option<TransactionMark>,
     },
 }
 
@@ -141,22 +145,26 @@ pub struct Assembler {
     epoch: Epoch,
     /// Where the epochs before it ended, in order.
     partings: Vec<Parting>,
+    /// The beginning and the end of a transaction take ordinals too.
+    marks: bool,
     relations: HashMap<u32, Arc<Relation>>,
     type_names: HashMap<u32, String>,
     transaction: Option<Transaction>,
     /// Where the next message is in the WAL.
     place: Lsn,
-    /// Where the last transaction ended.
+    /// Where the last transaction ended, or the last message outside of one.
     last_end: Option<Lsn>,
 }
 
 impl Assembler {
-    /// An assembler at the start of a replication stream.
+    /// An assembler at the start of a replication stream. With `marks`, the beginning of a transaction has the ordinal 0, and its end
+    /// one that is greater than those of its changes.
     #[must_use]
-    pub fn new(epoch: Epoch) -> Self {
+    pub fn new(epoch: Epoch, marks: bool) -> Self {
         Self {
             epoch,
             partings: Vec::new(),
+            marks,
             relations: HashMap::new(),
             type_names: HashMap::new(),
             transaction: None,
@@ -256,15 +264,18 @@ impl Assembler {
                 if self.transaction.is_some() {
                     return Err(AssembleError::OutOfOrder("Begin"));
                 }
-                self.transaction = Some(Transaction {
+                let mut transaction = Transaction {
                     epoch: self.epoch_at(final_lsn),
                     commit_lsn: final_lsn,
                     commit_time_micros,
                     xid,
                     next_ordinal: 0,
                     origin: None,
-                });
-                Ok(Assembled::Nothing)
+                };
+                let mark = self.mark(&transaction);
+                transaction.next_ordinal += u64::from(self.marks);
+                self.transaction = Some(transaction);
+                Ok(mark.map_or(Assembled::Nothing, Assembled::Begun))
             }
             LogicalMessage::Commit { commit_lsn, end_lsn } => match self.transaction.take() {
                 Some(transaction) if transaction.commit_lsn == commit_lsn => {
@@ -272,6 +283,7 @@ impl Assembler {
                     Ok(Assembled::Committed {
                         complete: Position::end_of_transaction(transaction.epoch, commit_lsn),
                         end_lsn,
+                        mark: self.mark(&transaction),
                     })
                 }
                 _ => Err(AssembleError::OutOfOrder("Commit")),
@@ -304,6 +316,7 @@ impl Assembler {
                     return Err(AssembleError::OutOfOrder("a message outside of transactions"));
                 }
                 let commit_lsn = Lsn(end_lsn.0.saturating_sub(1));
+                self.last_end = Some(end_lsn);
                 Ok(Assembled::Message(Message {
                     prefix,
                     content,
@@ -344,6 +357,20 @@ impl Assembler {
         }
     }
 
+    /// What stands at the next ordinal of a transaction, if its ends are marked.
+    fn mark(&self, transaction: &Transaction) -> Option<TransactionMark> {
+        self.marks.then_some(TransactionMark {
+            position: Position {
+                epoch: transaction.epoch,
+                commit_lsn: transaction.commit_lsn,
+                ordinal: transaction.next_ordinal,
+            },
+            transaction_id: transaction.xid,
+            commit_time_micros: transaction.commit_time_micros,
+            lsn: self.place,
+        })
+    }
+
     fn changes<'a>(&'a mut self, kind: Kind<'a>, count: u64) -> Result<Assembled<'a>, AssembleError> {
         let (transaction, first) = self.take_ordinals(count)?;
         Ok(Assembled::Changes(Changes {
@@ -375,7 +402,7 @@ mod tests {
     use crate::source::postgres::pgoutput::decode;
 
     fn assembler() -> Assembler {
-        let mut assembler = Assembler::new(Epoch::FIRST);
+        let mut assembler = Assembler::new(Epoch::FIRST, false);
         for oid in [1, 2] {
             assembler.learn(Arc::new(Relation {
                 oid,
@@ -419,7 +446,12 @@ mod tests {
             ["1:0/10:1 t1", "1:0/10:2 t2"]
         );
         assert_eq!(positions(&mut assembler, INSERT).unwrap(), ["1:0/10:3 t1"]);
-        let Assembled::Committed { complete, end_lsn } = assembler.take(&decode(COMMIT).unwrap()).unwrap() else {
+        let Assembled::Committed {
+            complete,
+            end_lsn,
+            mark: None,
+        } = assembler.take(&decode(COMMIT).unwrap()).unwrap()
+        else {
             panic!("not committed");
         };
         assert_eq!(
@@ -450,6 +482,23 @@ mod tests {
             positions(&mut assembler, BEGIN).unwrap();
             assert_eq!(positions(&mut assembler, INSERT).unwrap(), [position]);
         }
+    }
+
+    #[test]
+    fn the_ends_of_a_transaction_take_ordinals_where_they_are_marked() {
+        let mut assembler = Assembler {
+            marks: true,
+            ..assembler()
+        };
+        let Assembled::Begun(begin) = assembler.take(&decode(BEGIN).unwrap()).unwrap() else {
+            panic!("not begun");
+        };
+        assert_eq!(begin.position.to_string(), "1:0/10:0");
+        assert_eq!(positions(&mut assembler, INSERT).unwrap(), ["1:0/10:1 t1"]);
+        let Assembled::Committed { mark: Some(end), .. } = assembler.take(&decode(COMMIT).unwrap()).unwrap() else {
+            panic!("not committed");
+        };
+        assert_eq!(end.position.to_string(), "1:0/10:2");
     }
 
     #[test]
