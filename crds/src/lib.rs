@@ -19,6 +19,6 @@ pub use pipeline::{
 };
 pub use replay::{
     Beginning, ChangePosition, GrpcTarget, LogTarget, Now, PipelineReference, PostgresTarget, RecordOffset, ReplayEnd,
-    ReplayJob, ReplayJobSpec, ReplayJobStatus, ReplayPhase, ReplayProgress, ReplayRange, ReplayRuntime, ReplayStart,
-    ReplayTarget, Serve, Speed,
+    ReplayFailures, ReplayJob, ReplayJobSpec, ReplayJobStatus, ReplayPhase, ReplayProgress, ReplayRange, ReplayRuntime,
+    ReplayStart, ReplayTarget, Serve, Speed,
 };

@@ -32,10 +32,13 @@ use crate::{
     printcolumn(name = "Speed", type_ = "string", json_path = ".spec.speed"),
     printcolumn(name = "Progress", type_ = "string", json_path = ".status.progress.progress"),
     printcolumn(name = "Delivered", type_ = "integer", json_path = ".status.progress.delivered"),
-    printcolumn(name = "Reason", type_ = "string", json_path = ".status.conditions[?(@.type==\"Accepted\")].reason", priority = 1),
+    printcolumn(name = "Reason", type_ = "string", json_path = ".status.conditions[?(@.type==\"Progressing\")].reason", priority = 1),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
-#[x_kube(validation = Rule::new("!has(self.from.time) || !has(self.to.time) || self.from.time < self.to.time").message("from.time must be before to.time"))]
+#[x_kube(
+    validation = Rule::new("!has(self.from.time) || !has(self.to.time) || self.from.time < self.to.time").message("from.time must be before to.time"),
+    validation = Rule::new("has(self.activeDeadlineSeconds) == has(oldSelf.activeDeadlineSeconds) && (!has(self.activeDeadlineSeconds) || self.activeDeadlineSeconds == oldSelf.activeDeadlineSeconds)").message("activeDeadlineSeconds is immutable: create another ReplayJob")
+)]
 #[serde(rename_all = "camelCase")]
 pub struct ReplayJobSpec {
     /// The pipeline whose log is replayed. Immutable.
@@ -62,6 +65,17 @@ pub struct ReplayJobSpec {
     #[serde(default)]
     #[x_kube(validation = Rule::new("self || !oldSelf").message("cancel cannot be taken back: create another ReplayJob"))]
     pub cancel: bool,
+    /// How many pods of the replay are replaced after they ended in an error, the first after 10 s, each further one after twice as
+    /// long. One that a drained node or an eviction ended is replaced in any case, and does not count. Immutable.
+    #[serde(default = "default_backoff_limit")]
+    #[schemars(range(min = 0, max = 1000))]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("backoffLimit is immutable: create another ReplayJob"))]
+    pub backoff_limit: u32,
+    /// The replay has failed if it has not ended this many seconds after its pod was first started, whether it was held meanwhile or
+    /// not; it may take as long as it does where this is left out. Immutable.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 31_536_000))]
+    pub active_deadline_seconds: Option<u32>,
     /// Delete the finished job after this many seconds; it stays where this is left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 31_536_000))]
@@ -334,7 +348,10 @@ pub struct ReplayJobStatus {
     /// How far delivery has come.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub progress: Option<ReplayProgress>,
-    /// Accepted, Complete, Failed, Suspended; Reconciling and Stalled for tools that read kstatus.
+    /// The attempts that failed; left out as long as none did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failures: Option<ReplayFailures>,
+    /// Accepted, Progressing, Complete, Failed, Suspended, TruncatedRange; Reconciling and Stalled for tools that read kstatus.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(schema_with = "conditions")]
     pub conditions: Vec<Condition>,
@@ -343,7 +360,7 @@ pub struct ReplayJobStatus {
 /// The state in one word for people; programs read the conditions. Succeeded, Failed and Cancelled are final.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum ReplayPhase {
-    /// Not started, or waiting for a subscriber; the Accepted condition says why.
+    /// Nothing can be delivered yet, or again; the Progressing condition says why.
     Pending,
     /// Changes are delivered.
     Running,
@@ -363,6 +380,25 @@ impl ReplayPhase {
     pub fn is_terminal(self) -> bool {
         matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled)
     }
+}
+
+/// The attempts that failed. An attempt is a pod: one that ends in an error is replaced, up to `spec.backoffLimit` times.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ReplayFailures {
+    /// How many.
+    #[serde(default)]
+    pub count: u32,
+    /// Why the last one failed, in one word.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_reason: Option<String>,
+    /// Why the last one failed, and what to do, in one sentence.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_message: Option<String>,
+    /// When the last one failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("format" = "date-time"))]
+    pub last_time: Option<String>,
 }
 
 /// A resolved range.
@@ -421,6 +457,10 @@ pub struct ReplayProgress {
     /// How long delivery took from the first change to the last.
     #[serde(default)]
     pub delivery_millis: u64,
+}
+
+fn default_backoff_limit() -> u32 {
+    3
 }
 
 fn default_postgres_port() -> u16 {

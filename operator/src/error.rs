@@ -44,8 +44,6 @@ pub enum Reason {
     SlotConflict,
     /// The ReplayJob's pipeline does not exist.
     PipelineNotFound,
-    /// The ReplayJob's pipeline is suspended.
-    PipelineSuspended,
     /// The ReplayJob's pipeline is being deleted.
     PipelineTerminating,
     /// The pipeline's format does not hold every value, and the target needs that.
@@ -69,12 +67,11 @@ pub enum Reason {
 }
 
 impl Reason {
-    const ALL: [Self; 15] = [
+    const ALL: [Self; 14] = [
         Self::SecretNotFound,
         Self::SecretKeyNotFound,
         Self::SlotConflict,
         Self::PipelineNotFound,
-        Self::PipelineSuspended,
         Self::PipelineTerminating,
         Self::FormatNotExact,
         Self::InvalidValue,

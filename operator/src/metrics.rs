@@ -1,6 +1,9 @@
 //! What the operator counts about itself.
 
-use prometheus::{Encoder as _, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, Opts, Registry, TextEncoder};
+use prometheus::{
+    Encoder as _, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
+    core::Collector,
+};
 
 /// The operator's metrics.
 #[derive(Clone, Debug)]
@@ -14,6 +17,10 @@ pub struct Metrics {
     pub applies: IntCounterVec,
     /// Statuses by `kind` and `outcome`: `written`, `unchanged`, `deferred` or `failed`.
     pub statuses: IntCounterVec,
+    /// Replays that came to their end, by `phase`.
+    pub replays_ended: IntCounterVec,
+    /// Pods of replays that ended in an error.
+    pub replay_attempts_failed: IntCounter,
     /// Open streams of runtime pods.
     pub progress_streams: IntGauge,
     /// 1 while this process leads.
@@ -48,6 +55,14 @@ impl Metrics {
                 opts("status_updates_total", "Statuses computed, by what was done with them."),
                 &["kind", "outcome"],
             )?,
+            replays_ended: IntCounterVec::new(
+                opts("replays_ended_total", "ReplayJobs that came to their end, by how."),
+                &["phase"],
+            )?,
+            replay_attempts_failed: IntCounter::with_opts(opts(
+                "replay_attempts_failed_total",
+                "Pods of replays that ended in an error.",
+            ))?,
             progress_streams: IntGauge::with_opts(opts("progress_streams", "Open streams of runtime pods."))?,
             leader: IntGauge::with_opts(opts("leader", "1 while this process leads."))?,
         };
@@ -56,9 +71,19 @@ impl Metrics {
         registry.register(Box::new(metrics.reconcile_seconds.clone()))?;
         registry.register(Box::new(metrics.applies.clone()))?;
         registry.register(Box::new(metrics.statuses.clone()))?;
+        registry.register(Box::new(metrics.replays_ended.clone()))?;
+        registry.register(Box::new(metrics.replay_attempts_failed.clone()))?;
         registry.register(Box::new(metrics.progress_streams.clone()))?;
         registry.register(Box::new(metrics.leader.clone()))?;
         Ok(metrics)
+    }
+
+    /// Adds what is counted when somebody asks.
+    ///
+    /// # Errors
+    /// When there is one of that name, which would be a bug here.
+    pub fn register(&self, collector: impl Collector + 'static) -> prometheus::Result<()> {
+        self.registry.register(Box::new(collector))
     }
 
     /// Everything, as Prometheus reads it.

@@ -89,17 +89,15 @@ pub async fn run(options: Options, client: Client, shutdown: CancellationToken) 
     let context = Arc::new(Context::new(
         client.clone(),
         settings,
-        tracker.clone(),
+        tracker,
         claim.clone(),
         events,
         metrics.clone(),
         pipelines,
     ));
     let service = ProgressTrackerService {
-        tracker,
+        context: context.clone(),
         authenticator: Authenticator::new(client.clone()),
-        claim: claim.clone(),
-        streams: metrics.progress_streams.clone(),
         shutdown: shutdown.clone(),
     };
     let grpc = bind(options.grpc_address).await?;

@@ -50,8 +50,9 @@ use meander_operator::{
     progress::Tracker,
 };
 use meander_proto::v1::{
-    CaptureProgress, Condition, Directive, ProgressUpdate, ReplayProgress, ResourceReference, StreamProgressRequest,
-    progress_tracker_client::ProgressTrackerClient, progress_update::Progress, replay_progress::Phase,
+    CaptureProgress, Condition, ControlReplayRequest, Directive, ProgressUpdate, ReplayProgress, ResourceReference,
+    StreamProgressRequest, progress_tracker_client::ProgressTrackerClient, progress_update::Progress,
+    replay_progress::Phase,
 };
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
@@ -99,6 +100,15 @@ impl Drop for ApiServer {
     fn drop(&mut self) {
         self.script("down");
     }
+}
+
+/// As the holder of a token.
+fn authorized<T>(message: T, token: &str) -> Request<T> {
+    let mut request = Request::new(message);
+    request
+        .metadata_mut()
+        .insert("authorization", format!("Bearer {token}").parse().unwrap());
+    request
 }
 
 /// A namespace of its own on the API server.
@@ -182,6 +192,22 @@ impl Cluster {
         api.patch_status(name, &PatchParams::default(), &Patch::Merge(&status))
             .await
             .unwrap();
+    }
+
+    /// Lets a ServiceAccount do that with resources of `meander.dev`.
+    async fn allow(&self, account: &str, resource: &str, verb: &str) {
+        let name = format!("{account}-{resource}-{verb}");
+        let role = json!({
+            "metadata": {"name": name},
+            "rules": [{"apiGroups": ["meander.dev"], "resources": [resource], "verbs": [verb]}],
+        });
+        self.create::<k8s_openapi::api::rbac::v1::Role>(role).await;
+        let binding = json!({
+            "metadata": {"name": name},
+            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": name},
+            "subjects": [{"kind": "ServiceAccount", "name": account, "namespace": self.namespace}],
+        });
+        self.create::<k8s_openapi::api::rbac::v1::RoleBinding>(binding).await;
     }
 
     /// A pod with the labels of a template, and a token of the project's audience that is bound to it.
@@ -596,6 +622,8 @@ async fn a_replay_that_can_never_work_is_refused() {
             spec(json!({"speed": "fast"})),
             "speed is a positive number such as 10 or \"0.5\", or \"max\"",
         ),
+        (spec(json!({"backoffLimit": -1})), "spec.backoffLimit"),
+        (spec(json!({"activeDeadlineSeconds": 0})), "spec.activeDeadlineSeconds"),
         (
             target(json!({})),
             "write exactly one of target.log, target.grpc and target.postgres",
@@ -664,6 +692,16 @@ async fn a_replay_that_can_never_work_is_refused() {
             none.clone(),
             spec(json!({"runtime": {"logLevel": "Debug"}})),
             "runtime is immutable: create another ReplayJob",
+        ),
+        (
+            none.clone(),
+            spec(json!({"backoffLimit": 9})),
+            "backoffLimit is immutable: create another ReplayJob",
+        ),
+        (
+            none.clone(),
+            spec(json!({"activeDeadlineSeconds": 60})),
+            "activeDeadlineSeconds is immutable: create another ReplayJob",
         ),
         (
             spec(json!({"cancel": true})),
@@ -955,10 +993,7 @@ impl Operator {
     ) -> Result<(mpsc::Sender<ProgressUpdate>, Streaming<Directive>), tonic::Status> {
         let (sender, receiver) = mpsc::channel(8);
         sender.send(first).await.unwrap();
-        let mut request = Request::new(ReceiverStream::new(receiver));
-        request
-            .metadata_mut()
-            .insert("authorization", format!("Bearer {token}").parse().unwrap());
+        let request = authorized(ReceiverStream::new(receiver), token);
         let answer = self.client().await.report_progress(request).await?;
         Ok((sender, answer.into_inner()))
     }
@@ -1059,13 +1094,8 @@ async fn a_pipeline_from_its_first_secret_to_its_last_slot() {
 
     // Only who may read it may watch it.
     let watch = || {
-        let mut request = Request::new(StreamProgressRequest {
-            resource: Some(reference(&pipeline)),
-        });
-        request
-            .metadata_mut()
-            .insert("authorization", format!("Bearer {token}").parse().unwrap());
-        request
+        let resource = Some(reference(&pipeline));
+        authorized(StreamProgressRequest { resource }, &token)
     };
     let code = operator
         .client()
@@ -1075,17 +1105,7 @@ async fn a_pipeline_from_its_first_secret_to_its_last_slot() {
         .unwrap_err()
         .code();
     assert_eq!(code, Code::PermissionDenied);
-    let role = json!({
-        "metadata": {"name": "reader"},
-        "rules": [{"apiGroups": ["meander.dev"], "resources": ["cdcpipelines"], "verbs": ["get"]}],
-    });
-    cluster.create::<k8s_openapi::api::rbac::v1::Role>(role).await;
-    let binding = json!({
-        "metadata": {"name": "reader"},
-        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "reader"},
-        "subjects": [{"kind": "ServiceAccount", "name": "trades-capture", "namespace": cluster.namespace}],
-    });
-    cluster.create::<k8s_openapi::api::rbac::v1::RoleBinding>(binding).await;
+    cluster.allow("trades-capture", "cdcpipelines", "get").await;
     eventually("the full state comes first", async || {
         match operator.client().await.stream_progress(watch()).await {
             Ok(stream) => stream.into_inner().message().await.unwrap().unwrap().progress.is_some(),
@@ -1267,7 +1287,12 @@ async fn a_replay_from_waiting_to_its_last_word() {
         state(&status("last-seconds").await.conditions, "Accepted") == Some(("False", "PipelineNotFound"))
     })
     .await;
-    cluster.create::<CdcPipeline>(pipeline_json("trades")).await;
+    // One that leaves nothing to be cleaned up.
+    let retained = merged(
+        pipeline_json("trades"),
+        &json!({"spec": {"source": {"postgres": {"slot": {"reclaimPolicy": "Retain"}}}}}),
+    );
+    cluster.create::<CdcPipeline>(retained.clone()).await;
     eventually("the Job is there", async || {
         cluster
             .api::<Job>()
@@ -1315,6 +1340,16 @@ async fn a_replay_from_waiting_to_its_last_word() {
         status("last-seconds").await.progress.unwrap().progress.as_deref(),
         Some("64%")
     );
+    // It goes on without its pipeline, and takes what is asked of it.
+    cluster
+        .api::<CdcPipeline>()
+        .delete("trades", &DeleteParams::default())
+        .await
+        .unwrap();
+    eventually("the pipeline is gone", async || {
+        cluster.api::<CdcPipeline>().get_opt("trades").await.unwrap().is_none()
+    })
+    .await;
     let patch = Patch::Merge(json!({"spec": {"suspend": true, "speed": "max"}}));
     replays
         .patch("last-seconds", &PatchParams::default(), &patch)
@@ -1324,6 +1359,80 @@ async fn a_replay_from_waiting_to_its_last_word() {
     assert_eq!(
         (directive.generation, directive.speed.as_str(), directive.paused),
         (2, "max", true)
+    );
+    eventually("the next pod would begin so", async || {
+        let config = cluster.api::<ConfigMap>().get("last-seconds-replay").await.unwrap();
+        let yaml = &config.data.unwrap()["config.yaml"];
+        yaml.contains("suspended: true") && yaml.contains("speed: max")
+    })
+    .await;
+    let after = status("last-seconds").await;
+    assert_eq!(state(&after.conditions, "Accepted"), Some(("True", "Accepted")));
+
+    // The same over gRPC, for those who may patch it.
+    let ask = async |request: ControlReplayRequest| {
+        let request = ControlReplayRequest {
+            namespace: cluster.namespace.clone(),
+            name: "last-seconds".into(),
+            ..request
+        };
+        let answer = operator
+            .client()
+            .await
+            .control_replay(authorized(request, &token))
+            .await;
+        answer
+            .map(|answer| answer.into_inner().generation)
+            .map_err(|status| status.code())
+    };
+    let resume = || ControlReplayRequest {
+        suspend: Some(false),
+        speed: Some("0.5".into()),
+        ..ControlReplayRequest::default()
+    };
+    assert_eq!(ask(resume()).await, Err(Code::PermissionDenied));
+    for verb in ["patch", "get"] {
+        cluster.allow("last-seconds-replay", "replayjobs", verb).await;
+    }
+    eventually("the caller is known", async || ask(resume()).await == Ok(3)).await;
+    let directive = directives.message().await.unwrap().unwrap();
+    assert_eq!(
+        (directive.generation, directive.speed.as_str(), directive.paused),
+        (3, "0.5", false)
+    );
+    let spec = replays.get("last-seconds").await.unwrap().spec;
+    assert_eq!((spec.suspend, spec.speed.to_string().as_str()), (false, "0.5"));
+    let refused = [
+        ControlReplayRequest::default(),
+        ControlReplayRequest {
+            speed: Some("fast".into()),
+            ..ControlReplayRequest::default()
+        },
+    ];
+    for request in refused {
+        assert_eq!(ask(request).await, Err(Code::InvalidArgument));
+    }
+    let another = ControlReplayRequest {
+        uid: "another".into(),
+        ..resume()
+    };
+    assert_eq!(ask(another).await, Err(Code::FailedPrecondition));
+    let resource = Some(reference(&replay));
+    let watch = authorized(StreamProgressRequest { resource }, &token);
+    let mut watched_over_grpc = operator
+        .client()
+        .await
+        .stream_progress(watch)
+        .await
+        .unwrap()
+        .into_inner();
+    let seen = |update: ProgressUpdate| match update.progress {
+        Some(Progress::Replay(progress)) => (progress.phase(), progress.delivered),
+        _ => panic!("the progress of a pipeline"),
+    };
+    assert_eq!(
+        seen(watched_over_grpc.message().await.unwrap().unwrap()),
+        (Phase::Running, 64)
     );
 
     // Its last word is its pod's.
@@ -1363,12 +1472,21 @@ async fn a_replay_from_waiting_to_its_last_word() {
     );
     assert_eq!(state(&last.conditions, "Complete"), Some(("True", "Delivered")));
     assert_eq!(last.completion_time.as_deref(), Some("2026-11-20T10:00:10Z"));
+    assert_eq!(
+        seen(watched_over_grpc.message().await.unwrap().unwrap()),
+        (Phase::Succeeded, 100)
+    );
+    assert!(
+        watched_over_grpc.message().await.unwrap().is_none(),
+        "its end is the last that there is to see"
+    );
     eventually("it expires", async || {
         replays.get_opt("last-seconds").await.unwrap().is_none()
     })
     .await;
 
     // Saved for later, then cancelled before anybody ran it.
+    cluster.create::<CdcPipeline>(retained).await;
     let body = merged(
         replay_json("replayjob-log.yaml"),
         &json!({"metadata": {"name": "saved"}, "spec": {"suspend": true}}),

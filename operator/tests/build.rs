@@ -204,11 +204,8 @@ fn a_pipeline_waits_for_its_secrets() {
 #[test]
 fn a_replay_waits_for_its_pipeline_and_its_secret() {
     type Change = fn(&mut ReplayJob, &mut replay::dereference::Facts);
-    let cases: [(&str, Change); 6] = [
+    let cases: [(&str, Change); 5] = [
         ("no pipeline", |_, facts| facts.pipeline = None),
-        ("suspended", |_, facts| {
-            facts.pipeline.as_mut().unwrap().spec.suspend = true
-        }),
         ("deleted", |_, facts| {
             let now = k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(jiff::Timestamp::UNIX_EPOCH);
             facts.pipeline.as_mut().unwrap().metadata.deletion_timestamp = Some(now);
@@ -248,9 +245,45 @@ fn a_replay_waits_for_its_pipeline_and_its_secret() {
 }
 
 #[test]
-fn a_replay_that_runs_does_not_depend_on_its_pipeline_being_awake() {
+fn the_replay_of_a_suspended_pipeline_is_run() {
     let mut facts = replay_facts();
     facts.pipeline.as_mut().unwrap().spec.suspend = true;
-    facts.job = Some(Default::default());
     replay::validate::validate(&support::replay("replayjob.yaml"), &facts, &settings()).unwrap();
+}
+
+#[test]
+fn a_replay_that_was_started_goes_on_as_it_was_but_for_what_is_asked_of_it() {
+    let mut replay = support::replay("replayjob-serve.yaml");
+    let valid = replay::validate::validate(&replay, &replay_facts(), &settings()).unwrap();
+    let objects = replay::build::build(&replay, &valid, &settings());
+    replay.spec.speed = serde_json::from_str("5").unwrap();
+    replay.spec.suspend = true;
+    let yaml = replay::validate::started(&replay, valid.config.clone(), &settings()).unwrap();
+    let expected = meander_config::ReplayConfig {
+        speed: "5".parse().unwrap(),
+        suspended: true,
+        ..valid.config
+    };
+    assert_eq!(
+        meander_config::from_yaml::<meander_config::ReplayConfig>(&yaml).unwrap(),
+        expected
+    );
+    let around = replay::build::around(&replay, &yaml);
+    assert_eq!(around.service, objects.service);
+    assert_eq!(around.service_account, objects.service_account);
+    assert_eq!(around.job, None);
+}
+
+#[test]
+fn a_job_has_the_patience_that_is_asked_for() {
+    let mut replay = support::replay("replayjob.yaml");
+    replay.spec.backoff_limit = 0;
+    replay.spec.active_deadline_seconds = Some(3600);
+    let valid = replay::validate::validate(&replay, &replay_facts(), &settings()).unwrap();
+    let job = replay::build::build(&replay, &valid, &settings()).job.unwrap();
+    let spec = job.spec.unwrap();
+    assert_eq!(
+        (spec.backoff_limit, spec.active_deadline_seconds),
+        (Some(0), Some(3600))
+    );
 }

@@ -378,12 +378,12 @@ async fn a_replay_without_its_pipeline_waits() {
             200,
             replay.clone(),
         ),
-        call(PIPELINE, 404, refusal(404)),
         call(
             "GET /apis/batch/v1/namespaces/default/jobs/last-seconds-replay",
             404,
             refusal(404),
         ),
+        call(PIPELINE, 404, refusal(404)),
         saying(
             "PATCH /apis/meander.dev/v1alpha1/namespaces/default/replayjobs/last-seconds/status",
             "PipelineNotFound",

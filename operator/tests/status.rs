@@ -557,7 +557,13 @@ fn replay_report(phase: Phase, delivered: u64, percent: f64) -> Observation {
         first_event_time_micros: 1_763_632_800_000_000,
         delivery_micros: 6_000_000,
     };
+    let reason = match phase {
+        Phase::Running => "Replaying",
+        Phase::Paused => "Paused",
+        _ => "Resolving",
+    };
     let report = ProgressUpdate {
+        conditions: vec![said("Progressing", phase == Phase::Running, reason)],
         progress: Some(Progress::Replay(progress)),
         ..ProgressUpdate::default()
     };
@@ -589,13 +595,21 @@ fn last_word(phase: &str, reason: &str) -> Pod {
         "firstEventTimeMicros": 1_763_632_800_000_000_i64, "currentTimeMicros": 1_763_632_900_000_000_i64,
         "deliveryMicros": 10_000_500, "reason": reason, "message": "the sentence",
     });
+    let failed = !matches!(phase, "Succeeded" | "Cancelled");
+    ended_pod(
+        failed,
+        json!({"exitCode": i32::from(failed), "message": word.to_string()}),
+    )
+}
+
+fn ended_pod(failed: bool, terminated: Value) -> Pod {
     from_value(json!({
         "apiVersion": "v1",
         "kind": "Pod",
-        "metadata": {"name": "p"},
-        "status": {"containerStatuses": [{
+        "metadata": {"name": "p", "creationTimestamp": "2025-11-20T10:00:00Z"},
+        "status": {"phase": if failed { "Failed" } else { "Succeeded" }, "containerStatuses": [{
             "name": "replay", "image": "x", "imageID": "x", "ready": false, "restartCount": 0,
-            "state": {"terminated": {"exitCode": 0, "message": word.to_string()}},
+            "state": {"terminated": terminated},
         }]},
     }))
     .unwrap()
@@ -637,24 +651,193 @@ fn a_replay_runs_and_ends() {
     facts.pods = vec![last_word("Succeeded", "Delivered")];
     let ended = compute_replay(&replay, &facts, Ok(Outcome::Started), &support::nothing_reported());
     insta::assert_yaml_snapshot!("replay_succeeded", ended);
+}
 
-    // Final is final, whatever comes after; but the generation has been seen.
-    replay.status = Some(ended.clone());
-    replay.metadata.generation = Some(2);
-    facts.job = Some(job(Some("Failed")));
-    let after = compute_replay(
-        &replay,
-        &facts,
-        Ok(Outcome::Cancelled),
-        &replay_report(Phase::Running, 1, 1.0),
-    );
-    assert_eq!(
-        after,
-        ReplayJobStatus {
+#[test]
+fn what_has_ended_never_changes() {
+    use ReplayPhase::{Cancelled, Failed, Succeeded};
+    let mut replay = support::replay("replayjob.yaml");
+    let with = |condition, pods| replay::dereference::Facts {
+        job: Some(job(condition)),
+        pods,
+        ..Default::default()
+    };
+    let started = Ok(Outcome::Started);
+    let new = support::nothing_reported();
+    let ends = [
+        (
+            with(Some("Complete"), vec![last_word("Succeeded", "Delivered")]),
+            started,
+            Succeeded,
+        ),
+        (
+            with(Some("Failed"), vec![last_word("Failed", "NoTable")]),
+            started,
+            Failed,
+        ),
+        (with(None, vec![]), Ok(Outcome::Cancelled), Cancelled),
+    ];
+    for (facts, outcome, phase) in &ends {
+        replay.status = None;
+        replay.metadata.generation = Some(1);
+        let ended = compute_replay(&replay, facts, *outcome, &new);
+        assert_eq!(ended.phase, Some(*phase));
+        // But the generation has been seen.
+        replay.status = Some(ended.clone());
+        replay.metadata.generation = Some(2);
+        let seen = ReplayJobStatus {
             observed_generation: Some(2),
             ..ended
+        };
+        let error = Error::waiting("Accepted", Reason::PipelineNotFound, "create it");
+        for (facts, outcome, _) in &ends {
+            for outcome in [*outcome, Err(&error)] {
+                let after = compute_replay(&replay, facts, outcome, &replay_report(Phase::Running, 1, 1.0));
+                assert_eq!(after, seen);
+            }
         }
+    }
+}
+
+#[test]
+fn an_attempt_that_failed_is_told_until_the_next_one_delivers() {
+    let mut replay = support::replay("replayjob.yaml");
+    let mut tried = job(None);
+    tried.status.as_mut().unwrap().failed = Some(1);
+    let mut facts = replay::dereference::Facts {
+        job: Some(tried),
+        pods: vec![last_word("Failed", "ReceiverUnreachable")],
+        ..Default::default()
+    };
+    // The last that was heard of it is that it delivers: it was killed without a word to the operator.
+    let delivering = replay_report(Phase::Running, 5, 1.0);
+    let waiting = compute_replay(&replay, &facts, Ok(Outcome::Started), &delivering);
+    assert_eq!(waiting.phase, Some(ReplayPhase::Pending));
+    assert_eq!(
+        state(&waiting.conditions, "Progressing"),
+        Some(("False", "ReceiverUnreachable"))
     );
+    let failures = waiting.failures.clone().unwrap();
+    assert_eq!(
+        (
+            failures.count,
+            failures.last_reason.as_deref(),
+            failures.last_message.as_deref()
+        ),
+        (1, Some("ReceiverUnreachable"), Some("the sentence"))
+    );
+
+    replay.status = Some(waiting);
+    let mut next = Pod::default();
+    next.metadata.creation_timestamp = Some(Time(at(60)));
+    facts.pods.push(next);
+    let again = compute_replay(&replay, &facts, Ok(Outcome::Started), &delivering);
+    assert_eq!(again.phase, Some(ReplayPhase::Running));
+    assert_eq!(state(&again.conditions, "Progressing"), Some(("True", "Replaying")));
+    assert_eq!(again.failures, Some(failures));
+}
+
+#[test]
+fn each_failure_is_told_by_what_caused_it() {
+    let mut replay = support::replay("replayjob.yaml");
+    replay.spec.active_deadline_seconds = Some(60);
+    let mut drained = ended_pod(true, json!({"exitCode": 1}));
+    drained.status.as_mut().unwrap().conditions = from_value(json!([
+        {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI", "message": "drained"},
+    ]))
+    .unwrap();
+    let mut evicted = ended_pod(true, json!(null));
+    evicted.status.as_mut().unwrap().reason = Some("Evicted".into());
+    let tried = "BackoffLimitExceeded";
+    for (why, pods, reason, message) in [
+        (
+            "DeadlineExceeded",
+            vec![last_word("Running", "Interrupted")],
+            "DeadlineExceeded",
+            "60 s",
+        ),
+        (
+            tried,
+            vec![last_word("Failed", "NoTable")],
+            "NoTable",
+            "the sentence (It was tried 4 times.)",
+        ),
+        (
+            "PodFailurePolicy",
+            vec![last_word("Failed", "NoTable")],
+            "NoTable",
+            "the sentence",
+        ),
+        (
+            tried,
+            vec![ended_pod(true, json!({"exitCode": 137, "reason": "OOMKilled"}))],
+            "OOMKilled",
+            "resources.limits.memory",
+        ),
+        (
+            tried,
+            vec![ended_pod(true, json!({"exitCode": 139}))],
+            "PodFailed",
+            "exit code 139",
+        ),
+        (tried, vec![drained], "EvictionByEvictionAPI", "drained"),
+        (tried, vec![evicted], "Evicted", "Pod p failed"),
+        (tried, vec![], "JobFailed", "kubectl logs job/last-seconds-replay"),
+    ] {
+        let mut failed = job(Some("Failed"));
+        let status = failed.status.as_mut().unwrap();
+        status.failed = Some(4);
+        status.conditions.as_mut().unwrap()[0].reason = Some(why.into());
+        let facts = replay::dereference::Facts {
+            job: Some(failed),
+            pods,
+            ..Default::default()
+        };
+        let status = compute_replay(&replay, &facts, Ok(Outcome::Started), &support::nothing_reported());
+        for type_ in ["Failed", "Progressing", "Stalled"] {
+            let condition = status
+                .conditions
+                .iter()
+                .find(|condition| condition.type_ == type_)
+                .unwrap();
+            assert_eq!(condition.reason, reason);
+            assert!(condition.message.contains(message), "{}", condition.message);
+        }
+    }
+}
+
+#[test]
+fn a_replay_that_says_nothing_is_not_said_to_deliver() {
+    let mut replay = support::replay("replayjob.yaml");
+    let facts = replay::dereference::Facts {
+        job: Some(job(None)),
+        ..Default::default()
+    };
+    let delivering = replay_report(Phase::Running, 5, 1.0);
+    let progressing = |replay: &ReplayJob, observation: &Observation| {
+        let status = compute_replay(replay, &facts, Ok(Outcome::Started), observation);
+        let (status, reason) = state(&status.conditions, "Progressing").unwrap();
+        (status.to_owned(), reason.to_owned())
+    };
+    let silent = |observation: Observation| Observation {
+        silence: Duration::from_secs(31),
+        ..observation
+    };
+    let new = support::nothing_reported();
+    let is = |status: &str, reason: &str| (status.to_owned(), reason.to_owned());
+    assert_eq!(progressing(&replay, &new), is("False", "Starting"));
+    assert_eq!(progressing(&replay, &delivering), is("True", "Replaying"));
+    assert_eq!(
+        progressing(&replay, &silent(delivering.clone())),
+        is("Unknown", "RuntimeSilent")
+    );
+    assert_eq!(
+        progressing(&replay, &silent(new.clone())),
+        is("Unknown", "RuntimeSilent")
+    );
+    // An operator that has just started goes on from what the last one wrote.
+    replay.status = Some(compute_replay(&replay, &facts, Ok(Outcome::Started), &delivering));
+    assert_eq!(progressing(&replay, &new), is("True", "Replaying"));
 }
 
 #[test]
@@ -669,8 +852,16 @@ fn each_end_has_its_phase_and_its_condition() {
         ..Default::default()
     };
     let new = support::nothing_reported();
-    let check = |facts: &_, outcome, observation: &_, phase, type_: &str, expected| {
+    let check = |facts: &_, outcome, observation: &_, phase, type_: &str, expected: (&str, &str)| {
         let status = compute_replay(&replay, facts, outcome, observation);
+        if matches!(type_, "Complete" | "Failed") || expected.0 == "False" {
+            // The column shows the reason that matters.
+            assert_eq!(
+                state(&status.conditions, "Progressing"),
+                Some(("False", expected.1)),
+                "{status:?}"
+            );
+        }
         assert_eq!(status.phase, Some(phase), "{status:?}");
         assert_eq!(state(&status.conditions, type_), Some(expected), "{status:?}");
     };

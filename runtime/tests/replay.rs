@@ -17,8 +17,8 @@ use meander_config::{
     ResourceIdentity, Speed,
 };
 use meander_proto::v1::{
-    DeliverAck, Directive, ProgressUpdate, ReplayEvent, ReplayProgress, ReplayRequest, ReplayedRecord,
-    StreamProgressRequest,
+    ControlReplayRequest, ControlReplayResponse, DeliverAck, Directive, ProgressUpdate, ReplayEvent, ReplayProgress,
+    ReplayRequest, ReplayedRecord, StreamProgressRequest,
     progress_tracker_server::{ProgressTracker, ProgressTrackerServer},
     progress_update,
     replay_progress::Phase,
@@ -510,6 +510,13 @@ impl ProgressTracker for Operator {
         &self,
         _: Request<StreamProgressRequest>,
     ) -> Result<Response<Self::StreamProgressStream>, Status> {
+        Err(Status::unimplemented("not here"))
+    }
+
+    async fn control_replay(
+        &self,
+        _: Request<ControlReplayRequest>,
+    ) -> Result<Response<ControlReplayResponse>, Status> {
         Err(Status::unimplemented("not here"))
     }
 }

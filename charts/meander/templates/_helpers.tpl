@@ -31,10 +31,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 - apiGroups: [meander.dev]
   resources: [cdcpipelines]
   verbs: [patch]
-# A finished replay is deleted after its ttlSecondsAfterFinished.
+# A finished replay is deleted after its ttlSecondsAfterFinished. What somebody asks of one over gRPC is written to its spec, if they
+# may patch it themselves.
 - apiGroups: [meander.dev]
   resources: [replayjobs]
-  verbs: [delete]
+  verbs: [patch, delete]
 - apiGroups: [meander.dev]
   resources: [cdcpipelines/status, replayjobs/status]
   verbs: [patch]

@@ -81,8 +81,7 @@ fn ending_of(job: &Job) -> Option<Ending> {
     if job::condition(job, "Complete").is_some() {
         return Some(Ending::Dropped);
     }
-    job::condition(job, "Failed")
-        .map(|failed| Ending::LeftBehind(format!("the Job {} failed: {failed}", job.name_any())))
+    job::said(job, "Failed").map(|failed| Ending::LeftBehind(format!("the Job {} failed: {failed}", job.name_any())))
 }
 
 fn is_overdue(pipeline: &CdcPipeline, leading_since: Timestamp, now: Timestamp) -> bool {

@@ -119,6 +119,7 @@ async fn reconcile_key(key: &ResourceKey, context: &Context) -> Result<Action, E
     let generation = pipeline.metadata.generation.unwrap_or(0);
     context.tracker.direct(
         key,
+        &uid,
         Directive {
             generation,
             ..Directive::default()

@@ -1,4 +1,4 @@
-//! Who may report, and who may watch.
+//! Who may report, who may watch, and who may control.
 
 use std::fmt::Debug;
 
@@ -71,12 +71,18 @@ impl Authenticator {
         }
     }
 
-    /// Lets those watch who may read the resource.
+    /// Lets those watch or control a resource who may `get` or `patch` it in Kubernetes. Returns who it is.
     ///
     /// # Errors
     /// UNAUTHENTICATED without a good token, PERMISSION_DENIED without the right.
-    pub async fn watcher(&self, metadata: &MetadataMap, key: &ResourceKey) -> Result<(), Status> {
+    pub async fn permitted(
+        &self,
+        metadata: &MetadataMap,
+        verb: &'static str,
+        key: &ResourceKey,
+    ) -> Result<String, Status> {
         let user = self.user(metadata).await?;
+        let name = user.username.clone().unwrap_or_default();
         let plural = match key.kind {
             Kind::CdcPipeline => "cdcpipelines",
             Kind::ReplayJob => "replayjobs",
@@ -90,7 +96,7 @@ impl Authenticator {
                 resource_attributes: Some(ResourceAttributes {
                     group: Some("meander.dev".to_owned()),
                     resource: Some(plural.to_owned()),
-                    verb: Some("get".to_owned()),
+                    verb: Some(verb.to_owned()),
                     namespace: Some(key.namespace.clone()),
                     name: Some(key.name.clone()),
                     ..ResourceAttributes::default()
@@ -105,10 +111,10 @@ impl Authenticator {
             .await
             .map_err(unavailable)?;
         if answer.status.is_some_and(|status| status.allowed) {
-            Ok(())
+            Ok(name)
         } else {
             Err(Status::permission_denied(format!(
-                "you may not get {plural} {}/{}",
+                "{name} may not {verb} {plural} {}/{}",
                 key.namespace, key.name
             )))
         }

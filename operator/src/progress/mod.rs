@@ -1,6 +1,7 @@
 //! What runtime pods report, and what they are told.
 
 mod auth;
+mod control;
 mod service;
 mod tracker;
 

@@ -4,7 +4,8 @@ use std::{future::ready, pin::Pin, sync::Arc, time::Duration};
 
 use futures::{Stream, StreamExt as _, stream};
 use meander_proto::v1::{
-    Directive, ProgressUpdate, ResourceReference, StreamProgressRequest, progress_tracker_server::ProgressTracker,
+    ControlReplayRequest, ControlReplayResponse, Directive, ProgressUpdate, ResourceReference, StreamProgressRequest,
+    progress_tracker_server::ProgressTracker,
 };
 use prometheus::IntGauge;
 use tokio::time::timeout;
@@ -12,22 +13,20 @@ use tokio_stream::wrappers::WatchStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Authenticator, Kind, ResourceKey, Tracker};
-use crate::lease::Claim;
+use super::{Authenticator, Kind, ResourceKey, Tracker, control::control, tracker::Shown};
+use crate::context::Context;
 
+/// A call that changes something is answered within this time.
+const ANSWER: Duration = Duration::from_secs(20);
 /// The first update must come within this time.
 const INTRODUCTION: Duration = Duration::from_secs(10);
 
 /// `meander.v1.ProgressTracker`.
 pub struct ProgressTrackerService {
-    /// What is known.
-    pub tracker: Arc<Tracker>,
+    /// What every reconcile shares.
+    pub context: Arc<Context>,
     /// Who may call.
     pub authenticator: Authenticator,
-    /// Only the leader answers.
-    pub claim: Claim,
-    /// Counts open streams of runtime pods.
-    pub streams: IntGauge,
     /// Ends every stream.
     pub shutdown: CancellationToken,
 }
@@ -36,7 +35,7 @@ type Responses<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 impl ProgressTrackerService {
     fn leading(&self) -> Result<(), Status> {
-        if self.claim.is_held() {
+        if self.context.claim.is_held() {
             Ok(())
         } else {
             Err(Status::unavailable("this operator does not lead; try again"))
@@ -99,13 +98,15 @@ impl ProgressTracker for ProgressTrackerService {
             .ok_or_else(|| Status::invalid_argument("the first update names the resource"))?;
         let (key, uid) = key(first.resource.clone())?;
         self.authenticator.reporter(&metadata, &key, &uid).await?;
-        let directives = self.tracker.connect(&key, &uid).ok_or_else(|| unknown(&key))?;
-        self.streams.inc();
+        let tracker = self.context.tracker.clone();
+        let directives = tracker.connect(&key, &uid).ok_or_else(|| unknown(&key))?;
+        let streams = self.context.metrics.progress_streams.clone();
+        streams.inc();
         let connection = Connection {
-            tracker: self.tracker.clone(),
+            tracker,
             key: key.clone(),
             uid,
-            streams: self.streams.clone(),
+            streams,
         };
         tracing::info!(
             kind = key.kind.as_str(),
@@ -139,11 +140,40 @@ impl ProgressTracker for ProgressTrackerService {
         self.leading()?;
         let (metadata, _, request) = request.into_parts();
         let (key, _) = key(request.resource)?;
-        self.authenticator.watcher(&metadata, &key).await?;
-        let updates = self.tracker.follow(&key).ok_or_else(|| unknown(&key))?;
-        let updates = WatchStream::new(updates)
-            .filter_map(|update| ready(update.map(Ok)))
+        self.authenticator.permitted(&metadata, "get", &key).await?;
+        let shown = self.context.tracker.follow(&key).ok_or_else(|| unknown(&key))?;
+        let updates = WatchStream::new(shown)
+            .flat_map(|Shown { update, last }| {
+                // None ends the stream.
+                let end = last.then_some(None);
+                stream::iter(update.map(|update| Some(Ok(update))).into_iter().chain(end))
+            })
+            .take_while(|update| ready(update.is_some()))
+            .filter_map(ready)
             .take_until(self.shutdown.clone().cancelled_owned());
         Ok(Response::new(Box::pin(updates)))
+    }
+
+    async fn control_replay(
+        &self,
+        request: Request<ControlReplayRequest>,
+    ) -> Result<Response<ControlReplayResponse>, Status> {
+        self.leading()?;
+        let (metadata, _, request) = request.into_parts();
+        let key = ResourceKey {
+            kind: Kind::ReplayJob,
+            namespace: request.namespace.clone(),
+            name: request.name.clone(),
+        };
+        let user = self.authenticator.permitted(&metadata, "patch", &key).await?;
+        // Only what a controller has seen is asked for: a name from elsewhere could be anything.
+        if self.context.tracker.follow(&key).is_none() {
+            return Err(unknown(&key));
+        }
+        let answer = timeout(ANSWER, control(&self.context, &key, &user, request));
+        let generation = answer
+            .await
+            .map_err(|_| Status::deadline_exceeded("the API server did not answer in time; see the spec"))??;
+        Ok(Response::new(ControlReplayResponse { generation }))
     }
 }

@@ -70,12 +70,22 @@ pub struct Observation {
     pub since_written: Option<Duration>,
 }
 
+/// What those who follow a resource see.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Shown {
+    /// The full state; none before anybody knows it.
+    pub update: Option<ProgressUpdate>,
+    /// Nothing comes after it.
+    pub last: bool,
+}
+
 #[derive(Debug)]
 struct Entry {
     uid: String,
     /// When silence began, while there is no report.
     silent_from: Instant,
-    report: watch::Sender<Option<ProgressUpdate>>,
+    report: Option<ProgressUpdate>,
+    shown: watch::Sender<Shown>,
     reported: Option<Instant>,
     directive: watch::Sender<Option<Directive>>,
     streams: usize,
@@ -123,12 +133,13 @@ impl Tracker {
     pub fn observe(&self, key: &ResourceKey, uid: &str) -> Observation {
         let mut entries = self.lock();
         if entries.get(key).is_some_and(|entry| entry.uid != uid) {
-            entries.remove(key);
+            retire(key, entries.remove(key));
         }
         let entry = entries.entry(key.clone()).or_insert_with(|| Entry {
             uid: uid.to_owned(),
             silent_from: Instant::now(),
-            report: watch::channel(None).0,
+            report: None,
+            shown: watch::channel(Shown::default()).0,
             reported: None,
             directive: watch::channel(None).0,
             streams: 0,
@@ -136,22 +147,50 @@ impl Tracker {
             written: None,
         });
         Observation {
-            report: entry.report.borrow().clone(),
+            report: entry.report.clone(),
             silence: entry.reported.unwrap_or(entry.silent_from).elapsed(),
             connected: entry.streams > 0,
             since_written: entry.written.map(|written| written.elapsed()),
         }
     }
 
-    /// What the resource's spec asks of its runtime now.
-    pub fn direct(&self, key: &ResourceKey, directive: Directive) {
-        if let Some(entry) = self.lock().get(key) {
+    /// What the resource's spec asks of its runtime now. An older spec than the last one asks nothing: several tasks read it.
+    pub fn direct(&self, key: &ResourceKey, uid: &str, directive: Directive) {
+        if let Some(entry) = self.lock().get(key).filter(|entry| entry.uid == uid) {
             entry.directive.send_if_modified(|current| {
-                let changed = current.as_ref() != Some(&directive);
-                if changed {
+                let news = current
+                    .as_ref()
+                    .is_none_or(|current| *current != directive && current.generation <= directive.generation);
+                if news {
                     *current = Some(directive);
                 }
-                changed
+                news
+            });
+        }
+    }
+
+    /// Shows to those who follow the resource what its status says, where no runtime knows better.
+    pub fn show(&self, key: &ResourceKey, status: ProgressUpdate) {
+        if let Some(entry) = self.lock().get(key).filter(|entry| entry.report.is_none()) {
+            entry.shown.send_if_modified(|shown| {
+                let same = |update: &ProgressUpdate| {
+                    (&update.conditions, &update.progress) == (&status.conditions, &status.progress)
+                };
+                let news = !shown.last && !shown.update.as_ref().is_some_and(same);
+                if news {
+                    shown.update = Some(status);
+                }
+                news
+            });
+        }
+    }
+
+    /// The resource has come to its end, as its status says: those who follow it are told, and need not wait for more.
+    pub fn conclude(&self, key: &ResourceKey, status: ProgressUpdate) {
+        if let Some(entry) = self.lock().get(key).filter(|entry| !entry.shown.borrow().last) {
+            entry.shown.send_replace(Shown {
+                update: Some(status),
+                last: true,
             });
         }
     }
@@ -159,7 +198,7 @@ impl Tracker {
     /// The resource's runtime starts anew: what the last one said is past, and the next one has yet to speak.
     pub fn restarted(&self, key: &ResourceKey) {
         if let Some(entry) = self.lock().get_mut(key) {
-            entry.report.send_replace(None);
+            entry.report = None;
             entry.reported = None;
             entry.silent_from = Instant::now();
         }
@@ -174,7 +213,7 @@ impl Tracker {
 
     /// The resource is gone; its streams end.
     pub fn forget(&self, key: &ResourceKey) {
-        self.lock().remove(key);
+        retire(key, self.lock().remove(key));
     }
 
     /// A runtime has connected; what it is to be told. None for a resource that no controller has seen, or that was created
@@ -194,8 +233,8 @@ impl Tracker {
     }
 
     /// Follows the reports of a resource.
-    pub(super) fn follow(&self, key: &ResourceKey) -> Option<watch::Receiver<Option<ProgressUpdate>>> {
-        self.lock().get(key).map(|entry| entry.report.subscribe())
+    pub(super) fn follow(&self, key: &ResourceKey) -> Option<watch::Receiver<Shown>> {
+        self.lock().get(key).map(|entry| entry.shown.subscribe())
     }
 
     /// Keeps a report, and has the resource reconciled if that is due. False for a resource that is gone.
@@ -207,10 +246,15 @@ impl Tracker {
         let now = Instant::now();
         let news = entry
             .report
-            .borrow()
             .as_ref()
             .is_none_or(|last| significant(last) != significant(&update));
-        entry.report.send_replace(Some(update));
+        entry.shown.send_if_modified(|shown| {
+            if !shown.last {
+                shown.update = Some(update.clone());
+            }
+            !shown.last
+        });
+        entry.report = Some(update);
         entry.reported = Some(now);
         if news || entry.poked.is_none_or(|poked| now - poked >= POKE_INTERVAL) {
             // A full channel means that reconciles are behind already; the next report asks again.
@@ -233,6 +277,15 @@ impl Tracker {
 
     fn lock(&self) -> MutexGuard<'_, HashMap<ResourceKey, Entry>> {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A replay that is gone delivers nothing more: its runtime hears of it before Kubernetes has ended its pod.
+fn retire(key: &ResourceKey, entry: Option<Entry>) {
+    if let (Kind::ReplayJob, Some(entry)) = (key.kind, entry) {
+        entry.directive.send_modify(|directive| {
+            directive.get_or_insert_default().cancel = true;
+        });
     }
 }
 
@@ -337,12 +390,52 @@ mod tests {
             speed: "10".into(),
             ..Directive::default()
         };
-        tracker.direct(&key, directive.clone());
+        tracker.direct(&key, "uid", directive.clone());
         assert_eq!(told.borrow_and_update().clone(), Some(directive.clone()));
-        tracker.direct(&key, directive);
+        let older = Directive {
+            generation: directive.generation - 1,
+            ..Directive::default()
+        };
+        tracker.direct(&key, "uid", directive.clone());
+        tracker.direct(&key, "uid", older);
+        tracker.direct(&key, "another", Directive::default());
         assert!(!told.has_changed().unwrap());
         assert!(tracker.observe(&key, "uid").connected);
         tracker.disconnect(&key, "uid");
         assert!(!tracker.observe(&key, "uid").connected);
+        tracker.forget(&key);
+        assert_eq!(
+            told.borrow_and_update().clone(),
+            Some(Directive {
+                cancel: true,
+                ..directive
+            }),
+            "what is deleted ends at once"
+        );
+    }
+
+    #[tokio::test]
+    async fn who_follows_sees_the_status_until_a_runtime_knows_better_and_then_the_end() {
+        let (tracker, _pokes) = Tracker::new();
+        let key = ResourceKey {
+            kind: Kind::ReplayJob,
+            namespace: "ns".into(),
+            name: "r".into(),
+        };
+        tracker.observe(&key, "uid");
+        let followed = tracker.follow(&key).unwrap();
+        let seen = || {
+            let shown = followed.borrow().clone();
+            (shown.update, shown.last)
+        };
+        assert_eq!(seen(), (None, false));
+        tracker.show(&key, report("Waiting"));
+        assert_eq!(seen(), (Some(report("Waiting")), false));
+        tracker.accept(&key, "uid", report("Replaying"));
+        tracker.show(&key, report("Waiting"));
+        assert_eq!(seen(), (Some(report("Replaying")), false));
+        tracker.conclude(&key, report("Delivered"));
+        tracker.accept(&key, "uid", report("Replaying"));
+        assert_eq!(seen(), (Some(report("Delivered")), true));
     }
 }

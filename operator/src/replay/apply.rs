@@ -15,8 +15,8 @@ use crate::{
     error::{Error, Reason},
 };
 
-/// Applies what a replay needs, and deletes what it no longer needs. Returns the Job.
-pub async fn apply(context: &Context, replay: &ReplayJob, objects: Objects) -> Result<Job, Error> {
+/// Applies what a replay needs, and deletes what it no longer needs. Returns the Job that was made, if one was.
+pub async fn apply(context: &Context, replay: &ReplayJob, objects: Objects) -> Result<Option<Job>, Error> {
     let namespace = replay.namespace().unwrap_or_default();
     let owner = replay
         .controller_owner_ref(&())
@@ -35,9 +35,14 @@ pub async fn apply(context: &Context, replay: &ReplayJob, objects: Objects) -> R
         applier.apply(service).await?;
         services.push(name.as_str());
     }
-    // A Job's template can never change. What may change of a running replay reaches it as a directive, and by the ConfigMap
-    // the pod that replaces it.
-    let (job, created) = applier.create(objects.job).await?;
+    // What may change of a running replay reaches it as a directive, and by the ConfigMap the pod that replaces it.
+    let (job, created) = match objects.job {
+        Some(job) => {
+            let (job, created) = applier.create(job).await?;
+            (Some(job), created)
+        }
+        None => (None, false),
+    };
     if account || config || created {
         let selector = selector(replay);
         applier.sweep::<Job>(&selector, &[&name]).await?;

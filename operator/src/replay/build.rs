@@ -4,7 +4,10 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::{
     api::{
-        batch::v1::{Job, JobSpec, PodFailurePolicy, PodFailurePolicyOnExitCodesRequirement, PodFailurePolicyRule},
+        batch::v1::{
+            Job, JobSpec, PodFailurePolicy, PodFailurePolicyOnExitCodesRequirement,
+            PodFailurePolicyOnPodConditionsPattern, PodFailurePolicyRule,
+        },
         core::v1::{ConfigMap, Service, ServiceAccount, ServicePort, ServiceSpec},
     },
     apimachinery::pkg::{apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
@@ -21,6 +24,10 @@ use crate::{
 
 const REPLAY: &str = "replay";
 const GRPC: &str = "grpc";
+/// Name of the configuration in the ConfigMap.
+pub const CONFIG_FILE: &str = "config.yaml";
+/// The condition of a pod that Kubernetes itself ended.
+pub const DISRUPTED: &str = "DisruptionTarget";
 
 /// What a replay needs.
 #[derive(Clone, Debug)]
@@ -31,8 +38,8 @@ pub struct Objects {
     pub config_map: ConfigMap,
     /// Where subscribers find the replay, if it serves.
     pub service: Option<Service>,
-    /// The pod that replays.
-    pub job: Job,
+    /// The pod that replays; none where it is there already, since a Job's template can never change.
+    pub job: Option<Job>,
 }
 
 /// Name of everything that a replay needs.
@@ -48,12 +55,6 @@ pub fn selector(replay: &ReplayJob) -> String {
 /// Builds what a replay needs.
 pub fn build(replay: &ReplayJob, valid: &ValidReplay, settings: &Settings) -> Objects {
     let name = replay_name(replay);
-    let labels = labels(REPLAY_LABEL, &replay.name_any(), REPLAY);
-    let metadata = || ObjectMeta {
-        name: Some(name.clone()),
-        labels: Some(labels.clone()),
-        ..ObjectMeta::default()
-    };
     let pod = RuntimePod {
         command: REPLAY,
         image: &valid.image,
@@ -66,25 +67,49 @@ pub fn build(replay: &ReplayJob, valid: &ValidReplay, settings: &Settings) -> Ob
         restart_policy: "Never",
         port: valid.serve_port.map(|port| (GRPC, port)),
     };
+    let metadata = metadata(replay);
+    let labels = metadata.labels.clone().unwrap_or_default();
+    let job = Job {
+        metadata,
+        spec: Some(JobSpec {
+            backoff_limit: i32::try_from(replay.spec.backoff_limit).ok(),
+            active_deadline_seconds: replay.spec.active_deadline_seconds.map(i64::from),
+            // One pod delivers at a time: one that is told to go goes on delivering until it has gone.
+            pod_replacement_policy: Some("Failed".to_owned()),
+            pod_failure_policy: Some(pod_failure_policy()),
+            template: pod.template(settings, labels, BTreeMap::new()),
+            ..JobSpec::default()
+        }),
+        status: None,
+    };
+    Objects {
+        job: Some(job),
+        ..around(replay, &valid.config_yaml)
+    }
+}
+
+/// Builds what a replay needs whose Job is there.
+pub fn around(replay: &ReplayJob, config_yaml: &str) -> Objects {
+    let serve = replay.spec.target.grpc.as_ref().and_then(|grpc| grpc.serve.as_ref());
     Objects {
         service_account: ServiceAccount {
-            metadata: metadata(),
+            metadata: metadata(replay),
             automount_service_account_token: Some(false),
             ..ServiceAccount::default()
         },
         config_map: ConfigMap {
-            metadata: metadata(),
-            data: Some(BTreeMap::from([("config.yaml".to_owned(), valid.config_yaml.clone())])),
+            metadata: metadata(replay),
+            data: Some(BTreeMap::from([(CONFIG_FILE.to_owned(), config_yaml.to_owned())])),
             ..ConfigMap::default()
         },
-        service: valid.serve_port.map(|port| Service {
-            metadata: metadata(),
+        service: serve.map(|serve| Service {
+            metadata: metadata(replay),
             spec: Some(ServiceSpec {
                 selector: Some(BTreeMap::from([(REPLAY_LABEL.to_owned(), replay.name_any())])),
                 ports: Some(vec![ServicePort {
                     name: Some(GRPC.to_owned()),
                     app_protocol: Some("kubernetes.io/h2c".to_owned()),
-                    port: i32::from(port),
+                    port: i32::from(serve.port),
                     target_port: Some(IntOrString::String(GRPC.to_owned())),
                     protocol: Some("TCP".to_owned()),
                     ..ServicePort::default()
@@ -93,27 +118,38 @@ pub fn build(replay: &ReplayJob, valid: &ValidReplay, settings: &Settings) -> Ob
             }),
             status: None,
         }),
-        job: Job {
-            metadata: metadata(),
-            spec: Some(JobSpec {
-                backoff_limit: Some(3),
-                // One pod delivers at a time: one that is told to go goes on delivering until it has gone.
-                pod_replacement_policy: Some("Failed".to_owned()),
-                pod_failure_policy: Some(PodFailurePolicy {
-                    rules: vec![PodFailurePolicyRule {
-                        action: "FailJob".to_owned(),
-                        on_exit_codes: Some(PodFailurePolicyOnExitCodesRequirement {
-                            container_name: Some(REPLAY.to_owned()),
-                            operator: "In".to_owned(),
-                            values: vec![i32::from(meander_config::EXIT_PERMANENT)],
-                        }),
-                        on_pod_conditions: None,
-                    }],
-                }),
-                template: pod.template(settings, labels.clone(), BTreeMap::new()),
-                ..JobSpec::default()
-            }),
-            status: None,
-        },
+        job: None,
+    }
+}
+
+fn metadata(replay: &ReplayJob) -> ObjectMeta {
+    ObjectMeta {
+        name: Some(replay_name(replay)),
+        labels: Some(labels(REPLAY_LABEL, &replay.name_any(), REPLAY)),
+        ..ObjectMeta::default()
+    }
+}
+
+fn pod_failure_policy() -> PodFailurePolicy {
+    let permanent = PodFailurePolicyRule {
+        action: "FailJob".to_owned(),
+        on_exit_codes: Some(PodFailurePolicyOnExitCodesRequirement {
+            container_name: Some(REPLAY.to_owned()),
+            operator: "In".to_owned(),
+            values: vec![i32::from(meander_config::EXIT_PERMANENT)],
+        }),
+        on_pod_conditions: None,
+    };
+    // A drained node, an eviction: not the replay's fault.
+    let disrupted = PodFailurePolicyRule {
+        action: "Ignore".to_owned(),
+        on_exit_codes: None,
+        on_pod_conditions: Some(vec![PodFailurePolicyOnPodConditionsPattern {
+            type_: DISRUPTED.to_owned(),
+            status: "True".to_owned(),
+        }]),
+    };
+    PodFailurePolicy {
+        rules: vec![permanent, disrupted],
     }
 }

@@ -1,11 +1,15 @@
 //! Reads what the spec refers to, and what there is of the replay already.
 
-use k8s_openapi::api::{batch::v1::Job, core::v1::Pod};
+use k8s_openapi::api::{
+    batch::v1::Job,
+    core::v1::{ConfigMap, Pod},
+};
 use kube::{Api, ResourceExt as _, api::ListParams};
+use meander_config::ReplayConfig;
 use meander_crds::{CdcPipeline, ReplayJob};
 use serde::Deserialize;
 
-use super::build::{replay_name, selector};
+use super::build::{CONFIG_FILE, replay_name, selector};
 use crate::{
     apply::is_owned,
     conditions::ACCEPTED,
@@ -18,6 +22,9 @@ use crate::{
 /// What the cluster holds.
 #[derive(Clone, Debug, Default)]
 pub struct Facts {
+    /// What the replay was started with, once it has a Job. Then nobody looks at its pipeline and its Secrets any more: what is replayed
+    /// stays the same, whatever becomes of them.
+    pub started: Option<ReplayConfig>,
     /// The pipeline whose log is replayed.
     pub pipeline: Option<CdcPipeline>,
     /// Keys of the Secrets that the spec and its pipeline's name.
@@ -54,25 +61,23 @@ pub struct FinalWord {
 impl Facts {
     /// The last word of the newest pod, if it has spoken it.
     pub fn final_word(&self) -> Option<FinalWord> {
-        let status = pod::newest(&self.pods)?.status.as_ref()?;
-        let terminated = status
-            .container_statuses
-            .iter()
-            .flatten()
-            .find_map(|c| c.state.as_ref()?.terminated.as_ref());
-        serde_json::from_str(terminated?.message.as_deref()?).ok()
+        word_of(pod::newest(&self.pods)?)
     }
+}
+
+/// The last word of a pod, if it has spoken it.
+pub fn word_of(pod: &Pod) -> Option<FinalWord> {
+    let containers = pod.status.as_ref()?.container_statuses.iter().flatten();
+    let terminated = containers
+        .into_iter()
+        .find_map(|c| c.state.as_ref()?.terminated.as_ref());
+    serde_json::from_str(terminated?.message.as_deref()?).ok()
 }
 
 /// Reads the facts.
 pub async fn dereference(context: &Context, replay: &ReplayJob) -> Result<Facts, Error> {
     let namespace = replay.namespace().unwrap_or_default();
     let api_error = |what: &'static str| move |error| Error::from_api(ACCEPTED, what, &error);
-    let pipelines: Api<CdcPipeline> = Api::namespaced(context.client.clone(), &namespace);
-    let pipeline = pipelines
-        .get_opt(&replay.spec.pipeline_ref.name)
-        .await
-        .map_err(api_error("reading the pipeline"))?;
     let jobs: Api<Job> = Api::namespaced(context.client.clone(), &namespace);
     let job = jobs
         .get_opt(&replay_name(replay))
@@ -80,21 +85,41 @@ pub async fn dereference(context: &Context, replay: &ReplayJob) -> Result<Facts,
         .map_err(api_error("reading the Job"))?
         // The end of a replay that was deleted is not the end of the one that was created in its place.
         .filter(|job| is_owned(job, replay.metadata.uid.as_ref()));
-    let pods = match &job {
-        Some(job) => {
-            let pods: Api<Pod> = Api::namespaced(context.client.clone(), &namespace);
-            let params = ListParams::default().labels(&selector(replay));
-            let mut pods = pods.list(&params).await.map_err(api_error("listing pods"))?.items;
-            pods.retain(|pod| is_owned(pod, job.metadata.uid.as_ref()));
-            pods
-        }
-        None => Vec::new(),
-    };
-    let secrets = secrets::keys(context, &namespace, &secrets::of_replay(replay, pipeline.as_ref())).await?;
-    Ok(Facts {
-        pipeline,
-        secrets,
-        job,
-        pods,
-    })
+    let mut facts = Facts::default();
+    if let Some(job) = &job {
+        let pods: Api<Pod> = Api::namespaced(context.client.clone(), &namespace);
+        let params = ListParams::default().labels(&selector(replay));
+        facts.pods = pods.list(&params).await.map_err(api_error("listing pods"))?.items;
+        facts.pods.retain(|pod| is_owned(pod, job.metadata.uid.as_ref()));
+        let configs: Api<ConfigMap> = Api::namespaced(context.client.clone(), &namespace);
+        let config = configs
+            .get_opt(&replay_name(replay))
+            .await
+            .map_err(api_error("reading the ConfigMap"))?;
+        facts.started = config.as_ref().and_then(|config| started(config, replay));
+    }
+    facts.job = job;
+    if facts.started.is_none() {
+        let pipelines: Api<CdcPipeline> = Api::namespaced(context.client.clone(), &namespace);
+        facts.pipeline = pipelines
+            .get_opt(&replay.spec.pipeline_ref.name)
+            .await
+            .map_err(api_error("reading the pipeline"))?;
+        let mounted = secrets::of_replay(replay, facts.pipeline.as_ref());
+        facts.secrets = secrets::keys(context, &namespace, &mounted).await?;
+    }
+    Ok(facts)
+}
+
+/// The configuration of a replay with a Job; none where somebody took it away or changed it, so that it is made anew.
+fn started(config: &ConfigMap, replay: &ReplayJob) -> Option<ReplayConfig> {
+    let uid = replay.metadata.uid.as_ref();
+    let yaml = config
+        .data
+        .as_ref()?
+        .get(CONFIG_FILE)
+        .filter(|_| is_owned(config, uid))?;
+    meander_config::from_yaml(yaml)
+        .ok()
+        .filter(|config: &ReplayConfig| Some(&config.job.uid) == uid)
 }

@@ -6,12 +6,15 @@
 mod apply;
 pub mod build;
 pub mod dereference;
+pub mod failures;
+mod metrics;
+mod report;
 pub mod status;
 pub mod validate;
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
-use futures::StreamExt as _;
+use futures::{StreamExt as _, TryStreamExt as _};
 use jiff::Timestamp;
 use k8s_openapi::api::batch::v1::Job;
 use kube::{
@@ -20,6 +23,7 @@ use kube::{
     runtime::{
         Controller, WatchStreamExt as _,
         controller::{Action, Config},
+        events::EventType,
         predicates,
         reflector::{self, ObjectRef},
         utils::Predicate as _,
@@ -53,11 +57,21 @@ pub async fn run(
     ready: impl FnOnce() + Send,
 ) {
     let (store, writer) = reflector::store();
+    // Its name is a constant that is valid and of one kind; if it were not, an operator without it is better than none.
+    if let Err(error) = metrics::Phases::new(store.clone()).and_then(|phases| context.metrics.register(phases)) {
+        tracing::error!(%error, "replays are not counted");
+    }
     let changes = predicates::generation.combine(predicates::finalizers);
+    let orders = context.clone();
     let replays = watcher(api_of(&context), watcher::Config::default())
         .default_backoff()
         .reflect(writer)
         .applied_objects()
+        // An order goes out as soon as it is seen, however many reconciles are waiting for their turn.
+        .inspect_ok(move |replay| {
+            let uid = replay.uid().unwrap_or_default();
+            orders.tracker.direct(&key_of(replay), &uid, directive(replay));
+        })
         .predicate_filter(changes, Default::default());
     let owned = watcher::Config::default().labels(MANAGED_SELECTOR);
     let known = store.clone();
@@ -78,13 +92,17 @@ pub async fn run(
 
 /// One reconcile of one replay. It never fails: an error is in the status, and decides when the next one is.
 pub async fn reconcile(replay: Arc<ReplayJob>, context: Arc<Context>) -> Result<Action, Infallible> {
-    let key = ResourceKey {
+    let key = key_of(&replay);
+    let work = Box::pin(reconcile_key(&key, &context));
+    Ok(context.reconcile(&key, work).await)
+}
+
+fn key_of(replay: &ReplayJob) -> ResourceKey {
+    ResourceKey {
         kind: Kind::ReplayJob,
         namespace: replay.namespace().unwrap_or_default(),
         name: replay.name_any(),
-    };
-    let work = Box::pin(reconcile_key(&key, &context));
-    Ok(context.reconcile(&key, work).await)
+    }
 }
 
 async fn reconcile_key(key: &ResourceKey, context: &Context) -> Result<Action, Error> {
@@ -101,8 +119,9 @@ async fn reconcile_key(key: &ResourceKey, context: &Context) -> Result<Action, E
     if let Some(status) = &mut replay.status {
         conditions::keep_ours(&mut status.conditions);
     }
-    let observation = context.tracker.observe(key, &replay.uid().unwrap_or_default());
-    context.tracker.direct(key, directive(&replay));
+    let uid = replay.uid().unwrap_or_default();
+    let observation = context.tracker.observe(key, &uid);
+    context.tracker.direct(key, &uid, directive(&replay));
     let old = replay.status.clone().unwrap_or_default();
 
     let mut facts = None;
@@ -119,6 +138,9 @@ async fn reconcile_key(key: &ResourceKey, context: &Context) -> Result<Action, E
         now: Timestamp::now(),
     };
     let new = status::status(&inputs);
+    if !is_final(&new) {
+        context.tracker.show(key, report::report(&replay, &new, inputs.now));
+    }
     let significant = status::significant(&old) != status::significant(&new);
     let deferred = crate::status::write(context, &replay, key, &observation, (&old, &new), significant).await?;
     for type_ in [ACCEPTED, COMPLETE, FAILED] {
@@ -127,7 +149,16 @@ async fn reconcile_key(key: &ResourceKey, context: &Context) -> Result<Action, E
             .transition(&replay, type_, &old.conditions, &new.conditions)
             .await;
     }
+    tell_of_failures(context, &replay, &old, &new).await;
     if is_final(&new) {
+        if let Some(phase) = new.phase.filter(|_| !is_final(&old)) {
+            context
+                .metrics
+                .replays_ended
+                .with_label_values(&[&format!("{phase:?}")])
+                .inc();
+        }
+        context.tracker.conclude(key, report::report(&replay, &new, inputs.now));
         return expire(context, &api, &replay, &new).await;
     }
     outcome?;
@@ -139,7 +170,26 @@ async fn reconcile_key(key: &ResourceKey, context: &Context) -> Result<Action, E
     Ok(Action::requeue(deferred.unwrap_or(next).min(next)))
 }
 
-fn directive(replay: &ReplayJob) -> Directive {
+/// Counts the attempts that failed since the status was last written, and says so. What the last of all failed by is told as the end.
+async fn tell_of_failures(context: &Context, replay: &ReplayJob, old: &ReplayJobStatus, new: &ReplayJobStatus) {
+    let before = old.failures.as_ref().map_or(0, |failures| failures.count);
+    let Some(failures) = new.failures.as_ref().filter(|failures| failures.count > before) else {
+        return;
+    };
+    let more = u64::from(failures.count - before);
+    context.metrics.replay_attempts_failed.inc_by(more);
+    if !is_final(new) {
+        let reason = failures.last_reason.as_deref().unwrap_or("PodFailed");
+        let note = failures.last_message.as_deref().unwrap_or_default();
+        let events = &context.events;
+        events
+            .publish(replay, EventType::Warning, "Attempt", reason, note)
+            .await;
+    }
+}
+
+/// What the spec asks of the runtime now.
+pub fn directive(replay: &ReplayJob) -> Directive {
     Directive {
         generation: replay.metadata.generation.unwrap_or(0),
         paused: replay.spec.suspend,
@@ -159,14 +209,19 @@ async fn stages(
     if replay.spec.cancel {
         return cancel(context, replay, observation, facts).await;
     }
-    let valid = validate::validate(replay, facts, &context.settings)?;
-    if replay.spec.suspend && facts.job.is_none() {
-        return Ok(Outcome::Saved);
-    }
-    let objects = build::build(replay, &valid, &context.settings);
+    let objects = match &facts.started {
+        Some(config) => build::around(replay, &validate::started(replay, config.clone(), &context.settings)?),
+        None => {
+            let valid = validate::validate(replay, facts, &context.settings)?;
+            if replay.spec.suspend && facts.job.is_none() {
+                return Ok(Outcome::Saved);
+            }
+            build::build(replay, &valid, &context.settings)
+        }
+    };
     let job = Box::pin(apply::apply(context, replay, objects)).await?;
     // A Job that was read before its pods is kept: had it ended, they had spoken their last word. The newer one may have ended since.
-    facts.job.get_or_insert(job);
+    facts.job = facts.job.take().or(job);
     Ok(Outcome::Started)
 }
 
@@ -182,7 +237,9 @@ async fn cancel(
     };
     let ended = crate::job::condition(job, "Complete").or_else(|| crate::job::condition(job, "Failed"));
     let hears = observation.connected && observation.silence < SILENCE;
-    if ended.is_some() || hears || facts.final_word().is_some() {
+    // One that failed is followed by another, which there is no need for.
+    let ends = facts.final_word().is_some() && failures::between_attempts(facts).is_none();
+    if ended.is_some() || hears || ends {
         return Ok(Outcome::Started);
     }
     context.may_write(ACCEPTED)?;

@@ -1,18 +1,22 @@
 //! The status that a reconcile comes to: a value computed from the old one, from what was seen, and from what was done.
 
 use jiff::Timestamp;
-use kube::ResourceExt as _;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use meander_crds::{ReplayJob, ReplayJobStatus, ReplayPhase, ReplayProgress, ReplayRange};
 use meander_proto::v1::{self, progress_update::Progress, replay_progress::Phase};
 
-use super::dereference::{Facts, FinalWord};
+use super::{
+    dereference::{Facts, FinalWord},
+    failures::{self, Cause},
+};
 use crate::{
     conditions::{
         ACCEPTED, COMPLETE, FAILED, Judgement, PROGRESSING, RECONCILING, STALLED, SUSPENDED, Status, TRUNCATED_RANGE,
         conditions,
     },
-    error::Error,
+    error::{Error, Reason},
     format, job,
+    pipeline::status::SILENCE,
     pod::trouble,
     progress::Observation,
 };
@@ -42,6 +46,8 @@ pub struct Inputs<'a> {
     /// Now.
     pub now: Timestamp,
 }
+
+const HELD: &str = "spec.suspend is set; set it to false to go on.";
 
 /// Why a replay has ended.
 struct End {
@@ -104,6 +110,7 @@ pub fn status(inputs: &Inputs<'_>) -> ReplayJobStatus {
             .map(range)
             .or(old.resolved_range),
         progress,
+        failures: inputs.facts.and_then(failures::failures).or(old.failures),
         conditions: conditions(&old.conditions, judgements, generation, inputs.now),
     }
 }
@@ -121,6 +128,7 @@ pub fn significant(status: &ReplayJobStatus) -> impl PartialEq + '_ {
         &status.conditions,
         &status.start_time,
         &status.resolved_range,
+        &status.failures,
     )
 }
 
@@ -159,15 +167,7 @@ fn end(inputs: &Inputs<'_>, report: Option<&v1::ReplayProgress>, word: Option<&F
             message: message.to_owned(),
         });
     }
-    let failed = job::condition(job, "Failed")?;
-    // A pod that was killed leaves no word, and then the Job's own reason is all there is.
-    let (reason, message) = match word {
-        Some(word) if !word.reason.is_empty() => (word.reason.clone(), word.message.clone()),
-        _ => (
-            "JobFailed".to_owned(),
-            format!("{failed}; see kubectl logs job/{}", job.name_any()),
-        ),
-    };
+    let Cause { reason, message } = failures::of_job(inputs.replay, inputs.facts?)?;
     Some(End {
         phase: ReplayPhase::Failed,
         reason,
@@ -181,11 +181,15 @@ fn phase(inputs: &Inputs<'_>, report: Option<&v1::ReplayProgress>, old: Option<R
         Err(_) if inputs.facts.is_some_and(|facts| facts.job.is_none()) => return ReplayPhase::Pending,
         _ => {}
     }
+    if inputs.facts.and_then(failures::between_attempts).is_some() {
+        return ReplayPhase::Pending;
+    }
     match report.map(v1::ReplayProgress::phase) {
         // What the runtime calls its end is final only when its pod has ended.
-        Some(Phase::Running | Phase::Succeeded | Phase::Failed | Phase::Cancelled) => ReplayPhase::Running,
+        Some(Phase::Running | Phase::Succeeded | Phase::Cancelled) => ReplayPhase::Running,
         Some(Phase::Paused) => ReplayPhase::Paused,
-        Some(Phase::Pending | Phase::Unspecified) => ReplayPhase::Pending,
+        // The next attempt begins where this one failed.
+        Some(Phase::Pending | Phase::Unspecified | Phase::Failed) => ReplayPhase::Pending,
         None => old.unwrap_or(ReplayPhase::Pending),
     }
 }
@@ -202,24 +206,13 @@ fn judge(inputs: &Inputs<'_>, phase: ReplayPhase, end: Option<&End>) -> Vec<Judg
             .unwrap_or_else(|| Judgement::new(ACCEPTED, Status::Unknown, "NotLooked", "The cluster could not be read."))
     })];
     if phase == ReplayPhase::Paused {
-        let message = "spec.suspend is set; set it to false to go on.";
-        judgements.push(Judgement::new(SUSPENDED, Status::True, "Suspended", message));
+        judgements.push(Judgement::new(SUSPENDED, Status::True, "Suspended", HELD));
     }
     if let Some(report) = &inputs.observation.report {
-        let said = |type_: &'static str| {
-            let condition = report.conditions.iter().find(|condition| condition.r#type == type_)?;
-            Some(Judgement::new(
-                type_,
-                condition.status.into(),
-                &condition.reason,
-                &condition.message,
-            ))
-        };
-        judgements.extend(said(TRUNCATED_RANGE).filter(|truncated| truncated.status == Status::True));
-        if end.is_none() {
-            judgements.extend(said(PROGRESSING));
-        }
+        let truncated = said(report, TRUNCATED_RANGE).filter(|truncated| truncated.status == Status::True);
+        judgements.extend(truncated);
     }
+    judgements.push(progressing(inputs, end, old));
     let invalid = match inputs.outcome {
         Err(Error::Invalid(problem)) => Some(problem),
         _ => None,
@@ -254,16 +247,62 @@ fn accepted(inputs: &Inputs<'_>) -> Option<Judgement> {
         return (!problem.reason.is_passing())
             .then(|| Judgement::new(ACCEPTED, Status::False, problem.reason, &problem.message));
     }
+    Some(Judgement::new(
+        ACCEPTED,
+        Status::True,
+        "Accepted",
+        "The replay was accepted.",
+    ))
+}
+
+/// Whether changes are delivered and, where they are not, the reason that matters: this is the one of the column.
+fn progressing(inputs: &Inputs<'_>, end: Option<&End>, old: &[Condition]) -> Judgement {
+    let judgement = |status, reason: &str, message: &str| Judgement::new(PROGRESSING, status, reason, message);
+    if let Some(end) = end {
+        return judgement(Status::False, &end.reason, &end.message);
+    }
+    let starting = || judgement(Status::False, "Starting", "The replay's pod is being started.");
+    let remembered = Judgement::remembered(PROGRESSING, old);
+    match inputs.outcome {
+        Ok(Outcome::Saved) => return judgement(Status::False, "Suspended", HELD),
+        Err(error) if error.problem().reason.is_passing() => return remembered.unwrap_or_else(starting),
+        Err(error) if inputs.facts.is_none_or(|facts| facts.job.is_none()) => {
+            let problem = error.problem();
+            return judgement(Status::False, &problem.reason.to_string(), &problem.message);
+        }
+        _ => {}
+    }
+    if let Some(Cause { reason, message }) = inputs.facts.and_then(failures::between_attempts) {
+        let message = format!("The last attempt failed, and another follows: {message}");
+        return judgement(Status::False, &reason, &message);
+    }
     let trouble = inputs.facts.and_then(|facts| trouble(&facts.pods));
-    Some(match trouble {
-        Some(trouble) if inputs.observation.report.is_none() => Judgement::new(
-            ACCEPTED,
-            Status::True,
-            "PodFailing",
-            format!("The replay was accepted; {trouble}"),
-        ),
-        _ => Judgement::new(ACCEPTED, Status::True, "Accepted", "The replay was accepted."),
-    })
+    let report = inputs.observation.report.as_ref();
+    let silent = inputs.observation.silence > SILENCE;
+    match (trouble, report.and_then(|report| said(report, PROGRESSING))) {
+        (_, Some(said)) if !silent => said,
+        (Some(trouble), _) => judgement(Status::False, "PodFailing", &format!("The replay's {trouble}")),
+        // An operator that has just started goes on from what the last one wrote.
+        (None, None) if !silent => remembered
+            // What the operator itself found is found again, or is no more.
+            .filter(|judgement| judgement.reason != "Suspended" && !Reason::is_one(&judgement.reason))
+            .unwrap_or_else(starting),
+        _ => {
+            let seconds = SILENCE.as_secs();
+            let message = format!("The runtime has not reported for {seconds} s; see its pod and the pod's log.");
+            judgement(Status::Unknown, "RuntimeSilent", &message)
+        }
+    }
+}
+
+fn said(report: &v1::ProgressUpdate, type_: &'static str) -> Option<Judgement> {
+    let condition = report.conditions.iter().find(|condition| condition.r#type == type_)?;
+    Some(Judgement::new(
+        type_,
+        condition.status.into(),
+        &condition.reason,
+        &condition.message,
+    ))
 }
 
 fn conclude(phase: ReplayPhase, progress: &mut ReplayProgress) {

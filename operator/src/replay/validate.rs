@@ -52,19 +52,12 @@ pub fn validate(replay: &ReplayJob, facts: &Facts, settings: &Settings) -> Resul
             format!("CdcPipeline {name} does not exist in the namespace {namespace}; create it, or name another");
         return Err(Error::waiting(ACCEPTED, Reason::PipelineNotFound, message));
     };
-    // A replay that runs goes on, whatever becomes of its pipeline: the log is still there.
-    if facts.job.is_none() {
-        if pipeline.metadata.deletion_timestamp.is_some() {
-            let message = format!("CdcPipeline {name} is being deleted");
-            return Err(Error::waiting(ACCEPTED, Reason::PipelineTerminating, message));
-        }
-        if pipeline.spec.suspend {
-            let message = format!(
-                "CdcPipeline {name} is suspended, so its log may not reach the end of the range; go on with it: \
-                 kubectl -n {namespace} patch cdcp {name} --type merge -p '{{\"spec\":{{\"suspend\":false}}}}'"
-            );
-            return Err(Error::waiting(ACCEPTED, Reason::PipelineSuspended, message));
-        }
+    // Whether it is suspended does not matter: the log is in Kafka.
+    if facts.job.is_none() && pipeline.metadata.deletion_timestamp.is_some() {
+        let message = format!(
+            "CdcPipeline {name} is being deleted, so the replay does not start; create it again, or delete this replay"
+        );
+        return Err(Error::waiting(ACCEPTED, Reason::PipelineTerminating, message));
     }
     let time = |field: &str, time: &str| {
         time.parse::<Timestamp>()
@@ -90,11 +83,7 @@ pub fn validate(replay: &ReplayJob, facts: &Facts, settings: &Settings) -> Resul
     } else {
         ReplayEnd::Now
     };
-    let speed: Speed = spec
-        .speed
-        .to_string()
-        .parse()
-        .map_err(|error| invalid(format!("speed: {error}")))?;
+    let speed = speed(replay)?;
 
     let mounted = secrets::of_replay(replay, Some(pipeline));
     secrets::require(&facts.secrets, &namespace, &mounted)?;
@@ -145,8 +134,7 @@ pub fn validate(replay: &ReplayJob, facts: &Facts, settings: &Settings) -> Resul
         admin_address: ([0, 0, 0, 0], 9464).into(),
         termination_message_file: Some("/dev/termination-log".into()),
     };
-    let config_yaml =
-        meander_config::to_yaml(&config).map_err(|error| invalid(format!("the spec has no form in YAML: {error}")))?;
+    let config_yaml = yaml(&config)?;
     let image = pipeline
         .spec
         .runtime
@@ -161,6 +149,35 @@ pub fn validate(replay: &ReplayJob, facts: &Facts, settings: &Settings) -> Resul
         image,
         resources: spec.runtime.resources.clone(),
         log_level: spec.runtime.log_level,
+    })
+}
+
+/// What a replay that was started goes on with, as YAML: what it was started with, whatever has become of its pipeline since, but for
+/// what the spec asks of a running replay.
+///
+/// # Errors
+/// Invalid when a value means nothing.
+pub fn started(replay: &ReplayJob, config: ReplayConfig, settings: &Settings) -> Result<String, Error> {
+    let config = ReplayConfig {
+        speed: speed(replay)?,
+        suspended: replay.spec.suspend,
+        operator: Some(pod::operator_link(settings)),
+        ..config
+    };
+    yaml(&config)
+}
+
+fn speed(replay: &ReplayJob) -> Result<Speed, Error> {
+    let speed = replay.spec.speed.to_string();
+    speed
+        .parse()
+        .map_err(|error| Error::invalid(ACCEPTED, Reason::InvalidValue, format!("speed: {error}")))
+}
+
+fn yaml(config: &ReplayConfig) -> Result<String, Error> {
+    meander_config::to_yaml(config).map_err(|error| {
+        let message = format!("the spec has no form in YAML: {error}");
+        Error::invalid(ACCEPTED, Reason::InvalidValue, message)
     })
 }
 

@@ -717,10 +717,18 @@ pub fn load<T: DeserializeOwned>(path: &Path) -> Result<T, ConfigError> {
         path: path.to_owned(),
         source,
     })?;
-    serde_saphyr::from_str(&text).map_err(|source| ConfigError::Invalid {
+    from_yaml(&text).map_err(|source| ConfigError::Invalid {
         path: path.to_owned(),
         source: Box::new(source),
     })
+}
+
+/// Reads a configuration from YAML.
+///
+/// # Errors
+/// When it is none.
+pub fn from_yaml<T: DeserializeOwned>(text: &str) -> Result<T, serde_saphyr::Error> {
+    serde_saphyr::from_str(text)
 }
 
 /// Writes a configuration as the YAML that [`load`] reads.
