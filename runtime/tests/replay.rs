@@ -34,11 +34,12 @@ use meander_runtime::{
     position::{Epoch, Lsn, Position},
     replay::{self, End, error::ReplayError},
 };
-use meander_test_support::{Kafka, free_address, unique_name};
+use meander_test_support::{Kafka, Runtime, eventually, free_address, unique_name};
 use rdkafka::{
     Message as _, Offset, TopicPartitionList,
     admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
     client::DefaultClientContext,
+    consumer::{BaseConsumer, Consumer as _},
     message::{Header, OwnedHeaders},
     producer::{BaseProducer, BaseRecord, Producer as _},
 };
@@ -341,6 +342,8 @@ struct Receiver {
     /// Streams that end with an error instead of an answer.
     breaks: Arc<AtomicUsize>,
     arrivals: watch::Sender<usize>,
+    /// Records in messages that were answered.
+    answered: watch::Sender<u64>,
 }
 
 impl Receiver {
@@ -352,6 +355,7 @@ impl Receiver {
             answers: Arc::new(Semaphore::new(Semaphore::MAX_PERMITS)),
             breaks: Arc::default(),
             arrivals: watch::channel(0).0,
+            answered: watch::channel(0).0,
         };
         let server = Server::builder()
             .add_service(ReplayReceiverServer::new(receiver.clone()))
@@ -368,6 +372,13 @@ impl Receiver {
 
     fn changes(&self) -> Vec<(String, u32, i64)> {
         self.received.lock().unwrap().iter().map(change_of).collect()
+    }
+
+    /// What came since the last time, and forgets it.
+    fn take(&self) -> Vec<(String, u32, i64)> {
+        let taken = std::mem::take(&mut *self.received.lock().unwrap());
+        self.arrivals.send_replace(0);
+        taken.iter().map(change_of).collect()
     }
 
     async fn until(&self, records: usize) {
@@ -388,6 +399,7 @@ impl ReplayReceiver for Receiver {
         let receiver = self.clone();
         tokio::spawn(async move {
             while let Some(Ok(event)) = events.next().await {
+                let records = u64::try_from(event.records.len()).unwrap();
                 let arrived = {
                     let mut received = receiver.received.lock().unwrap();
                     received.extend(event.records);
@@ -399,7 +411,11 @@ impl ReplayReceiver for Receiver {
                     let _ = answer.send(Err(Status::unavailable("restarting"))).await;
                     return;
                 }
-                receiver.answers.acquire().await.unwrap().forget();
+                tokio::select! {
+                    permit = receiver.answers.acquire() => permit.unwrap().forget(),
+                    () = answer.closed() => return,
+                }
+                receiver.answered.send_modify(|answered| *answered += records);
                 let token = event.resume_token;
                 if answer.send(Ok(DeliverAck { resume_token: token })).await.is_err() {
                     return;
@@ -1022,7 +1038,7 @@ async fn subscribers_show_a_token_and_go_on_where_they_left() {
         ..log.config(ReplayTarget::GrpcServe { address, token_file })
     };
     let replay = start(config);
-    let channel = meander_test_support::eventually("the replay serves", LIMIT, async || {
+    let channel = eventually("the replay serves", LIMIT, async || {
         tonic::transport::Endpoint::from_shared(format!("http://{address}"))
             .unwrap()
             .connect()
@@ -1094,7 +1110,7 @@ async fn a_cancelled_subscription_does_not_end_as_if_it_were_complete() {
         ..log.config(ReplayTarget::GrpcServe { address, token_file })
     };
     let replay = start(config);
-    let channel = meander_test_support::eventually("the replay serves", LIMIT, async || {
+    let channel = eventually("the replay serves", LIMIT, async || {
         tonic::transport::Endpoint::from_shared(format!("http://{address}"))
             .unwrap()
             .connect()
@@ -1169,4 +1185,111 @@ async fn the_last_committed_record_is_found_behind_what_nobody_sees() {
             .unwrap()
             .is_none()
     );
+}
+
+/// So many transactions of one change each, in turn in all partitions that are written to.
+fn long_history(transactions: u64) -> Vec<Change> {
+    (0..transactions)
+        .map(|number| {
+            let (table, partition) = match number % 4 {
+                3 => ("orders", 0),
+                n => ("trades", i32::try_from(n).unwrap()),
+            };
+            let commit_time = START + i64::try_from(number).unwrap() * 1000;
+            change(0x100 + number * 0x10, 0, commit_time, table, partition)
+        })
+        .collect()
+}
+
+/// How many records are delivered, as the job's consumer group says it.
+async fn kept(config: &ReplayConfig) -> u64 {
+    let ResourceIdentity { namespace, name, uid } = &config.job;
+    let consumer: BaseConsumer = Kafka::shared()
+        .await
+        .client_config()
+        .set("group.id", format!("meander-replay.{namespace}.{name}.{uid}"))
+        .create()
+        .unwrap();
+    let topic = checkpoint_topic(&config.pipeline.namespace, &config.pipeline.name);
+    let committed = tokio::task::block_in_place(|| {
+        let mut wanted = TopicPartitionList::new();
+        wanted.add_partition(&topic, 0);
+        consumer.committed_offsets(wanted, LIMIT).unwrap()
+    });
+    let note = committed.find_partition(&topic, 0).unwrap().metadata().to_owned();
+    let note: serde_json::Value = serde_json::from_str(&note).unwrap_or_default();
+    note["done"]["delivered"].as_u64().unwrap_or_default()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replay_that_is_killed_goes_on_after_what_was_answered_and_in_the_same_range() {
+    let mut log = Log::new().await;
+    let changes = long_history(20_000);
+    for part in changes.chunks(500) {
+        log.commit(part);
+    }
+    let receiver = Receiver::start().await;
+    receiver.answers.forget_permits(Semaphore::MAX_PERMITS);
+    let config = ReplayConfig {
+        admin_address: free_address(),
+        ..log.config(receiver.target())
+    };
+    let mut runtime = Runtime::replay(&config);
+
+    // What was answered is kept within a second, and is not delivered again.
+    receiver.answers.add_permits(8);
+    let answered = eventually("what was answered is kept", LIMIT, async || {
+        let (kept, permits) = (kept(&config).await, receiver.answers.available_permits());
+        let settled = permits == 0 && kept == *receiver.answered.borrow();
+        if settled {
+            Ok(kept)
+        } else {
+            Err(format!("{kept}, {permits} left"))
+        }
+    })
+    .await;
+    runtime.kill9();
+    let first = receiver.take();
+    assert!(answered > 0 && answered < 20_000, "{answered}");
+    assert_eq!(first, expected(&changes[..first.len()]));
+
+    // A range that is frozen holds nothing that is written later.
+    log.commit(&[change(0xF_0000, 0, START + 3600 * SECOND, "orders", 0)]);
+    runtime.start_again();
+    let begin = usize::try_from(answered).unwrap();
+    receiver.until(1).await;
+    // What is answered now may not be kept yet when it dies; then it comes again, and is not left out.
+    receiver.answers.add_permits(4);
+    eventually("four more are answered", LIMIT, async || {
+        match receiver.answers.available_permits() {
+            0 => Ok(()),
+            left => Err(left),
+        }
+    })
+    .await;
+    runtime.kill9();
+    let second = receiver.take();
+    assert_eq!(second, expected(&changes[begin..begin + second.len()]));
+
+    runtime.start_again();
+    receiver.answers.add_permits(1000);
+    let status = runtime.process().wait(LIMIT);
+    assert!(status.success(), "{}", runtime.process().log_tail());
+    let third = receiver.take();
+    let begin = changes.len() - third.len();
+    let all_answered = *receiver.answered.borrow() - u64::try_from(third.len()).unwrap();
+    assert!(
+        (answered..=all_answered).contains(&u64::try_from(begin).unwrap()),
+        "{begin} of {all_answered}"
+    );
+    assert_eq!(third, expected(&changes[begin..]));
+    assert_eq!(kept(&config).await, 20_000);
+
+    // A pod that is started again after the end has nothing left to do; another job has.
+    runtime.start_again();
+    assert!(runtime.process().wait(LIMIT).success());
+    assert_eq!(receiver.take(), []);
+    let other = log.config(receiver.target());
+    assert_eq!(replay(other).await.unwrap(), End::Complete);
+    assert_eq!(receiver.take().len(), changes.len() + 1);
 }

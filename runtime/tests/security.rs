@@ -11,7 +11,7 @@ use std::{
 use common::{LIMIT, config};
 use meander_config::{
     CaptureConfig, ClientCertificate, Durability, KafkaSasl, KafkaSink, KafkaTls, PostgresSource, ReplayConfig,
-    ReplayEnd, ReplayStart, ReplayTarget, SaslMechanism, Speed, SslMode, TopicManagement,
+    ReplayEnd, ReplayStart, ReplayTarget, ResourceIdentity, SaslMechanism, Speed, SslMode, TopicManagement,
 };
 use meander_runtime::{
     kafka_client::require_admission,
@@ -394,9 +394,14 @@ async fn kafka_is_used_over_tls_and_sasl_with_no_more_than_the_grants_of_the_doc
     execute(&postgres, "INSERT INTO t SELECT generate_series(1, 1000)").await;
     assert_eq!(wait_for_records(&kafka.client_config(), &topic, 1000).await, 1000);
 
-    // The replay reads with the same settings, and needs no more.
+    // The replay reads with the same settings, and needs no more, but for a place of its own.
+    let receiver = free_address();
+    tokio::spawn(meander_workload::receive::serve(receiver, None));
     let replay = ReplayConfig {
-        job: config.pipeline.clone(),
+        job: ResourceIdentity {
+            uid: "42".to_owned(),
+            ..config.pipeline.clone()
+        },
         pipeline: config.pipeline.clone(),
         slot_name: config.source.slot_name.clone(),
         kafka: config.kafka.log(),
@@ -404,12 +409,27 @@ async fn kafka_is_used_over_tls_and_sasl_with_no_more_than_the_grants_of_the_doc
         to: ReplayEnd::Now,
         speed: Speed::Max,
         suspended: false,
-        target: ReplayTarget::Log,
+        target: ReplayTarget::GrpcCall {
+            endpoint: format!("http://{receiver}"),
+        },
         operator: None,
         admin_address: free_address(),
         termination_message_file: None,
     };
     let mut replay = Runtime::replay(&replay);
+    let refused = replay.process().wait(LIMIT);
+    let said = replay.process().log_tail();
+    assert_eq!(
+        refused.code(),
+        Some(i32::from(meander_config::EXIT_PERMANENT)),
+        "{said}"
+    );
+    let right = "--operation Read --group meander-replay. --resource-pattern-type prefixed";
+    assert!(said.contains(right), "{said}");
+    kafka
+        .tool(ACLS, &format!("--add --allow-principal User:meander {right}"))
+        .await;
+    replay.start_again();
     assert!(
         replay.process().wait(LIMIT).success(),
         "{}",

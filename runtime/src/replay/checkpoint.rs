@@ -1,7 +1,9 @@
 //! What a replay goes on from after a crash.
 //!
-//! A target that is exactly once keeps it beside what it delivered, in one transaction with it. The range is kept as it was resolved,
-//! partition by partition, so that whoever goes on replays the same one.
+//! A target that is exactly once keeps it beside what it delivered, in one transaction with it; for others, [`super::keeper`] keeps it. The
+//! range is kept as it was resolved, partition by partition, so that whoever goes on replays the same one.
+
+use serde::{Deserialize, Serialize};
 
 use super::{range::Range, record::ResumeToken, target::Mark};
 
@@ -15,7 +17,8 @@ pub struct Checkpoint {
 }
 
 /// What is delivered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Done {
     /// Names the place after the last record.
     pub resume: ResumeToken,

@@ -7,6 +7,7 @@
 pub mod checkpoint;
 pub mod drive;
 pub mod error;
+pub mod keeper;
 pub mod merge;
 pub mod meter;
 pub mod orders;
@@ -42,6 +43,7 @@ use self::{
     checkpoint::Checkpoint,
     drive::{Report, drive},
     error::ReplayError,
+    keeper::{AtLeastOnce, Keeping, Kept},
     meter::Meter,
     orders::Orders,
     range::Range,
@@ -124,10 +126,10 @@ async fn replay(
         shutdown,
     };
     match &config.target {
-        ReplayTarget::GrpcCall { endpoint } => job.deliver(GrpcCall::new(endpoint.clone())).await,
+        ReplayTarget::GrpcCall { endpoint } => job.deliver_kept::<GrpcCall>(endpoint).await,
         ReplayTarget::Log => job.deliver(Log::stdout()).await,
         ReplayTarget::GrpcServe { address, token_file } => job.serve(*address, token_file.clone()).await,
-        ReplayTarget::Postgres(server) => job.deliver_exactly::<Postgres>(server).await,
+        ReplayTarget::Postgres(server) => job.deliver_resumably::<Postgres>(server).await,
     }
 }
 
@@ -171,9 +173,23 @@ impl Job<'_> {
         grpc_serve::serve(offer, address, token_file, self.shutdown).await
     }
 
+    /// Delivers the range to a target for which it is kept how far it is.
+    async fn deliver_kept<T: AtLeastOnce<Settings: Clone>>(self, settings: &T::Settings) -> Result<End, ReplayError> {
+        // Without a UID nobody can tell this replay from an earlier one of its name, which it must not go on with.
+        if self.config.job.uid.is_empty() {
+            return self.deliver(T::new(settings)).await;
+        }
+        let keeping = Keeping {
+            kafka: self.config.kafka.clone(),
+            pipeline: self.config.pipeline.clone(),
+            target: settings.clone(),
+        };
+        self.deliver_resumably::<Kept<T>>(&keeping).await
+    }
+
     /// Delivers the range to a target that knows how far it is, in sessions: whatever befalls the target ends one, and the next goes on
     /// from what the target has, as after a crash.
-    async fn deliver_exactly<T: Resumable>(mut self, settings: &T::Settings) -> Result<End, ReplayError> {
+    async fn deliver_resumably<T: Resumable>(mut self, settings: &T::Settings) -> Result<End, ReplayError> {
         let mut delays = backoff();
         let mut failing: Option<(Instant, Option<Coordinate>)> = None;
         loop {
@@ -224,10 +240,15 @@ impl Job<'_> {
             Some(done) => {
                 tally.restore(&done);
                 tracing::info!(after = %done.resume.coordinate, delivered = done.delivered, "going on");
-                let (range, kafka) = (range.clone(), self.config.kafka.clone());
-                spawn_blocking(move || range::resume(&range, &kafka, done.resume))
-                    .await
-                    .map_err(|_| ReplayError::TaskStopped("finding the place to go on from"))??
+                match target.rest() {
+                    Some(rest) => rest,
+                    None => {
+                        let (range, kafka) = (range.clone(), self.config.kafka.clone());
+                        spawn_blocking(move || range::resume(&range, &kafka, done.resume))
+                            .await
+                            .map_err(|_| ReplayError::TaskStopped("finding the place to go on from"))??
+                    }
+                }
             }
         };
         self.report.resolved(&range, &mut meter);

@@ -396,6 +396,14 @@ pub fn resume(range: &Range, kafka: &KafkaLog, token: ResumeToken) -> Result<Ran
     Ok(rest)
 }
 
+/// Every partition of every topic of the pipeline. Blocks.
+///
+/// # Errors
+/// When Kafka does not say.
+pub(super) fn partitions(kafka: &KafkaLog, checkpoint_topic: &str) -> Result<Vec<(Arc<str>, i32)>, ReplayError> {
+    Offsets::connect(kafka, "read_committed")?.partitions(&kafka.topic_prefix, checkpoint_topic)
+}
+
 /// Waits until every transaction that has records below the frozen ends is decided and marked.
 ///
 /// Invariant for the reader: from here on the last stable offset of each partition is at or after its frozen end, and it never

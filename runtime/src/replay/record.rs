@@ -184,6 +184,20 @@ impl FromStr for ResumeToken {
     }
 }
 
+impl serde::Serialize for ResumeToken {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for ResumeToken {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?
+            .parse()
+            .map_err(serde::de::Error::custom)
+    }
+}
+
 impl From<&Record> for ResumeToken {
     fn from(record: &Record) -> Self {
         Self {

@@ -12,6 +12,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming, transport::Endpoint};
 
 use super::{Batch, Mark, Tally, Target, TargetError};
+use crate::replay::keeper::AtLeastOnce;
 
 /// Messages that may be without an answer.
 const WINDOW: usize = 8;
@@ -41,12 +42,13 @@ enum Broken {
     Fatal(TargetError),
 }
 
-impl GrpcCall {
-    /// A target that calls `endpoint`, `http://host:port`.
-    #[must_use]
-    pub fn new(endpoint: String) -> Self {
+impl AtLeastOnce for GrpcCall {
+    /// `http://host:port`.
+    type Settings = String;
+
+    fn new(endpoint: &String) -> Self {
         Self {
-            endpoint,
+            endpoint: endpoint.clone(),
             unanswered: VecDeque::with_capacity(WINDOW),
             more: true,
             failing_since: None,

@@ -24,7 +24,7 @@ use super::{
     range::Range,
     record::{Coordinate, Record, ResumeToken},
 };
-use crate::source::postgres::preflight::SourceError;
+use crate::{sink::SinkError, source::postgres::preflight::SourceError};
 
 /// Takes batches until there are no more.
 pub trait Target: Send + 'static {
@@ -36,7 +36,7 @@ pub trait Target: Send + 'static {
     fn run(self, batches: mpsc::Receiver<Batch>, tally: Tally) -> impl Future<Output = Result<(), TargetError>> + Send;
 }
 
-/// Keeps how far the replay is, together with what it delivered, and so is exactly once.
+/// Keeps how far the replay is, or has it kept. One that does it together with what it delivers is exactly once.
 pub trait Resumable: Target + Sized {
     /// Where it goes.
     type Settings: Sync;
@@ -49,6 +49,11 @@ pub trait Resumable: Target + Sized {
 
     /// Notes the range of a replay that begins.
     fn begin(&mut self, range: &Range) -> impl Future<Output = Result<(), TargetError>> + Send;
+
+    /// What is left of the range, where it is kept by offsets; otherwise it is found by the last record.
+    fn rest(&self) -> Option<Range> {
+        None
+    }
 }
 
 /// Records in commit order that are handed over together; at least one.
@@ -244,6 +249,29 @@ pub enum TargetError {
     /// Somebody else delivers the same replay.
     #[error("another process goes on with this replay, so this one stops")]
     TakenOver,
+    /// Kafka does not keep how far the replay is.
+    #[error(
+        "the place of the replay cannot be kept in the consumer group {group} of Kafka: {cause}; check that Kafka is up and that this \
+         client may read the group and the pipeline's topics"
+    )]
+    PlaceNotKept {
+        /// The group.
+        group: String,
+        /// What Kafka said.
+        cause: String,
+    },
+    /// This client may not use the consumer group.
+    #[error(
+        "Kafka does not allow this client to keep the place of the replay in the consumer group {group}; run kafka-acls.sh --add \
+         --allow-principal User:… --operation Read --group meander-replay. --resource-pattern-type prefixed"
+    )]
+    GroupForbidden {
+        /// The group.
+        group: String,
+    },
+    /// Kafka does not admit this replay.
+    #[error(transparent)]
+    NotAdmitted(#[from] SinkError),
     /// What an earlier process left cannot be read.
     #[error("the place to go on from, in {place}, cannot be read: {cause}; delete it to replay from the beginning")]
     CheckpointUnreadable {
@@ -360,6 +388,7 @@ impl TargetError {
             | Self::ReceiverConfused { .. }
             | Self::Undecodable { .. }
             | Self::CheckpointUnreadable { .. }
+            | Self::GroupForbidden { .. }
             | Self::NoPlace { .. }
             | Self::NoTable { .. }
             | Self::TableNotWritable { .. }
@@ -375,6 +404,8 @@ impl TargetError {
             | Self::Database(_)
             | Self::Disturbed(_)
             | Self::TakenOver
+            | Self::PlaceNotKept { .. }
+            | Self::NotAdmitted(_)
             | Self::Output(_) => false,
         }
     }
@@ -393,6 +424,9 @@ impl TargetError {
             Self::Database(error) => error.reason(),
             Self::Disturbed(_) => "TargetUnavailable",
             Self::TakenOver => "TakenOver",
+            Self::PlaceNotKept { .. } => "PlaceNotKept",
+            Self::GroupForbidden { .. } => "KafkaNotAuthorized",
+            Self::NotAdmitted(error) => error.reason(),
             Self::CheckpointUnreadable { .. } => "CheckpointUnreadable",
             Self::NoPlace { .. } => "NoPlace",
             Self::NoTable { .. } => "NoTable",
@@ -412,7 +446,9 @@ impl TargetError {
     pub fn is_passing(&self) -> bool {
         matches!(
             self,
-            Self::Disturbed(_) | Self::Database(SourceError::Unreachable { .. } | SourceError::NoFreeConnection(_))
+            Self::Disturbed(_)
+                | Self::PlaceNotKept { .. }
+                | Self::Database(SourceError::Unreachable { .. } | SourceError::NoFreeConnection(_))
         )
     }
 }
