@@ -106,6 +106,8 @@ pub(crate) fn client_config(cluster: &KafkaCluster, group: &str) -> Result<Clien
 pub struct Tail {
     consumer: BaseConsumer<Hearing>,
     timeout: Duration,
+    /// A topic that is not known yet is waited for.
+    waits: bool,
 }
 
 impl Tail {
@@ -117,7 +119,17 @@ impl Tail {
         let consumer = client_config(cluster, "meander-tail")
             .and_then(|config| Ok(config.create_with_context(Hearing::default())?))
             .map_err(|error| TailError::Client(Box::new(error)))?;
-        Ok(Self { consumer, timeout })
+        Ok(Self {
+            consumer,
+            timeout,
+            waits: false,
+        })
+    }
+
+    /// For topics that are known to exist: a broker may not have heard yet of one that was just made.
+    #[must_use]
+    pub fn waiting(self) -> Self {
+        Self { waits: true, ..self }
     }
 
     /// The partitions of a topic; none if it does not exist.
@@ -332,14 +344,16 @@ impl Tail {
 
     /// Asks for the topic's metadata, since a question for the offsets of an unknown topic is only answered by a timeout.
     fn require(&self, topic: &str, partition: i32, deadline: Instant) -> Result<(), TailError> {
-        if self.known_partitions(topic, partition, deadline)?.contains(&partition) {
-            Ok(())
-        } else {
-            Err(TailError::NoSuchPartition {
-                topic: topic.to_owned(),
-                partition,
-            })
+        while !self.known_partitions(topic, partition, deadline)?.contains(&partition) {
+            if !self.waits || Instant::now() + RETRY_PAUSE >= deadline {
+                return Err(TailError::NoSuchPartition {
+                    topic: topic.to_owned(),
+                    partition,
+                });
+            }
+            std::thread::sleep(RETRY_PAUSE);
         }
+        Ok(())
     }
 
     fn unreadable(&self, topic: &str, partition: i32, source: KafkaError) -> TailError {
@@ -369,8 +383,7 @@ pub(crate) fn retry_until<T>(
 
 /// The last committed checkpoint under `key`; none if there is none yet.
 ///
-/// A topic that does not exist is an error, [`TailError::NoSuchPartition`]: whoever creates topics has just created it, and
-/// whoever does not has to say that there is no log.
+/// A topic that does not exist is an error, [`TailError::NoSuchPartition`]: what that means, the caller knows.
 ///
 /// # Errors
 /// When the topic does not exist, cannot be read within `timeout`, or holds something else.
@@ -380,7 +393,14 @@ pub fn read_checkpoint(
     key: &str,
     timeout: Duration,
 ) -> Result<Option<Checkpoint>, TailError> {
-    let tail = Tail::new(cluster, timeout)?;
+    last_checkpoint(&Tail::new(cluster, timeout)?, topic, key)
+}
+
+/// As [`read_checkpoint`], by a reader of the caller's.
+///
+/// # Errors
+/// As there.
+pub fn last_checkpoint(tail: &Tail, topic: &str, key: &str) -> Result<Option<Checkpoint>, TailError> {
     let record = tail.find_last(topic, 0, |record| record.key() == Some(key.as_bytes()))?;
     // A tombstone, by which somebody deleted the checkpoint on purpose, is none.
     let Some((offset, value)) = record
@@ -398,13 +418,15 @@ pub fn read_checkpoint(
         })
 }
 
-/// What is kept of the tables of the pipeline with this checkpoint key.
+/// What is kept of the tables of the pipeline with this checkpoint key, in a topic that exists.
 ///
 /// # Errors
-/// When the topic does not exist, cannot be read within `timeout`, or holds something else.
+/// When the topic cannot be read within `timeout`, or holds something else.
 pub fn read_schemas(cluster: &KafkaCluster, topic: &str, key: &str, timeout: Duration) -> Result<Vec<Kept>, TailError> {
     let ours = format!("{key}/");
-    let newest = Tail::new(cluster, timeout)?.newest(topic, 0, |key| key.starts_with(ours.as_bytes()))?;
+    let newest = Tail::new(cluster, timeout)?
+        .waiting()
+        .newest(topic, 0, |key| key.starts_with(ours.as_bytes()))?;
     let kept = newest.into_values().map(|value| serde_json::from_slice(&value));
     kept.collect::<Result<_, _>>().map_err(|source| TailError::NotASchema {
         topic: topic.to_owned(),

@@ -22,17 +22,17 @@ pub const CLAIMS_TOPIC: &str = "__meander.claims";
 
 /// Name of the topic (or Redis stream) that holds the changes of a table.
 ///
-/// Characters that Kafka does not allow become `_`. Two tables whose names become one are told apart by the caller.
+/// Characters of schema and table that Kafka does not allow become `_`. Two tables whose names become one are told apart by the caller.
 #[must_use]
 pub fn topic_name(prefix: &str, schema: &str, table: &str) -> String {
-    [prefix, schema, table].map(allowed).join(".")
+    format!("{prefix}.{}.{}", allowed(schema), allowed(table))
 }
 
 /// Name of the Redis stream that holds what a topic holds; none if the topic is not under the prefix.
 #[must_use]
 pub fn stream_of_topic(topic: &str, topic_prefix: &str, stream_prefix: &str) -> Option<String> {
-    let rest = topic.strip_prefix(&allowed(topic_prefix))?.strip_prefix('.')?;
-    Some(format!("{}.{rest}", allowed(stream_prefix)))
+    let rest = topic.strip_prefix(topic_prefix)?.strip_prefix('.')?;
+    Some(format!("{stream_prefix}.{rest}"))
 }
 
 fn allowed(part: &str) -> String {
@@ -268,6 +268,7 @@ mod tests {
         for (schema, table) in [("public", "trades"), ("a.b", "c"), ("Größe", "x y")] {
             let topic = topic_name("shop.eu", schema, table);
             let stream = topic_name("fast:shop", schema, table);
+            assert!(stream.starts_with("fast:shop."));
             assert_eq!(stream_of_topic(&topic, "shop.eu", "fast:shop"), Some(stream));
         }
         assert_eq!(stream_of_topic("shop.eux.a.b", "shop.eu", "fast"), None);

@@ -382,9 +382,12 @@ async fn a_topic_prefix_belongs_to_one_pipeline() {
     second.kafka.topic_prefix.clone_from(&first.kafka.topic_prefix);
     let mut owner = Runtime::capture(&first);
     owner.ready(LIMIT).await;
+    execute(&postgres, "INSERT INTO t VALUES (1)").await;
+    let topic = format!("{}.public.t", first.kafka.topic_prefix);
+    wait_for_records(kafka, &topic, 1).await;
+    // Whose the prefix is says more than that its topics hold something.
     let mut other = Runtime::capture(&second);
     wait_for_failure(&other, "TopicPrefixTaken").await;
-    execute(&postgres, "INSERT INTO t VALUES (1)").await;
     // A slot of a pipeline that is refused would keep WAL for nobody.
     let no_slot_of_the_other = async || {
         let client = postgres.client().await;
@@ -397,8 +400,6 @@ async fn a_topic_prefix_belongs_to_one_pipeline() {
         assert!(rows.unwrap().is_empty(), "the refused pipeline made a slot");
     };
     no_slot_of_the_other().await;
-    let topic = format!("{}.public.t", first.kafka.topic_prefix);
-    wait_for_records(kafka, &topic, 1).await;
 
     // A prefix within it is no other prefix: whoever reads the first one's topics would read both.
     let mut within = config(&postgres, kafka, None);

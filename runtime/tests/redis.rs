@@ -14,7 +14,7 @@ use meander_config::{Acknowledgement, CaptureConfig, Durability, RedisSink};
 use meander_runtime::{
     log::{PART_HEADER, POSITION_HEADER, checkpoint_key},
     position::Position,
-    sink::redis::{entry_id, mark_key},
+    sink::redis::{claim_key, entry_id, mark_key},
 };
 use meander_test_support::{Kafka, Postgres, Redis, Runtime, eventually};
 use meander_workload::load::{self, Load};
@@ -168,6 +168,10 @@ impl Rig {
             String::from_utf8_lossy(&verified.stderr)
         );
     }
+}
+
+fn log_of(runtime: &mut Runtime) -> String {
+    std::fs::read_to_string(runtime.process().log()).unwrap()
 }
 
 async fn ask<T: redis::FromRedisValue>(connection: &mut MultiplexedConnection, command: &[&str]) -> T {
@@ -333,6 +337,92 @@ async fn a_foreign_entry_holds_redis_until_it_is_removed_and_kafka_not_at_all() 
     let () = ask(&mut connection, &["XSETID", &rig.stream(), &ours]).await;
     load.await.unwrap();
     rig.agrees().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_prefix_is_one_pipelines_until_that_is_deleted() {
+    let mut rig = Rig::start().await;
+    rig.load(300).await.unwrap();
+    rig.agrees().await;
+    // The same table of the same database, through a slot of its own, into streams of the same names.
+    let mut second = common::config(&rig.postgres, rig.kafka, Some(&rig.redis));
+    let prefix = rig.config.redis.as_ref().unwrap().stream_prefix.clone();
+    second.redis.as_mut().unwrap().stream_prefix.clone_from(&prefix);
+    let mut other = Runtime::capture(&second);
+    common::wait_for_metric(
+        &other,
+        "meander_capture_redis_detachments_total{reason=\"StreamPrefixTaken\"}",
+        |times| times >= 1,
+    )
+    .await;
+    // It says whose they are, and gives no command that would hurt them.
+    let log = log_of(&mut other);
+    let CaptureConfig { pipeline, source, .. } = &rig.config;
+    let owner = checkpoint_key(&pipeline.namespace, &pipeline.name, &source.slot_name);
+    assert!(log.contains(&format!("are those of pipeline {owner};")), "{log}");
+    assert!(!log.contains(&rig.stream()), "{log}");
+    // Both go on: the first in Redis too, the second in Kafka alone.
+    rig.load(300).await.unwrap();
+    rig.agrees().await;
+    eventually(
+        "the second pipeline's changes are in Kafka",
+        LIMIT,
+        async || match common::checkpoint(&second).map_or(0, |checkpoint| checkpoint.events_total) {
+            0 => Err("none is"),
+            _ => Ok(()),
+        },
+    )
+    .await;
+    assert!(rig.runtime.terminate(LIMIT).success());
+    meander_runtime::capture::cleanup(rig.config.clone()).await.unwrap();
+    // The prefix is free; what the first left there is nobody's now, and is not taken for the second's own.
+    common::wait_for_metric(
+        &other,
+        "meander_capture_redis_detachments_total{reason=\"ForeignWriter\"}",
+        |times| times >= 1,
+    )
+    .await;
+    let _: i64 = rig.redis(&["DEL", &rig.stream()]).await;
+    common::wait_for_metric(&other, ATTACHED, |attached| attached == 1).await;
+    assert!(other.terminate(LIMIT).success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_another_pipeline_writes_is_not_said_to_be_anybodys_to_delete() {
+    let mut rig = Rig::start().await;
+    rig.load(10).await.unwrap();
+    rig.attached().await;
+    let client = rig.postgres.client().await;
+    // As if a pipeline with a longer prefix had a stream of the name that the table `"eu.public".x` comes to under this one.
+    let longer = format!("{}.eu", rig.config.kafka.topic_prefix);
+    let stream = format!("{longer}.public.x");
+    let id: String = rig.redis(&["XADD", &stream, "*", "a", "b"]).await;
+    let _: i64 = rig.redis(&["HSET", &claim_key(&longer), "pipeline", "b/c/d"]).await;
+    let _: i64 = rig
+        .redis(&["HSET", &mark_key(&longer, "b/c/d"), &format!("last:{stream}"), &id])
+        .await;
+    assert!(rig.runtime.terminate(LIMIT).success());
+    rig.config.source.tables.include.push(r#""eu.public".x"#.to_owned());
+    client
+        .batch_execute(r#"CREATE SCHEMA "eu.public"; CREATE TABLE "eu.public".x (id int PRIMARY KEY)"#)
+        .await
+        .unwrap();
+    let mut runtime = Runtime::capture(&rig.config);
+    runtime.ready(LIMIT).await;
+    common::wait_for_metric(&runtime, "meander_capture_tables", |tables| tables == 2).await;
+    client
+        .batch_execute(r#"INSERT INTO "eu.public".x VALUES (1)"#)
+        .await
+        .unwrap();
+    common::wait_for_metric(
+        &runtime,
+        "meander_capture_redis_detachments_total{reason=\"ForeignWriter\"}",
+        |times| times >= 1,
+    )
+    .await;
+    let log = log_of(&mut runtime);
+    assert!(log.contains("pipeline b/c/d writes it"), "{log}");
+    assert!(!log.contains("DEL "), "{log}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

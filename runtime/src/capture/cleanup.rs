@@ -1,35 +1,36 @@
-//! `meander-runtime cleanup`: takes away what a capture left in PostgreSQL.
+//! `meander-runtime cleanup`: takes away what a capture left in PostgreSQL, and its claims on names.
 
 use std::time::Duration;
 
 use backon::{ExponentialBuilder, Retryable as _};
 use meander_config::CaptureConfig;
-use tokio::task::spawn_blocking;
+use tokio::{task::spawn_blocking, time::timeout};
 
 use crate::{
     capture::CaptureError,
     checkpoint::{TailError, read_checkpoint},
     log::{checkpoint_key, checkpoint_topic},
-    sink::{SinkError, claims::Claims, kafka::KafkaSink},
+    sink::{SinkError, claims::Claims, kafka::KafkaSink, redis},
     source::postgres::preflight::{Catalog, Credentials, SourceError},
 };
 
 const READ_DEADLINE: Duration = Duration::from_secs(10);
+const REDIS_DEADLINE: Duration = Duration::from_secs(5);
 /// The server notices within `wal_sender_timeout`, 10 s, that a reader is gone; until then the slot cannot be dropped.
 const SLOT_ATTEMPTS: usize = 6;
 
-/// Drops the slot and a managed publication, and notes in the checkpoint that this was on purpose.
+/// Drops the slot and a managed publication, notes in the checkpoint that this was on purpose, and gives up the claims on topic prefix and
+/// stream prefix.
 ///
 /// # Errors
 /// When PostgreSQL cannot be reached or refuses. A Kafka that is gone is no error: then the note is missing, and a pipeline that is created
-/// again under the same name reports a gap.
+/// again under the same name reports a gap. Nor is a Redis: then the claim is left, and whoever is refused by it is told how to remove it.
 pub async fn cleanup(config: CaptureConfig) -> Result<(), CaptureError> {
-    let credentials = Credentials::read(&config.source.server())?;
-    let catalog = Catalog::connect(&config.source, &credentials).await?;
-    // The note comes first: with it and the slot still there, a pipeline that is created again goes on without a loss.
-    let source = config.source.clone();
+    // The note comes first: with it and the slot still there, a pipeline that is created again goes on without a loss. It needs no
+    // database, and so neither it nor the claims are kept by one that is gone.
+    let (source, redis) = (config.source.clone(), config.redis.clone());
     let key = checkpoint_key(&config.pipeline.namespace, &config.pipeline.name, &source.slot_name);
-    let claims = Claims::new(config.kafka.cluster(), &config.kafka.topic_prefix, key);
+    let claims = Claims::new(config.kafka.cluster(), &config.kafka.topic_prefix, key.clone());
     if let Err(error) = release(config).await {
         tracing::warn!(%error, "the checkpoint was not released; the slot is dropped all the same");
     }
@@ -37,6 +38,19 @@ pub async fn cleanup(config: CaptureConfig) -> Result<(), CaptureError> {
     if let Err(error) = claims.withdraw().await {
         tracing::warn!(%error, "the claim on topicPrefix was not withdrawn; the slot is dropped all the same");
     }
+    if let Some(redis) = redis {
+        match timeout(REDIS_DEADLINE, redis::release(&redis, &key)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "the claim on streamPrefix was not withdrawn; the slot is dropped all the same");
+            }
+            Err(_) => tracing::warn!(
+                "Redis does not answer, and keeps the claim on streamPrefix; the slot is dropped all the same"
+            ),
+        }
+    }
+    let credentials = Credentials::read(&source.server())?;
+    let catalog = Catalog::connect(&source, &credentials).await?;
     (|| catalog.drop_slot_and_publication(&source))
         .retry(
             ExponentialBuilder::default()

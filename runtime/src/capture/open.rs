@@ -20,7 +20,7 @@ use crate::{
         status::{self, Received},
         stream::now_micros,
     },
-    checkpoint::{Tail, TailError, read_checkpoint, read_schemas},
+    checkpoint::{Tail, TailError, last_checkpoint, read_schemas},
     kafka_client::require_admission,
     log::{
         AcceptedGap, CLAIMS_TOPIC, Checkpoint, POSITION_HEADER, SnapshotState, checkpoint_key, checkpoint_topic,
@@ -88,15 +88,14 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
     admit(config.kafka.cluster(), checkpoint_topic.clone()).await?;
     let makes_slot = slot.as_ref().is_none_or(|slot| slot.lost || slot.unpublished);
     let mut accepted_loss = None;
+    let mut known_checkpoint = None;
     if makes_slot {
         // There is no slot to own yet, so this look fences nobody, and what it finds is looked at again by the owner. But a pipeline
         // that will be refused must not leave a slot behind, which would keep WAL for nobody.
-        let checkpoint = read_own_checkpoint(context, &checkpoint_topic).await?;
-        if let Start::Accept { loss, .. } = start(checkpoint.as_ref(), context, slot.as_ref(), &server)? {
+        known_checkpoint = read_own_checkpoint(context, &checkpoint_topic, false).await?;
+        if let Start::Accept { loss, .. } = start(known_checkpoint.as_ref(), context, slot.as_ref(), &server)? {
             accepted_loss = Some(loss);
         }
-        let published = checkpoint.and_then(|checkpoint| checkpoint.published);
-        check_log(context, &tables, published, &checkpoint_topic).await?;
     }
 
     let kafka = &config.kafka;
@@ -105,6 +104,11 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
     Claims::new(kafka.cluster(), &kafka.topic_prefix, own_key(context))
         .claim()
         .await?;
+    if makes_slot {
+        // With the prefix ours, what is in its topics past the checkpoint is no other pipeline's that could be named.
+        let published = known_checkpoint.and_then(|checkpoint| checkpoint.published);
+        check_log(context, &tables, published, &checkpoint_topic).await?;
+    }
     topics.ensure_compacted(&checkpoint_topic).await?;
     let pipeline = &config.pipeline;
     topics
@@ -269,12 +273,21 @@ async fn admit(cluster: KafkaCluster, topic: String) -> Result<(), CaptureError>
     Ok(spawn_blocking(move || require_admission(&cluster, &topic)).await??)
 }
 
-async fn read_own_checkpoint(context: &Context, topic: &str) -> Result<Option<Checkpoint>, CaptureError> {
+/// Where the topic exists, one that is not known is not yet known, and never a beginning.
+async fn read_own_checkpoint(
+    context: &Context,
+    topic: &str,
+    topic_exists: bool,
+) -> Result<Option<Checkpoint>, CaptureError> {
     let cluster = context.config.kafka.cluster();
     let (key, topic) = (own_key(context), topic.to_owned());
-    match spawn_blocking(move || read_checkpoint(&cluster, &topic, &key, TAIL_DEADLINE)).await? {
+    let read = move || {
+        let tail = Tail::new(&cluster, TAIL_DEADLINE)?;
+        last_checkpoint(&if topic_exists { tail.waiting() } else { tail }, &topic, &key)
+    };
+    match spawn_blocking(read).await? {
         // Before the first start there is no topic.
-        Err(TailError::NoSuchPartition { .. }) => Ok(None),
+        Err(TailError::NoSuchPartition { .. }) if !topic_exists => Ok(None),
         read => Ok(read.map_err(SinkError::Checkpoint)?),
     }
 }
@@ -299,7 +312,7 @@ async fn open_kafka(
 ) -> Result<(KafkaSink, Checkpoint, Schemas, HashSet<Table>), CaptureError> {
     let config = context.config.clone();
     let kafka = spawn_blocking(move || KafkaSink::open(&config)).await??;
-    let before = read_own_checkpoint(context, checkpoint_topic).await?;
+    let before = read_own_checkpoint(context, checkpoint_topic, true).await?;
     // Only now: while the slot is ours nobody else can move it, and what is published cannot be newer than the server.
     let slot = catalog.slot(&context.config.source).await?;
     let (position, standby) = catalog.wal_position().await?;

@@ -55,7 +55,7 @@ impl Claims {
     /// # Errors
     /// When another pipeline claimed it earlier, or one that overlaps, or Kafka does not answer.
     pub async fn claim(&self) -> Result<(), SinkError> {
-        let live = self.live().await?;
+        let live = self.live(true).await?;
         if !live.contains(&self.ours) {
             if let Some(other) = live.into_iter().next() {
                 return Err(self.taken(other));
@@ -63,7 +63,7 @@ impl Claims {
             self.write(Some("{}")).await?;
         }
         // Of two that claim at the same time, both see which claim came first: whoever does not see the other's here is before it.
-        match self.live().await?.into_iter().next() {
+        match self.live(true).await?.into_iter().next() {
             Some(first) if first != self.ours => {
                 self.write(None).await?;
                 Err(self.taken(first))
@@ -77,7 +77,7 @@ impl Claims {
     /// # Errors
     /// When Kafka does not answer.
     pub async fn withdraw(&self) -> Result<(), SinkError> {
-        match self.live().await {
+        match self.live(false).await {
             Ok(live) if live.contains(&self.ours) => self.write(None).await,
             // Nobody ever claimed anything.
             Ok(_) | Err(SinkError::Checkpoint(TailError::NoSuchPartition { .. })) => Ok(()),
@@ -94,9 +94,13 @@ impl Claims {
     }
 
     /// Our claim, and those of others that it cannot hold beside, in the order in which they came.
-    async fn live(&self) -> Result<Vec<Claim>, SinkError> {
+    async fn live(&self, topic_exists: bool) -> Result<Vec<Claim>, SinkError> {
         let cluster = self.cluster.clone();
-        let read = tokio::task::spawn_blocking(move || Tail::new(&cluster, DEADLINE)?.keys(CLAIMS_TOPIC, 0)).await;
+        let read = tokio::task::spawn_blocking(move || {
+            let tail = Tail::new(&cluster, DEADLINE)?;
+            if topic_exists { tail.waiting() } else { tail }.keys(CLAIMS_TOPIC, 0)
+        })
+        .await;
         let keys = read.map_err(|error: JoinError| SinkError::KafkaTransaction(error.to_string()))??;
         let mut claims: Vec<Claim> = keys.iter().filter_map(|key| Claim::read(key)).collect();
         // A pipeline does not stand in its own way.

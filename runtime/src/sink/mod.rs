@@ -126,7 +126,7 @@ pub enum SinkError {
     Checkpoint(#[from] TailError),
     /// The log is ahead of the checkpoint that should describe it.
     #[error(
-        "topic {topic:?} holds {found}, past the checkpoint at {checkpoint}: the checkpoint was lost or the topic belongs to another pipeline; choose another topicPrefix, or restore the topic {checkpoint_topic:?}"
+        "topic {topic:?} holds {found}, past the checkpoint at {checkpoint}: the checkpoint was lost, or a pipeline that is gone left the topic; choose another topicPrefix, delete the topic if nobody needs it, or restore the topic {checkpoint_topic:?}"
     )]
     LogAhead {
         /// A data topic.
@@ -176,6 +176,18 @@ pub enum SinkError {
         id: String,
         /// What to do.
         remedy: String,
+    },
+    /// The streams under the prefix are another pipeline's.
+    #[error(
+        "streamPrefix {prefix:?} is not free: the streams under it are those of pipeline {owner}; create this pipeline with another streamPrefix, or delete that one with reclaimPolicy Delete; if it no longer exists, run DEL {claim}"
+    )]
+    StreamPrefixTaken {
+        /// The prefix.
+        prefix: String,
+        /// `namespace/name/slot` of the other pipeline.
+        owner: String,
+        /// Name of the claim.
+        claim: String,
     },
     /// A later owner has the mark.
     #[error(
@@ -271,6 +283,7 @@ impl SinkError {
             Self::RedisCluster(_) => "RedisClusterUnsupported",
             Self::RedisFull(_) => "RedisOutOfMemory",
             Self::ForeignWriter { .. } => "ForeignWriter",
+            Self::StreamPrefixTaken { .. } => "StreamPrefixTaken",
             Self::RedisTaken(_) => "RedisTaken",
             Self::RedisLost { .. } => "EntriesLost",
             Self::RedisStreamLost { .. } => "StreamDeleted",

@@ -4,6 +4,9 @@
 //! complete, how many records that is since the pipeline's beginning, and the last entry of each stream. A script runs as a whole or
 //! finds the mark elsewhere; so what was sent twice is written once, and a writer that lost the slot to another writes nothing.
 //!
+//! The claim says whose the streams under a prefix are, as the claims in Kafka do of a topic prefix. Every script looks at it, so that
+//! two pipelines with one prefix never write into each other's streams.
+//!
 //! Kafka never waits for Redis. [`live`] holds what is on its way, [`feed`] takes it from there, and [`refill`] copies from Kafka what
 //! Redis missed.
 
@@ -39,6 +42,9 @@ const CONFIRM_BYTES: usize = 8 << 20;
 /// The value of an entry for a record that has none. No format has a value like it, and consumers of Debezium Server know it.
 const NO_VALUE: &[u8] = b"default";
 
+/// The field of the claim that names the pipeline.
+const CLAIM_FIELD: &str = "pipeline";
+
 /// One record as it goes into its stream.
 #[derive(Clone, Copy, Debug)]
 struct Entry<'a> {
@@ -58,6 +64,10 @@ struct Writer {
     claim: Script,
     append: Script,
     address: String,
+    stream_prefix: String,
+    /// Key of the pipeline's checkpoint, which is what it is called here.
+    pipeline: String,
+    claim_key: String,
     mark: String,
     generation: String,
     max_length: String,
@@ -98,6 +108,45 @@ pub fn mark_key(stream_prefix: &str, pipeline: &str) -> String {
     format!("{stream_prefix}.meander-mark:{pipeline}")
 }
 
+/// Name of the hash that says, in the field `pipeline`, whose the streams under a prefix are.
+#[must_use]
+pub fn claim_key(stream_prefix: &str) -> String {
+    format!("{stream_prefix}.meander-owner")
+}
+
+/// Gives up the claim on the streams' prefix, if this pipeline has it. Nothing of it may run any more.
+///
+/// # Errors
+/// When Redis does not answer.
+pub async fn release(config: &Config, pipeline: &str) -> Result<(), SinkError> {
+    let (mut connection, address) = connect(config).await?;
+    let claim = claim_key(&config.stream_prefix);
+    // Whose it is cannot change between the two commands: what is claimed is nobody else's to take.
+    if holder(&mut connection, &claim)
+        .await
+        .map_err(|error| failed(&address, &error))?
+        .as_deref()
+        == Some(pipeline)
+    {
+        redis::cmd("HDEL")
+            .arg(claim)
+            .arg(CLAIM_FIELD)
+            .exec_async(&mut connection)
+            .await
+            .map_err(|error| failed(&address, &error))?;
+    }
+    Ok(())
+}
+
+/// The pipeline that has a claim.
+async fn holder(connection: &mut MultiplexedConnection, claim: &str) -> redis::RedisResult<Option<String>> {
+    redis::cmd("HGET")
+        .arg(claim)
+        .arg(CLAIM_FIELD)
+        .query_async(connection)
+        .await
+}
+
 /// Id of a record's entry: ordered as positions are, and the same each time.
 #[must_use]
 pub fn entry_id(position: Position, part: u8) -> String {
@@ -107,17 +156,19 @@ pub fn entry_id(position: Position, part: u8) -> String {
 }
 
 impl Writer {
-    /// Connects, checks the server, and takes the mark for an owner generation. `pipeline` is the key of its checkpoint.
+    /// Connects, checks the server, and takes claim and mark for an owner generation. `pipeline` is the key of its checkpoint.
     async fn open(config: &Config, pipeline: &str, generation: u64) -> Result<Self, SinkError> {
         let (mut connection, address) = connect(config).await?;
         let durable = check_server(&mut connection, config.durability, &address).await?;
-        let mark = mark_key(&config.stream_prefix, pipeline);
         let mut writer = Self {
             connection,
             claim: Script::new(include_str!("redis/claim.lua")),
             append: Script::new(include_str!("redis/append.lua")),
             address,
-            mark,
+            stream_prefix: config.stream_prefix.clone(),
+            pipeline: pipeline.to_owned(),
+            claim_key: claim_key(&config.stream_prefix),
+            mark: mark_key(&config.stream_prefix, pipeline),
             generation: generation.to_string(),
             max_length: config.max_length.map(|length| length.to_string()).unwrap_or_default(),
             durable,
@@ -133,12 +184,14 @@ impl Writer {
         Ok(writer)
     }
 
-    /// Takes the mark, and looks whether every stream ends as it says.
+    /// Takes claim and mark, and looks whether every stream ends as it says.
     async fn claim(&mut self, write_in_any_case: bool) -> Result<Place, SinkError> {
         let answer: Vec<String> = self
             .claim
             .key(&self.mark)
+            .key(&self.claim_key)
             .arg(&self.generation)
+            .arg(&self.pipeline)
             .arg(u8::from(write_in_any_case))
             .invoke_async(&mut self.connection)
             .await
@@ -154,7 +207,7 @@ impl Writer {
                 })
             }
             ["taken", owner] => Err(SinkError::RedisTaken(owner.to_owned())),
-            _ => Err(unexpected(&answer, &self.address, &self.mark)),
+            _ => Err(self.unexpected(&answer).await),
         }
     }
 
@@ -199,7 +252,9 @@ impl Writer {
         };
         let mut call = self.append.prepare_invoke();
         call.key(&self.mark)
+            .key(&self.claim_key)
             .arg(&self.generation)
+            .arg(&self.pipeline)
             .arg(text(self.place.position))
             .arg(last.position.to_string())
             .arg(last.timestamp_millis)
@@ -215,8 +270,8 @@ impl Writer {
                     call.key(entry.stream);
                     streams.len() - 1
                 });
-            // Lua counts from 1, and the mark is the first key.
-            call.arg(index + 2)
+            // Lua counts from 1, and the first two keys are the mark and the claim.
+            call.arg(index + 3)
                 .arg(entry_id(entry.position, entry.part))
                 .arg(entry.position.to_string())
                 .arg(entry.key)
@@ -241,8 +296,61 @@ impl Writer {
                 address: self.address.clone(),
                 cause: "the mark is an earlier owner's".to_owned(),
             })),
-            _ => Err(unexpected(&answer, &self.address, &self.mark)),
+            _ => Err(self.unexpected(&answer).await),
         }
+    }
+
+    /// What a script says of a prefix that is another pipeline's, or of a stream that is not as this writer left it.
+    async fn unexpected(&mut self, answer: &[String]) -> SinkError {
+        match texts(answer)[..] {
+            ["claimed", owner] => SinkError::StreamPrefixTaken {
+                prefix: self.stream_prefix.clone(),
+                owner: owner.to_owned(),
+                claim: self.claim_key.clone(),
+            },
+            ["foreign", stream, id, ours] => SinkError::ForeignWriter {
+                remedy: match self.other_owner(stream).await {
+                    Some(owner) => format!(
+                        "pipeline {owner} writes it: leave it as it is, and exclude the table here or there, or create one of the two pipelines with another streamPrefix"
+                    ),
+                    None if ours.is_empty() => format!("delete it, if nobody needs it: DEL {stream}"),
+                    None => format!("delete what others wrote (XDEL) and set it back: XSETID {stream} {ours}"),
+                },
+                stream: stream.to_owned(),
+                id: id.to_owned(),
+            },
+            ["lost", stream] => SinkError::RedisStreamLost {
+                stream: stream.to_owned(),
+                mark: self.mark.clone(),
+            },
+            _ => SinkError::Redis {
+                address: self.address.clone(),
+                cause: format!("unexpected answer {answer:?}"),
+            },
+        }
+    }
+
+    /// The pipeline under another prefix that writes this stream: `shop` and `shop.eu` can come to one name, of a schema with a dot. None
+    /// also where this user may not look.
+    async fn other_owner(&mut self, stream: &str) -> Option<String> {
+        for (end, _) in stream.match_indices('.') {
+            let prefix = &stream[..end];
+            if prefix == self.stream_prefix {
+                continue;
+            }
+            let Ok(Some(owner)) = holder(&mut self.connection, &claim_key(prefix)).await else {
+                continue;
+            };
+            let written: redis::RedisResult<Option<String>> = redis::cmd("HGET")
+                .arg(mark_key(prefix, &owner))
+                .arg(format!("last:{stream}"))
+                .query_async(&mut self.connection)
+                .await;
+            if matches!(written, Ok(Some(_))) {
+                return Some(owner);
+            }
+        }
+        None
     }
 
     /// Waits until what was written is durable as asked, where that takes no longer than an answer, or enough was written for it.
@@ -343,29 +451,6 @@ fn text(position: Option<Position>) -> String {
 /// A position for people.
 fn said(position: Option<Position>) -> String {
     position.map_or("nothing".to_owned(), |position| position.to_string())
-}
-
-/// What a script says of a stream that is not as this writer left it.
-fn unexpected(answer: &[String], address: &str, mark: &str) -> SinkError {
-    match texts(answer)[..] {
-        ["foreign", stream, id, ours] => SinkError::ForeignWriter {
-            stream: stream.to_owned(),
-            id: id.to_owned(),
-            remedy: if ours.is_empty() {
-                format!("delete it: DEL {stream}")
-            } else {
-                format!("delete what others wrote (XDEL) and set it back: XSETID {stream} {ours}")
-            },
-        },
-        ["lost", stream] => SinkError::RedisStreamLost {
-            stream: stream.to_owned(),
-            mark: mark.to_owned(),
-        },
-        _ => SinkError::Redis {
-            address: address.to_owned(),
-            cause: format!("unexpected answer {answer:?}"),
-        },
-    }
 }
 
 async fn connect(config: &Config) -> Result<(MultiplexedConnection, String), SinkError> {

@@ -1,13 +1,21 @@
--- Makes this writer the owner of the mark, unless a later owner has it, and looks whether every stream ends as the mark says.
--- KEYS: the mark. ARGV: generation, 1 to write in any case or 0.
--- Returns {'ok', position, timestamp, records, accept, phantoms}, each '' where the mark does not say it, {'taken', generation}, or what
--- append.lua says of a stream that is not as it was left.
+-- Claims the streams' prefix, makes this writer the owner of the mark, unless a later owner has it, and looks whether every stream ends as
+-- the mark says.
+-- KEYS: the mark, the claim. ARGV: generation, pipeline, 1 to write in any case or 0.
+-- Returns {'ok', position, timestamp, records, accept, phantoms}, each '' where the mark does not say it, {'claimed', pipeline} when the
+-- prefix is another's, {'taken', generation}, or what append.lua says of a stream that is not as it was left.
+local holder = redis.call('HGET', KEYS[2], 'pipeline')
+if holder and holder ~= ARGV[2] then
+  return {'claimed', holder}
+end
 local owner = redis.call('HGET', KEYS[1], 'generation')
 if owner and tonumber(owner) > tonumber(ARGV[1]) then
   return {'taken', owner}
 end
 -- A server that is out of memory refuses to write, even what is there already.
-if owner ~= ARGV[1] or ARGV[2] == '1' then
+if not holder then
+  redis.call('HSET', KEYS[2], 'pipeline', ARGV[2])
+end
+if owner ~= ARGV[1] or ARGV[3] == '1' then
   redis.call('HSET', KEYS[1], 'generation', ARGV[1])
 end
 
