@@ -131,7 +131,7 @@ pub struct Source {
 pub struct PostgresSource {
     /// Host name or address. It may change, as long as it leads to the same database.
     #[schemars(length(min = 1, max = 253))]
-    #[x_kube(validation = Rule::new("!self.matches('[/@, ]')").message("host is a bare host name or address, such as postgres.shop.svc; the port, user and database have fields of their own"))]
+    #[x_kube(validation = Rule::new("!self.matches('[/@, ]') && !self.matches('^[^:]*:[^:]*$')").message("host is a bare host name or address, such as postgres.shop.svc; the port, user and database have fields of their own"))]
     pub host: String,
     /// TCP port.
     #[serde(default = "default_port")]
@@ -199,7 +199,7 @@ pub struct Snapshot {
     #[schemars(range(min = 1, max = 16))]
     pub parallelism: Option<NonZeroU8>,
     /// Tables to read once more, or for the first time, in any mode. Each request runs once: what was done under an id is not done
-    /// again, also when its tables change. A request may be taken out of the list when it is done.
+    /// again, also when its tables change. A request waits until each entry of its tables names a captured one. It may be taken out of the list when it is done.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["id"]))]
     pub requests: Vec<SnapshotRequest>,
@@ -370,7 +370,7 @@ pub struct Sinks {
 pub struct KafkaSink {
     /// Brokers to start from, each `host:port`.
     #[schemars(length(min = 1, max = 16), inner(length(min = 3, max = 260)))]
-    #[x_kube(validation = Rule::new("self.all(server, server.matches('^[^/@, ]+:[0-9]{1,5}$'))").message("each entry of bootstrapServers is host:port, such as kafka:9092"))]
+    #[x_kube(validation = Rule::new("self.all(server, server.matches('^[^/@, ]+:[1-9][0-9]{0,4}$') && int(server.substring(server.lastIndexOf(':') + 1)) < 65536)").message("each entry of bootstrapServers is host:port, such as kafka:9092"))]
     pub bootstrap_servers: Vec<String>,
     /// Encrypts the connections; they are in plain text where it is left out. `{}` is enough for brokers whose certificates come from
     /// an authority of Mozilla's list.
@@ -383,7 +383,8 @@ pub struct KafkaSink {
     /// with `<topicPrefix>.`, for a replay reads every one that does: not `shop.eu` beside `shop`. Immutable.
     #[schemars(length(min = 1, max = 100))]
     #[x_kube(
-        validation = Rule::new("self.matches('^[A-Za-z0-9_-][A-Za-z0-9._-]*$')").message("topicPrefix has letters, digits, dots, underscores and dashes only, and does not start with a dot"),
+        validation = Rule::new("self.matches('^[A-Za-z0-9_-]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$')").message("topicPrefix has letters, digits, dots, underscores and dashes only, and neither starts nor ends with a dot"),
+        validation = Rule::new("!self.startsWith('__')").message("topicPrefix must not start with two underscores: topics of such names are Kafka's own, and Meander's"),
         validation = Rule::new("self == oldSelf").message("topicPrefix is immutable: create another CdcPipeline to publish elsewhere")
     )]
     pub topic_prefix: String,
@@ -453,6 +454,7 @@ pub struct KafkaTopics {
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("maxProperties" = 32))]
     #[x_kube(
+        validation = Rule::new("self.all(name, name.matches('^[a-z][a-z0-9.]{0,127}$'))").message("each name in topics.config is a setting of Kafka's topics, such as retention.ms"),
         validation = Rule::new("!('cleanup.policy' in self) && !('message.timestamp.type' in self)").message("topics.config cannot set cleanup.policy and message.timestamp.type: the log needs delete and CreateTime")
     )]
     pub config: BTreeMap<String, String>,
@@ -485,6 +487,7 @@ pub struct RedisSink {
     #[schemars(length(max = 512))]
     #[x_kube(
         validation = Rule::new("self.startsWith('redis://') || self.startsWith('rediss://')").message("redis.url starts with redis://, or with rediss:// for TLS, such as redis://redis:6379/0"),
+        validation = Rule::new("!self.matches('^[^/]*//[^/]*:[0-9]+(/|$)') || (self.matches('^[^/]*//[^/]*:[1-9][0-9]{0,4}(/|$)') && int(self.split('/')[2].substring(self.split('/')[2].lastIndexOf(':') + 1)) < 65536)").message("redis.url has a port up to 65535, such as redis://redis:6379/0"),
         validation = Rule::new("!self.contains('@')").message("redis.url must not hold a user or password: put the whole URL into a Secret and name it in urlSecretRef")
     )]
     pub url: Option<String>,
@@ -606,9 +609,10 @@ pub enum PipelinePhase {
     Snapshotting,
     /// Changes flow.
     Streaming,
-    /// Changes do not flow everywhere, or something needs a look; the condition Ready or Degraded says why. It heals when the cause
-    /// is gone.
+    /// Changes flow, and something needs a look; the condition Degraded says what.
     Degraded,
+    /// Changes do not flow everywhere; the condition Ready says why. It heals when the cause is gone.
+    Interrupted,
     /// `spec.suspend` is set.
     Suspended,
     /// It cannot go on without somebody's decision; the Ready condition says which.

@@ -260,7 +260,7 @@ pub struct LogTarget {}
 pub struct PostgresTarget {
     /// Host name or address.
     #[schemars(length(min = 1, max = 253))]
-    #[x_kube(validation = Rule::new("!self.matches('[/@, ]')").message("target.postgres.host is a bare host name or address, such as postgres.shop.svc; the port, user and database have fields of their own"))]
+    #[x_kube(validation = Rule::new("!self.matches('[/@, ]') && !self.matches('^[^:]*:[^:]*$')").message("target.postgres.host is a bare host name or address, such as postgres.shop.svc; the port, user and database have fields of their own"))]
     pub host: String,
     /// TCP port.
     #[serde(default = "default_postgres_port")]
@@ -292,7 +292,7 @@ pub struct GrpcTarget {
     /// Your server of `meander.v1.ReplayReceiver`, which the replay calls: `http://host:port`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 512))]
-    #[x_kube(validation = Rule::new("self.matches('^http://[^/@ ]+:[0-9]{1,5}$')").message("endpoint is http://host:port, such as http://receiver:50051"))]
+    #[x_kube(validation = Rule::new("self.matches('^http://[^/@ ]+:[1-9][0-9]{0,4}$') && int(self.substring(self.lastIndexOf(':') + 1)) < 65536").message("endpoint is http://host:port, such as http://receiver:50051"))]
     pub endpoint: Option<String>,
     /// Serve `meander.v1.Replayer` at the Service `<name>-replay`, and wait for a subscriber.
     #[serde(default, skip_serializing_if = "Option::is_none")]

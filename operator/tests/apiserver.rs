@@ -389,7 +389,12 @@ async fn a_pipeline_that_can_never_work_is_refused() {
             postgres(json!({"host": "postgres://x"})),
             "host is a bare host name or address, such as postgres.shop.svc; the port, user and database have fields of their own",
         ),
+        (
+            postgres(json!({"host": "postgres:5432"})),
+            "host is a bare host name or address, such as postgres.shop.svc; the port, user and database have fields of their own",
+        ),
         (postgres(json!({"port": 0})), "spec.source.postgres.port"),
+        (postgres(json!({"port": 65_536})), "spec.source.postgres.port"),
         (postgres(json!({"database": ""})), "spec.source.postgres.database"),
         (
             postgres(json!({"tables": {"include": []}})),
@@ -445,8 +450,24 @@ async fn a_pipeline_that_can_never_work_is_refused() {
             "each entry of bootstrapServers is host:port, such as kafka:9092",
         ),
         (
+            kafka(json!({"bootstrapServers": ["kafka:65536"]})),
+            "each entry of bootstrapServers is host:port, such as kafka:9092",
+        ),
+        (
             kafka(json!({"topicPrefix": "a b"})),
-            "topicPrefix has letters, digits, dots, underscores and dashes only, and does not start with a dot",
+            "topicPrefix has letters, digits, dots, underscores and dashes only, and neither starts nor ends with a dot",
+        ),
+        (
+            kafka(json!({"topicPrefix": "shop."})),
+            "topicPrefix has letters, digits, dots, underscores and dashes only, and neither starts nor ends with a dot",
+        ),
+        (
+            kafka(json!({"topicPrefix": "__meander"})),
+            "topicPrefix must not start with two underscores: topics of such names are Kafka's own, and Meander's",
+        ),
+        (
+            kafka(json!({"topics": {"config": {"Retention MS": "1"}}})),
+            "each name in topics.config is a setting of Kafka's topics, such as retention.ms",
         ),
         (
             kafka(json!({"sasl": {"mechanism": "Plain", "credentialsSecretRef": {"name": "kafka"}}})),
@@ -471,6 +492,10 @@ async fn a_pipeline_that_can_never_work_is_refused() {
         (
             url("redis:6379"),
             "redis.url starts with redis://, or with rediss:// for TLS, such as redis://redis:6379/0",
+        ),
+        (
+            url("redis://redis:65536/0"),
+            "redis.url has a port up to 65535, such as redis://redis:6379/0",
         ),
         (
             url("redis://u:p@redis"),
@@ -654,6 +679,10 @@ async fn a_replay_that_can_never_work_is_refused() {
         ),
         (
             target(json!({"grpc": {"endpoint": "receiver"}})),
+            "endpoint is http://host:port, such as http://receiver:50051",
+        ),
+        (
+            target(json!({"grpc": {"endpoint": "http://receiver:65536"}})),
             "endpoint is http://host:port, such as http://receiver:50051",
         ),
         (serve(json!({"port": 80})), "spec.target.grpc.serve.port"),

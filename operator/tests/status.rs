@@ -281,13 +281,13 @@ fn a_transition_moves_the_time_of_its_condition_only() {
     assert_eq!((since("SourceReady"), since("SpecValid")), (at(0), at(0)));
     assert_eq!(
         ready(&status),
-        (Some(PipelinePhase::Degraded), "False", "KafkaUnreachable")
+        (Some(PipelinePhase::Interrupted), "False", "KafkaUnreachable")
     );
 }
 
 #[test]
 fn each_state_has_its_phase_and_its_reason() {
-    use PipelinePhase::{Degraded, Failed, Pending, Starting, Streaming, Suspended, Terminating};
+    use PipelinePhase::{Failed, Interrupted, Pending, Starting, Streaming, Suspended, Terminating};
     let secret = Error::waiting("SourceReady", Reason::SecretNotFound, "create it");
     let invalid = Error::invalid("SpecValid", Reason::InvalidValue, "no");
     let blip = Error::transient("SourceReady", Reason::ApiServerUnavailable, "gone");
@@ -371,7 +371,7 @@ fn each_state_has_its_phase_and_its_reason() {
         Some(&up),
         Ok(&valid),
         &redis_gap,
-        (Some(Degraded), "False", "HistoryMissing"),
+        (Some(Interrupted), "False", "HistoryMissing"),
     );
     check(
         &suspended,
@@ -413,21 +413,21 @@ fn each_state_has_its_phase_and_its_reason() {
         Some(&up),
         Ok(&valid),
         &silent,
-        (Some(Degraded), "Unknown", "RuntimeSilent"),
+        (Some(Interrupted), "Unknown", "RuntimeSilent"),
     );
     check(
         &plain,
         Some(&up),
         Ok(&valid),
         &unheard,
-        (Some(Degraded), "Unknown", "RuntimeSilent"),
+        (Some(Interrupted), "Unknown", "RuntimeSilent"),
     );
     check(
         &plain,
         Some(&up),
         Err(&secret),
         &healthy(),
-        (Some(Degraded), "False", "SecretNotFound"),
+        (Some(Interrupted), "False", "SecretNotFound"),
     );
     check(
         &plain,
@@ -455,8 +455,13 @@ fn a_lag_is_said_only_while_it_is_measured() {
         report: None,
         ..silent.clone()
     };
+    let hung_up = Observation {
+        connected: false,
+        ..healthy()
+    };
     for (pipeline, observation) in [
         (&pipeline, &stopped),
+        (&pipeline, &hung_up),
         (&pipeline, &silent),
         (&pipeline, &unheard),
         (&suspended, &healthy()),
@@ -477,6 +482,35 @@ fn a_lag_is_said_only_while_it_is_measured() {
         at(0),
     );
     assert_eq!(new.replication, streaming.replication);
+}
+
+#[test]
+fn a_capture_that_is_held_says_nothing_of_what_nobody_looks_at() {
+    let mut pipeline = support::pipeline();
+    let valid = valid(&pipeline);
+    let refilling = capture_report(vec![
+        said("SourceReady", true, "Ready"),
+        said("SinksReady", false, "RedisRefilling"),
+        said("Progressing", true, "Streaming"),
+    ]);
+    pipeline.status = Some(compute(&pipeline, Some(&facts(true)), Ok(&valid), &refilling, at(0)));
+    let held = capture_report(vec![
+        said("SourceReady", true, "Ready"),
+        said("SourceGap", true, "SlotMissing"),
+        said("Progressing", false, "SlotMissing"),
+    ]);
+    let conditions =
+        |observation: &Observation| compute(&pipeline, Some(&facts(false)), Ok(&valid), observation, at(1)).conditions;
+    let of_held = conditions(&held);
+    assert_eq!(state(&of_held, "Ready"), Some(("False", "SlotMissing")));
+    assert_eq!(state(&of_held, "SinksReady"), Some(("Unknown", "NotCapturing")));
+    // Its pod is there, and unready on purpose; once it has hung up nobody knows that.
+    assert_eq!(state(&of_held, "RuntimeAvailable"), Some(("True", "PodRunning")));
+    let gone = conditions(&Observation {
+        connected: false,
+        ..held
+    });
+    assert_eq!(state(&gone, "RuntimeAvailable"), Some(("False", "PodNotReady")));
 }
 
 #[test]

@@ -106,6 +106,11 @@ impl Conditions {
         }
     }
 
+    /// Takes a condition back: nobody looks at it any more.
+    pub fn unset(&mut self, kind: ConditionType) {
+        self.0.retain(|known| known.r#type != kind.name());
+    }
+
     /// The condition of a type, once it was set.
     #[must_use]
     pub fn get(&self, kind: ConditionType) -> Option<&Condition> {

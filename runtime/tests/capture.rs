@@ -374,6 +374,33 @@ async fn a_second_runtime_waits_for_the_slot_and_takes_over_without_loss_or_doub
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn settings_of_topics_that_kafka_does_not_know_are_named_before_there_is_a_slot() {
+    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    execute(&postgres, "CREATE TABLE t (id int PRIMARY KEY)").await;
+    let mut config = config(&postgres, kafka, None);
+    let settings = [
+        ("retention.mss", "1"),
+        ("segment.bytes", "many"),
+        ("retention.ms", "3600000"),
+    ];
+    config.kafka.topic_config = settings.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+    let mut runtime = Runtime::capture(&config);
+    let named = "Kafka has no such setting or value: retention.mss=1, segment.bytes=many; correct topics.config";
+    eventually(named, LIMIT, async || {
+        let log = std::fs::read_to_string(runtime.process().log()).unwrap();
+        if log.contains(named) { Ok(()) } else { Err(log) }
+    })
+    .await;
+    let slots = postgres
+        .client()
+        .await
+        .query("SELECT FROM pg_replication_slots", &[])
+        .await;
+    assert!(slots.unwrap().is_empty());
+    assert!(runtime.terminate(LIMIT).success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_topic_prefix_belongs_to_one_pipeline() {
     let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
     execute(&postgres, "CREATE TABLE t (id int PRIMARY KEY)").await;

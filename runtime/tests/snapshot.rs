@@ -214,6 +214,53 @@ async fn a_table_that_joins_later_and_one_that_is_asked_for_are_read_while_other
     );
 }
 
+/// Waits until the runtime's log has this word.
+async fn wait_for_word(runtime: &mut Runtime, word: &str) {
+    eventually(word, LIMIT, async || {
+        let log = std::fs::read_to_string(runtime.process().log()).unwrap();
+        if log.contains(word) { Ok(()) } else { Err(log) }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_for_what_is_not_captured_waits_and_says_so() {
+    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    execute(
+        &postgres,
+        "CREATE TABLE trades (id int PRIMARY KEY, note text); INSERT INTO trades VALUES (1, 'a')",
+    )
+    .await;
+    let mut config = config(&postgres, kafka);
+    config.source.snapshot.requests = vec![SnapshotRequest {
+        id: "repair".to_owned(),
+        tables: vec!["public.trades".to_owned(), "public.late".to_owned()],
+    }];
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    wait_for_word(
+        &mut runtime,
+        "the snapshot request repair waits, for public.late is no captured table (those are public.trades)",
+    )
+    .await;
+    let log = wait_for_ends(kafka, &config, "trades", 1).await;
+    assert_eq!(count(&log, Operation::Read), 1, "nothing of it is read meanwhile");
+    execute(&postgres, "CREATE TABLE late (id int PRIMARY KEY, note text)").await;
+    common::wait_for_metric(&runtime, "meander_capture_tables", |tables| tables == 2).await;
+    assert!(runtime.terminate(LIMIT).success());
+    assert!(
+        !common::checkpoint(&config)
+            .unwrap()
+            .snapshot
+            .requests
+            .contains_key("repair")
+    );
+    runtime.start_again();
+    let log = wait_for_ends(kafka, &config, "trades", 2).await;
+    assert_eq!(count(&log, Operation::Read), 2);
+    assert!(runtime.terminate(LIMIT).success());
+}
+
 /// Starts a capture of [`LARGE_TABLE`], grown to 200000 rows, and kills it while that is read.
 async fn interrupted(config: &CaptureConfig) -> Runtime {
     let mut runtime = Runtime::capture(config);
@@ -314,6 +361,7 @@ async fn what_cannot_be_read_is_left_out_and_does_not_hold_up_the_rest() {
     runtime.ready(LIMIT).await;
     let log = wait_for_ends(kafka, &config, "trades", 1).await;
     assert_eq!(count(&log, Operation::Read), 1);
+    wait_for_word(&mut runtime, "SnapshotRefused").await;
     let hidden = read_log(kafka, &topic(&config, "a_hidden"));
     assert_eq!(
         hidden.len(),

@@ -107,6 +107,11 @@ pub fn significant(status: &CdcPipelineStatus) -> impl PartialEq + '_ {
             .as_ref()
             .map(|tables| (tables.captured, tables.refused_total, &tables.refused)),
         &status.config_hash,
+        // Whether there is a lag, and not how long it is.
+        status
+            .replication
+            .as_ref()
+            .map(|replication| replication.lag_millis.is_some()),
     )
 }
 
@@ -153,12 +158,25 @@ fn said(report: &ProgressUpdate, type_: &'static str) -> Option<Judgement> {
     ))
 }
 
-/// A lag is measured while changes move. The last one is not true of a capture that stopped, as the positions still are.
+/// A lag is measured while changes move. The last one is not true of a capture that stopped, as the positions still are, nor of one that
+/// spoke and hung up.
 fn lag_is_known(inputs: &Inputs<'_>, judgements: &[Judgement]) -> bool {
     let stopped = judgements
         .iter()
         .any(|judgement| judgement.type_ == PROGRESSING && judgement.status == Status::False);
-    !stopped && inputs.observation.silence <= SILENCE
+    let Observation {
+        report,
+        connected,
+        silence,
+        ..
+    } = inputs.observation;
+    !stopped && *silence <= SILENCE && (report.is_none() || *connected)
+}
+
+/// Why capture stands still, by the word of the runtime.
+fn standstill(inputs: &Inputs<'_>) -> Option<Judgement> {
+    let progressing = said(inputs.observation.report.as_ref()?, PROGRESSING)?;
+    (progressing.status == Status::False).then_some(progressing)
 }
 
 fn reported(inputs: &Inputs<'_>, type_: &'static str, old: &[Condition]) -> Judgement {
@@ -174,6 +192,13 @@ fn reported(inputs: &Inputs<'_>, type_: &'static str, old: &[Condition]) -> Judg
         .and_then(|report| said(report, type_));
     match now {
         Some(judgement) if !silent => judgement,
+        None if !silent && let Some(standstill) = standstill(inputs) => {
+            let message = format!(
+                "Capture stands still ({}), so nothing looks at this; see the condition {PROGRESSING}.",
+                standstill.reason
+            );
+            Judgement::new(type_, Status::Unknown, "NotCapturing", message)
+        }
         // An operator that has just started goes on from what the last one wrote.
         None if !silent => Judgement::remembered(type_, old)
             // What the operator itself found is found again, or is no more.
@@ -222,12 +247,21 @@ fn available(inputs: &Inputs<'_>, old: &[Condition]) -> Judgement {
         ),
         _ => match trouble(&facts.pods) {
             Some(trouble) => Judgement::new(RUNTIME_AVAILABLE, Status::False, "PodFailing", trouble),
-            None => Judgement::new(
-                RUNTIME_AVAILABLE,
-                Status::False,
-                "PodNotReady",
-                "The runtime's pod is not ready yet.",
-            ),
+            None => match standstill(inputs).filter(|_| inputs.observation.connected) {
+                Some(standstill) => {
+                    let message = format!(
+                        "The runtime's pod runs and reports; it is not ready while capture stands still ({}).",
+                        standstill.reason
+                    );
+                    Judgement::new(RUNTIME_AVAILABLE, Status::True, "PodRunning", message)
+                }
+                None => Judgement::new(
+                    RUNTIME_AVAILABLE,
+                    Status::False,
+                    "PodNotReady",
+                    "The runtime's pod is not ready yet.",
+                ),
+            },
         },
     }
 }
@@ -303,10 +337,15 @@ fn phase(inputs: &Inputs<'_>, judgements: &[Judgement], old: Option<PipelinePhas
         || is(REDIS_GAP, Status::True)
         || matches!(
             old,
-            Some(PipelinePhase::Streaming | PipelinePhase::Snapshotting | PipelinePhase::Degraded)
+            Some(
+                PipelinePhase::Streaming
+                    | PipelinePhase::Snapshotting
+                    | PipelinePhase::Degraded
+                    | PipelinePhase::Interrupted
+            )
         )
     {
-        PipelinePhase::Degraded
+        PipelinePhase::Interrupted
     } else {
         PipelinePhase::Starting
     }

@@ -225,10 +225,27 @@ impl Tracker {
         Some(entry.directive.subscribe())
     }
 
-    /// A runtime has gone.
+    /// A runtime has gone. What it measured is not true any more, so the resource is reconciled.
     pub(super) fn disconnect(&self, key: &ResourceKey, uid: &str) {
         if let Some(entry) = self.lock().get_mut(key).filter(|entry| entry.uid == uid) {
             entry.streams = entry.streams.saturating_sub(1);
+            if entry.streams == 0 {
+                self.poke(key);
+            }
+        }
+    }
+
+    /// Asks for a reconcile. False if that found no room: then reconciles are behind already.
+    fn poke(&self, key: &ResourceKey) -> bool {
+        match key.kind {
+            Kind::CdcPipeline => self
+                .pipelines
+                .try_send(ObjectRef::new(&key.name).within(&key.namespace))
+                .is_ok(),
+            Kind::ReplayJob => self
+                .replays
+                .try_send(ObjectRef::new(&key.name).within(&key.namespace))
+                .is_ok(),
         }
     }
 
@@ -256,21 +273,9 @@ impl Tracker {
         });
         entry.report = Some(update);
         entry.reported = Some(now);
-        if news || entry.poked.is_none_or(|poked| now - poked >= POKE_INTERVAL) {
-            // A full channel means that reconciles are behind already; the next report asks again.
-            let sent = match key.kind {
-                Kind::CdcPipeline => self
-                    .pipelines
-                    .try_send(ObjectRef::new(&key.name).within(&key.namespace))
-                    .is_ok(),
-                Kind::ReplayJob => self
-                    .replays
-                    .try_send(ObjectRef::new(&key.name).within(&key.namespace))
-                    .is_ok(),
-            };
-            if sent {
-                entry.poked = Some(now);
-            }
+        // One that found no room is made up for by the next report.
+        if (news || entry.poked.is_none_or(|poked| now - poked >= POKE_INTERVAL)) && self.poke(key) {
+            entry.poked = Some(now);
         }
         true
     }
@@ -378,7 +383,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_directive_is_sent_when_it_changes() {
-        let (tracker, _pokes) = Tracker::new();
+        let (tracker, mut pokes) = Tracker::new();
         let key = ResourceKey {
             kind: Kind::ReplayJob,
             namespace: "ns".into(),
@@ -403,6 +408,7 @@ mod tests {
         assert!(tracker.observe(&key, "uid").connected);
         tracker.disconnect(&key, "uid");
         assert!(!tracker.observe(&key, "uid").connected);
+        assert!(pokes.replays.try_recv().is_ok(), "a runtime that hangs up is news");
         tracker.forget(&key);
         assert_eq!(
             told.borrow_and_update().clone(),

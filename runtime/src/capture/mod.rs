@@ -99,6 +99,8 @@ struct Context {
     ready: watch::Sender<bool>,
     /// What a person has to know of entries in Redis that stand for nothing.
     phantoms: watch::Sender<Option<String>>,
+    /// What a person has to know of the snapshot.
+    snapshot_problems: snapshot::Problems,
     heartbeats: heartbeat::Heartbeats,
 }
 
@@ -144,6 +146,7 @@ pub async fn run(config: CaptureConfig, shutdown: CancellationToken) -> Result<(
         metrics,
         ready,
         phantoms: watch::Sender::new(None),
+        snapshot_problems: snapshot::Problems::new(vec![]),
         heartbeats: heartbeat::Heartbeats::default(),
     };
 
@@ -202,9 +205,14 @@ impl Context {
             "Capture does not go on; it is tried again by itself."
         };
         self.set(ConditionType::Progressing, false, reason, progress);
-        if is_gap {
-            // The server answers: what was wrong with it before is over.
+        if is_gap || condition == ConditionType::SinksReady {
+            // It was looked at before: what was wrong with it is over.
             self.set(ConditionType::SourceReady, true, "Ready", "The source can be reached.");
+        }
+        if condition != ConditionType::SinksReady {
+            // What was last said of the sinks is true no longer than somebody looks at them.
+            self.reporter
+                .update(|state| state.conditions.unset(ConditionType::SinksReady));
         }
     }
 }

@@ -118,6 +118,7 @@ pub(super) fn report(context: &Context, slot: Option<&SlotState>, tables: Option
                     .clone()
                     .map(|message| ("PhantomEntries", message)),
             )
+            .chain(context.snapshot_problems.borrow().clone())
             .chain(context.heartbeats.failure().map(|failure| ("HeartbeatFailed", failure)))
             .collect();
         let (degraded, reason) = match problems.first() {

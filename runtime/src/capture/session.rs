@@ -86,7 +86,12 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
     let (shown_schemas, schema_versions) = watch::channel(Vec::new());
     let (versions, known_tables) = Versions::new(schemas, shown_schemas);
     let bulk = Bulk::new(&config.source, &checkpoint, snapshot_progress.clone());
-    let snapshot = Incremental::new(config, &checkpoint, snapshot_progress)?;
+    let snapshot = Incremental::new(
+        config,
+        &checkpoint,
+        snapshot_progress,
+        context.snapshot_problems.clone(),
+    )?;
     if snapshot.is_none() {
         checkpoint.snapshot.put_down();
     }

@@ -3,7 +3,10 @@
 //! It never holds up the stream: a chunk is asked for when the stream has nothing to do, and one is under way at a time. Everything
 //! that has to survive is in the [`SnapshotState`], which goes into Kafka in one transaction with the rows it speaks of.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use meander_config::{CaptureConfig, PostgresSource, SnapshotMode, SnapshotRequest, TableSelection};
 use meander_proto::v1::{SnapshotProgress, TableSnapshot, table_snapshot};
@@ -43,6 +46,8 @@ const MOST_JUMPED_BYTES: usize = 64 << 10;
 const MOST_ASIDE: usize = 16;
 /// Tables that the progress names at most.
 pub(super) const SHOWN_TABLES: usize = 100;
+/// Tables that a message names at most.
+const NAMED_TABLES: usize = 5;
 
 enum Step {
     /// The next question is asked at this time.
@@ -57,7 +62,9 @@ enum Step {
 pub(super) struct Incremental {
     source: PostgresSource,
     initial: bool,
-    requests: Vec<(SnapshotRequest, Selection)>,
+    requests: Vec<Wanted>,
+    /// Requests that wait, each with what of it is no captured table.
+    unmatched: Vec<(String, String)>,
     reader: ChunkReader,
     overlap: Overlap,
     state: SnapshotState,
@@ -67,8 +74,10 @@ pub(super) struct Incremental {
     tables: Vec<Candidate>,
     /// They were looked at since there was nothing to read.
     listed: bool,
-    /// Tables that could not be read since they were last looked at, and why.
+    /// Tables that could not be read when that was last tried, and why.
     refused: BTreeMap<u32, String>,
+    /// Those of them that were tried since the tables were last looked at.
+    tried: BTreeSet<u32>,
     /// Why the table in hand does not go on.
     waiting: Option<String>,
     step: Step,
@@ -85,6 +94,57 @@ pub(super) struct Incremental {
     rows: u32,
     pause: Duration,
     progress: watch::Sender<Option<SnapshotProgress>>,
+    problems: Problems,
+}
+
+/// What a person has to know of the snapshot: reason and message of each.
+pub(super) type Problems = watch::Sender<Vec<(&'static str, String)>>;
+
+/// A request, with the selection that each of its entries is.
+struct Wanted {
+    id: String,
+    entries: Vec<(String, Selection)>,
+}
+
+impl Wanted {
+    fn new(request: &SnapshotRequest) -> Result<Self, SourceError> {
+        let entries = request.tables.iter().map(|glob| {
+            let alone = TableSelection {
+                include: vec![glob.clone()],
+                exclude: vec![],
+            };
+            Ok((glob.clone(), Selection::new(&alone)?))
+        });
+        Ok(Self {
+            id: request.id.clone(),
+            entries: entries.collect::<Result<_, SourceError>>()?,
+        })
+    }
+
+    /// Everything that is captured.
+    fn all(id: String, source: &PostgresSource) -> Result<Self, SourceError> {
+        Ok(Self {
+            id,
+            entries: vec![("*.*".to_owned(), Selection::new(&source.tables)?)],
+        })
+    }
+
+    /// The tables that it names.
+    ///
+    /// # Errors
+    /// With the first entry that names none: somebody meant a table by it, and would take the request for done.
+    fn tables(&self, captured: &[Candidate]) -> Result<Vec<u32>, String> {
+        let holds = |selection: &Selection, table: &Candidate| selection.holds(&table.schema, &table.table);
+        for (glob, selection) in &self.entries {
+            if !captured.iter().any(|table| holds(selection, table)) {
+                return Err(glob.clone());
+            }
+        }
+        let named = captured
+            .iter()
+            .filter(|table| self.entries.iter().any(|(_, selection)| holds(selection, table)));
+        Ok(named.map(|table| table.oid).collect())
+    }
 }
 
 impl Incremental {
@@ -93,6 +153,7 @@ impl Incremental {
         config: &CaptureConfig,
         checkpoint: &Checkpoint,
         progress: watch::Sender<Option<SnapshotProgress>>,
+        problems: Problems,
     ) -> Result<Option<Self>, SourceError> {
         let source = &config.source;
         let initial = source.snapshot.mode != SnapshotMode::Never;
@@ -101,29 +162,19 @@ impl Incremental {
             .accepted_gap
             .as_ref()
             .filter(|gap| gap.read_anew && !initial)
-            .map(|gap| SnapshotRequest {
-                // No request of a user can have such a name.
-                id: format!("gap {}", gap.id),
-                tables: source.tables.include.clone(),
-            });
+            // No request of a user can have such a name.
+            .map(|gap| Wanted::all(format!("gap {}", gap.id), source));
+        problems.send_replace(vec![]);
         if !initial && after_gap.is_none() && source.snapshot.requests.is_empty() {
             return Ok(None);
         }
-        let requests = after_gap
-            .iter()
-            .chain(&source.snapshot.requests)
-            .map(|request| {
-                let globs = TableSelection {
-                    include: request.tables.clone(),
-                    exclude: Vec::new(),
-                };
-                Ok((request.clone(), Selection::new(&globs)?))
-            })
-            .collect::<Result<_, _>>()?;
+        let asked_for = source.snapshot.requests.iter().map(Wanted::new);
+        let requests = after_gap.into_iter().chain(asked_for).collect::<Result<_, _>>()?;
         Ok(Some(Self {
             source: source.clone(),
             initial,
             requests,
+            unmatched: Vec::new(),
             reader: ChunkReader::start(source.clone()),
             overlap: Overlap::default(),
             state: checkpoint.snapshot.clone(),
@@ -131,6 +182,7 @@ impl Incremental {
             tables: Vec::new(),
             listed: false,
             refused: BTreeMap::new(),
+            tried: BTreeSet::new(),
             waiting: None,
             step: Step::Due(Instant::now()),
             asked: None,
@@ -142,6 +194,7 @@ impl Incremental {
             rows: FIRST_ROWS,
             pause: SHORTEST_PAUSE,
             progress,
+            problems,
         }))
     }
 
@@ -222,7 +275,7 @@ impl Incremental {
 
     /// The table that is read next, and the request that it is read for.
     fn next_table(&self) -> Option<(u32, Option<String>)> {
-        let readable = |oid: &u32| !self.refused.contains_key(oid);
+        let readable = |oid: &u32| !self.tried.contains(oid);
         let first = self
             .tables
             .iter()
@@ -271,8 +324,8 @@ impl Incremental {
             Answer::Reordered => self.put_down(),
             Answer::Refused(cause) => {
                 if let Some((oid, _)) = self.asked {
-                    tracing::warn!(table = self.name(oid), cause, "a table's rows cannot be read");
                     self.refused.insert(oid, cause);
+                    self.tried.insert(oid);
                 }
                 // The others come first.
                 self.state.aside.extend(self.state.reading.take());
@@ -317,7 +370,9 @@ impl Incremental {
     }
 
     fn plan(&mut self, tables: Vec<Candidate>) {
-        self.refused.clear();
+        self.tried.clear();
+        self.refused
+            .retain(|oid, _| tables.iter().any(|table| table.oid == *oid));
         // What left the selection missed changes, and is read again when it comes back.
         self.state
             .done
@@ -325,15 +380,18 @@ impl Incremental {
         let requests = &self.requests;
         self.state
             .requests
-            .retain(|id, _| requests.iter().any(|(request, _)| request.id == *id));
-        for (request, selection) in requests {
-            self.state.requests.entry(request.id.clone()).or_insert_with(|| {
-                tables
-                    .iter()
-                    .filter(|table| selection.holds(&table.schema, &table.table))
-                    .map(|table| table.oid)
-                    .collect()
-            });
+            .retain(|id, _| requests.iter().any(|request| request.id == *id));
+        self.unmatched.clear();
+        for request in requests {
+            if self.state.requests.contains_key(&request.id) {
+                continue;
+            }
+            match request.tables(&tables) {
+                Ok(tables) => {
+                    self.state.requests.insert(request.id.clone(), tables);
+                }
+                Err(glob) => self.unmatched.push((request.id.clone(), glob)),
+            }
         }
         let SnapshotState {
             done,
@@ -482,6 +540,7 @@ impl Incremental {
 
     /// A table begins.
     pub(super) fn begin(&mut self, shape: &Shape, snapshot: String) {
+        self.refused.remove(&shape.oid);
         let request = self.asked.take().and_then(|(_, request)| request);
         self.state.reading = Some(TableCursor {
             oid: shape.oid,
@@ -539,6 +598,7 @@ impl Incremental {
     /// These rows of a chunk were published. Returns the number of the table's rows if they were the last.
     pub(super) fn published(&mut self, chunk: &Chunk, rows: &[Tuple<'_>]) -> Option<u64> {
         let cursor = self.state.reading.as_mut()?;
+        self.refused.remove(&cursor.oid);
         cursor.rows += rows.len() as u64;
         let so_far = cursor.rows;
         if cursor.swept {
@@ -601,7 +661,46 @@ impl Incremental {
         self.state.clone()
     }
 
+    /// What a person has to look after: the state of the tables says it too, for as long as it shows them.
+    fn problems(&self) -> Vec<(&'static str, String)> {
+        let unmatched = self.unmatched.iter().map(|(id, glob)| {
+            let mut captured: Vec<String> = self.tables.iter().take(NAMED_TABLES).map(Candidate::name).collect();
+            if self.tables.len() > NAMED_TABLES {
+                captured.push(format!("{} more", self.tables.len() - NAMED_TABLES));
+            }
+            let message = format!(
+                "the snapshot request {id} waits, for {glob} is no captured table (those are {}): correct it in snapshot.requests, or have the table captured",
+                captured.join(", ")
+            );
+            ("SnapshotRequestWaits", message)
+        });
+        let refused = self.refused.first_key_value().map(|(oid, cause)| {
+            let more = match self.refused.len() - 1 {
+                0 => String::new(),
+                more => format!("; and {more} more, see status.snapshot"),
+            };
+            let message = format!(
+                "the rows of {} cannot be read for the snapshot, which tries again every {} s: {cause}{more}",
+                self.name(*oid),
+                LOOK_AGAIN.as_secs()
+            );
+            ("SnapshotRefused", message)
+        });
+        unmatched.chain(refused).collect()
+    }
+
     fn report(&self) {
+        let problems = self.problems();
+        self.problems.send_if_modified(|known| {
+            let changed = *known != problems;
+            if changed {
+                for (reason, message) in &problems {
+                    tracing::warn!(reason, "{message}");
+                }
+                *known = problems;
+            }
+            changed
+        });
         let reading = self.state.reading.as_ref();
         let requested = || self.state.requests.values().flatten().copied();
         let initial = self.tables.iter().map(|table| table.oid).filter(|_| self.initial);

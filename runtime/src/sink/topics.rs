@@ -87,6 +87,10 @@ impl Topics {
         }
         let found = self.ensure(&wanted).await?;
         for (name, asked) in &config.topic_config {
+            if !found.is_empty() && !found.contains_key(name) {
+                let cause = format!("Kafka has no setting {name} of topics; correct topics.config");
+                return Err(self.unusable(topic, &cause));
+            }
             if let Some(has) = found.get(name).filter(|has| *has != asked) {
                 let remedy = self.alter(topic, name, asked);
                 if config.topic_management == TopicManagement::External {
@@ -184,9 +188,37 @@ impl Topics {
                 _,
                 RDKafkaErrorCode::TopicAuthorizationFailed | RDKafkaErrorCode::ClusterAuthorizationFailed,
             ))) => Ok(Creation::Forbidden),
+            Some(Err((topic, RDKafkaErrorCode::InvalidConfig))) => {
+                let cause = self.refused_setting(new).await?;
+                Err(self.unusable(&topic, &format!("cannot be made: {cause}")))
+            }
             Some(Err((topic, code))) => Err(self.unusable(&topic, &format!("cannot be made: {code}"))),
             Some(Ok(_)) | None => Ok(Creation::Made),
         }
+    }
+
+    /// The settings that Kafka does not take, asked for one by one: its answer to all of them together does not say which.
+    async fn refused_setting(&self, wanted: &NewTopic<'_>) -> Result<String, SinkError> {
+        let options = AdminOptions::new().request_timeout(Some(DEADLINE)).validate_only(true);
+        let mut refused = Vec::new();
+        for (name, value) in &wanted.config {
+            let alone = NewTopic::new(wanted.name, wanted.num_partitions, self.replication()).set(name, value);
+            let answers = self
+                .admin
+                .create_topics([&alone], &options)
+                .await
+                .map_err(|error| unreachable(&self.servers, &error))?;
+            if let Some(Err((_, RDKafkaErrorCode::InvalidConfig))) = answers.first() {
+                refused.push(format!("{name}={value}"));
+            }
+        }
+        Ok(match &refused[..] {
+            [] => "Kafka does not take topics.config as a whole; see the broker's log".to_owned(),
+            refused => format!(
+                "Kafka has no such setting or value: {}; correct topics.config",
+                refused.join(", ")
+            ),
+        })
     }
 
     /// What the cluster tells about a topic.
@@ -222,7 +254,7 @@ impl Topics {
             .into_iter()
             .filter_map(Result::ok)
             .flat_map(|resource| resource.entries)
-            .filter_map(|entry| Some((entry.name, entry.value?)))
+            .map(|entry| (entry.name, entry.value.unwrap_or_default()))
             .collect();
         // Every topic has settings. The client keeps the reason to itself, but the topic is there.
         if settings.is_empty() {

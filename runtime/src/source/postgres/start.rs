@@ -94,7 +94,8 @@ pub enum Start {
 pub enum SourceGap {
     /// Somebody has to decide.
     #[error(
-        "{loss}; to go on without them in the next epoch, run kubectl annotate cdcpipeline {pipeline} meander.dev/accept-source-gap={id} (without Kubernetes: acceptSourceGap: {id})"
+        "{loss}; to go on without them in the next epoch, run kubectl annotate --overwrite cdcpipeline {pipeline} meander.dev/accept-source-gap={id} (without Kubernetes: acceptSourceGap: {id}){}",
+        .other.as_ref().map(|other| format!("; what is accepted now, {other}, is not this gap")).unwrap_or_default()
     )]
     Lost {
         /// What is lost.
@@ -103,6 +104,8 @@ pub enum SourceGap {
         id: String,
         /// The name of the pipeline.
         pipeline: String,
+        /// The gap that was accepted, which is another one.
+        other: Option<String>,
     },
     /// There is no epoch after the last.
     #[error("the pipeline has seen 255 epochs; create it under another name")]
@@ -313,6 +316,7 @@ pub fn decide(
                 loss,
                 id,
                 pipeline: pipeline.name.to_owned(),
+                other: pipeline.accepted.map(str::to_owned),
             })
         }
     })
@@ -646,7 +650,13 @@ mod tests {
             epoch: 2,
             ..checkpoint()
         };
-        assert_eq!(lost(Some("1:0/64"), &later, None).unwrap_err().reason(), "SlotMissing");
+        let again = lost(Some("1:0/64"), &later, None).unwrap_err();
+        assert_eq!(again.reason(), "SlotMissing");
+        assert!(
+            again
+                .to_string()
+                .ends_with("; what is accepted now, 1:0/64, is not this gap")
+        );
         assert_eq!(lost(Some("1:0/64"), &checkpoint(), Some(slot(100))), Ok(Start::Resume));
     }
 
