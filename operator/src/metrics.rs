@@ -66,6 +66,10 @@ impl Metrics {
             progress_streams: IntGauge::with_opts(opts("progress_streams", "Open streams of runtime pods."))?,
             leader: IntGauge::with_opts(opts("leader", "1 while this process leads."))?,
         };
+        // A counter that is not there yet cannot be seen to grow.
+        for phase in ["Succeeded", "Failed", "Cancelled"] {
+            metrics.replays_ended.with_label_values(&[phase]);
+        }
         let registry = &metrics.registry;
         registry.register(Box::new(metrics.reconciles.clone()))?;
         registry.register(Box::new(metrics.reconcile_seconds.clone()))?;

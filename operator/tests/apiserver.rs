@@ -1419,11 +1419,16 @@ async fn a_replay_from_waiting_to_its_last_word() {
         speed: Some("0.5".into()),
         ..ControlReplayRequest::default()
     };
+    let follow = async || {
+        let resource = Some(reference(&replay));
+        let request = authorized(StreamProgressRequest { resource }, &token);
+        operator.client().await.stream_progress(request).await
+    };
+    cluster.allow("last-seconds-replay", "replayjobs", "get").await;
+    eventually("who may read it may follow it", async || follow().await.is_ok()).await;
     assert_eq!(ask(resume()).await, Err(Code::PermissionDenied));
-    for verb in ["patch", "get"] {
-        cluster.allow("last-seconds-replay", "replayjobs", verb).await;
-    }
-    eventually("the caller is known", async || ask(resume()).await == Ok(3)).await;
+    cluster.allow("last-seconds-replay", "replayjobs", "patch").await;
+    eventually("who may patch it may control it", async || ask(resume()).await == Ok(3)).await;
     let directive = directives.message().await.unwrap().unwrap();
     assert_eq!(
         (directive.generation, directive.speed.as_str(), directive.paused),
@@ -1446,23 +1451,12 @@ async fn a_replay_from_waiting_to_its_last_word() {
         ..resume()
     };
     assert_eq!(ask(another).await, Err(Code::FailedPrecondition));
-    let resource = Some(reference(&replay));
-    let watch = authorized(StreamProgressRequest { resource }, &token);
-    let mut watched_over_grpc = operator
-        .client()
-        .await
-        .stream_progress(watch)
-        .await
-        .unwrap()
-        .into_inner();
+    let mut followed = follow().await.unwrap().into_inner();
     let seen = |update: ProgressUpdate| match update.progress {
         Some(Progress::Replay(progress)) => (progress.phase(), progress.delivered),
         _ => panic!("the progress of a pipeline"),
     };
-    assert_eq!(
-        seen(watched_over_grpc.message().await.unwrap().unwrap()),
-        (Phase::Running, 64)
-    );
+    assert_eq!(seen(followed.message().await.unwrap().unwrap()), (Phase::Running, 64));
 
     // Its last word is its pod's.
     let word = json!({"phase": "Succeeded", "delivered": 100, "deliveryMicros": 5_000_000}).to_string();
@@ -1502,11 +1496,11 @@ async fn a_replay_from_waiting_to_its_last_word() {
     assert_eq!(state(&last.conditions, "Complete"), Some(("True", "Delivered")));
     assert_eq!(last.completion_time.as_deref(), Some("2026-11-20T10:00:10Z"));
     assert_eq!(
-        seen(watched_over_grpc.message().await.unwrap().unwrap()),
+        seen(followed.message().await.unwrap().unwrap()),
         (Phase::Succeeded, 100)
     );
     assert!(
-        watched_over_grpc.message().await.unwrap().is_none(),
+        followed.message().await.unwrap().is_none(),
         "its end is the last that there is to see"
     );
     eventually("it expires", async || {

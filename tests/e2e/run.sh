@@ -13,9 +13,16 @@ k() { kubectl -n "$namespace" "$@"; }
 
 # promise TITLE COMMAND...: one test.
 promise() {
-  local title=$1; shift
-  if ("$@") >"$work/log" 2>&1; then
+  local title=$1 code; shift
+  rm -f "$work/notes"
+  # Not within the `if`: there, no command but the last one could fail.
+  set +e
+  (set -e; "$@") >"$work/log" 2>&1
+  code=$?
+  set -e
+  if [ "$code" = 0 ]; then
     echo "ok - $title"
+    [ ! -f "$work/notes" ] || sed 's/^/#   /' "$work/notes"
   else
     echo "not ok - $title"
     sed 's/^/#   /' "$work/log"
@@ -23,6 +30,9 @@ promise() {
     status=1
   fi
 }
+
+# note TEXT: something measured, said beside the test's result.
+note() { echo "$*" >>"$work/notes"; }
 
 diagnose() {
   k get cdcp,rpj,jobs,pods -o wide || true
@@ -72,6 +82,7 @@ pipeline_becomes_ready() {
 }
 
 load_and_verify() {
+  date -u +%Y-%m-%dT%H:%M:%SZ >"$work/loaded"
   run_job deploy/demo/load.yaml load
   run_job deploy/demo/verify.yaml verify
   k logs job/verify
@@ -94,7 +105,8 @@ replay_to_receiver() {
   delivered=$(k get rpj last-seconds -o jsonpath='{.status.progress.delivered}')
   k logs deployment/receiver --tail=1
   records=$(k logs deployment/receiver --tail=1 | jq -er 'select(.orderOk and .duplicates == 0) | .records')
-  [ "$records" = "$delivered" ] && [ "$delivered" -gt 0 ]
+  [ "$records" = "$delivered" ]
+  [ "$delivered" -gt 0 ]
   [ "$(k get rpj last-seconds -o jsonpath='{.status.phase} {.status.progress.percent}')" = "Succeeded 100" ]
 }
 
@@ -125,6 +137,118 @@ replay_to_subscriber() {
   local positions
   positions=$(jq -r '.records[].position' "$work/stream" | wc -l)
   [ "$positions" = "$(k get rpj served -o jsonpath='{.status.progress.delivered}')" ] && [ "$positions" -gt 0 ]
+}
+
+# A caller of the operator that may read and patch ReplayJobs.
+operator_calls() { # METHOD MESSAGE
+  "$cluster" exec grpcurl -plaintext -connect-timeout 2 -H "authorization: Bearer $token" -d "$2" \
+    meander-operator.$system.svc:50051 "meander.v1.ProgressTracker/$1"
+}
+
+micros() { date +%s%6N; }
+
+# seen FILTER: waits until a report of the replay that is followed is so, and prints the first one that is.
+seen() {
+  jq -ecn --unbuffered "first(inputs | select($1))" < <(timeout 60 tail -n +1 -f "$work/progress")
+}
+
+# Milliseconds from $1 until the pod said that it does what was asked; a generous bound, the figure is what counts.
+acted() { # SINCE WHAT FILTER
+  local at
+  at=$(seen "$3" | jq -r .timeMicros)
+  note "$2 took $(((at - $1) / 1000)) ms"
+  [ $(((at - $1) / 1000)) -lt 5000 ]
+}
+
+# The speed at which event time passes, over the reports that a filter takes.
+speed_over() {
+  jq -rn "[inputs | select($1) | {now: .timeMicros | tonumber, event: .replay.currentTimeMicros | tonumber}]
+    | (last.event - first.event) / (last.now - first.now)" "$work/progress"
+}
+
+replay_is_driven() {
+  k create serviceaccount ops
+  k create role replay-ops --verb=get,patch --resource=replayjobs.meander.dev
+  k create rolebinding replay-ops --role=replay-ops --serviceaccount="$namespace:ops"
+  local token since replay follow paused speed
+  token=$(k create token ops --audience=meander.dev)
+  replay='"namespace": "shop", "name": "driven"'
+  sed "s/name: to-log/name: driven/; s/speed: max/speed: \"0.2\"/; s/from: .*/from: {time: \"$(cat "$work/loaded")\"}/" \
+    deploy/examples/replayjob-log.yaml | k apply -f -
+  k wait replayjob/driven --for=jsonpath='{.status.phase}'=Running --timeout=60s
+  operator_calls StreamProgress "{\"resource\": {\"kind\": \"ReplayJob\", $replay}}" >"$work/progress" &
+  follow=$!
+
+  since=$(micros)
+  operator_calls ControlReplay "{$replay, \"suspend\": true}"
+  acted "$since" "a pause over gRPC" '.replay.phase == "PHASE_PAUSED"'
+  k wait replayjob/driven --for=jsonpath='{.status.phase}'=Paused --timeout=30s
+  # Nothing is delivered meanwhile: two reports later, it is where it was.
+  paused=$(seen '.replay.phase == "PHASE_PAUSED"' | jq -r .timeMicros)
+  seen ".replay.phase == \"PHASE_PAUSED\" and (.timeMicros | tonumber) > $paused + 2000000"
+  [ "$(jq -rn '[inputs | select(.replay.phase == "PHASE_PAUSED") | .replay.delivered] | unique | length' "$work/progress")" = 1 ]
+
+  since=$(micros)
+  k patch rpj driven --type=merge -p '{"spec": {"suspend": false, "speed": 2}}'
+  acted "$since" "going on, twice as fast, by kubectl patch" ".replay.phase == \"PHASE_RUNNING\" and (.timeMicros | tonumber) > $since"
+  seen ".replay.phase == \"PHASE_RUNNING\" and (.timeMicros | tonumber) > $since + 3000000"
+  speed=$(speed_over ".replay.phase == \"PHASE_RUNNING\" and (.timeMicros | tonumber) > $since")
+  note "it went on at ${speed:0:4} times the original pace"
+  jq -en "$speed > 1 and $speed < 4"
+
+  since=$(micros)
+  operator_calls ControlReplay "{$replay, \"cancel\": true}"
+  acted "$since" "a cancel over gRPC" '.replay.phase == "PHASE_CANCELLED"'
+  k wait replayjob/driven --for=jsonpath='{.status.phase}'=Cancelled --timeout=60s
+  # The stream ends with the replay, and a replay that has ended takes no orders.
+  wait "$follow"
+  if operator_calls ControlReplay "{$replay, \"suspend\": false}" 2>"$work/denied"; then
+    echo "a replay that had ended was controlled"; return 1
+  fi
+  grep FailedPrecondition "$work/denied"
+}
+
+# Its pod hears of it before Kubernetes ends the pod.
+deletion_stops_a_replay() {
+  local since ended
+  sed "s/name: to-log/name: unwanted/; s/speed: max/speed: \"0.2\"/; s/from: .*/from: {time: \"$(cat "$work/loaded")\"}/" \
+    deploy/examples/replayjob-log.yaml | k apply -f -
+  k wait replayjob/unwanted --for=jsonpath='{.status.phase}'=Running --timeout=60s
+  k logs -f job/unwanted-replay >"$work/unwanted" &
+  since=$(micros)
+  k delete replayjob unwanted --wait
+  wait $!
+  ended=$(date -d "$(jq -Rr 'fromjson? | objects | select(.message == "the replay ended") | .timestamp' "$work/unwanted")" +%s%6N)
+  note "it ended after $(((ended - since) / 1000)) ms"
+  [ $(((ended - since) / 1000)) -lt 5000 ]
+}
+
+# Into one receiver, while the operator is killed.
+twenty_replays_at_once() {
+  local i start=$SECONDS
+  for i in $(seq 20); do
+    echo ---
+    sed "s/name: last-seconds/name: twenty-$i\n  labels: {test: twenty}/; s/speed: 10/speed: max/" deploy/examples/replayjob.yaml
+  done | k apply -f -
+  k wait replayjob/twenty-1 --for=jsonpath='{.status.startTime}' --timeout=60s
+  kubectl -n "$system" delete pods -l app.kubernetes.io/name=meander-operator --grace-period=0 --force
+  k wait replayjobs -l test=twenty --for=condition=Complete --timeout=240s
+  note "all were done after $((SECONDS - start)) s"
+  k get rpj -l test=twenty -o json | jq -e '[.items[] | .status.phase + " " + (.status.progress.delivered | tostring)]
+    | length == 20 and (unique | length) == 1 and (.[0] | test("^Succeeded [1-9]"))'
+  # Each stream was one of them, whole, in order and without a double, or the first part of one whose pod was replaced.
+  k logs deployment/receiver --tail=-1 | jq -Rcn '[inputs | fromjson? | objects] | .[-20:]' >"$work/streams"
+  jq -e --argjson delivered "$(k get rpj twenty-1 -o jsonpath='{.status.progress.delivered}')" \
+    'length == 20 and all(.orderOk and .records == $delivered)' "$work/streams"
+  k delete replayjobs -l test=twenty --wait
+}
+
+# Nobody delivers for ever to a receiver that is not there.
+replay_has_a_deadline() {
+  sed 's/name: last-seconds/name: hopeless/; s/receiver:50051/nobody:50051/; s/speed: 10/speed: max\n  activeDeadlineSeconds: 5/' \
+    deploy/examples/replayjob.yaml | k apply -f -
+  condition replayjob/hopeless Failed True DeadlineExceeded
+  k get rpj hopeless -o wide | grep -E "trades +Failed .* DeadlineExceeded "
 }
 
 capture_pod_is_killed() {
@@ -194,6 +318,19 @@ refused_spec() {
   fi
 }
 
+# A replay of a suspended pipeline begins, waits for its receiver, and goes on when the pipeline is gone.
+replay_outlives_its_pipeline() {
+  k patch cdcp broken --type=merge -p '{"spec": {"suspend": true}}'
+  sed 's/name: last-seconds/name: heir/; s/name: trades/name: broken/; s/receiver:50051/late:50051/; s/speed: 10/speed: max/' \
+    deploy/examples/replayjob.yaml | k apply -f -
+  k wait pod -l meander.dev/replay=heir --for=condition=Ready --timeout=60s
+  deletion_drops_the_slot
+  [ "$(k get rpj heir -o jsonpath='{.status.phase}')" = Pending ]
+  k get service receiver -o json | jq 'del(.spec.clusterIP, .spec.clusterIPs) | .metadata = {name: "late"}' | k apply -f -
+  k wait --for=condition=Complete replayjob/heir --timeout=120s
+  [ "$(k get rpj heir -o jsonpath='{.status.progress.delivered}')" -gt 0 ]
+}
+
 deletion_drops_the_slot() {
   k delete cdcp broken --wait --timeout=120s
   [ "$(psql_superuser -At -c "SELECT count(*) FROM pg_replication_slots WHERE slot_name LIKE '%broken%'")" = 0 ]
@@ -219,6 +356,10 @@ promise "kubectl get shows phase, lag and events as they are" status_tells_the_t
 promise "a replay delivers each change once and in commit order to a receiver" replay_to_receiver
 promise "a replay goes into its own log" replay_to_log
 promise "a replay is served to a subscriber with a token, and to nobody else" replay_to_subscriber
+promise "a replay is held, paced and ended while it runs" replay_is_driven
+promise "a replay that is deleted ends at once" deletion_stops_a_replay
+promise "twenty replays of one pipeline run at once, through a crash of the operator" twenty_replays_at_once
+promise "a replay that takes too long is ended, and says so" replay_has_a_deadline
 promise "a killed capture pod loses and doubles nothing" capture_pod_is_killed
 promise "a missing Secret is said, and heals" missing_secret
 promise "a wrong password is said, and heals" wrong_password
@@ -226,5 +367,5 @@ promise "an unreachable database is said, and heals" unreachable_database
 promise "a database without wal_level logical is said, and heals" wal_level_replica
 promise "a Kafka that is down is said, and heals" kafka_is_down
 promise "a spec that can never work is refused" refused_spec
-promise "deleting a pipeline drops its slot and its objects" deletion_drops_the_slot
+promise "deleting a pipeline drops its slot and its objects, and its replay goes on" replay_outlives_its_pipeline
 promise "after all this, the stores still agree" still_in_agreement
