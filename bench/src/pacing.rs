@@ -54,6 +54,8 @@ pub(crate) async fn measure(changes: u64, rate: f64, speeds: &[f64]) -> anyhow::
             to: ReplayEnd::Now,
             speed: speed.to_string().parse()?,
             suspended: false,
+            filter: None,
+            max_gap_seconds: None,
             target: ReplayTarget::GrpcCall {
                 endpoint: format!("http://{address}"),
             },

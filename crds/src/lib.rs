@@ -18,7 +18,8 @@ pub use pipeline::{
     TableSnapshot, TableSnapshotState, TablesStatus, TopicManagement,
 };
 pub use replay::{
-    Beginning, ChangePosition, GrpcTarget, LogTarget, Now, PipelineReference, PostgresTarget, RecordOffset, ReplayEnd,
-    ReplayFailures, ReplayJob, ReplayJobSpec, ReplayJobStatus, ReplayPhase, ReplayProgress, ReplayRange, ReplayRuntime,
-    ReplayStart, ReplayTarget, Serve, Speed,
+    Beginning, ChangePosition, GrpcTarget, LogTarget, Now, OtherTopics, PipelineReference, PostgresTarget,
+    RecordOffset, ReplayEnd, ReplayFailures, ReplayFilter, ReplayJob, ReplayJobSpec, ReplayJobStatus, ReplayOperation,
+    ReplayPhase, ReplayProgress, ReplayRange, ReplayRuntime, ReplayStart, ReplayTarget, RowKey, Serve, Speed,
+    TopicProgress,
 };

@@ -266,7 +266,7 @@ pub enum Origin {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TableSelection {
-    /// Tables to capture, such as `public.*` or `public."Order Lines"`: globs over schema and table. Each of the two is an SQL
+    /// Tables to take, such as `public.*` or `public."Order Lines"`: globs over schema and table. Each of the two is an SQL
     /// identifier: without quotes it is folded to lower case, and `*` stands for any characters, `?` for any one; inside double
     /// quotes everything stands for itself.
     #[schemars(length(min = 1, max = 100), inner(length(min = 3, max = 256)))]

@@ -1,6 +1,6 @@
 //! `ReplayJob`: a stretch of a pipeline's log, out again at a chosen pace.
 
-use std::fmt;
+use std::{collections::BTreeMap, fmt};
 
 use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Condition, apimachinery::pkg::util::intstr::IntOrString};
 use kube::{CustomResource, KubeSchema};
@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     common::{LogLevel, Resources, SecretKeyReference, SecretReference, conditions},
-    pipeline::SslMode,
+    pipeline::{SslMode, TableSelection},
 };
 
 /// Which stretch of which pipeline's log is replayed, how fast, and where to.
@@ -37,7 +37,11 @@ use crate::{
 )]
 #[x_kube(
     validation = Rule::new("!has(self.from.time) || !has(self.to.time) || self.from.time < self.to.time").message("from.time must be before to.time"),
-    validation = Rule::new("has(self.activeDeadlineSeconds) == has(oldSelf.activeDeadlineSeconds) && (!has(self.activeDeadlineSeconds) || self.activeDeadlineSeconds == oldSelf.activeDeadlineSeconds)").message("activeDeadlineSeconds is immutable: create another ReplayJob")
+    validation = Rule::new("has(self.activeDeadlineSeconds) == has(oldSelf.activeDeadlineSeconds) && (!has(self.activeDeadlineSeconds) || self.activeDeadlineSeconds == oldSelf.activeDeadlineSeconds)").message("activeDeadlineSeconds is immutable: create another ReplayJob"),
+    validation = Rule::new("has(self.target) || self.dryRun").message("write in target where the changes go, or set dryRun"),
+    validation = Rule::new("has(self.target) == has(oldSelf.target) && (!has(self.target) || self.target == oldSelf.target)").message("target is immutable: create another ReplayJob"),
+    validation = Rule::new("has(self.filter) == has(oldSelf.filter) && (!has(self.filter) || self.filter == oldSelf.filter)").message("filter is immutable: create another ReplayJob"),
+    validation = Rule::new("has(self.maxGapSeconds) == has(oldSelf.maxGapSeconds) && (!has(self.maxGapSeconds) || self.maxGapSeconds == oldSelf.maxGapSeconds)").message("maxGapSeconds is immutable: create another ReplayJob")
 )]
 #[serde(rename_all = "camelCase")]
 pub struct ReplayJobSpec {
@@ -55,9 +59,21 @@ pub struct ReplayJobSpec {
     #[serde(default)]
     #[x_kube(validation = Rule::new("type(self) == int ? self > 0 : self == 'max' || (self.matches('^[0-9]{1,7}([.][0-9]{1,6})?$') && double(self) > 0.0)").message("speed is a positive number such as 10 or \"0.5\", or \"max\""))]
     pub speed: Speed,
+    /// Cut every silence between two changes that are delivered to this many seconds of the original time, before the speed is applied;
+    /// no silence where this is left out. Immutable.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 31_536_000))]
+    pub max_gap_seconds: Option<u32>,
+    /// Which of the changes are delivered; all where it is left out. Immutable.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub filter: Option<ReplayFilter>,
     /// Where the changes go. Immutable.
-    #[x_kube(validation = Rule::new("self == oldSelf").message("target is immutable: create another ReplayJob"))]
-    pub target: ReplayTarget,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target: Option<ReplayTarget>,
+    /// Deliver nothing, and count what would be: everything is read and filtered at the speed `max`, and `target` is left alone. Immutable.
+    #[serde(default)]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("dryRun is immutable: create another ReplayJob"))]
+    pub dry_run: bool,
     /// Hold delivery. A job that is created suspended starts when this is set to false.
     #[serde(default)]
     pub suspend: bool,
@@ -84,6 +100,14 @@ pub struct ReplayJobSpec {
     #[serde(default)]
     #[x_kube(validation = Rule::new("self == oldSelf").message("runtime is immutable: create another ReplayJob"))]
     pub runtime: ReplayRuntime,
+}
+
+impl ReplayJobSpec {
+    /// Where the changes go: nowhere in a dry run.
+    #[must_use]
+    pub fn delivers_to(&self) -> ReplayTarget {
+        self.target.clone().filter(|_| !self.dry_run).unwrap_or_default()
+    }
 }
 
 /// Names a CdcPipeline in the same namespace.
@@ -191,6 +215,79 @@ pub enum Now {
     Now,
 }
 
+/// Which changes are delivered: those that every part of it keeps. What is left out is counted, and paces nothing.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[x_kube(validation = Rule::new("has(self.tables) || has(self.operations) || has(self.keys) || has(self.expression)").message("filter needs tables, operations, keys or expression: leave it out to deliver everything"))]
+#[serde(rename_all = "camelCase")]
+pub struct ReplayFilter {
+    /// Changes of these tables. Logical messages are of none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tables: Option<TableSelection>,
+    /// Changes of these kinds. An UPDATE of a key is a Delete of the old key and an Update under the new one. The markers of a snapshot are
+    /// kept where Insert, Update and Read are.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(min = 1, max = 8))]
+    pub operations: Vec<ReplayOperation>,
+    /// Changes of rows that have one of these keys: the names of key columns, and their values as the record's key in Kafka says them, such as
+    /// `{trade_id: "7"}`. A column that is not named may have any value. TRUNCATE, SchemaChange and SourceGap, which touch every row, are
+    /// kept; messages and the markers of snapshots are not.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(min = 1, max = 64))]
+    pub keys: Vec<RowKey>,
+    /// Changes of rows for which this is true: an expression in CEL over `before` and `after` (column name to value, or null), `op`, `table`,
+    /// `schema` and `commitTime`, such as `op != 'Delete' && double(after.price) > 100.0`. What it cannot answer for a change ends the
+    /// replay. Needs a pipeline of the format Protobuf. TRUNCATE, SchemaChange and SourceGap are kept, messages and the markers of
+    /// snapshots are not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 2048))]
+    pub expression: Option<String>,
+}
+
+/// What a change does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum ReplayOperation {
+    /// A row comes.
+    Insert,
+    /// A row changes.
+    Update,
+    /// A row goes.
+    Delete,
+    /// All rows of a table go.
+    Truncate,
+    /// A row, as a snapshot found it.
+    Read,
+    /// A logical message.
+    Message,
+    /// A table has another schema.
+    SchemaChange,
+    /// Changes were lost before this.
+    SourceGap,
+}
+
+/// Names of key columns, and values.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct RowKey(pub BTreeMap<String, String>);
+
+impl JsonSchema for RowKey {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "RowKey".into()
+    }
+
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "type": "object",
+            "minProperties": 1,
+            "maxProperties": 16,
+            "additionalProperties": {"type": "string", "maxLength": 1024},
+        })
+    }
+}
+
 /// An integer, or a string with a decimal or `max`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -229,7 +326,7 @@ impl JsonSchema for Speed {
 }
 
 /// Where the changes go.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[x_kube(validation = Rule::new("[has(self.log), has(self.grpc), has(self.postgres)].exists_one(given, given)").message("write exactly one of target.log, target.grpc and target.postgres"))]
 #[serde(rename_all = "camelCase")]
 pub struct ReplayTarget {
@@ -425,12 +522,25 @@ pub struct ReplayRange {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ReplayProgress {
-    /// Changes handed over and, where the target answers, answered.
+    /// Changes handed over and, where the target answers, answered. In a dry run: those that would be.
     #[serde(default)]
     pub delivered: u64,
+    /// Changes up to there that the filter left out.
+    #[serde(default)]
+    pub filtered: u64,
+    /// Changes of the range: those that are behind, and the offsets that are ahead. Some of these are marks of Kafka's transactions, so it
+    /// is an upper bound, which falls to the number itself by the end.
+    #[serde(default)]
+    pub total: u64,
+    /// Bytes of the keys and values that the pod has delivered.
+    #[serde(default)]
+    pub bytes: u64,
     /// Between 0 and 100, by event time within the range.
     #[serde(default)]
     pub percent: u32,
+    /// Between 0 and 100, by offsets within the range, filtered ones among them.
+    #[serde(default)]
+    pub percent_by_events: u32,
     /// `percent` for people: `64%`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub progress: Option<String>,
@@ -444,6 +554,12 @@ pub struct ReplayProgress {
     /// Mean of the last seconds.
     #[serde(default)]
     pub events_per_second: u64,
+    /// The speed that is asked of the pod.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub speed: Option<String>,
+    /// Original time delivered per time, mean of the last seconds, such as `9.98`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub actual_speed: Option<String>,
     /// How far delivery is behind its schedule; 0 at speed `max`.
     #[serde(default)]
     pub behind_millis: u64,
@@ -457,6 +573,50 @@ pub struct ReplayProgress {
     /// How long delivery took from the first change to the last.
     #[serde(default)]
     pub delivery_millis: u64,
+    /// What the pod has delivered of each topic, of which each table has one: at most 50, those with the most changes first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 50))]
+    pub topics: Vec<TopicProgress>,
+    /// The sum of the others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub other_topics: Option<OtherTopics>,
+}
+
+/// What is delivered of a topic.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TopicProgress {
+    /// The topic in Kafka: `<topicPrefix>.<schema>.<table>`.
+    pub topic: String,
+    /// Changes.
+    #[serde(default)]
+    pub delivered: u64,
+    /// Bytes of keys and values.
+    #[serde(default)]
+    pub bytes: u64,
+    /// The earliest commit time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("format" = "date-time"))]
+    pub first_time: Option<String>,
+    /// The latest commit time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("format" = "date-time"))]
+    pub last_time: Option<String>,
+}
+
+/// What is delivered of some topics together.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct OtherTopics {
+    /// How many topics.
+    #[serde(default)]
+    pub topics: u64,
+    /// Changes.
+    #[serde(default)]
+    pub delivered: u64,
+    /// Bytes of keys and values.
+    #[serde(default)]
+    pub bytes: u64,
 }
 
 fn default_backoff_limit() -> u32 {

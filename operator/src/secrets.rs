@@ -92,9 +92,10 @@ pub fn of_pipeline(pipeline: &CdcPipeline) -> Vec<SecretFiles> {
 /// The Secrets that a replay needs: those of its pipeline's log, and its own.
 pub fn of_replay(replay: &ReplayJob, pipeline: Option<&CdcPipeline>) -> Vec<SecretFiles> {
     let log = pipeline.map(|pipeline| of_kafka(&pipeline.spec.sinks.kafka, ACCEPTED));
-    let serve = replay.spec.target.grpc.as_ref().and_then(|grpc| grpc.serve.as_ref());
+    let target = replay.spec.delivers_to();
+    let serve = target.grpc.as_ref().and_then(|grpc| grpc.serve.as_ref());
     let token = serve.map(|serve| SecretFiles::one("subscribers", &serve.token_secret_ref, "token", ACCEPTED));
-    let database = replay.spec.target.postgres.iter().flat_map(|target| {
+    let database = target.postgres.iter().flat_map(|target| {
         postgres_files(
             ["target", "target-ca", "target-client"],
             &target.credentials_secret_ref,

@@ -650,6 +650,28 @@ async fn a_replay_that_can_never_work_is_refused() {
         (spec(json!({"backoffLimit": -1})), "spec.backoffLimit"),
         (spec(json!({"activeDeadlineSeconds": 0})), "spec.activeDeadlineSeconds"),
         (
+            spec(json!({"target": null})),
+            "write in target where the changes go, or set dryRun",
+        ),
+        (
+            spec(json!({"filter": {}})),
+            "filter needs tables, operations, keys or expression: leave it out to deliver everything",
+        ),
+        (
+            spec(json!({"filter": {"tables": {"include": ["trades"]}}})),
+            "each entry of include is schema.table, such as public.* or public.orders",
+        ),
+        (
+            spec(json!({"filter": {"tables": {"include": ["public.*"], "exclude": ["trades"]}}})),
+            "each entry of exclude is schema.table, such as audit.* or public.sessions",
+        ),
+        (
+            spec(json!({"filter": {"operations": ["Upsert"]}})),
+            "spec.filter.operations",
+        ),
+        (spec(json!({"filter": {"keys": [{"id": 7}]}})), "spec.filter.keys"),
+        (spec(json!({"maxGapSeconds": 0})), "spec.maxGapSeconds"),
+        (
             target(json!({})),
             "write exactly one of target.log, target.grpc and target.postgres",
         ),
@@ -719,6 +741,21 @@ async fn a_replay_that_can_never_work_is_refused() {
         ),
         (
             none.clone(),
+            spec(json!({"filter": {"operations": ["Insert"]}})),
+            "filter is immutable: create another ReplayJob",
+        ),
+        (
+            spec(json!({"maxGapSeconds": 60})),
+            spec(json!({"maxGapSeconds": 61})),
+            "maxGapSeconds is immutable: create another ReplayJob",
+        ),
+        (
+            none.clone(),
+            spec(json!({"dryRun": true})),
+            "dryRun is immutable: create another ReplayJob",
+        ),
+        (
+            none.clone(),
             spec(json!({"runtime": {"logLevel": "Debug"}})),
             "runtime is immutable: create another ReplayJob",
         ),
@@ -774,6 +811,7 @@ async fn every_example_is_accepted_and_gets_its_defaults() {
         "replayjob-log.yaml",
         "replayjob-serve.yaml",
         "replayjob-postgres.yaml",
+        "replayjob-dry-run.yaml",
     ] {
         let replay: ReplayJob = cluster.create(replay_json(file)).await;
         assert_eq!(replay.spec, support::replay(file).spec, "{file}");

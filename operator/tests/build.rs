@@ -137,6 +137,7 @@ fn replays_become_jobs() {
         ("replay_grpc", "replayjob.yaml"),
         ("replay_serve", "replayjob-serve.yaml"),
         ("replay_postgres", "replayjob-postgres.yaml"),
+        ("replay_dry_run", "replayjob-dry-run.yaml"),
     ] {
         let replay = support::replay(file);
         let valid = replay::validate::validate(&replay, &replay_facts(), &settings()).unwrap();
@@ -235,8 +236,15 @@ fn a_replay_waits_for_its_pipeline_and_its_secret() {
     let replay = support::replay("replayjob-postgres.yaml");
     let error = replay::validate::validate(&replay, &facts, &settings()).unwrap_err();
     assert_eq!(error.problem().reason.to_string(), "FormatNotExact");
+    let replay_of_rows = support::replay("replayjob-dry-run.yaml");
+    let error = replay::validate::validate(&replay_of_rows, &facts, &settings()).unwrap_err();
+    assert_eq!(error.problem().reason.to_string(), "FormatNotExact");
     facts.pipeline = replay_facts().pipeline;
     facts.secrets.remove("analytics");
+    let mut dry = replay.clone();
+    dry.spec.dry_run = true;
+    let valid = replay::validate::validate(&dry, &facts, &settings()).unwrap();
+    assert_eq!(valid.config.target, meander_config::ReplayTarget::DryRun);
     let error = replay::validate::validate(&replay, &facts, &settings()).unwrap_err();
     assert!(
         error.problem().message.contains("Secret analytics does not exist"),

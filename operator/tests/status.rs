@@ -21,9 +21,9 @@ use meander_operator::{
     replay::{self, status::Outcome},
 };
 use meander_proto::v1::{
-    AcceptedGap, CaptureProgress, Condition, ProgressUpdate, RedisState, RefusedTable, ReplayProgress, ResolvedRange,
-    SchemaVersion, SlotHealth, SnapshotProgress, TableSnapshot, progress_update::Progress, replay_progress::Phase,
-    table_snapshot,
+    AcceptedGap, CaptureProgress, Condition, OtherTopics, ProgressUpdate, RedisState, RefusedTable, ReplayProgress,
+    ResolvedRange, SchemaVersion, SlotHealth, SnapshotProgress, TableSnapshot, TopicProgress,
+    progress_update::Progress, replay_progress::Phase, table_snapshot,
 };
 use serde_json::{Value, from_value, json};
 
@@ -590,6 +590,24 @@ fn replay_report(phase: Phase, delivered: u64, percent: f64) -> Observation {
         }),
         first_event_time_micros: 1_763_632_800_000_000,
         delivery_micros: 6_000_000,
+        filtered: 20,
+        total: 900,
+        percent_by_events: 71.9,
+        speed: "10".into(),
+        actual_speed: 9.9823,
+        bytes: 4096,
+        topics: vec![TopicProgress {
+            topic: "shop.public.trades".into(),
+            delivered: 400,
+            bytes: 4000,
+            first_time_micros: 1_763_632_800_000_000,
+            last_time_micros: 1_763_632_860_000_000,
+        }],
+        other_topics: Some(OtherTopics {
+            topics: 3,
+            delivered: 240,
+            bytes: 96,
+        }),
     };
     let reason = match phase {
         Phase::Running => "Replaying",
@@ -625,7 +643,7 @@ fn job(condition: Option<&str>) -> Job {
 
 fn last_word(phase: &str, reason: &str) -> Pod {
     let word = json!({
-        "phase": phase, "delivered": 640, "currentPosition": "1:0/16B9999:0",
+        "phase": phase, "delivered": 640, "filtered": 30, "currentPosition": "1:0/16B9999:0",
         "firstEventTimeMicros": 1_763_632_800_000_000_i64, "currentTimeMicros": 1_763_632_900_000_000_i64,
         "deliveryMicros": 10_000_500, "reason": reason, "message": "the sentence",
     });

@@ -592,6 +592,8 @@ async fn without_schemas_a_record_is_the_payload_and_a_tombstone_survives_a_cras
         to: ReplayEnd::Now,
         speed: Speed::Max,
         suspended: false,
+        filter: None,
+        max_gap_seconds: None,
         target: ReplayTarget::Log,
         operator: None,
         admin_address: free_address(),

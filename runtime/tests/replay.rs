@@ -13,17 +13,19 @@ use std::{
 };
 
 use meander_config::{
-    KafkaCluster, KafkaLog, OperatorLink, RecordOffset, ReplayConfig, ReplayEnd, ReplayStart, ReplayTarget,
-    ResourceIdentity, Speed,
+    KafkaCluster, KafkaLog, OperatorLink, RecordOffset, ReplayConfig, ReplayEnd, ReplayFilter, ReplayStart,
+    ReplayTarget, ResourceIdentity, Speed, TableSelection,
 };
 use meander_proto::v1::{
-    ControlReplayRequest, ControlReplayResponse, DeliverAck, Directive, ProgressUpdate, ReplayEvent, ReplayProgress,
-    ReplayRequest, ReplayedRecord, StreamProgressRequest,
+    ChangeRecord, Column, ControlReplayRequest, ControlReplayResponse, DeliverAck, Directive, Operation,
+    ProgressUpdate, Relation, ReplayEvent, ReplayProgress, ReplayRequest, ReplayedRecord, Row, StreamProgressRequest,
+    TopicProgress, Value,
     progress_tracker_server::{ProgressTracker, ProgressTrackerServer},
     progress_update,
     replay_progress::Phase,
     replay_receiver_server::{ReplayReceiver, ReplayReceiverServer},
     replayer_client::ReplayerClient,
+    value::Kind,
 };
 use meander_runtime::{
     checkpoint::{Tail, read_checkpoint},
@@ -35,6 +37,7 @@ use meander_runtime::{
     replay::{self, End, error::ReplayError},
 };
 use meander_test_support::{Kafka, Runtime, eventually, free_address, unique_name};
+use prost::Message as _;
 use rdkafka::{
     Message as _, Offset, TopicPartitionList,
     admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
@@ -98,6 +101,7 @@ struct Log {
     high_time: i64,
     complete: Option<Position>,
     events: u64,
+    value: fn(&Change) -> Vec<u8>,
 }
 
 /// Topics of every test's pipeline and their partitions. Nothing is ever written to `empty`.
@@ -137,6 +141,7 @@ impl Log {
             high_time: 0,
             complete: None,
             events: 0,
+            value: |change| format!("value of {}", change.position).into_bytes(),
         }
     }
 
@@ -189,7 +194,7 @@ impl Log {
                 value: Some(&part),
             });
         }
-        let (topic, payload) = (self.topic(change.table), format!("value of {position}"));
+        let (topic, payload) = (self.topic(change.table), (self.value)(change));
         let record = BaseRecord::to(&topic)
             .partition(change.partition)
             .key("key")
@@ -248,6 +253,8 @@ impl Log {
             to: ReplayEnd::Now,
             speed: Speed::Max,
             suspended: false,
+            filter: None,
+            max_gap_seconds: None,
             target,
             operator: None,
             admin_address: SocketAddr::from(([127, 0, 0, 1], 0)),
@@ -307,7 +314,14 @@ fn history() -> Vec<Vec<Change>> {
 }
 
 async fn log_with_history() -> (Log, Vec<Change>) {
-    let mut log = Log::new().await;
+    log_of(|change| format!("value of {}", change.position).into_bytes()).await
+}
+
+async fn log_of(value: fn(&Change) -> Vec<u8>) -> (Log, Vec<Change>) {
+    let mut log = Log {
+        value,
+        ..Log::new().await
+    };
     let history = history();
     for (number, transaction) in history.iter().enumerate() {
         if number % 6 == 1 {
@@ -1019,6 +1033,132 @@ async fn a_log_that_is_not_in_order_or_not_a_pipelines_fails_the_replay() {
     let error = replay(log.config(receiver.target())).await.unwrap_err();
     assert_eq!(error.reason(), "ForeignRecord", "{error}");
     assert!(error.to_string().contains(&topic), "{error}");
+}
+
+/// A row whose id is the number of the change in its transaction.
+fn row_of(change: &Change) -> Vec<u8> {
+    let id = Column {
+        name: "id".to_owned(),
+        key: true,
+        ..Column::default()
+    };
+    let value = Value {
+        kind: Some(Kind::Integer(i64::try_from(change.position.ordinal).unwrap())),
+    };
+    let record = ChangeRecord {
+        operation: Operation::Insert.into(),
+        relation: Some(Relation {
+            schema: "public".to_owned(),
+            table: change.table.to_owned(),
+            columns: vec![id],
+        }),
+        after: Some(Row { values: vec![value] }),
+        ..ChangeRecord::default()
+    };
+    record.encode_to_vec()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_filter_leaves_out_is_counted_and_paces_nothing() {
+    let (log, changes) = log_of(row_of).await;
+    let receiver = Receiver::start().await;
+    let operator = Operator::start(Directive {
+        speed: "1".to_owned(),
+        ..Directive::default()
+    })
+    .await;
+    let folder = tempfile::tempdir().unwrap();
+    // At the original pace all of it would take half an hour; what is kept was committed at one time.
+    let kept: Vec<_> = (changes.iter())
+        .filter(|change| {
+            change.position.commit_lsn == Lsn(0x140) && change.table == "trades" && change.position.ordinal > 1
+        })
+        .collect();
+    assert!(kept.len() > 1);
+    let expression = format!(
+        "after.id > 1 && commitTime == timestamp('{}')",
+        time(kept[0].commit_time)
+    );
+    let filter = ReplayFilter {
+        tables: Some(TableSelection {
+            include: vec!["public.trades".to_owned()],
+            exclude: vec![],
+        }),
+        expression: Some(expression),
+        ..ReplayFilter::default()
+    };
+    let config = ReplayConfig {
+        speed: Speed::Original,
+        filter: Some(filter),
+        operator: operator.link(&folder),
+        ..log.config(receiver.target())
+    };
+    assert_eq!(replay(config).await.unwrap(), End::Complete);
+    let received: Vec<_> = (receiver.received.lock().unwrap().iter())
+        .map(|record| (record.position.clone(), record.part, record.commit_time_micros))
+        .collect();
+    assert_eq!(received, expected(kept.iter().copied()));
+    let progress = operator.reported(|progress| progress.phase() == Phase::Succeeded).await;
+    let count = |count: usize| u64::try_from(count).unwrap();
+    assert_eq!(progress.delivered, count(kept.len()));
+    assert_eq!(progress.filtered, count(changes.len() - kept.len()));
+    assert_eq!(
+        progress.total,
+        count(changes.len()),
+        "by the end it is the number itself"
+    );
+
+    let unanswerable = ReplayConfig {
+        filter: Some(ReplayFilter {
+            expression: Some("after.price > 1".to_owned()),
+            ..ReplayFilter::default()
+        }),
+        ..log.config(receiver.target())
+    };
+    let error = replay(unanswerable).await.unwrap_err();
+    assert!(error.is_permanent(), "{error}");
+    assert!(error.to_string().contains(&changes[0].position.to_string()), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dry_run_counts_at_once_what_would_be_delivered() {
+    let (log, changes) = log_with_history().await;
+    let operator = Operator::start(Directive {
+        speed: "1".to_owned(),
+        ..Directive::default()
+    })
+    .await;
+    let folder = tempfile::tempdir().unwrap();
+    let config = ReplayConfig {
+        speed: Speed::Original,
+        operator: operator.link(&folder),
+        ..log.config(ReplayTarget::DryRun)
+    };
+    assert_eq!(replay(config).await.unwrap(), End::Complete);
+    let progress = operator.reported(|progress| progress.phase() == Phase::Succeeded).await;
+    let counted = |table: &str| {
+        let changes: Vec<_> = changes.iter().filter(|change| change.table == table).collect();
+        let times = changes.iter().map(|change| change.commit_time);
+        let bytes = |change: &&Change| "key".len() + (log.value)(change).len();
+        TopicProgress {
+            topic: log.topic(table),
+            delivered: u64::try_from(changes.len()).unwrap(),
+            bytes: u64::try_from(changes.iter().map(bytes).sum::<usize>()).unwrap(),
+            first_time_micros: times.clone().min().unwrap(),
+            last_time_micros: times.max().unwrap(),
+        }
+    };
+    assert_eq!(progress.topics, [counted("trades"), counted("orders")]);
+    assert_eq!(progress.other_topics, None);
+    assert_eq!(
+        progress.bytes,
+        progress.topics.iter().map(|topic| topic.bytes).sum::<u64>()
+    );
+    assert_eq!(progress.delivered, u64::try_from(changes.len()).unwrap());
+    assert_eq!(
+        operator.conditions(),
+        BTreeMap::from([("Complete".to_owned(), "DryRun".to_owned())])
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -78,6 +78,8 @@ impl Target {
             to: ReplayEnd::Now,
             speed: Speed::Max,
             suspended: false,
+            filter: None,
+            max_gap_seconds: None,
             target: ReplayTarget::Postgres(PostgresServer {
                 host: "127.0.0.1".to_owned(),
                 port: self.postgres.port(),

@@ -409,6 +409,8 @@ async fn kafka_is_used_over_tls_and_sasl_with_no_more_than_the_grants_of_the_doc
         to: ReplayEnd::Now,
         speed: Speed::Max,
         suspended: false,
+        filter: None,
+        max_gap_seconds: None,
         target: ReplayTarget::GrpcCall {
             endpoint: format!("http://{receiver}"),
         },

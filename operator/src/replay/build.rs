@@ -90,7 +90,8 @@ pub fn build(replay: &ReplayJob, valid: &ValidReplay, settings: &Settings) -> Ob
 
 /// Builds what a replay needs whose Job is there.
 pub fn around(replay: &ReplayJob, config_yaml: &str) -> Objects {
-    let serve = replay.spec.target.grpc.as_ref().and_then(|grpc| grpc.serve.as_ref());
+    let target = replay.spec.delivers_to();
+    let serve = target.grpc.as_ref().and_then(|grpc| grpc.serve.as_ref());
     Objects {
         service_account: ServiceAccount {
             metadata: metadata(replay),

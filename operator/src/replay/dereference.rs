@@ -44,6 +44,8 @@ pub struct FinalWord {
     pub phase: String,
     /// Changes handed over.
     pub delivered: u64,
+    /// Changes that the filter left out.
+    pub filtered: u64,
     /// Position of the last one.
     pub current_position: String,
     /// Commit time of the first one.

@@ -2,7 +2,7 @@
 
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
-use meander_crds::{ReplayJob, ReplayJobStatus, ReplayPhase, ReplayProgress, ReplayRange};
+use meander_crds::{OtherTopics, ReplayJob, ReplayJobStatus, ReplayPhase, ReplayProgress, ReplayRange, TopicProgress};
 use meander_proto::v1::{self, progress_update::Progress, replay_progress::Phase};
 
 use super::{
@@ -308,33 +308,60 @@ fn said(report: &v1::ProgressUpdate, type_: &'static str) -> Option<Judgement> {
 fn conclude(phase: ReplayPhase, progress: &mut ReplayProgress) {
     if phase == ReplayPhase::Succeeded {
         progress.percent = 100;
+        progress.percent_by_events = 100;
+        progress.total = progress.delivered + progress.filtered;
     }
     progress.progress = Some(format!("{}%", progress.percent));
     progress.events_per_second = 0;
+    progress.actual_speed = None;
     progress.behind_millis = 0;
     progress.eta_seconds = None;
 }
 
 fn progress_of_report(report: &v1::ReplayProgress) -> ReplayProgress {
     // 100 is for what is complete; a cast of a float saturates.
-    let percent = report.percent.clamp(0.0, 100.0).floor() as u32;
+    let floor = |percent: f64| percent.clamp(0.0, 100.0).floor() as u32;
+    let percent = floor(report.percent);
     ReplayProgress {
         delivered: report.delivered,
+        filtered: report.filtered,
+        total: report.total,
+        bytes: report.bytes,
         percent,
+        percent_by_events: floor(report.percent_by_events),
         progress: Some(format!("{percent}%")),
         current_time: format::time_of_micros(report.current_time_micros),
         current_position: text(&report.current_position),
         events_per_second: report.events_per_second.round() as u64,
+        speed: text(&report.speed),
+        actual_speed: (report.actual_speed > 0.0).then(|| format!("{:.2}", report.actual_speed)),
         behind_millis: report.behind_millis,
         eta_seconds: (report.eta_seconds != 0).then_some(report.eta_seconds),
         first_event_time: format::time_of_micros(report.first_event_time_micros),
         delivery_millis: millis(report.delivery_micros),
+        topics: report.topics.iter().map(topic).collect(),
+        other_topics: report.other_topics.as_ref().map(|others| OtherTopics {
+            topics: others.topics,
+            delivered: others.delivered,
+            bytes: others.bytes,
+        }),
+    }
+}
+
+fn topic(report: &v1::TopicProgress) -> TopicProgress {
+    TopicProgress {
+        topic: report.topic.clone(),
+        delivered: report.delivered,
+        bytes: report.bytes,
+        first_time: format::time_of_micros(report.first_time_micros),
+        last_time: format::time_of_micros(report.last_time_micros),
     }
 }
 
 fn progress_of_word(word: &FinalWord, last: ReplayProgress) -> ReplayProgress {
     ReplayProgress {
         delivered: word.delivered,
+        filtered: word.filtered,
         current_time: format::time_of_micros(word.current_time_micros).or(last.current_time),
         current_position: text(&word.current_position).or(last.current_position),
         first_event_time: format::time_of_micros(word.first_event_time_micros).or(last.first_event_time),

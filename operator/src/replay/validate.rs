@@ -1,12 +1,16 @@
 //! From a spec and facts to a replay that can be built, or the reason why not.
 
+use std::num::NonZeroU32;
+
 use jiff::Timestamp;
 use kube::ResourceExt as _;
 use meander_config::{
     PostgresServer, ReplayConfig, ReplayEnd, ReplayStart, ReplayTarget as Target, ResourceIdentity, Speed,
+    TableSelection,
 };
 use meander_crds::{
-    ChangePosition, LogLevel, PipelineFormat, PostgresTarget, RecordOffset, ReplayJob, ReplayTarget, Resources,
+    ChangePosition, LogLevel, PipelineFormat, PostgresTarget, RecordOffset, ReplayFilter, ReplayJob, ReplayOperation,
+    ReplayTarget, Resources, RowKey,
 };
 
 use super::dereference::Facts;
@@ -88,8 +92,9 @@ pub fn validate(replay: &ReplayJob, facts: &Facts, settings: &Settings) -> Resul
     let mounted = secrets::of_replay(replay, Some(pipeline));
     secrets::require(&facts.secrets, &namespace, &mounted)?;
     let mut serve_port = None;
-    let ReplayTarget { log, grpc, postgres } = &spec.target;
+    let ReplayTarget { log, grpc, postgres } = &spec.delivers_to();
     let target = match (log, grpc, postgres) {
+        (None, None, None) if spec.dry_run => Target::DryRun,
         (Some(_), None, None) => Target::Log,
         (None, Some(grpc), None) => match (&grpc.endpoint, &grpc.serve) {
             (Some(endpoint), None) => Target::GrpcCall {
@@ -116,6 +121,16 @@ pub fn validate(replay: &ReplayJob, facts: &Facts, settings: &Settings) -> Resul
         }
         _ => return Err(invalid("write exactly one target".to_owned())),
     };
+    let filter = spec.filter.as_ref().map(filter);
+    if pipeline.spec.format == PipelineFormat::DebeziumJson
+        && filter.as_ref().is_some_and(|filter| filter.expression.is_some())
+    {
+        let message = format!(
+            "CdcPipeline {name} has the format DebeziumJson, which does not hold every value as filter.expression needs it; leave the \
+             expression out, or replay a pipeline of the format Protobuf"
+        );
+        return Err(Error::invalid(ACCEPTED, Reason::FormatNotExact, message));
+    }
     let config = ReplayConfig {
         job: ResourceIdentity {
             namespace,
@@ -129,6 +144,8 @@ pub fn validate(replay: &ReplayJob, facts: &Facts, settings: &Settings) -> Resul
         to,
         speed,
         suspended: spec.suspend,
+        filter,
+        max_gap_seconds: spec.max_gap_seconds.and_then(NonZeroU32::new),
         target,
         operator: Some(pod::operator_link(settings)),
         admin_address: ([0, 0, 0, 0], 9464).into(),
@@ -186,6 +203,32 @@ fn record(offset: &RecordOffset) -> meander_config::RecordOffset {
         topic: offset.topic.clone(),
         partition: offset.partition,
         offset: offset.offset,
+    }
+}
+
+fn filter(filter: &ReplayFilter) -> meander_config::ReplayFilter {
+    meander_config::ReplayFilter {
+        tables: filter.tables.as_ref().map(|tables| TableSelection {
+            include: tables.include.clone(),
+            exclude: tables.exclude.clone(),
+        }),
+        operations: filter.operations.iter().copied().map(operation).collect(),
+        keys: filter.keys.iter().map(|RowKey(key)| key.clone()).collect(),
+        expression: filter.expression.clone(),
+    }
+}
+
+fn operation(operation: ReplayOperation) -> meander_config::ReplayOperation {
+    use meander_config::ReplayOperation as Operation;
+    match operation {
+        ReplayOperation::Insert => Operation::Insert,
+        ReplayOperation::Update => Operation::Update,
+        ReplayOperation::Delete => Operation::Delete,
+        ReplayOperation::Truncate => Operation::Truncate,
+        ReplayOperation::Read => Operation::Read,
+        ReplayOperation::Message => Operation::Message,
+        ReplayOperation::SchemaChange => Operation::SchemaChange,
+        ReplayOperation::SourceGap => Operation::SourceGap,
     }
 }
 

@@ -82,6 +82,12 @@ pub struct ReplayConfig {
     /// Hold delivery until the operator says otherwise.
     #[serde(default)]
     pub suspended: bool,
+    /// Which of the changes are delivered; all where it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub filter: Option<ReplayFilter>,
+    /// Event times that are further apart than this are paced as if they were this far apart.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_gap_seconds: Option<NonZeroU32>,
     /// Where the changes go.
     pub target: ReplayTarget,
     /// Where progress goes; without it the runtime keeps it to its metrics and its log.
@@ -582,6 +588,45 @@ pub enum ReplayEnd {
     Now,
 }
 
+/// Which changes are delivered: those that every part of it keeps.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ReplayFilter {
+    /// Changes of these tables; of all where it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tables: Option<TableSelection>,
+    /// Changes of these kinds; of all where it is empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub operations: Vec<ReplayOperation>,
+    /// Changes of rows with one of these keys: names of key columns, and the values as they stand in the key of the record.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub keys: Vec<BTreeMap<String, String>>,
+    /// Changes of rows for which this expression, in CEL, is true.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expression: Option<String>,
+}
+
+/// What a change does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ReplayOperation {
+    /// A row comes.
+    Insert,
+    /// A row changes.
+    Update,
+    /// A row goes.
+    Delete,
+    /// All rows of a table go.
+    Truncate,
+    /// A row, as a snapshot found it.
+    Read,
+    /// A logical message.
+    Message,
+    /// A table has another schema.
+    SchemaChange,
+    /// Changes were lost before this.
+    SourceGap,
+}
+
 /// A replay's pace relative to the original one.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub enum Speed {
@@ -670,6 +715,8 @@ pub enum ReplayTarget {
     Log,
     /// Make the changes in a PostgreSQL database.
     Postgres(PostgresServer),
+    /// Nowhere: everything that is due is counted, at once.
+    DryRun,
 }
 
 /// The exit code of a process that would fail in the same way if it were started again: it does not help to try.

@@ -24,6 +24,8 @@ pub struct Done {
     pub resume: ResumeToken,
     /// How many records.
     pub delivered: u64,
+    /// How many the filter left out up to there.
+    pub filtered: u64,
     /// Event time of the first.
     pub first_time: i64,
 }
@@ -35,6 +37,7 @@ impl Done {
         Self {
             resume: mark.resume,
             delivered: done.map_or(0, |done| done.delivered) + mark.records,
+            filtered: done.map_or(0, |done| done.filtered) + mark.passed.filtered,
             first_time: done.map_or(mark.first_time, |done| done.first_time),
         }
     }

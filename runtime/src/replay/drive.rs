@@ -2,6 +2,7 @@
 
 use std::{collections::VecDeque, time::Duration};
 
+use meander_config::Speed;
 use meander_proto::v1::{ReplayProgress, replay_progress::Phase};
 use tokio::{
     sync::mpsc,
@@ -11,13 +12,13 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    End,
+    End, Plan,
     error::ReplayError,
     meter::Meter,
     orders::Orders,
-    pace::{Clock, Due},
+    pace::{Clock, Due, Timeline},
     reader::Read,
-    record::{Record, Transaction},
+    record::{Passed, Record, Transaction},
     target::{Batch, Mark, Target, TargetError},
 };
 
@@ -60,6 +61,7 @@ pub async fn drive<T: Target>(
     target: T,
     mut orders: Orders,
     mut meter: Meter,
+    plan: &Plan,
     report: &(impl Report + Sync),
     shutdown: &CancellationToken,
 ) -> Result<End, ReplayError> {
@@ -67,7 +69,8 @@ pub async fn drive<T: Target>(
     if order.cancel {
         return Ok(End::Cancelled);
     }
-    let mut clock = Clock::new(order.speed);
+    let asked = |speed| if T::PACED { speed } else { Speed::Max };
+    let mut clock = Clock::new(asked(order.speed));
     clock.hold(order.paused, Instant::now());
     let mut paused = order.paused;
 
@@ -78,6 +81,7 @@ pub async fn drive<T: Target>(
     let mut running = Running(tokio::spawn(target.run(taken, meter.tally.clone())));
     let mut queue = Queue {
         whole_transactions: T::WHOLE_TRANSACTIONS,
+        timeline: Timeline::new(plan.max_gap),
         ..Queue::default()
     };
     let mut reporting = interval(REPORT_INTERVAL);
@@ -109,7 +113,7 @@ pub async fn drive<T: Target>(
                     return Ok(End::Cancelled);
                 }
                 let now = Instant::now();
-                clock.set_speed(order.speed, queue.next(), now);
+                clock.set_speed(asked(order.speed), queue.next(), now);
                 clock.hold(order.paused, now);
                 paused = order.paused;
                 reporting.reset_immediately();
@@ -119,7 +123,7 @@ pub async fn drive<T: Target>(
                 if !matches!(waiting, Waiting::Finish) {
                     return Err(ReplayError::TaskStopped("the target"));
                 }
-                report.progress(meter.report(Phase::Succeeded, Duration::ZERO, clock.factor(), Instant::now()));
+                report.progress(meter.report(Phase::Succeeded, Duration::ZERO, &clock, queue.passed, Instant::now()));
                 return Ok(End::Complete);
             }
             _ = reporting.tick() => {
@@ -130,11 +134,12 @@ pub async fn drive<T: Target>(
                 };
                 let now = Instant::now();
                 let behind = queue.next().map_or(Duration::ZERO, |next| clock.behind(next, now));
-                report.progress(meter.report(phase, behind, clock.factor(), now));
+                report.progress(meter.report(phase, behind, &clock, queue.passed, now));
             }
             _ = opened.changed(), if matches!(waiting, Waiting::Open) => reporting.reset_immediately(),
             read = reads.recv(), if matches!(waiting, Waiting::Read) => match read {
                 Some(Ok(Read::Records(records))) => queue.extend(records),
+                Some(Ok(Read::LeftOut(passed))) => queue.passed += passed,
                 Some(Ok(Read::Truncated(earliest))) => report.truncated(earliest),
                 Some(Ok(Read::End)) => queue.ended = true,
                 Some(Err(error)) => return Err(error),
@@ -144,6 +149,7 @@ pub async fn drive<T: Target>(
             permit = room(batches.as_ref()), if matches!(waiting, Waiting::Room) => {
                 // If there is no room because the target has ended, its result comes next.
                 if let (Some(permit), Some(batch)) = (permit, queue.batch(&mut clock)) {
+                    meter.tally.hand(&batch);
                     permit.send(batch);
                 }
             }
@@ -177,11 +183,13 @@ impl Drop for Running {
     }
 }
 
-/// What is read and not yet due, with the event time that each is paced by: the running maximum.
+/// What is read and not yet due.
 #[derive(Default)]
 struct Queue {
-    records: VecDeque<(i64, Record)>,
-    high_time: i64,
+    records: VecDeque<Waiter>,
+    timeline: Timeline,
+    /// What comes after them and is not delivered.
+    passed: Passed,
     /// Nothing more comes.
     ended: bool,
     /// The target is told where transactions end. The last record waits for the one after it, which tells whether its own goes on.
@@ -190,50 +198,63 @@ struct Queue {
     handed: Option<Transaction>,
 }
 
+struct Waiter {
+    record: Record,
+    /// The running maximum of the event times.
+    time: i64,
+    /// Its place on the timeline.
+    due: i64,
+}
+
 impl Queue {
     fn extend(&mut self, records: Vec<Record>) {
-        for record in records {
-            self.high_time = self.high_time.max(record.event_time());
-            self.records.push_back((self.high_time, record));
+        for mut record in records {
+            record.passed += std::mem::take(&mut self.passed);
+            let (time, due) = self.timeline.place(record.event_time());
+            self.records.push_back(Waiter { record, time, due });
         }
     }
 
-    /// Event time of the next record.
+    /// The place of the next record on the timeline.
     fn next(&self) -> Option<i64> {
         if self.whole_transactions && !self.ended && self.records.len() < 2 {
             return None;
         }
-        self.records.front().map(|(time, _)| *time)
+        self.records.front().map(|next| next.due)
     }
 
     /// Whether the next record is of a transaction that was handed over in part.
     fn is_inside(&self) -> bool {
-        let next = self.records.front().map(|(_, record)| record.transaction());
+        let next = self.records.front().map(|next| next.record.transaction());
         self.whole_transactions && next.is_some() && self.handed == next
     }
 
     /// Everything that is due, within bounds; none if nothing is.
     fn batch(&mut self, clock: &mut Clock) -> Option<Batch> {
         let now = Instant::now();
-        let first_time = self.next()?;
+        self.next()?;
+        let first_time = self.records.front()?.time;
         let mut last_time = first_time;
         let mut records = Vec::new();
+        let mut passed = Passed::default();
         let mut bytes = 0;
         while records.len() < BATCH_RECORDS && bytes < BATCH_BYTES {
-            let Some(time) = self.next() else { break };
-            if !self.is_inside() && clock.due(time, now) != Due::Now {
+            let Some(due) = self.next() else { break };
+            if !self.is_inside() && clock.due(due, now) != Due::Now {
                 break;
             }
-            let Some((_, record)) = self.records.pop_front() else {
+            let Some(Waiter { record, time, .. }) = self.records.pop_front() else {
                 break;
             };
             self.handed = Some(record.transaction());
             last_time = time;
+            passed += record.passed;
             bytes += record.size();
             records.push(record);
         }
         let mark = Mark {
             records: u64::try_from(records.len()).unwrap_or(u64::MAX),
+            passed,
             first_time,
             last_time,
             resume: records.last()?.into(),
@@ -249,7 +270,6 @@ mod tests {
     use std::sync::Arc;
 
     use bytes::Bytes;
-    use meander_config::Speed;
 
     use super::*;
     use crate::{
@@ -272,6 +292,7 @@ mod tests {
             offset: 0,
             key: Bytes::new(),
             value: Bytes::new(),
+            passed: Passed::default(),
         }
     }
 

@@ -5,6 +5,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use rdkafka::error::KafkaError;
 
 use super::{
+    filter::FilterError,
     record::{Coordinate, InvalidHeader},
     target::TargetError,
 };
@@ -145,6 +146,9 @@ pub enum ReplayError {
         /// The record that should have come earlier.
         found: Coordinate,
     },
+    /// The filter cannot be used, or cannot judge a record.
+    #[error(transparent)]
+    Filter(#[from] FilterError),
     /// A part of the replay ended without a word.
     #[error("{0} ended unexpectedly; this is a fault of Meander's, its cause is in the log")]
     TaskStopped(&'static str),
@@ -190,6 +194,7 @@ impl ReplayError {
             | Self::NoSuchRecord { .. }
             | Self::EmptyRange
             | Self::LogTruncated { .. }
+            | Self::Filter(_)
             | Self::ForeignRecord { .. }
             | Self::Disorder { .. } => true,
             Self::Target(error) => error.is_permanent(),
@@ -225,6 +230,7 @@ impl ReplayError {
             Self::LogTruncated { .. } => "LogTruncated",
             Self::ForeignRecord { .. } => "ForeignRecord",
             Self::Disorder { .. } => "LogOutOfOrder",
+            Self::Filter(error) => error.reason(),
             Self::TaskStopped(_) => "TaskStopped",
             Self::Target(error) => error.reason(),
             Self::NoToken { .. } => "NoToken",

@@ -114,6 +114,7 @@ impl<T: AtLeastOnce> Resumable for Kept<T> {
 
 impl<T: Target> Target for Kept<T> {
     const WHOLE_TRANSACTIONS: bool = T::WHOLE_TRANSACTIONS;
+    const PACED: bool = T::PACED;
 
     async fn run(self, mut batches: mpsc::Receiver<Batch>, tally: Tally) -> Result<(), TargetError> {
         let Some(place) = self.place else {
@@ -531,7 +532,7 @@ mod tests {
     use bytes::Bytes;
 
     use super::*;
-    use crate::replay::record::{Coordinate, ResumeToken};
+    use crate::replay::record::{Coordinate, Passed, ResumeToken};
 
     fn place() -> Place {
         let stretch = |partition| Stretch {
@@ -565,10 +566,12 @@ mod tests {
             offset: *offset,
             key: Bytes::new(),
             value: Bytes::new(),
+            passed: Passed::default(),
         };
         let records: Vec<_> = records.iter().enumerate().map(record).collect();
         let mark = Mark {
             records: u64::try_from(records.len()).unwrap(),
+            passed: Passed::default(),
             first_time: 1000,
             last_time: 1000,
             resume: ResumeToken::from(records.last().unwrap()),

@@ -1,12 +1,13 @@
 //! Replay: takes a stretch of the log out again, in commit order, at a chosen pace.
 //!
-//! [`range`] says what is replayed, [`reader`] reads it partition by partition and puts it in order with [`merge`], [`drive`]
-//! hands it to a [`target`] when [`pace`] says that it is due, [`orders`] carry pause, speed and cancel, [`meter`] says how far
-//! it is. Here they are joined, and the end of it is told.
+//! [`range`] says what is replayed, [`reader`] reads it partition by partition, puts it in order with [`merge`] and gives what the
+//! [`filter`] keeps, [`drive`] hands that to a [`target`] when [`pace`] says that it is due, [`orders`] carry pause, speed and cancel,
+//! [`tally`] and [`meter`] say how far it is. Here they are joined, and the end of it is told.
 
 pub mod checkpoint;
 pub mod drive;
 pub mod error;
+pub mod filter;
 pub mod keeper;
 pub mod merge;
 pub mod meter;
@@ -16,6 +17,7 @@ pub mod range;
 pub mod reader;
 pub mod record;
 pub mod seek;
+pub mod tally;
 pub mod target;
 
 use std::{
@@ -43,12 +45,14 @@ use self::{
     checkpoint::Checkpoint,
     drive::{Report, drive},
     error::ReplayError,
+    filter::Filter,
     keeper::{AtLeastOnce, Keeping, Kept},
     meter::Meter,
     orders::Orders,
     range::Range,
     record::Coordinate,
-    target::{Resumable, Tally, Target, grpc_call::GrpcCall, grpc_serve, log::Log, postgres::Postgres},
+    tally::Tally,
+    target::{Resumable, Target, dry_run::DryRun, grpc_call::GrpcCall, grpc_serve, log::Log, postgres::Postgres},
 };
 use crate::{
     admin::Admin,
@@ -68,6 +72,26 @@ pub enum End {
     Complete,
     /// It was told to end.
     Cancelled,
+}
+
+/// How a range is delivered, wherever it goes.
+#[derive(Clone)]
+pub struct Plan {
+    /// What of it is delivered; none: all.
+    pub filter: Option<Arc<Filter>>,
+    /// Silences that are longer are cut to this.
+    pub max_gap: Option<Duration>,
+}
+
+impl Plan {
+    fn new(config: &ReplayConfig) -> Result<Self, ReplayError> {
+        Ok(Self {
+            filter: config.filter.as_ref().map(Filter::new).transpose()?.map(Arc::new),
+            max_gap: config
+                .max_gap_seconds
+                .map(|seconds| Duration::from_secs(seconds.get().into())),
+        })
+    }
 }
 
 /// Runs a replay to its end, and tells it: to the operator, in the termination message and in the log.
@@ -120,6 +144,7 @@ async fn replay(
     report.resolving(orders.current().paused);
     let job = Job {
         config,
+        plan: Plan::new(config)?,
         orders,
         report,
         ready,
@@ -130,12 +155,14 @@ async fn replay(
         ReplayTarget::Log => job.deliver(Log::stdout()).await,
         ReplayTarget::GrpcServe { address, token_file } => job.serve(*address, token_file.clone()).await,
         ReplayTarget::Postgres(server) => job.deliver_resumably::<Postgres>(server).await,
+        ReplayTarget::DryRun => job.deliver(DryRun).await,
     }
 }
 
 /// A replay that is under way.
 struct Job<'a> {
     config: &'a ReplayConfig,
+    plan: Plan,
     orders: Orders,
     report: &'a JobReport,
     /// Set once there is something to deliver.
@@ -149,11 +176,21 @@ impl Job<'_> {
         let Some(range) = self.resolve().await? else {
             return Ok(End::Cancelled);
         };
-        let mut meter = Meter::new(&range);
-        self.report.resolved(&range, &mut meter);
+        let meter = Meter::new(&range, Tally::default(), &self.plan);
+        self.report.resolved(&range, &meter);
         self.ready.send_replace(true);
-        let reads = reader::start(&self.config.kafka, &self.config.job, range, None);
-        drive(reads, target, self.orders, meter, self.report, self.shutdown).await
+        let filter = self.plan.filter.clone();
+        let reads = reader::start(&self.config.kafka, &self.config.job, range, None, filter);
+        drive(
+            reads,
+            target,
+            self.orders,
+            meter,
+            &self.plan,
+            self.report,
+            self.shutdown,
+        )
+        .await
     }
 
     /// Serves the range to subscribers.
@@ -161,12 +198,14 @@ impl Job<'_> {
         let Some(range) = self.resolve().await? else {
             return Ok(End::Cancelled);
         };
-        self.report.resolved(&range, &mut Meter::new(&range));
+        self.report
+            .resolved(&range, &Meter::new(&range, Tally::default(), &self.plan));
         self.ready.send_replace(true);
         let offer = grpc_serve::Offer {
             kafka: self.config.kafka.clone(),
             job: self.config.job.clone(),
             range,
+            plan: self.plan,
             orders: self.orders,
             report: self.report.clone(),
         };
@@ -233,12 +272,9 @@ impl Job<'_> {
                 Checkpoint { range, done: None }
             }
         };
-        let mut meter = Meter::new(&range);
-        meter.tally = tally.clone();
         let rest = match done {
             None => range.clone(),
             Some(done) => {
-                tally.restore(&done);
                 tracing::info!(after = %done.resume.coordinate, delivered = done.delivered, "going on");
                 match target.rest() {
                     Some(rest) => rest,
@@ -251,11 +287,15 @@ impl Job<'_> {
                 }
             }
         };
-        self.report.resolved(&range, &mut meter);
+        tally.begin(done.as_ref(), range.offsets().saturating_sub(rest.offsets()));
+        let meter = Meter::new(&range, tally.clone(), &self.plan);
+        self.report.resolved(&range, &meter);
         self.ready.send_replace(true);
         let after = done.map(|done| done.resume.coordinate);
-        let reads = reader::start(&self.config.kafka, &self.config.job, rest, after);
-        drive(reads, target, self.orders.clone(), meter, self.report, self.shutdown).await
+        let filter = self.plan.filter.clone();
+        let reads = reader::start(&self.config.kafka, &self.config.job, rest, after, filter);
+        let orders = self.orders.clone();
+        drive(reads, target, orders, meter, &self.plan, self.report, self.shutdown).await
     }
 
     /// The range; none if the replay is cancelled meanwhile.
@@ -325,7 +365,7 @@ impl JobReport {
         });
     }
 
-    fn resolved(&self, range: &Range, meter: &mut Meter) {
+    fn resolved(&self, range: &Range, meter: &Meter) {
         tracing::info!(
             from = range.from.map(|from| micros(from.saturating_mul(1000))),
             first = range.first.map(|first| first.to_string()),
@@ -335,12 +375,7 @@ impl JobReport {
             offsets = range.offsets(),
             "the range is resolved"
         );
-        let progress = meter.report(
-            self.reporter.state().progress.phase(),
-            Duration::ZERO,
-            None,
-            Instant::now(),
-        );
+        let progress = meter.at_the_start(self.reporter.state().progress.phase());
         self.reporter.update(|state| state.progress = progress);
         if let Some((topic, partition)) = range.emptied.first().filter(|_| range.has_start()) {
             let others = range.emptied.len() - 1;
@@ -394,6 +429,7 @@ impl JobReport {
             match phase {
                 Some(Phase::Succeeded) => {
                     state.progress.percent = 100.0;
+                    state.progress.percent_by_events = 100.0;
                     state
                         .conditions
                         .set(ConditionType::Complete, true, reason, message.clone());
@@ -409,6 +445,7 @@ impl JobReport {
         let word = FinalWord {
             phase: phase_name(progress.phase()),
             delivered: progress.delivered,
+            filtered: progress.filtered,
             current_position: progress.current_position,
             first_event_time_micros: progress.first_event_time_micros,
             current_time_micros: progress.current_time_micros,
@@ -466,9 +503,17 @@ fn completion(config: &ReplayConfig, progress: &ReplayProgress) -> (&'static str
         _ => false,
     };
     let (reason, delivered) = match progress.delivered {
+        0 if progress.filtered > 0 => (
+            "NothingKept",
+            "The filter left out every change of the range, so nothing was delivered.",
+        ),
         0 => (
             "NothingInRange",
             "No change was committed in the range, so nothing was delivered.",
+        ),
+        _ if config.target == ReplayTarget::DryRun => (
+            "DryRun",
+            "Nothing was delivered: the progress says what would have been.",
         ),
         _ => ("Delivered", "The whole range was delivered."),
     };
@@ -486,6 +531,7 @@ fn completion(config: &ReplayConfig, progress: &ReplayProgress) -> (&'static str
 struct FinalWord {
     phase: &'static str,
     delivered: u64,
+    filtered: u64,
     current_position: String,
     first_event_time_micros: i64,
     current_time_micros: i64,
@@ -533,7 +579,12 @@ fn micros(time: i64) -> String {
 struct Metrics {
     registry: Registry,
     delivered: IntCounter,
+    delivered_bytes: IntCounter,
+    filtered: IntCounter,
+    records: IntGauge,
     progress: Gauge,
+    progress_by_events: Gauge,
+    speed: Gauge,
     behind: Gauge,
     event_time: Gauge,
     paused: IntGauge,
@@ -546,6 +597,26 @@ impl Metrics {
             delivered: IntCounter::new(
                 "meander_replay_delivered_records_total",
                 "Records that the target has taken.",
+            )?,
+            delivered_bytes: IntCounter::new(
+                "meander_replay_delivered_bytes_total",
+                "Bytes of the keys and values that the target has taken.",
+            )?,
+            filtered: IntCounter::new(
+                "meander_replay_filtered_records_total",
+                "Records that the filter has left out.",
+            )?,
+            records: IntGauge::new(
+                "meander_replay_records",
+                "Records of the range, as an upper bound that falls to their number by the end.",
+            )?,
+            progress_by_events: Gauge::new(
+                "meander_replay_progress_by_events_ratio",
+                "How much of the range is behind, by offsets.",
+            )?,
+            speed: Gauge::new(
+                "meander_replay_speed",
+                "Event time that is delivered per time, over the last seconds.",
             )?,
             progress: Gauge::new(
                 "meander_replay_progress_ratio",
@@ -563,6 +634,11 @@ impl Metrics {
         };
         let registry = &metrics.registry;
         registry.register(Box::new(metrics.delivered.clone()))?;
+        registry.register(Box::new(metrics.delivered_bytes.clone()))?;
+        registry.register(Box::new(metrics.filtered.clone()))?;
+        registry.register(Box::new(metrics.records.clone()))?;
+        registry.register(Box::new(metrics.progress_by_events.clone()))?;
+        registry.register(Box::new(metrics.speed.clone()))?;
         registry.register(Box::new(metrics.progress.clone()))?;
         registry.register(Box::new(metrics.behind.clone()))?;
         registry.register(Box::new(metrics.event_time.clone()))?;
@@ -571,9 +647,17 @@ impl Metrics {
     }
 
     fn set(&self, progress: &ReplayProgress) {
-        // It can only fall when another subscriber takes the lead.
-        self.delivered
-            .inc_by(progress.delivered.saturating_sub(self.delivered.get()));
+        // They can only fall when another subscriber takes the lead.
+        for (counter, count) in [
+            (&self.delivered, progress.delivered),
+            (&self.delivered_bytes, progress.bytes),
+            (&self.filtered, progress.filtered),
+        ] {
+            counter.inc_by(count.saturating_sub(counter.get()));
+        }
+        self.records.set(i64::try_from(progress.total).unwrap_or(i64::MAX));
+        self.progress_by_events.set(progress.percent_by_events / 100.0);
+        self.speed.set(progress.actual_speed);
         self.progress.set(progress.percent / 100.0);
         self.behind.set(progress.behind_millis as f64 / 1e3);
         self.event_time.set(progress.current_time_micros as f64 / 1e6);

@@ -21,7 +21,7 @@ pub enum Due {
     Held,
 }
 
-/// The virtual clock of a replay.
+/// The virtual clock of a replay, over the event time, or what a [`Timeline`] makes of it.
 ///
 /// It starts with the first change that is asked for: `due(t) = anchor.at + (t - anchor.time) / speed`. Holding it moves the
 /// anchor on by as long as it was held; a change of speed sets a new anchor at the event time that the replay has reached, so
@@ -115,6 +115,12 @@ impl Clock {
         self.speed = speed;
     }
 
+    /// The speed.
+    #[must_use]
+    pub fn speed(&self) -> Speed {
+        self.speed
+    }
+
     /// The factor of the speed; none when unpaced.
     #[must_use]
     pub fn factor(&self) -> Option<f64> {
@@ -131,6 +137,41 @@ impl Clock {
         let anchor = *self.anchor.get_or_insert(Anchor { time, at: now });
         let after = scaled(time, anchor.time, factor);
         Some(anchor.at.checked_add(after).unwrap_or(now + LONGEST_SLEEP))
+    }
+}
+
+/// Where on the clock's time each change is: at its event time, but for silences that are cut.
+///
+/// Places never fall, as the clock wants it: event times are taken as their running maximum.
+#[derive(Debug, Default)]
+pub struct Timeline {
+    max_gap: Option<i64>,
+    /// The running maximum of the event times, and its place.
+    last: Option<(i64, i64)>,
+}
+
+impl Timeline {
+    /// A timeline on which no two changes that follow each other are further apart than `max_gap`.
+    #[must_use]
+    pub fn new(max_gap: Option<Duration>) -> Self {
+        Self {
+            max_gap: max_gap.map(|gap| i64::try_from(gap.as_micros()).unwrap_or(i64::MAX)),
+            last: None,
+        }
+    }
+
+    /// The running maximum of the event times with this change, and its place.
+    pub fn place(&mut self, time: i64) -> (i64, i64) {
+        let next = match self.last {
+            None => (time, time),
+            Some((last, place)) => {
+                let time = time.max(last);
+                let gap = time.saturating_sub(last);
+                (time, place.saturating_add(self.max_gap.map_or(gap, |max| gap.min(max))))
+            }
+        };
+        self.last = Some(next);
+        next
     }
 }
 
@@ -216,6 +257,28 @@ mod tests {
         clock.set_speed(Speed::Original, Some(2000 * SECOND), start);
         assert_eq!(clock.due(2000 * SECOND, start), Due::Now);
         assert_eq!(at(&mut clock, 2001 * SECOND, start), Duration::from_secs(1));
+    }
+
+    #[test]
+    fn a_silence_is_cut_and_what_follows_keeps_its_distance() {
+        let mut timeline = Timeline::new(Some(Duration::from_secs(10)));
+        let places = [100, 105, 3705, 3704, 3715, 3726]
+            .map(|time| timeline.place(time * SECOND))
+            .map(|(time, place)| (time / SECOND, place / SECOND));
+        assert_eq!(
+            places,
+            [
+                (100, 100),
+                (105, 105),
+                (3705, 115),
+                (3705, 115),
+                (3715, 125),
+                (3726, 135)
+            ]
+        );
+        let mut whole = Timeline::new(None);
+        assert_eq!([7, 3600].map(|time| whole.place(time)), [(7, 7), (3600, 3600)]);
+        assert_eq!(timeline.place(i64::MAX).1, 145 * SECOND);
     }
 
     #[test]

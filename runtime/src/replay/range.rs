@@ -118,7 +118,7 @@ impl Range {
     pub fn offsets(&self) -> u64 {
         self.partitions
             .iter()
-            .map(|stretch| stretch.end.abs_diff(stretch.start))
+            .map(|stretch| u64::try_from(stretch.end - stretch.start).unwrap_or(0))
             .sum()
     }
 

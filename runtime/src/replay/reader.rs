@@ -16,9 +16,10 @@ use tokio::sync::mpsc;
 
 use super::{
     error::{ReplayError, no_client},
+    filter::{Filter, FilterError, Judge, STACK},
     merge::{Merge, Step},
     range::{Place, Range, Stretch},
-    record::{Coordinate, Record},
+    record::{Coordinate, Passed, Record},
 };
 use crate::{checkpoint::client_config, kafka_client::Hearing};
 
@@ -30,6 +31,8 @@ const PARTITION_BYTES: std::ops::RangeInclusive<usize> = (256 << 10)..=(8 << 20)
 const CHUNK_RECORDS: usize = 512;
 const CHUNK_BYTES: usize = 1 << 20;
 const CHUNKS: usize = 4;
+/// How many records may be left out in a row before it is said.
+const LEFT_OUT: u64 = 4096;
 /// How long the reader waits before it looks whether anybody still listens.
 const POLL: Duration = Duration::from_millis(100);
 /// A partition that is not at its end always has something to say; if it does not for this long, something is broken.
@@ -40,13 +43,15 @@ const LONGEST_SILENCE: Duration = Duration::from_secs(300);
 pub enum Read {
     /// Records in commit order, at least one.
     Records(Vec<Record>),
+    /// What comes after them, and is not delivered.
+    LeftOut(Passed),
     /// The range starts before what Kafka still holds; from this timestamp on it is whole.
     Truncated(i64),
     /// The range is at its end. Without this the reader broke off.
     End,
 }
 
-/// Starts to read a range, after the record `after` if there is one.
+/// Starts to read a range, after the record `after` if there is one, and gives what the filter keeps.
 ///
 /// The thread ends with the range, with an error, or soon after the receiver is dropped.
 pub fn start(
@@ -54,9 +59,10 @@ pub fn start(
     job: &ResourceIdentity,
     range: Range,
     after: Option<Coordinate>,
+    filter: Option<Arc<Filter>>,
 ) -> mpsc::Receiver<Result<Read, ReplayError>> {
     let group = format!("meander-replay.{}.{}", job.namespace, job.name);
-    start_with(kafka, group, PREFETCH_BYTES, range, after)
+    start_with(kafka, group, PREFETCH_BYTES, range, after, filter)
 }
 
 /// As [`start`], under a name of its own and with `prefetch` bytes of memory for what is fetched ahead.
@@ -67,12 +73,13 @@ pub fn start_with(
     prefetch: usize,
     range: Range,
     after: Option<Coordinate>,
+    filter: Option<Arc<Filter>>,
 ) -> mpsc::Receiver<Result<Read, ReplayError>> {
     let (out, reads) = mpsc::channel(CHUNKS);
     let kafka = kafka.clone();
     let failed = out.clone();
     let read = move || {
-        let result = Reader::connect(&kafka, &group, prefetch, range, after, out.clone()).and_then(Reader::run);
+        let result = Reader::connect(&kafka, &group, prefetch, range, after, filter, out.clone()).and_then(Reader::run);
         match result {
             Ok(()) | Err(Stop::Unheard) => {}
             Err(Stop::Failed(error)) => {
@@ -80,7 +87,10 @@ pub fn start_with(
             }
         }
     };
-    if let Err(error) = std::thread::Builder::new().name("replay-reader".to_owned()).spawn(read) {
+    let thread = std::thread::Builder::new()
+        .name("replay-reader".to_owned())
+        .stack_size(STACK);
+    if let Err(error) = thread.spawn(read) {
         tracing::error!(%error, "cannot start the reader");
         let _ = failed.try_send(Err(ReplayError::TaskStopped("the reader")));
     }
@@ -94,6 +104,12 @@ enum Stop {
     Failed(Box<ReplayError>),
 }
 
+impl From<FilterError> for Stop {
+    fn from(error: FilterError) -> Self {
+        ReplayError::from(error).into()
+    }
+}
+
 impl From<ReplayError> for Stop {
     fn from(error: ReplayError) -> Self {
         Self::Failed(Box::new(error))
@@ -104,12 +120,16 @@ struct Reader {
     consumer: Arc<BaseConsumer<Hearing>>,
     range: Range,
     after: Option<Coordinate>,
+    filter: Option<Arc<Filter>>,
     sources: Vec<Source>,
-    merge: Merge<Coordinate, Record>,
+    /// With each record, the source that it is from.
+    merge: Merge<Coordinate, (usize, Record)>,
     /// Timestamps of the first records of partitions whose start was deleted.
     truncated: Option<i64>,
     chunk: Vec<Record>,
     chunk_bytes: usize,
+    /// What is behind since the last record of the chunk.
+    passed: Passed,
     out: mpsc::Sender<Result<Read, ReplayError>>,
 }
 
@@ -118,6 +138,9 @@ struct Source {
     /// The partition's own queue. Its size is bounded by the client for each partition by itself, which a queue shared by all is
     /// not: there one partition could fill the queue while the merge waits for another.
     queue: PartitionQueue<Hearing>,
+    /// The offset after the last record that was merged.
+    position: i64,
+    judge: Judge,
 }
 
 impl Reader {
@@ -127,6 +150,7 @@ impl Reader {
         prefetch: usize,
         range: Range,
         after: Option<Coordinate>,
+        filter: Option<Arc<Filter>>,
         out: mpsc::Sender<Result<Read, ReplayError>>,
     ) -> Result<Self, Stop> {
         let unreachable = |source| ReplayError::KafkaUnreachable {
@@ -155,8 +179,10 @@ impl Reader {
                 .split_partition_queue(&stretch.topic, stretch.partition)
                 .ok_or_else(|| unreachable(KafkaError::Subscription(stretch.topic.to_string())))?;
             sources.push(Source {
+                position: stretch.start,
                 stretch: stretch.clone(),
                 queue,
+                judge: Judge::default(),
             });
         }
         consumer.assign(&assignment).map_err(unreachable)?;
@@ -165,10 +191,12 @@ impl Reader {
             merge: Merge::new(sources.len()),
             range,
             after,
+            filter,
             sources,
             truncated: None,
             chunk: Vec::new(),
             chunk_bytes: 0,
+            passed: Passed::default(),
             out,
         })
     }
@@ -177,14 +205,17 @@ impl Reader {
         loop {
             match self.merge.step() {
                 Step::Want(source) => match self.next(source)? {
-                    Some(record) => self.merge.offer(source, record.coordinate, record),
+                    Some(record) => self.merge.offer(source, record.coordinate, (source, record)),
                     None => {
                         self.merge.finish(source);
                         self.release(source);
                     }
                 },
-                Step::Item(record) => self.give(record)?,
-                Step::Disorder { previous, item } => {
+                Step::Item((source, record)) => self.give(source, record)?,
+                Step::Disorder {
+                    previous,
+                    item: (_, item),
+                } => {
                     return Err(ReplayError::Disorder {
                         topic: item.topic.to_string(),
                         partition: item.partition,
@@ -196,6 +227,9 @@ impl Reader {
                 }
                 Step::End => {
                     self.announce_truncation()?;
+                    for source in &self.sources {
+                        self.passed.offsets += between(source.position, source.stretch.end);
+                    }
                     self.flush()?;
                     return self.send(Read::End);
                 }
@@ -211,7 +245,7 @@ impl Reader {
         let mut asked = Instant::now();
         let mut failure = None;
         loop {
-            let Source { stretch, queue } = &mut self.sources[source];
+            let Source { stretch, queue, .. } = &mut self.sources[source];
             // What can be had at once is taken at once; before the reader waits, it hands on what it has.
             let polled = match queue.poll(Duration::ZERO) {
                 None if self.chunk.is_empty() => queue.poll(POLL),
@@ -234,6 +268,12 @@ impl Reader {
                     }
                     if first_of_truncated && self.after.is_none() && self.range.begins_before(timestamp, position) {
                         self.truncated = self.truncated.max(Some(record.timestamp));
+                    }
+                    if let Some(filter) = &self.filter
+                        && self.after == Some(record.coordinate)
+                    {
+                        // What comes next may share its fate.
+                        self.sources[source].judge.keeps(filter, &record)?;
                     }
                     match self.range.place(timestamp, position) {
                         Place::Beyond => return Ok(None),
@@ -287,8 +327,22 @@ impl Reader {
         }
     }
 
-    fn give(&mut self, record: Record) -> Result<(), Stop> {
+    fn give(&mut self, source: usize, mut record: Record) -> Result<(), Stop> {
         self.announce_truncation()?;
+        let source = &mut self.sources[source];
+        self.passed.offsets += between(source.position, record.offset + 1);
+        source.position = record.offset + 1;
+        if let Some(filter) = &self.filter
+            && !source.judge.keeps(filter, &record)?
+        {
+            self.passed.filtered += 1;
+            return if self.passed.filtered >= LEFT_OUT {
+                self.flush()
+            } else {
+                Ok(())
+            };
+        }
+        record.passed = std::mem::take(&mut self.passed);
         self.chunk_bytes += record.size();
         self.chunk.push(record);
         if self.chunk.len() >= CHUNK_RECORDS || self.chunk_bytes >= CHUNK_BYTES {
@@ -306,17 +360,26 @@ impl Reader {
     }
 
     fn flush(&mut self) -> Result<(), Stop> {
-        if self.chunk.is_empty() {
-            return Ok(());
+        if !self.chunk.is_empty() {
+            self.chunk_bytes = 0;
+            let chunk = std::mem::take(&mut self.chunk);
+            self.send(Read::Records(chunk))?;
         }
-        self.chunk_bytes = 0;
-        let chunk = std::mem::take(&mut self.chunk);
-        self.send(Read::Records(chunk))
+        let passed = std::mem::take(&mut self.passed);
+        if passed != Passed::default() {
+            self.send(Read::LeftOut(passed))?;
+        }
+        Ok(())
     }
 
     fn send(&self, read: Read) -> Result<(), Stop> {
         self.out.blocking_send(Ok(read)).map_err(|_| Stop::Unheard)
     }
+}
+
+/// How many offsets lie between two; none where the range was resumed past its end.
+fn between(from: i64, to: i64) -> u64 {
+    u64::try_from(to - from).unwrap_or(0)
 }
 
 fn truncated(stretch: &Stretch) -> ReplayError {

@@ -1,6 +1,6 @@
 //! One record of the log, as a replay carries it.
 
-use std::{fmt, str::FromStr, sync::Arc};
+use std::{fmt, ops::AddAssign, str::FromStr, sync::Arc};
 
 use bytes::Bytes;
 use meander_proto::v1::ReplayedRecord;
@@ -48,6 +48,24 @@ pub struct Record {
     pub key: Bytes,
     /// Its value.
     pub value: Bytes,
+    /// What else of the range is behind once this record is delivered.
+    pub passed: Passed,
+}
+
+/// A stretch of the range, in the order of the replay.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Passed {
+    /// Offsets of all partitions: those of records, of marks of Kafka's transactions, and of what was aborted.
+    pub offsets: u64,
+    /// Records that the filter leaves out.
+    pub filtered: u64,
+}
+
+impl AddAssign for Passed {
+    fn add_assign(&mut self, more: Self) {
+        self.offsets += more.offsets;
+        self.filtered += more.filtered;
+    }
 }
 
 /// A header is missing or says nothing that can be understood.
@@ -87,6 +105,7 @@ impl Record {
             offset: message.offset(),
             key: Bytes::copy_from_slice(message.key().unwrap_or_default()),
             value: Bytes::copy_from_slice(message.payload().unwrap_or_default()),
+            passed: Passed::default(),
         })
     }
 

@@ -34,7 +34,7 @@ use tonic::{Request, Response, Status, transport::Server};
 
 use super::{Batch, Tally, Target, TargetError};
 use crate::replay::{
-    End, JobReport,
+    End, JobReport, Plan,
     drive::{Report, drive},
     error::ReplayError,
     meter::Meter,
@@ -61,6 +61,8 @@ pub struct Offer {
     pub job: ResourceIdentity,
     /// The range.
     pub range: Range,
+    /// How each subscriber is delivered it.
+    pub plan: Plan,
     /// Pause, speed and cancel, for all subscribers alike.
     pub orders: Orders,
     /// Where progress goes.
@@ -264,10 +266,12 @@ impl Replayer for Subscriptions {
         let results = self.results.clone();
         let shutdown = self.shutdown.clone();
         tokio::spawn(async move {
-            let meter = Meter::new(&range);
-            let reads = reader::start(&offer.kafka, &offer.job, range, token.map(|token| token.coordinate));
+            let meter = Meter::new(&range, Tally::default(), &offer.plan);
+            let after = token.map(|token| token.coordinate);
+            let reads = reader::start(&offer.kafka, &offer.job, range, after, offer.plan.filter.clone());
             tracing::info!(subscriber = id, resumed = token.is_some(), "a subscriber came");
-            let end = drive(reads, subscriber, offer.orders.clone(), meter, &report, &shutdown).await;
+            let orders = offer.orders.clone();
+            let end = drive(reads, subscriber, orders, meter, &offer.plan, &report, &shutdown).await;
             let farewell = match end {
                 Ok(End::Complete) => {
                     tracing::info!(subscriber = id, "a subscriber took the range to its end");

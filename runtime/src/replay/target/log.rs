@@ -125,7 +125,7 @@ fn line(record: &Record) -> Result<Value, TargetError> {
 }
 
 /// A key or value of the format DebeziumJson, without its schema; null for a tombstone's value, and for a key that is not there.
-fn payload(bytes: &[u8]) -> serde_json::Result<Value> {
+pub(in crate::replay) fn payload(bytes: &[u8]) -> serde_json::Result<Value> {
     if bytes.is_empty() {
         return Ok(Value::Null);
     }
@@ -231,7 +231,7 @@ mod tests {
     use meander_proto::v1::{Relation, ReplicaIdentity, SchemaChange, Value as Stored};
 
     use super::*;
-    use crate::replay::record::Coordinate;
+    use crate::replay::record::{Coordinate, Passed};
 
     fn column(name: &str, key: bool) -> Column {
         Column {
@@ -260,6 +260,7 @@ mod tests {
             offset: 5,
             key: bytes::Bytes::new(),
             value,
+            passed: Passed::default(),
         }
     }
 

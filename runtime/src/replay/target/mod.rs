@@ -1,28 +1,23 @@
 //! Where a replay goes. A target is one file here, one variant of [`TargetError`] for each way it fails, and one line in the
 //! `match` of [`super::run`].
 
+pub mod dry_run;
 pub mod grpc_call;
 pub mod grpc_serve;
 pub mod log;
 pub mod postgres;
 
-use std::{
-    future::Future,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{future::Future, time::Duration};
 
 use meander_config::ResourceIdentity;
 use meander_proto::v1::ReplayEvent;
-use tokio::{
-    sync::{mpsc, watch},
-    time::Instant,
-};
+use tokio::{sync::mpsc, time::Instant};
 
+pub use super::tally::Tally;
 use super::{
-    checkpoint::{Checkpoint, Done},
+    checkpoint::Checkpoint,
     range::Range,
-    record::{Coordinate, Record, ResumeToken},
+    record::{Passed, Record, ResumeToken},
 };
 use crate::{sink::SinkError, source::postgres::preflight::SourceError};
 
@@ -30,6 +25,8 @@ use crate::{sink::SinkError, source::postgres::preflight::SourceError};
 pub trait Target: Send + 'static {
     /// Whether it has to be told where transactions end. Then one is never held half-way.
     const WHOLE_TRANSACTIONS: bool = false;
+    /// Whether changes are delivered when they are due, and not all at once.
+    const PACED: bool = true;
 
     /// Opens the destination, says so by [`Tally::open`], takes every batch in order, and credits each to the tally once the
     /// destination has it. Returns when the batches have ended and all are credited, or when it cannot go on.
@@ -72,6 +69,8 @@ pub struct Batch {
 pub struct Mark {
     /// How many records.
     pub records: u64,
+    /// What else is behind once they are delivered.
+    pub passed: Passed,
     /// Event time of the first.
     pub first_time: i64,
     /// Event time of the last: not before that of any record up to it.
@@ -90,78 +89,6 @@ impl Batch {
             resume_token: self.mark.resume.to_string(),
             records: self.records.into_iter().map(Into::into).collect(),
         }
-    }
-}
-
-/// What is delivered so far, shared between a target and whoever reports.
-#[derive(Clone)]
-pub struct Tally {
-    counts: Arc<Mutex<Counts>>,
-    open: watch::Sender<bool>,
-}
-
-/// What is delivered so far.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Counts {
-    /// Records.
-    pub delivered: u64,
-    /// The first delivered record: its event time and when it was handed over.
-    pub first: Option<(i64, Instant)>,
-    /// The last delivered record: its event time and when it was handed over.
-    pub last: Option<(i64, Instant)>,
-    /// The last record.
-    pub coordinate: Option<Coordinate>,
-}
-
-impl Default for Tally {
-    fn default() -> Self {
-        Self {
-            counts: Arc::default(),
-            open: watch::channel(false).0,
-        }
-    }
-}
-
-impl Tally {
-    /// The destination can be delivered to. The clock of the replay does not start before this.
-    pub fn open(&self) {
-        self.open.send_replace(true);
-    }
-
-    /// Follows whether the destination was opened.
-    #[must_use]
-    pub fn opened(&self) -> watch::Receiver<bool> {
-        self.open.subscribe()
-    }
-
-    /// Goes on counting where an earlier process left off.
-    pub fn restore(&self, done: &Done) {
-        let now = Instant::now();
-        *self.lock() = Counts {
-            delivered: done.delivered,
-            first: Some((done.first_time, now)),
-            last: Some((done.resume.timestamp.saturating_mul(1000), now)),
-            coordinate: Some(done.resume.coordinate),
-        };
-    }
-
-    /// Counts a batch as delivered.
-    pub fn credit(&self, mark: &Mark) {
-        let mut counts = self.lock();
-        counts.delivered += mark.records;
-        counts.first.get_or_insert((mark.first_time, mark.handed));
-        counts.last = Some((mark.last_time, mark.handed));
-        counts.coordinate = Some(mark.resume.coordinate);
-    }
-
-    /// What is delivered so far.
-    #[must_use]
-    pub fn counts(&self) -> Counts {
-        *self.lock()
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, Counts> {
-        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -66,17 +66,18 @@ const TABLE: &str = "CREATE TABLE IF NOT EXISTS meander.replays (
     range text NOT NULL,
     resume text,
     delivered bigint NOT NULL DEFAULT 0,
+    filtered bigint NOT NULL DEFAULT 0,
     first_time bigint,
     snapshots jsonb NOT NULL DEFAULT '{}',
     updated_at timestamptz NOT NULL DEFAULT now()
 ) WITH (fillfactor = 20)";
 const COMMENT: &str =
     "COMMENT ON TABLE meander.replays IS 'How far each replay is. The row of one that has ended can be deleted.'";
-const LOAD: &str = "SELECT range, resume, delivered, first_time FROM meander.replays WHERE job = $1";
+const LOAD: &str = "SELECT range, resume, delivered, first_time, filtered FROM meander.replays WHERE job = $1";
 const BEGIN: &str = "INSERT INTO meander.replays (job, range) VALUES ($1, $2)";
 /// Fails, by a division by zero, if the place is not where it was left.
 const MOVE: &str = "WITH moved AS (
-        UPDATE meander.replays SET resume = $3, delivered = $4, first_time = $5, updated_at = now()
+        UPDATE meander.replays SET resume = $3, delivered = $4, first_time = $5, filtered = $6, updated_at = now()
         WHERE job = $1 AND resume IS NOT DISTINCT FROM $2 RETURNING 1)
     SELECT 1 / count(*) FROM moved";
 const SNAPSHOT_BEGIN: &str = "UPDATE meander.replays
@@ -144,7 +145,10 @@ impl Resumable for Postgres {
         prepare_place(&client, &user).await?;
         let marked = mark(&client).await.map_err(failed)?;
         let moves = client
-            .prepare_typed(MOVE, &[Type::TEXT, Type::TEXT, Type::TEXT, Type::INT8, Type::INT8])
+            .prepare_typed(
+                MOVE,
+                &[Type::TEXT, Type::TEXT, Type::TEXT, Type::INT8, Type::INT8, Type::INT8],
+            )
             .await
             .map_err(failed)?;
         // The UID tells a job from an earlier one of its name.
@@ -157,6 +161,7 @@ impl Resumable for Postgres {
                     row.get(1),
                     row.get(2),
                     row.get::<_, Option<i64>>(3).unwrap_or_default(),
+                    row.get(4),
                 )
                 .map_err(|cause| TargetError::CheckpointUnreadable {
                     place: format!("the table meander.replays, under the job {job:?}"),
@@ -198,7 +203,13 @@ impl Resumable for Postgres {
     }
 }
 
-fn read_checkpoint(range: &str, resume: Option<&str>, delivered: i64, first_time: i64) -> Result<Checkpoint, String> {
+fn read_checkpoint(
+    range: &str,
+    resume: Option<&str>,
+    delivered: i64,
+    first_time: i64,
+    filtered: i64,
+) -> Result<Checkpoint, String> {
     let range = serde_json::from_str(range).map_err(|error| error.to_string())?;
     let resume: Option<ResumeToken> = resume
         .map(str::parse)
@@ -209,6 +220,7 @@ fn read_checkpoint(range: &str, resume: Option<&str>, delivered: i64, first_time
         done: resume.map(|resume| Done {
             resume,
             delivered: u64::try_from(delivered).unwrap_or_default(),
+            filtered: u64::try_from(filtered).unwrap_or_default(),
             first_time,
         }),
     })
@@ -328,8 +340,11 @@ impl Postgres {
                 None => batch.whole,
             };
             let first_time = self.carried.map_or(mark.first_time, |carried| carried.first_time);
+            let mut passed = self.carried.map(|carried| carried.passed).unwrap_or_default();
+            passed += record.passed;
             self.carried = Some(Mark {
                 records: self.carried.map_or(0, |carried| carried.records) + 1,
+                passed,
                 first_time,
                 last_time: mark.last_time,
                 resume: (&record).into(),
@@ -359,8 +374,12 @@ impl Postgres {
         let move_on = async move {
             let after = done.resume.to_string();
             let delivered = i64::try_from(done.delivered).unwrap_or(i64::MAX);
+            let filtered = i64::try_from(done.filtered).unwrap_or(i64::MAX);
             client
-                .execute(&moves, &[&job, &before, &after, &delivered, &done.first_time])
+                .execute(
+                    &moves,
+                    &[&job, &before, &after, &delivered, &done.first_time, &filtered],
+                )
                 .await
         };
         self.send(move_on, About::of(PLACE), tally).await?;
