@@ -7,6 +7,7 @@ cd "$root"
 namespace=shop
 system=meander-system
 logs=$(mktemp -d)
+trap 'rm -rf "$logs"' EXIT
 started=$SECONDS
 
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }

@@ -257,7 +257,12 @@ async fn the_slot_of_another_pipeline_is_not_dropped_with_this_one() {
         ),
         call(STATUS, 200, going_json.clone()),
         call(EVENT, 201, json!({})),
-        saying(EVENT, "SlotRetained", 201, json!({})),
+        saying(
+            EVENT,
+            "run in the database shop: DROP PUBLICATION IF EXISTS",
+            201,
+            json!({}),
+        ),
         call(PIPELINE, 200, going_json.clone()),
         saying(PATCH_PIPELINE, r#""finalizers":[]"#, 200, going_json),
     ]);

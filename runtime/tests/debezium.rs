@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use common::{LIMIT, checkpoint, config};
 use meander_config::{
     CaptureConfig, Format, PublicationManagement, ReplayConfig, ReplayEnd, ReplayStart, ReplayTarget, ResourceIdentity,
-    Speed,
+    SnapshotMode, Speed,
 };
 use meander_test_support::{Debezium, Kafka, Postgres, Redis, Runtime, eventually, free_address, unique_name};
 use rdkafka::{
@@ -614,6 +614,90 @@ async fn without_schemas_a_record_is_the_payload_and_a_tombstone_survives_a_cras
         })
         .collect();
     assert_eq!(replayed, stored);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_in_chunks_reads_each_row_once_through_a_crash_and_before_its_changes() {
+    const ROWS: usize = 100_000;
+    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    let client = postgres.client().await;
+    client
+        .batch_execute(&format!(
+            "CREATE TABLE trades (id int PRIMARY KEY, note text);
+             INSERT INTO trades SELECT n, repeat('x', 200) FROM generate_series(1, {ROWS}) n"
+        ))
+        .await
+        .unwrap();
+    let mut config = debezium_config(&postgres, kafka, None, false);
+    config.source.snapshot.mode = SnapshotMode::Incremental;
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    eventually("some rows are read", LIMIT, async || {
+        let snapshot = checkpoint(&config).unwrap().snapshot;
+        assert!(
+            snapshot.done.is_empty(),
+            "the reading was over too soon to show anything"
+        );
+        match snapshot.reading {
+            Some(cursor) if cursor.rows > 0 => Ok(()),
+            _ => Err("not yet"),
+        }
+    })
+    .await;
+    client
+        .batch_execute("UPDATE trades SET note = 'changed' WHERE id % 10 = 0; DELETE FROM trades WHERE id % 10 = 1")
+        .await
+        .unwrap();
+    runtime.kill9();
+    runtime.start_again();
+    let topic = "public.trades";
+    eventually("the rows are read", LIMIT, async || {
+        match checkpoint(&config).unwrap().snapshot.done.len() {
+            0 => Err("not yet"),
+            _ => Ok(()),
+        }
+    })
+    .await;
+    let changes = ROWS / 10;
+    let count = |events: &[Event], op: &str| {
+        let is = |event: &&Event| event.value.as_ref().is_some_and(|value| value["op"] == op);
+        events.iter().filter(is).count()
+    };
+    let events = eventually("the changes are in Kafka", LIMIT, async || {
+        let events = tokio::task::block_in_place(|| read_all(kafka, &config.kafka.topic_prefix));
+        match events.into_iter().find(|(name, _)| name == topic) {
+            Some((_, events)) if count(&events, "d") == changes => Ok(events),
+            _ => Err("not yet"),
+        }
+    })
+    .await;
+    assert_eq!(
+        (count(&events, "u"), count(&events, "d"), count(&events, "c")),
+        (changes, changes, 0)
+    );
+    let mut rows: BTreeMap<i64, String> = BTreeMap::new();
+    let (mut read, mut deleted) = (BTreeSet::new(), BTreeSet::new());
+    for event in &events {
+        let id = event.key.as_ref().unwrap()["id"].as_i64().unwrap();
+        let Some(value) = &event.value else { continue };
+        let incremental = value["source"]["snapshot"] == "incremental";
+        assert_eq!(incremental, value["op"] == "r", "{value}");
+        if value["op"] == "d" {
+            rows.remove(&id);
+            deleted.insert(id);
+            continue;
+        }
+        let note = value["after"]["note"].as_str().unwrap();
+        if value["op"] == "r" {
+            assert!(read.insert(id), "{id} is read twice");
+            assert!(!deleted.contains(&id), "{id} was gone");
+            assert!(rows.get(&id).is_none_or(|known| known == note), "{id} is stale");
+        }
+        rows.insert(id, note.to_owned());
+    }
+    let table = client.query("SELECT id::bigint, note FROM trades", &[]).await.unwrap();
+    let table: BTreeMap<i64, String> = table.iter().map(|row| (row.get(0), row.get(1))).collect();
+    assert!(rows == table, "{} rows, not {}", rows.len(), table.len());
 }
 
 #[tokio::test(flavor = "multi_thread")]

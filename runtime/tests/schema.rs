@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, HashMap};
 use common::{LIMIT, checkpoint, config};
 use log::read_topic;
 use meander_config::{CaptureConfig, SnapshotMode, SnapshotRequest};
-use meander_proto::v1::{ChangeRecord, Operation, ReplicaIdentity, TableSchema};
+use meander_proto::v1::{ChangeRecord, Operation, ReplicaIdentity, TableSchema, value::Kind};
 use meander_runtime::{
     checkpoint::read_schemas,
     log::{checkpoint_key, schemas_topic},
@@ -413,6 +413,89 @@ async fn rows_of_a_snapshot_have_the_schema_that_the_events_say() {
         Operation::SnapshotEnd,
     ];
     assert_eq!(operations, marked);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn columns_that_come_go_and_change_between_the_chunks_of_a_snapshot_leave_no_row_out() {
+    const ROWS: u64 = 200_000;
+    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    let client = postgres.client().await;
+    execute(
+        &client,
+        &format!(
+            "CREATE TABLE busy (id int PRIMARY KEY, price int, gone text);
+             INSERT INTO busy SELECT n, n, repeat('x', 100) FROM generate_series(1, {ROWS}) n"
+        ),
+    )
+    .await;
+    let mut config = config(&postgres, kafka, None);
+    config.source.snapshot.mode = SnapshotMode::Incremental;
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    let snapshot = || {
+        checkpoint(&config)
+            .map(|checkpoint| checkpoint.snapshot)
+            .unwrap_or_default()
+    };
+    // One after another, each between two chunks; no change follows that would tell it.
+    let mut before = 0;
+    for ddl in [
+        "ALTER TABLE busy ADD came int DEFAULT 7",
+        "ALTER TABLE busy DROP gone",
+        "ALTER TABLE busy ALTER price TYPE text USING 'p' || price",
+        "ALTER TABLE busy RENAME price TO cost",
+    ] {
+        before = eventually("more rows are read", LIMIT, async || {
+            let snapshot = snapshot();
+            assert!(
+                snapshot.done.is_empty(),
+                "the reading was over too soon to show anything"
+            );
+            match snapshot.reading.map(|cursor| cursor.rows) {
+                Some(rows) if rows > before => Ok(rows),
+                rows => Err(format!("{rows:?}")),
+            }
+        })
+        .await;
+        execute(&client, ddl).await;
+    }
+    eventually("the rows are read", LIMIT, async || match snapshot().done.len() {
+        0 => Err("not yet"),
+        _ => Ok(()),
+    })
+    .await;
+    let log = read_log(kafka, &config, &["busy"]);
+    let events = check(&log);
+    assert_eq!(
+        events.last().unwrap().1.split_once(") ").unwrap().0,
+        "busy(id int4, cost text, came int4"
+    );
+    let end = log.last().unwrap();
+    assert_eq!(end.operation(), Operation::SnapshotEnd);
+    let id = &end.snapshot.as_ref().unwrap().id;
+    let rows: Vec<&ChangeRecord> = log
+        .iter()
+        .filter(|record| record.operation() == Operation::Read && record.snapshot.as_ref().unwrap().id == *id)
+        .collect();
+    let values = |record: &ChangeRecord| record.after.as_ref().unwrap().values.clone();
+    let ids: Vec<_> = rows
+        .iter()
+        .map(|record| values(record)[0].kind.clone().unwrap())
+        .collect();
+    assert_eq!(ids, (1..=ROWS.cast_signed()).map(Kind::Integer).collect::<Vec<_>>());
+    // Each is as it was under the schema that it says.
+    for (record, id) in rows.iter().zip(1_i64..) {
+        let columns = &record.relation.as_ref().unwrap().columns;
+        for (column, value) in columns.iter().zip(values(record)) {
+            let expected = match (column.name.as_str(), column.type_name.as_str()) {
+                ("id", _) | ("price", "int4") => Kind::Integer(id),
+                ("price" | "cost", _) => Kind::Text(format!("p{id}")),
+                ("came", _) => Kind::Integer(7),
+                _ => Kind::Text("x".repeat(100)),
+            };
+            assert_eq!(value.kind, Some(expected), "{} of {id}", column.name);
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

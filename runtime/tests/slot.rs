@@ -382,6 +382,99 @@ async fn after_a_failover_capture_goes_on_in_the_same_epoch_with_nothing_lost_or
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_standby_that_was_started_again_is_waited_for_and_taken_for_no_other() {
+    let kafka = Kafka::shared().await;
+    let mut primary = Postgres::start_version(17, &[]).await;
+    execute(
+        &primary,
+        "CREATE TABLE t (id int PRIMARY KEY); CREATE PUBLICATION p FOR TABLE t",
+    )
+    .await;
+    let mut standby = primary.standby(&[("hot_standby_feedback", "on")]).await;
+    let mut config = config(&standby, kafka, None);
+    config.source.publication.name = "p".to_owned();
+    config.source.publication.management = PublicationManagement::External;
+    let topic = format!("{}.public.t", config.kafka.topic_prefix);
+    let mut runtime = Runtime::capture(&config);
+    eventually("the standby has the slot", LIMIT, async || {
+        execute(&primary, "SELECT pg_log_standby_snapshot()").await;
+        match slots(&standby).await.len() {
+            1 => Ok(()),
+            _ => Err("not yet"),
+        }
+    })
+    .await;
+    runtime.ready(LIMIT).await;
+    for id in 1..=3 {
+        execute(&primary, &format!("INSERT INTO t VALUES ({id})")).await;
+    }
+    wait_for_records(kafka, &topic, 3).await;
+    assert!(runtime.terminate(LIMIT).success());
+    // It replays the commits that it had an hour after they were made.
+    execute(&standby, "ALTER SYSTEM SET recovery_min_apply_delay = '1h'").await;
+    standby.kill9();
+    standby.start_again().await;
+    runtime.start_again();
+    wait_for_log(&mut runtime, "StandbyBehind").await;
+    execute(&standby, "ALTER SYSTEM RESET recovery_min_apply_delay").await;
+    execute(&standby, "SELECT pg_reload_conf()").await;
+    runtime.ready(LIMIT).await;
+    execute(&primary, "INSERT INTO t VALUES (4)").await;
+    wait_for_records(kafka, &topic, 4).await;
+    assert_eq!(checkpoint(&config).unwrap().epoch, 1);
+}
+
+/// Starts a server that has no standby of those that every commit waits for.
+async fn without_its_standby() -> Postgres {
+    Postgres::start(&[("synchronous_standby_names", "nobody")]).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_that_waits_for_a_standby_which_is_gone_holds_up_no_change_of_the_publication() {
+    let (postgres, kafka) = (without_its_standby().await, Kafka::shared().await);
+    // What the test writes is not to wait either.
+    let local = |sql: &str| format!("SET synchronous_commit = local; {sql}");
+    execute(&postgres, &local("CREATE TABLE t (id int PRIMARY KEY)")).await;
+    let config = config(&postgres, kafka, None);
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    execute(&postgres, &local("CREATE TABLE late (id int PRIMARY KEY)")).await;
+    wait_for_metric(&runtime, "meander_capture_tables", |tables| tables == 2).await;
+    execute(&postgres, &local("INSERT INTO late VALUES (1)")).await;
+    wait_for_records(kafka, &format!("{}.public.late", config.kafka.topic_prefix), 1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_cannot_join_is_named_and_holds_up_no_other() {
+    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    execute(&postgres, "CREATE TABLE held (id int PRIMARY KEY)").await;
+    let config = config(&postgres, kafka, None);
+    let topic = |table: &str| format!("{}.public.{table}", config.kafka.topic_prefix);
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    // Its writer is in the way of the lock under which it would join again.
+    let mut writer = postgres.client().await;
+    let transaction = writer.transaction().await.unwrap();
+    transaction.batch_execute("INSERT INTO held VALUES (1)").await.unwrap();
+    let publication = quote(&config.source.publication.name);
+    execute(
+        &postgres,
+        &format!("CREATE TABLE later (id int PRIMARY KEY); ALTER PUBLICATION {publication} DROP TABLE held"),
+    )
+    .await;
+    let joined = |table: &str| format!("SELECT count(*) = 1 FROM pg_publication_tables WHERE tablename = '{table}'");
+    wait_for(&postgres, "the other joins", &joined("later")).await;
+    execute(&postgres, "INSERT INTO later VALUES (1)").await;
+    wait_for_records(kafka, &topic("later"), 1).await;
+    wait_for_metric(&runtime, "meander_capture_tables_refused", |tables| tables == 1).await;
+    wait_for_metric(&runtime, "meander_capture_slot_retained_wal_bytes", |bytes| bytes > 0).await;
+    transaction.commit().await.unwrap();
+    wait_for(&postgres, "it joins once it can", &joined("held")).await;
+    execute(&postgres, "INSERT INTO held VALUES (2)").await;
+    wait_for_records(kafka, &topic("held"), 1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_redis_alone_has_of_a_server_that_died_hides_nothing_of_the_one_that_took_over_and_is_named() {
     let (mut kafka, redis) = (Kafka::start().await, Redis::start().await);
     let mut primary = Postgres::start_version(17, &[("hot_standby_feedback", "on")]).await;

@@ -549,3 +549,43 @@ async fn a_table_that_nobody_watched_for_a_while_is_read_anew() {
     let read: Vec<_> = log.iter().filter(|entry| entry.operation == Operation::Read).collect();
     assert_eq!((read.len(), &read[1].row[..]), (2, &["2".to_owned()][..]));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_gains_a_primary_key_under_the_identity_full_is_read_with_its_keys() {
+    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    execute(
+        &postgres,
+        "CREATE TABLE t (id int NOT NULL, note text); ALTER TABLE t REPLICA IDENTITY FULL; INSERT INTO t VALUES (1, 'a'), (2, 'b')",
+    )
+    .await;
+    let mut config = config(&postgres, kafka);
+    config.source.snapshot.mode = SnapshotMode::Never;
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    assert!(runtime.terminate(LIMIT).success());
+    // A transaction of before the session holds up the reading.
+    let mut holding = postgres.client().await;
+    let held = holding.transaction().await.unwrap();
+    held.execute("SELECT pg_current_xact_id()", &[]).await.unwrap();
+    config.source.snapshot.mode = SnapshotMode::Incremental;
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    // The stream describes the table without a key, and not again before the next change.
+    execute(&postgres, "INSERT INTO t VALUES (3, 'c')").await;
+    eventually("the change is in Kafka", LIMIT, async || {
+        match read_log(kafka, &topic(&config, "t")).len() {
+            0 => Err("not yet"),
+            _ => Ok(()),
+        }
+    })
+    .await;
+    execute(&postgres, "ALTER TABLE t ADD PRIMARY KEY (id)").await;
+    held.commit().await.unwrap();
+    let log = wait_for_ends(kafka, &config, "t", 1).await;
+    let read: Vec<String> = log
+        .iter()
+        .filter(|entry| entry.operation == Operation::Read)
+        .map(|entry| entry.key.clone().unwrap_or_default())
+        .collect();
+    assert_eq!(read, [r#"{"id":"1"}"#, r#"{"id":"2"}"#, r#"{"id":"3"}"#]);
+}

@@ -108,16 +108,34 @@ async fn stop_capture(context: &Context, pipeline: &CdcPipeline, facts: &Facts) 
     }
 }
 
+/// The SQL that drops a managed publication.
+fn drop_publication(pipeline: &CdcPipeline) -> Option<String> {
+    let publication = &pipeline.spec.source.postgres.publication;
+    (publication.management == PublicationManagement::Managed).then(|| {
+        let default = || slot_name(&pipeline.namespace().unwrap_or_default(), &pipeline.name_any());
+        let name = publication.name.clone().unwrap_or_else(default);
+        format!("DROP PUBLICATION IF EXISTS \"{name}\";")
+    })
+}
+
+/// What may be left of a pipeline whose slot is another's. That one may read through the same publication, so a person decides.
+pub fn left_of_conflict(pipeline: &CdcPipeline) -> String {
+    drop_publication(pipeline)
+        .map(|sql| {
+            let database = &pipeline.spec.source.postgres.database;
+            format!(" If the other does not read through its publication, run in the database {database}: {sql}")
+        })
+        .unwrap_or_default()
+}
+
 /// The SQL that does by hand what could not be done.
 pub fn remedy(pipeline: &CdcPipeline) -> String {
     let postgres = &pipeline.spec.source.postgres;
     let slot = slot_of(pipeline);
     let mut sql =
         format!("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = '{slot}';");
-    if postgres.publication.management == PublicationManagement::Managed {
-        let default = || slot_name(&pipeline.namespace().unwrap_or_default(), &pipeline.name_any());
-        let publication = postgres.publication.name.clone().unwrap_or_else(default);
-        sql.push_str(&format!(" DROP PUBLICATION IF EXISTS \"{publication}\";"));
+    if let Some(publication) = drop_publication(pipeline) {
+        sql.push_str(&format!(" {publication}"));
     }
     format!(
         "The replication slot {slot} may be left behind, and then fills the disk of {}. Run in the database {}: {sql}",

@@ -243,7 +243,11 @@ async fn conclude(
                 .await;
         }
         Ending::Anothers(cause) => {
-            let note = format!("Nothing was dropped: {cause}");
+            // The remedy comes first here too.
+            let note = format!(
+                "Nothing was dropped.{} Cause: {cause}",
+                cleanup::left_of_conflict(pipeline)
+            );
             context
                 .events
                 .publish(pipeline, EventType::Normal, "Cleanup", "SlotRetained", &note)

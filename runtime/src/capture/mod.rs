@@ -29,7 +29,7 @@ pub use cleanup::cleanup;
 
 use crate::{
     admin::Admin,
-    encode::EncodeError,
+    encode::{EncodeError, Keyless},
     progress::{self, ConditionType, ProgressReporter},
     sink::SinkError,
     source::postgres::{assemble::AssembleError, pgoutput::DecodeError, preflight::SourceError, start::SourceGap},
@@ -75,7 +75,6 @@ impl CaptureError {
             Self::Source(error) => (ConditionType::SourceReady, error.reason()),
             Self::Gap(gap) => (ConditionType::SourceGap, gap.reason()),
             Self::Sink(error) => (ConditionType::SinksReady, error.reason()),
-            Self::Encode(EncodeError::KeyWithoutForm { .. }) => (ConditionType::SourceReady, "KeyWithoutForm"),
             Self::Decode(_) | Self::Assemble(_) | Self::Encode(_) => (ConditionType::SourceReady, "UnexpectedMessage"),
             Self::Admin(_) | Self::Task(_) => (ConditionType::Progressing, "InternalError"),
         }
@@ -101,6 +100,8 @@ struct Context {
     phantoms: watch::Sender<Option<String>>,
     /// What a person has to know of the snapshot.
     snapshot_problems: snapshot::Problems,
+    /// What a person has to know of rows that are published without their key.
+    keyless: Keyless,
     heartbeats: heartbeat::Heartbeats,
 }
 
@@ -147,6 +148,7 @@ pub async fn run(config: CaptureConfig, shutdown: CancellationToken) -> Result<(
         ready,
         phantoms: watch::Sender::new(None),
         snapshot_problems: snapshot::Problems::new(vec![]),
+        keyless: Keyless::new(None),
         heartbeats: heartbeat::Heartbeats::default(),
     };
 

@@ -252,14 +252,21 @@ fn start(
     context: &Context,
     slot: Option<&SlotState>,
     server: &ServerIdentity,
-) -> Result<Start, SourceGap> {
+) -> Result<Start, CaptureError> {
     let pipeline = Pipeline {
         name: &context.config.pipeline.name,
         slot: &context.config.source.slot_name,
         accepted: context.config.accept_source_gap.as_deref(),
         resnapshots: context.config.on_source_gap == OnSourceGap::Resnapshot,
     };
-    decide(checkpoint, pipeline, slot, server)
+    match decide(checkpoint, pipeline, slot, server) {
+        // On the timeline that was captured, its primary sends it all that it lacks.
+        Err(SourceGap::Lost {
+            loss: Loss::ServerBehind { now, captured },
+            ..
+        }) if server.standby => Err(SourceError::StandbyBehind { now, captured }.into()),
+        decision => Ok(decision?),
+    }
 }
 
 /// The key of this pipeline's checkpoint.
@@ -419,7 +426,7 @@ fn accept(
 ) -> Result<Batch, CaptureError> {
     let at = gap.resumed_at;
     tracing::warn!(gap.id, gap.reason, resumed_at = %at, gap.read_anew, "a gap in the source was accepted");
-    let mut encoder = encoder(&context.config);
+    let mut encoder = encoder(context);
     let mut records = Batch::default();
     // A running maximum does not fall, and what is still to come may be older than now.
     records.high_time_micros = checkpoint.high_time_micros;

@@ -2,7 +2,7 @@
 
 use std::{future::pending, time::Duration};
 
-use meander_config::{CaptureConfig, Format};
+use meander_config::Format;
 use tokio::{
     runtime::Handle,
     sync::{mpsc, watch},
@@ -40,14 +40,16 @@ use crate::{
 /// How long the end of a session waits for Redis to take what is on its way; what it does not take is refilled by the next one.
 const PARTING: Duration = Duration::from_secs(5);
 
-pub(super) fn encoder(config: &CaptureConfig) -> Box<dyn Encoder> {
+pub(super) fn encoder(context: &Context) -> Box<dyn Encoder> {
+    let config = &context.config;
     match config.format {
         Format::Protobuf => Box::new(ProtobufEncoder::default()),
         Format::DebeziumJson {
             schemas,
             transaction_metadata,
         } => {
-            let encoder = DebeziumEncoder::new(&config.kafka.topic_prefix, &config.source.database, schemas);
+            let encoder = DebeziumEncoder::new(&config.kafka.topic_prefix, &config.source.database, schemas)
+                .telling(context.keyless.clone());
             if !transaction_metadata {
                 return Box::new(encoder);
             }
@@ -158,7 +160,7 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
         "Changes are captured as they are committed.",
     );
     context.ready.send_replace(true);
-    let encoder = encoder(config);
+    let encoder = encoder(context);
     let mut stream = Stream::new(
         config,
         Assembler::new(Epoch(checkpoint.epoch), encoder.transactions().is_some())

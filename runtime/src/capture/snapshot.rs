@@ -765,3 +765,129 @@ impl Incremental {
             .unwrap_or_default()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use serde_json::json;
+
+    use super::*;
+    use crate::{
+        position::{Epoch, Lsn, Position},
+        source::{Column, Relation, postgres::pgoutput::OldTuple},
+    };
+
+    const TABLE: u32 = 16_384;
+
+    /// A snapshot in the midst of [`TABLE`].
+    fn reading() -> Incremental {
+        let config = serde_json::from_value(json!({
+            "pipeline": {"namespace": "n", "name": "p"},
+            "source": {
+                "host": "127.0.0.1", "database": "d", "usernameFile": "/", "passwordFile": "/",
+                "tables": {"include": ["public.*"]}, "publication": {"name": "p"}, "slotName": "s", "snapshot": {"mode": "Incremental"},
+            },
+            "kafka": {"bootstrapServers": ["127.0.0.1:1"], "topicPrefix": "p"},
+        }));
+        let checkpoint = Checkpoint {
+            epoch: 1,
+            partings: vec![],
+            system_identifier: "7".to_owned(),
+            timeline: 1,
+            owner_generation: 1,
+            published: None,
+            complete: None,
+            redis: None,
+            acknowledged: Lsn(16),
+            high_time_micros: 0,
+            events_total: 0,
+            snapshot: SnapshotState {
+                reading: Some(TableCursor {
+                    oid: TABLE,
+                    snapshot: "one".to_owned(),
+                    request: None,
+                    order: String::new(),
+                    after: None,
+                    swept: false,
+                    jumped: vec![],
+                    rows: 1,
+                }),
+                ..SnapshotState::default()
+            },
+            records_total: 0,
+            released: false,
+            accepted_gap: None,
+        };
+        Incremental::new(
+            &config.unwrap(),
+            &checkpoint,
+            watch::Sender::new(None),
+            Problems::new(vec![]),
+        )
+        .unwrap()
+        .unwrap()
+    }
+
+    /// A change of the key from one text to another, which leaves out a large value. True if the state has to be kept.
+    fn jump(snapshot: &mut Incremental, from: &str, to: &str, new: bool) -> bool {
+        let column = |name: &str, key| Column {
+            name: name.to_owned(),
+            type_oid: 25,
+            type_name: "text".to_owned(),
+            type_modifier: -1,
+            key,
+        };
+        let relation = Arc::new(Relation {
+            oid: TABLE,
+            schema: "public".to_owned(),
+            table: "t".to_owned(),
+            columns: vec![column("id", true), column("note", false)],
+        });
+        let row = |key: &str, note: u8| {
+            let length = u32::try_from(key.len()).unwrap().to_be_bytes();
+            [b"t", &length[..], key.as_bytes(), &[note]].concat()
+        };
+        let (old, row) = (row(from, b'n'), row(to, b'u'));
+        let change = Change {
+            relation: &relation,
+            schema_version: 1,
+            operation: Operation::Update {
+                old: Some(OldTuple::Key(Tuple::checked(2, &old).unwrap())),
+                new: Tuple::checked(2, &row).unwrap(),
+            },
+            position: Position::end_of_transaction(Epoch::FIRST, Lsn(32)),
+            commit_time_micros: 0,
+            transaction_id: 7,
+            lsn: Lsn(32),
+            previous_end: None,
+            origin: None,
+        };
+        snapshot.changed(&change, new)
+    }
+
+    #[tokio::test]
+    async fn a_row_is_come_back_to_once_though_its_change_is_sent_again() {
+        let mut snapshot = reading();
+        assert!(!jump(&mut snapshot, "a", "b", false), "the log has that already");
+        assert_eq!(snapshot.cursor().unwrap().jumped, Vec::<Vec<String>>::new());
+        assert!(jump(&mut snapshot, "a", "b", true));
+        assert!(!jump(&mut snapshot, "c", "b", true), "it is noted");
+        assert_eq!(snapshot.cursor().unwrap().jumped, [["b"]]);
+    }
+
+    #[tokio::test]
+    async fn rows_to_come_back_to_never_make_a_checkpoint_that_is_too_large() {
+        let mut snapshot = reading();
+        let mut number = 0;
+        // In the end the table begins anew, rather than that.
+        while snapshot.cursor().is_some() {
+            assert!(number < 1000);
+            let size = serde_json::to_vec(&snapshot.state()).unwrap().len();
+            assert!(size < 2 * MOST_JUMPED_BYTES, "{size} bytes");
+            number += 1;
+            jump(&mut snapshot, "old", &format!("{number:0>300}"), true);
+        }
+        assert!(number > 100, "{number}");
+    }
+}

@@ -7,8 +7,8 @@ mod protobuf;
 
 use std::sync::Arc;
 
-pub use debezium::DebeziumEncoder;
 pub(crate) use debezium::key_payload as debezium_key_payload;
+pub use debezium::{DebeziumEncoder, Keyless};
 pub use protobuf::ProtobufEncoder;
 
 use crate::{
@@ -79,18 +79,6 @@ pub enum EncodeError {
         table: String,
         /// The column.
         column: String,
-    },
-    /// A value of the key that the format cannot carry, so that rows would not be told apart.
-    #[error(
-        "{table}.{column} is part of the key and holds a {type_name} that DebeziumJson has no form for; name the table in tables.exclude, or use the format Protobuf"
-    )]
-    KeyWithoutForm {
-        /// The table.
-        table: String,
-        /// The column.
-        column: String,
-        /// Its type.
-        type_name: String,
     },
     /// The format has no form for it.
     #[error("the format does not carry logical messages: leave messagePrefixes out")]

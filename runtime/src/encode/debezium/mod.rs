@@ -18,6 +18,8 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
+use tokio::sync::watch;
+
 use self::{
     super::{
         EncodeError, Encoder,
@@ -30,7 +32,7 @@ use crate::{
     batch::{Batch, Destination, Heartbeat},
     log::heartbeat_topic,
     source::{
-        Change, Message, Operation, Relation, TransactionMark,
+        Change, Column, Message, Operation, Relation, TransactionMark,
         postgres::{
             details::TableDetails,
             pgoutput::{Datum, OldTuple, Tuple},
@@ -42,7 +44,8 @@ use crate::{
 const NEW_KEY_HEADER: &str = "__debezium.newkey";
 /// Header of the record that begins a new key: the old one.
 const OLD_KEY_HEADER: &str = "__debezium.oldkey";
-/// Header of a record in which a field does not hold the column's value: a JSON object of `before` and `after`, each an array of names.
+/// Header of a record in which a field does not hold the column's value: a JSON object of `before` and `after`, each an array of names, and
+/// of `key`, where the record has none because of that.
 /// It is ours: Debezium leaves the reader to guess.
 const UNAVAILABLE_HEADER: &str = "meander-unavailable";
 
@@ -53,7 +56,11 @@ pub struct DebeziumEncoder {
     schemas: bool,
     prepared: HashMap<u32, Prepared>,
     transactions: Option<Transactions>,
+    keyless: Keyless,
 }
+
+/// What a person has to know of the first row whose key has no form.
+pub type Keyless = watch::Sender<Option<String>>;
 
 impl DebeziumEncoder {
     /// An encoder for a pipeline. With `schemas` each key and value is an object of a schema and a payload.
@@ -65,7 +72,14 @@ impl DebeziumEncoder {
             schemas,
             prepared: HashMap::new(),
             transactions: None,
+            keyless: Keyless::new(None),
         }
+    }
+
+    /// Says there which rows have no key.
+    #[must_use]
+    pub fn telling(self, keyless: Keyless) -> Self {
+        Self { keyless, ..self }
     }
 
     /// Tells of transactions, too.
@@ -106,10 +120,9 @@ struct Prepared {
     table: Arc<str>,
     schemas: bool,
     fields: Vec<Field>,
-    /// The fields of the key in its order.
+    /// The fields of the key in its order; none if the table has no key, or one with a column that has no field.
     key: Vec<usize>,
-    /// A column of the key that has no field.
-    keyless_column: Option<usize>,
+    keyless: Keyless,
     key_head: Vec<u8>,
     value_head: Vec<u8>,
     /// From `"source"` up to its first number.
@@ -213,14 +226,12 @@ impl Encoder for DebeziumEncoder {
         let told: Vec<usize> = details.key.iter().filter_map(by_name).collect();
         let same = told.len() == flagged.len() && flagged.iter().all(|index| told.contains(index));
         let columns = if flagged.is_empty() || same { told } else { flagged };
-        let key: Vec<usize> = columns
-            .iter()
-            .filter_map(|index| fields.iter().position(|field| field.index == *index))
-            .collect();
-        let keyless_column = columns
-            .iter()
-            .copied()
-            .find(|index| fields.iter().all(|field| field.index != *index));
+        let field_of = |index: &usize| fields.iter().position(|field| field.index == *index);
+        // Without one of its columns it would not tell rows apart.
+        let key: Vec<usize> = columns.iter().map(field_of).collect::<Option<_>>().unwrap_or_default();
+        if let Some(index) = columns.iter().find(|index| field_of(index).is_none()) {
+            tell_of_keyless(&self.keyless, relation, *index);
+        }
         let mut source_head = b"\"source\":{\"version\":".to_vec();
         write_string(env!("CARGO_PKG_VERSION"), &mut source_head);
         source_head.extend_from_slice(b",\"connector\":\"postgresql\",\"name\":");
@@ -240,7 +251,7 @@ impl Encoder for DebeziumEncoder {
             schemas: self.schemas,
             fields,
             key,
-            keyless_column,
+            keyless: self.keyless.clone(),
             key_head: Vec::new(),
             value_head: Vec::new(),
             source_head,
@@ -256,14 +267,6 @@ impl Encoder for DebeziumEncoder {
             .prepared
             .get_mut(&change.relation.oid)
             .ok_or(EncodeError::Unprepared(change.relation.oid))?;
-        if let Some(index) = prepared.keyless_column {
-            let column = &change.relation.columns[index];
-            return Err(EncodeError::KeyWithoutForm {
-                table: format!("{}.{}", change.relation.schema, change.relation.table),
-                column: column.name.clone(),
-                type_name: column.type_name.clone(),
-            });
-        }
         let order = self.transactions.as_mut().and_then(|transactions| {
             let order = prepared.count(change, transactions)?;
             transactions.announce(batch);
@@ -288,7 +291,7 @@ impl Encoder for DebeziumEncoder {
                         after: Some(new),
                         ..part("c", new)
                     },
-                )
+                )?;
             }
             Operation::Read { new, .. } => {
                 let new = Row::alone(new);
@@ -299,7 +302,7 @@ impl Encoder for DebeziumEncoder {
                         after: Some(new),
                         ..part("r", new)
                     },
-                )
+                )?;
             }
             Operation::Update { old, new } => {
                 let old = old.as_ref().map(OldTuple::tuple);
@@ -309,7 +312,7 @@ impl Encoder for DebeziumEncoder {
                 };
                 let old = old.map(Row::alone);
                 let Some(old) = old.filter(|old| prepared.key_differs(*old, new)) else {
-                    return prepared.record(
+                    prepared.record(
                         change,
                         batch,
                         &Part {
@@ -317,7 +320,8 @@ impl Encoder for DebeziumEncoder {
                             after: Some(new),
                             ..part("u", new)
                         },
-                    );
+                    )?;
+                    return Ok(());
                 };
                 prepared.end_of(change, batch, old, Some((NEW_KEY_HEADER, new)), order)?;
                 prepared.record(
@@ -330,16 +334,17 @@ impl Encoder for DebeziumEncoder {
                         order: order.map(Order::next),
                         ..part("c", new)
                     },
-                )
+                )?;
             }
-            Operation::Delete { old } => prepared.end_of(change, batch, Row::alone(old.tuple()), None, order),
+            Operation::Delete { old } => prepared.end_of(change, batch, Row::alone(old.tuple()), None, order)?,
             // Debezium leaves them out by default, and it has no markers around a snapshot.
             Operation::Truncate
             | Operation::SnapshotBegin { .. }
             | Operation::SnapshotEnd { .. }
             | Operation::SchemaChange { .. }
-            | Operation::SourceGap { .. } => Ok(()),
+            | Operation::SourceGap { .. } => {}
         }
+        Ok(())
     }
 
     fn encode_message(
@@ -444,7 +449,10 @@ impl Prepared {
             after: None,
             header,
         };
-        self.record(change, batch, &delete)?;
+        if self.record(change, batch, &delete)? == Key::WithoutForm {
+            // There is nothing that it would forget.
+            return Ok(());
+        }
         self.record(
             change,
             batch,
@@ -454,7 +462,8 @@ impl Prepared {
                 before: None,
                 ..delete
             },
-        )
+        )?;
+        Ok(())
     }
 
     fn key_differs(&self, old: Row<'_>, new: Row<'_>) -> bool {
@@ -465,33 +474,46 @@ impl Prepared {
         })
     }
 
-    fn record(&mut self, change: &Change<'_>, batch: &mut Batch, part: &Part<'_>) -> Result<(), EncodeError> {
+    fn record(&mut self, change: &Change<'_>, batch: &mut Batch, part: &Part<'_>) -> Result<Key, EncodeError> {
         loop {
             match self.try_record(change, batch, part) {
                 Err(Stopped::NewLabel { field, label }) => self.learn_label(field, &label),
                 Err(Stopped::Failed(error)) => return Err(error),
-                Ok(()) => return Ok(()),
+                Ok(key) => return Ok(key),
             }
         }
     }
 
-    fn try_record(&self, change: &Change<'_>, batch: &mut Batch, part: &Part<'_>) -> Result<(), Stopped> {
+    fn try_record(&self, change: &Change<'_>, batch: &mut Batch, part: &Part<'_>) -> Result<Key, Stopped> {
         // First, because nothing may fail once the record is in the batch.
         let header = match part.header {
             Some((name, key)) => {
                 let mut value = Vec::new();
-                self.write_key_fields(change.relation, key, Decimals::Plain, &mut value)?;
-                Some((name, value))
+                match self.write_key_fields(change.relation, key, Decimals::Plain, &mut value)? {
+                    Ok(()) => Some((name, value)),
+                    Err(_) => None,
+                }
             }
             None => None,
         };
         let mut unavailable = Unavailable::default();
-        batch.push(
+        let mut without_form = None;
+        batch.push::<Stopped>(
             change.position,
             part.number,
             change.commit_time_micros,
             &self.destination,
-            |out| self.write_key(change.relation, part.key, out),
+            |out| {
+                let start = out.len();
+                Ok(match self.write_key(change.relation, part.key, out)? {
+                    Ok(written) => written,
+                    Err(field) => {
+                        out.truncate(start);
+                        without_form = Some(field);
+                        false
+                    }
+                })
+            },
             |out| match part.operation {
                 Some(operation) => {
                     self.write_value(change, operation, part, &mut unavailable, out)?;
@@ -503,10 +525,17 @@ impl Prepared {
         if let Some((name, value)) = header {
             batch.header(name, |out| out.extend_from_slice(&value));
         }
-        if !(unavailable.before.is_empty() && unavailable.after.is_empty()) {
+        unavailable.key.extend(without_form);
+        if !unavailable.is_empty() {
             batch.header(UNAVAILABLE_HEADER, |out| self.write_unavailable(&unavailable, out));
         }
-        Ok(())
+        Ok(match without_form {
+            Some(field) => {
+                tell_of_keyless(&self.keyless, change.relation, self.fields[field].index);
+                Key::WithoutForm
+            }
+            None => Key::AsItShouldBe,
+        })
     }
 
     fn write_value(
@@ -622,23 +651,25 @@ impl Prepared {
         Ok(())
     }
 
-    fn write_key(&self, relation: &Relation, row: Row<'_>, out: &mut Vec<u8>) -> Result<bool, Stopped> {
+    /// Writes the key and says whether there is one, or else which field of it has no form.
+    fn write_key(&self, relation: &Relation, row: Row<'_>, out: &mut Vec<u8>) -> Result<Result<bool, usize>, Stopped> {
         if self.key.is_empty() {
-            return Ok(false);
+            return Ok(Ok(false));
         }
         out.extend_from_slice(&self.key_head);
-        self.write_key_fields(relation, row, Decimals::Bytes, out)?;
+        let written = self.write_key_fields(relation, row, Decimals::Bytes, out)?;
         self.end(out);
-        Ok(true)
+        Ok(written.map(|()| true))
     }
 
+    /// Writes the fields of the key, or says which of them has no form.
     fn write_key_fields(
         &self,
         relation: &Relation,
         row: Row<'_>,
         decimals: Decimals,
         out: &mut Vec<u8>,
-    ) -> Result<(), Stopped> {
+    ) -> Result<Result<(), usize>, Stopped> {
         let datums = row.datums();
         let mut separator = b'{';
         for at in &self.key {
@@ -651,10 +682,11 @@ impl Prepared {
                 Datum::Text(text) if decimals == Decimals::Plain && matches!(field.kind, Kind::Decimal { .. }) => {
                     out.extend_from_slice(text.as_bytes());
                 }
-                Datum::Text(text) => field
-                    .kind
-                    .write(text, out)
-                    .map_err(|unfit| self.stopped(relation, *at, unfit, text))?,
+                Datum::Text(text) => match field.kind.write(text, out) {
+                    Ok(()) => {}
+                    Err(Unfit::NoForm) => return Ok(Err(*at)),
+                    Err(unfit) => return Err(self.stopped(relation, *at, unfit, text)),
+                },
                 Datum::UnchangedToast => {
                     let column = &relation.columns[field.index];
                     return Err(Stopped::Failed(EncodeError::AbsentKey {
@@ -668,12 +700,16 @@ impl Prepared {
             out.push(b'{');
         }
         out.push(b'}');
-        Ok(())
+        Ok(Ok(()))
     }
 
     fn write_unavailable(&self, unavailable: &Unavailable, out: &mut Vec<u8>) {
         let mut separator = b'{';
-        for (name, fields) in [("before", &unavailable.before), ("after", &unavailable.after)] {
+        for (name, fields) in [
+            ("key", &unavailable.key),
+            ("before", &unavailable.before),
+            ("after", &unavailable.after),
+        ] {
             if fields.is_empty() {
                 continue;
             }
@@ -705,12 +741,8 @@ impl Prepared {
                 field: at,
                 label: text.to_owned(),
             },
-            Unfit::NoForm => Stopped::Failed(EncodeError::KeyWithoutForm {
-                table,
-                column: column.name.clone(),
-                type_name: column.type_name.clone(),
-            }),
-            Unfit::Malformed => Stopped::Failed(EncodeError::Value {
+            // What has no form is never an end: whoever writes a value deals with that.
+            Unfit::NoForm | Unfit::Malformed => Stopped::Failed(EncodeError::Value {
                 table,
                 column: column.name.clone(),
                 type_name: column.type_name.clone(),
@@ -780,6 +812,32 @@ impl Prepared {
     }
 }
 
+/// Tells of the first row whose key has no form; each of them has a header that says it.
+fn tell_of_keyless(keyless: &Keyless, relation: &Relation, column: usize) {
+    keyless.send_if_modified(|told| {
+        let first = told.is_none();
+        if first {
+            let Relation { schema, table, .. } = relation;
+            let Column { name, type_name, .. } = &relation.columns[column];
+            let message = format!(
+                "{schema}.{table}.{name} is part of the key and holds a {type_name} that DebeziumJson has no form for: such rows are published without a key, and consumers do not tell them apart; change the values, name the table in tables.exclude, or use the format Protobuf"
+            );
+            tracing::warn!("{message}");
+            *told = Some(message);
+        }
+        first
+    });
+}
+
+/// Whether a record has its key.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Key {
+    /// It has, or its table has none.
+    AsItShouldBe,
+    /// A value of it has no form, and so the record has no key.
+    WithoutForm,
+}
+
 /// How decimals are written.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Decimals {
@@ -808,6 +866,8 @@ enum Stopped {
 /// Fields that do not hold the column's value.
 #[derive(Default)]
 struct Unavailable {
+    /// Because of these the record has no key.
+    key: Vec<usize>,
     before: Vec<usize>,
     after: Vec<usize>,
 }
@@ -815,6 +875,12 @@ struct Unavailable {
 /// Schemas of a heartbeat.
 const HEARTBEAT_KEY: &str = r#"{"type":"struct","fields":[{"type":"string","optional":false,"field":"serverName"}],"optional":false,"name":"io.debezium.connector.common.ServerNameKey","version":1}"#;
 const HEARTBEAT_VALUE: &str = r#"{"type":"struct","fields":[{"type":"int64","optional":false,"field":"ts_ms"}],"optional":false,"name":"io.debezium.connector.common.Heartbeat","version":1}"#;
+
+impl Unavailable {
+    fn is_empty(&self) -> bool {
+        self.key.is_empty() && self.before.is_empty() && self.after.is_empty()
+    }
+}
 
 /// What the schema of every table has after the rows.
 const ENVELOPE: &str = r#"{"type":"struct","fields":[{"type":"string","optional":false,"field":"version"},{"type":"string","optional":false,"field":"connector"},{"type":"string","optional":false,"field":"name"},{"type":"int64","optional":false,"field":"ts_ms"},{"type":"string","optional":true,"name":"io.debezium.data.Enum","version":1,"parameters":{"allowed":"true,first,first_in_data_collection,last_in_data_collection,last,false,incremental"},"default":"false","field":"snapshot"},{"type":"string","optional":false,"field":"db"},{"type":"string","optional":true,"field":"sequence"},{"type":"int64","optional":true,"field":"ts_us"},{"type":"int64","optional":true,"field":"ts_ns"},{"type":"string","optional":false,"field":"schema"},{"type":"string","optional":false,"field":"table"},{"type":"int64","optional":true,"field":"txId"},{"type":"int64","optional":true,"field":"lsn"},{"type":"int64","optional":true,"field":"xmin"},{"type":"string","optional":true,"field":"origin"},{"type":"int64","optional":true,"field":"origin_lsn"}],"optional":false,"name":"io.debezium.connector.postgresql.Source","version":1,"field":"source"},{"type":"struct","fields":[{"type":"string","optional":false,"field":"id"},{"type":"int64","optional":false,"field":"total_order"},{"type":"int64","optional":false,"field":"data_collection_order"}],"optional":true,"name":"event.block","version":1,"field":"transaction"},{"type":"string","optional":false,"field":"op"},{"type":"int64","optional":true,"field":"ts_ms"},{"type":"int64","optional":true,"field":"ts_us"},{"type":"int64","optional":true,"field":"ts_ns"}"#;
@@ -986,17 +1052,40 @@ mod tests {
     }
 
     #[test]
-    fn a_value_without_a_form_is_null_and_named_and_in_a_key_it_is_an_error() {
+    fn a_value_without_a_form_is_null_and_named_and_in_a_key_it_takes_the_key_away() {
         let records = insert(&[("id", INT), ("n", NUMERIC)], &[Some("1"), Some("NaN")]).unwrap();
         assert_eq!(records[0].1["payload"]["after"], json!({"id": 1, "n": null}));
         assert_eq!(records[0].2, r#"meander-unavailable={"after":["n"]}"#);
-        for (columns, value) in [([("n", NUMERIC)], "NaN"), ([("p", PAIR)], "(1,2)")] {
-            let refused = insert(&columns, &[Some(value)]);
-            assert!(
-                matches!(refused, Err(EncodeError::KeyWithoutForm { .. })),
-                "{refused:?}"
-            );
-        }
+        let keyless = insert(&[("n", NUMERIC), ("id", INT)], &[Some("NaN"), Some("1")]).unwrap();
+        let filled = json!({"n": {"scale": 0, "value": "AA=="}, "id": 1});
+        assert_eq!(
+            (&keyless[0].0, &keyless[0].1["payload"]["after"]),
+            (&Value::Null, &filled)
+        );
+        assert_eq!(keyless[0].2, r#"meander-unavailable={"key":["n"],"after":["n"]}"#);
+        let no_field = insert(&[("p", PAIR), ("id", INT)], &[Some("(1,2)"), Some("1")]).unwrap();
+        assert_eq!(
+            (&no_field[0].0, &no_field[0].1["payload"]["after"]),
+            (&Value::Null, &json!({"id": 1}))
+        );
+        // A key that ends without a form has nothing to be forgotten.
+        let message = [
+            &b"U\0\0\0\x01K"[..],
+            &tuple(&[Some("NaN"), None]),
+            b"N",
+            &tuple(&[Some("2"), Some("1")]),
+        ]
+        .concat();
+        let changed = encode(&[("n", NUMERIC), ("id", INT)], &message).unwrap();
+        let operations: Vec<_> = changed
+            .iter()
+            .map(|(_, value, _)| value["payload"]["op"].clone())
+            .collect();
+        assert_eq!(operations, ["d", "c"]);
+        assert_eq!(
+            (&changed[0].0, changed[1].0.is_null(), changed[1].2.as_str()),
+            (&Value::Null, false, "")
+        );
         let refused = insert(&[("id", INT)], &[Some("x")]);
         assert!(matches!(refused, Err(EncodeError::Value { .. })), "{refused:?}");
     }

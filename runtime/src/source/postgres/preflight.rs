@@ -252,6 +252,16 @@ pub enum SourceError {
         "making the replication slot on a standby waits for the primary to log its running transactions; run there SELECT pg_log_standby_snapshot();"
     )]
     SlotWaitsForPrimary,
+    /// A standby was started again, and is not yet where it was.
+    #[error(
+        "the standby has replayed its WAL up to {now}, and {captured} was captured from it: after a restart it replays what it had, and is waited for; if it stays there, see in its log why it does not follow the primary"
+    )]
+    StandbyBehind {
+        /// How far it is.
+        now: Lsn,
+        /// What was captured from it.
+        captured: Lsn,
+    },
     /// The server is too old for failover slots.
     #[error(
         "PostgreSQL {0} has no failover slots, which came with version 17; leave source.postgres.slot.failover out"
@@ -321,6 +331,7 @@ impl SourceError {
             Self::NoFreeConnection(_) => "ConnectionsExhausted",
             Self::SlotWaitsForTransaction(_) => "SlotWaitsForTransaction",
             Self::SlotWaitsForPrimary => "SlotWaitsForPrimary",
+            Self::StandbyBehind { .. } => "StandbyBehind",
             Self::FailoverUnsupported(_) => "FailoverUnsupported",
             Self::SlotActive { .. } => "SlotActive",
             Self::Server { .. } => "DatabaseError",
