@@ -54,7 +54,7 @@ fn run(stream: &[Vec<u8>]) -> usize {
         if let LogicalMessage::Relation(relation) = &message {
             let relation = assembler.describe(relation, &["id".to_owned()]);
             encoder.prepare(&relation, &TableDetails::default(), destination.clone());
-            assembler.learn(Arc::new(relation));
+            assembler.learn(relation.oid, relation);
             continue;
         }
         let mut batch = Batch::new();

@@ -641,25 +641,29 @@ impl<'a> Stream<'a> {
     }
 
     async fn relation(&mut self, message: &RelationMessage<'_>, catalog: &Catalog) -> Result<(), CaptureError> {
-        if let Some(snapshot) = &mut self.snapshot {
-            snapshot.described(message.oid);
-        }
+        let hypertable = catalog.hypertable_of(message).await?;
         let primary_key = if message.replica_identity == b'f' {
             catalog.primary_key(message.oid).await?
         } else {
             Vec::new()
         };
-        let relation = self.assembler.describe(message, &primary_key);
+        let mut relation = self.assembler.describe(message, &primary_key);
+        if let Some((oid, table)) = hypertable {
+            (relation.oid, relation.schema, relation.table) = (oid, table.schema, table.name);
+        }
+        if let Some(snapshot) = &mut self.snapshot {
+            snapshot.described(relation.oid);
+        }
         let (schema, table) = (&relation.schema, &relation.table);
         if !self.selection.holds(schema, table) {
             self.left_out.insert(relation.oid);
-            self.assembler.learn(Arc::new(relation));
+            self.assembler.learn(message.oid, relation);
             return Ok(());
         }
         self.left_out.remove(&relation.oid);
         let destination = self.destination(&relation);
         self.topics_due
-            .insert(relation.oid, (destination.topic.clone(), format!("{schema}.{table}")));
+            .insert(message.oid, (destination.topic.clone(), format!("{schema}.{table}")));
         let details = if self.encoder.wants_details() {
             catalog.details(&relation).await?
         } else {
@@ -667,7 +671,7 @@ impl<'a> Stream<'a> {
         };
         self.versions.described(relation.oid, message.replica_identity);
         self.encoder.prepare(&relation, &details, destination);
-        self.assembler.learn(Arc::new(relation));
+        self.assembler.learn(message.oid, relation);
         Ok(())
     }
 

@@ -9,7 +9,10 @@ use crate::{
     position::{Epoch, Lsn, Position},
     source::{
         Change, Column, Message, MessageTransaction, Operation, Relation, TransactionMark, TransactionOrigin,
-        postgres::pgoutput::{LogicalMessage, RelationMessage, Tuple},
+        postgres::{
+            hypertable::moves_rows,
+            pgoutput::{LogicalMessage, RelationMessage, Tuple},
+        },
     },
 };
 
@@ -79,6 +82,11 @@ impl Changes<'_> {
     pub fn for_each<E: From<AssembleError>>(self, mut take: impl FnMut(Change<'_>) -> Result<(), E>) -> Result<(), E> {
         let mut one = |oid: u32, index: u64, operation: Operation<'_>| {
             let relation = self.relations.get(&oid).ok_or(AssembleError::UnknownRelation(oid))?;
+            // Neither is a change of the hypertable: that a chunk is emptied, and that its rows are moved.
+            let is_chunk = relation.oid != oid;
+            if is_chunk && (self.transaction.moves_rows || matches!(operation, Operation::Truncate)) {
+                return Ok(());
+            }
             check_width(relation, &operation)?;
             take(Change {
                 relation,
@@ -138,6 +146,8 @@ struct Transaction {
     xid: u32,
     next_ordinal: u64,
     origin: Option<Arc<TransactionOrigin>>,
+    /// Rows are moved between the chunks of a hypertable and their compressed form.
+    moves_rows: bool,
 }
 
 /// Keeps the shape of every table and the place within the open transaction.
@@ -245,9 +255,11 @@ impl Assembler {
         self.relations.get(&oid)
     }
 
-    /// Makes later changes of the table use this shape.
-    pub fn learn(&mut self, relation: Arc<Relation>) {
-        self.relations.insert(relation.oid, relation);
+    /// Makes later changes of the table that the server calls `oid` use this shape. It has another OID where that is a chunk of it.
+    pub fn learn(&mut self, oid: u32, relation: Relation) {
+        let relation = Arc::new(relation);
+        self.relations.insert(relation.oid, Arc::clone(&relation));
+        self.relations.insert(oid, relation);
     }
 
     /// Takes the next message, other than a Relation, which goes through [`describe`](Self::describe) and [`learn`](Self::learn).
@@ -271,6 +283,7 @@ impl Assembler {
                     xid,
                     next_ordinal: 0,
                     origin: None,
+                    moves_rows: false,
                 };
                 let mark = self.mark(&transaction);
                 transaction.next_ordinal += u64::from(self.marks);
@@ -335,6 +348,9 @@ impl Assembler {
                 ..
             } => {
                 let (transaction, position) = self.take_ordinals(1)?;
+                if let (Some(moves_rows), Some(open)) = (moves_rows(prefix), &mut self.transaction) {
+                    open.moves_rows = moves_rows;
+                }
                 Ok(Assembled::Message(Message {
                     prefix,
                     content,
@@ -404,7 +420,7 @@ mod tests {
     fn assembler() -> Assembler {
         let mut assembler = Assembler::new(Epoch::FIRST, false);
         for oid in [1, 2] {
-            assembler.learn(Arc::new(Relation {
+            let relation = Relation {
                 oid,
                 schema: "public".to_owned(),
                 table: format!("t{oid}"),
@@ -415,7 +431,8 @@ mod tests {
                     type_modifier: -1,
                     key: true,
                 }],
-            }));
+            };
+            assembler.learn(oid, relation);
         }
         assembler
     }

@@ -3,6 +3,7 @@
 pub mod assemble;
 pub mod details;
 pub mod dropped;
+pub mod hypertable;
 pub mod pgoutput;
 pub mod preflight;
 pub mod prerequisites;

@@ -15,6 +15,7 @@ use tokio_postgres::{
 use crate::{
     position::Lsn,
     source::postgres::{
+        hypertable::OWN_SCHEMAS,
         prerequisites::RefusedTable,
         socket::{self, Settled, SocketError},
         start::SlotState,
@@ -163,6 +164,14 @@ pub enum SourceError {
     /// Tables match, and each of them is left out.
     #[error("none of the selected tables can be captured: {}", refusals(.0))]
     NoTableFit(Vec<RefusedTable>),
+    /// Changes of a hypertable that an external publication holds would not be told in full.
+    #[error("the hypertable {table} cannot be captured in full: {cause}")]
+    Hypertable {
+        /// The table, quoted.
+        table: String,
+        /// Why, and what to do.
+        cause: String,
+    },
     /// A snapshot is asked for, and could not read these tables.
     #[error(
         "role {user} may not read the rows of {tables}, which a snapshot is to publish; run {sql} or name what is not to be read in tables.exclude, or set snapshot.mode to Never"
@@ -320,6 +329,7 @@ impl SourceError {
             Self::NoTables { .. } => "NoTablesMatch",
             Self::InvalidGlob { .. } => "InvalidTableGlob",
             Self::NoTableFit(refused) => refused.first().map_or("NoTablesMatch", |table| table.cause.reason()),
+            Self::Hypertable { .. } => "HypertableNotTold",
             Self::NotReadable { .. } => "TableNotReadable",
             Self::NoPublication(_) => "PublicationNotFound",
             Self::PublicationDropped { .. } => "PublicationMissing",
@@ -584,7 +594,7 @@ impl Catalog {
         }
     }
 
-    /// The tables of a publication, if it exists.
+    /// The tables of a publication, if it exists, but for the chunks of hypertables, which come and go by themselves.
     pub(super) async fn published(&self, name: &str) -> Result<Option<Vec<Table>>, SourceError> {
         if self
             .query("SELECT FROM pg_catalog.pg_publication WHERE pubname = $1", &[&name])
@@ -595,8 +605,9 @@ impl Catalog {
         }
         let rows = self
             .query(
-                "SELECT schemaname, tablename FROM pg_catalog.pg_publication_tables WHERE pubname = $1 ORDER BY 1, 2",
-                &[&name],
+                "SELECT schemaname, tablename FROM pg_catalog.pg_publication_tables
+                 WHERE pubname = $1 AND NOT pg_catalog.starts_with(schemaname::text, $2) ORDER BY 1, 2",
+                &[&name, &OWN_SCHEMAS],
             )
             .await?;
         Ok(Some(
@@ -920,7 +931,7 @@ impl Selection {
     #[must_use]
     pub fn holds(&self, schema: &str, table: &str) -> bool {
         let any = |globs: &[TableGlob]| globs.iter().any(|glob| glob.holds(schema, table));
-        any(&self.include) && !any(&self.exclude)
+        any(&self.include) && !any(&self.exclude) && !schema.starts_with(OWN_SCHEMAS)
     }
 }
 

@@ -46,6 +46,8 @@ pub enum Refusal {
     NoReplicaIdentity,
     /// Its replica identity has a generated column, which is not published: its rows could not be told apart.
     GeneratedIdentity,
+    /// Its changes would not be told in full, for this cause, because it is a hypertable.
+    Hypertable(String),
     /// Only its owner may publish it; this is the role that would have to be.
     NotOwner(String),
     /// It could not join the publication, for this cause, and that is tried again.
@@ -61,6 +63,7 @@ impl Refusal {
         match self {
             Self::NoReplicaIdentity => "TableWithoutReplicaIdentity",
             Self::GeneratedIdentity => "ReplicaIdentityNotPublished",
+            Self::Hypertable(_) => "HypertableNotTold",
             Self::NotOwner(_) => "TableNotOwned",
             Self::NotAdded(_) => "TableNotAdded",
             Self::TopicCollision(_) => "TopicCollision",
@@ -85,6 +88,7 @@ impl fmt::Display for RefusedTable {
                 f,
                 "{table} would have a topic that Kafka does not tell from that of {first}: rename it, or name one of them in tables.exclude"
             ),
+            Refusal::Hypertable(cause) => write!(f, "{table} is a hypertable, and {cause}"),
             Refusal::NotAdded(cause) => write!(
                 f,
                 "{table} could not join the publication, which is tried again every 10 s: {cause}"
@@ -176,6 +180,14 @@ impl Catalog {
             _ => {}
         }
         let tables = self.select_tables(source, selection).await?;
+        let hypertables = self.hypertables().await?;
+        if source.publication.management == PublicationManagement::External {
+            problems.extend(tables.captured.iter().filter_map(|table| {
+                let cause = hypertables.lacks(table, false)?;
+                let table = table.quoted();
+                Some(SourceError::Hypertable { table, cause })
+            }));
+        }
         // An external publication that is not there holds none, which was said already.
         let expected = published.is_some() || source.publication.management == PublicationManagement::Managed;
         if tables.captured.is_empty() && expected {
@@ -192,9 +204,10 @@ impl Catalog {
         if slot.is_none() && !server.standby && source.snapshot.mode != SnapshotMode::Never {
             problems.extend(self.unreadable(&tables.captured).await?);
         }
+        let unfinished = self.chunks_missing(&source.publication.name, &tables.captured).await?;
         if server.standby
             && !tables.captured.is_empty()
-            && let Some(sql) = publication_change(source, published.as_deref(), &tables.captured)
+            && let Some(sql) = publication_change(source, published.as_deref(), &tables.captured, &unfinished)
         {
             problems.push(SourceError::StandbyPublication { sql });
         }
@@ -317,6 +330,7 @@ impl Catalog {
     pub async fn select_tables(&self, source: &PostgresSource, selection: &Selection) -> Result<Tables, SourceError> {
         let published = self.published(&source.publication.name).await?.unwrap_or_default();
         let external = source.publication.management == PublicationManagement::External;
+        let hypertables = self.hypertables().await?;
         let rows = self
             .query(
                 // A change of a partitioned table is checked against the identity of the partition that it happens in.
@@ -367,7 +381,10 @@ impl Catalog {
                 (false, _, false, _) => Some(Refusal::NoReplicaIdentity),
                 (false, _, true, _) if is_generated => Some(Refusal::GeneratedIdentity),
                 (false, false, true, false) => Some(Refusal::NotOwner(quote_identifier(&self.user))),
-                (true, true, _, _) | (false, true, true, _) | (false, false, true, true) => None,
+                (true, true, _, _) => None,
+                (false, true, true, _) | (false, false, true, true) => {
+                    hypertables.lacks(&table, true).map(Refusal::Hypertable)
+                }
             };
             match cause {
                 Some(cause) => tables.refused.push(RefusedTable { table, cause }),

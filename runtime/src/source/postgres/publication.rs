@@ -9,6 +9,7 @@ use meander_config::{Partitions, PostgresSource, PublicationManagement};
 use tokio_postgres::error::SqlState;
 
 use crate::source::postgres::{
+    hypertable::add_chunks,
     preflight::{Catalog, Refused, SourceError, Table},
     prerequisites::{Refusal, RefusedTable, Tables},
     wire::{quote_identifier, quote_literal},
@@ -24,7 +25,8 @@ impl Catalog {
     /// When the role may not.
     pub async fn prepare_publication(&self, source: &PostgresSource, tables: &[Table]) -> Result<(), SourceError> {
         let published = self.published(&source.publication.name).await?;
-        let Some(change) = publication_change(source, published.as_deref(), tables) else {
+        let unfinished = self.chunks_missing(&source.publication.name, tables).await?;
+        let Some(change) = publication_change(source, published.as_deref(), tables, &unfinished) else {
             return Ok(());
         };
         self.execute(&change)
@@ -59,8 +61,11 @@ impl Catalog {
                 Err(refused) => failure = Some(self.forbidden(source, refused)),
             }
         }
+        // One that is published gets here when a chunk was made by a session that did not let it join; what it missed is noted.
+        let unfinished = self.chunks_missing(&source.publication.name, &tables.captured).await?;
         for table in std::mem::take(&mut tables.captured) {
-            if published.contains(&table) {
+            let is_published = published.contains(&table);
+            if is_published && !unfinished.contains(&table) {
                 tables.captured.push(table);
                 continue;
             }
@@ -68,9 +73,16 @@ impl Catalog {
             // Some minor releases go on taking a table for unpublished in a transaction that wrote to it before it joined, so it joins
             // while nobody writes. Writers queue behind the lock, so it is not waited for long: a little more than deadlock_timeout, after
             // which an autovacuum makes way.
-            let mut sql = format!(
-                "SET LOCAL lock_timeout = '2s'; LOCK TABLE {quoted} IN SHARE ROW EXCLUSIVE MODE; ALTER PUBLICATION {name} ADD TABLE ONLY {quoted};"
-            );
+            // Whoever writes to a chunk has locked its hypertable.
+            let only = if unfinished.contains(&table) { "ONLY " } else { "" };
+            let mut sql =
+                format!("SET LOCAL lock_timeout = '2s'; LOCK TABLE {only}{quoted} IN SHARE ROW EXCLUSIVE MODE;");
+            if !is_published {
+                sql.push_str(&format!("ALTER PUBLICATION {name} ADD TABLE ONLY {quoted};"));
+            }
+            if unfinished.contains(&table) {
+                sql.push_str(&add_chunks(&source.publication.name, &table));
+            }
             if known.contains(&table) {
                 let comment = self.publication_comment(source).await?;
                 let line = format!("{REJOINED}{quoted}");
@@ -144,13 +156,15 @@ impl Catalog {
     }
 }
 
-/// The SQL that makes a managed publication hold exactly these tables, if it does not.
+/// The SQL that makes a managed publication hold exactly these tables, if it does not, and the chunks of the hypertables among them
+/// that are `unfinished`. Chunks leave with their hypertable alone: until then, what a stream says of them is left out.
 ///
 /// It adds and drops rather than sets, since only what is added has to be the role's own.
 pub(super) fn publication_change(
     source: &PostgresSource,
     published: Option<&[Table]>,
     tables: &[Table],
+    unfinished: &[Table],
 ) -> Option<String> {
     if source.publication.management == PublicationManagement::External {
         return None;
@@ -161,11 +175,15 @@ pub(super) fn publication_change(
         let tables: Vec<_> = tables.iter().map(|table| format!("ONLY {}", table.quoted())).collect();
         tables.join(", ")
     };
+    let chunks: String = unfinished
+        .iter()
+        .map(|table| add_chunks(&source.publication.name, table))
+        .collect();
     let Some(published) = published else {
         let all: Vec<_> = tables.iter().collect();
         let via_root = source.publication.partitions == Partitions::Root;
         return Some(format!(
-            "CREATE PUBLICATION {name} FOR TABLE {} WITH (publish_via_partition_root = {via_root});",
+            "CREATE PUBLICATION {name} FOR TABLE {} WITH (publish_via_partition_root = {via_root});{chunks}",
             list(&all)
         ));
     };
@@ -175,6 +193,6 @@ pub(super) fn publication_change(
         [] => String::new(),
         tables => format!("ALTER PUBLICATION {name} {verb} TABLE {};", list(tables)),
     };
-    let sql = change("ADD", &joining) + &change("DROP", &leaving);
+    let sql = change("ADD", &joining) + &chunks + &change("DROP", &leaving);
     (!sql.is_empty()).then_some(sql)
 }

@@ -315,6 +315,9 @@ impl Plan {
         client.batch_execute("SAVEPOINT stretch").await?;
         let shape = Shape::read(client, &self.publication, oid).await?;
         let shape = shape.ok_or_else(|| Failure::Table(CHANGED.to_owned()))?;
+        if shape.is_hypertable() {
+            return Err(Failure::Table("a hypertable is not read by its blocks".to_owned()));
+        }
         // The catalog's rows are those that the snapshot sees; the size is that of now, and so never too small.
         let rows = client
             .query(

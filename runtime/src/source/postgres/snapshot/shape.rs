@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use tokio_postgres::{Client, Error};
 
 use crate::source::postgres::{
+    hypertable::OWN_SCHEMAS,
     pgoutput::{ColumnMessage, Datum, RelationMessage, Tuple},
     wire::{quote_identifier, quote_literal},
 };
@@ -23,6 +24,7 @@ pub struct Shape {
     pub member: u32,
     replica_identity: u8,
     partitioned: bool,
+    hypertable: bool,
     row_filter: Option<String>,
     columns: Vec<Column>,
     /// Indexes of the key's columns, in the order of the index.
@@ -79,7 +81,11 @@ impl Shape {
             .query_opt(
                 &format!(
                     "SELECT n.nspname::text, c.relname::text, c.relreplident::text, c.relkind = 'p',
-                            {column_list}, {row_filter}, coalesce(r.oid, 0)
+                            {column_list}, {row_filter}, coalesce(r.oid, 0),
+                            EXISTS (SELECT FROM pg_catalog.pg_inherits i
+                                    JOIN pg_catalog.pg_class k ON k.oid = i.inhrelid
+                                    JOIN pg_catalog.pg_namespace s ON s.oid = k.relnamespace
+                                    WHERE i.inhparent = c.oid AND pg_catalog.starts_with(s.nspname::text, $3))
                      FROM pg_catalog.pg_class c
                      JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
                      JOIN pg_catalog.pg_publication b ON b.pubname = $2
@@ -88,7 +94,7 @@ impl Shape {
                      LEFT JOIN pg_catalog.pg_publication_rel r ON r.prpubid = b.oid AND r.prrelid = c.oid
                      WHERE c.oid = $1"
                 ),
-                &[&oid, &publication],
+                &[&oid, &publication, &OWN_SCHEMAS],
             )
             .await?;
         let Some(table) = table else { return Ok(None) };
@@ -172,6 +178,7 @@ impl Shape {
             table: table.get(1),
             replica_identity: replica_identity.bytes().next().unwrap_or(b'd'),
             partitioned: table.get(3),
+            hypertable: table.get(7),
             row_filter: table.get(5),
             member: table.get(6),
             columns,
@@ -236,6 +243,12 @@ impl Shape {
             .collect()
     }
 
+    /// True if the rows are in chunks of TimescaleDB, in which they are not all as rows.
+    #[must_use]
+    pub fn is_hypertable(&self) -> bool {
+        self.hypertable
+    }
+
     /// Number of columns.
     #[must_use]
     pub fn width(&self) -> usize {
@@ -261,7 +274,11 @@ impl Shape {
     pub fn from_clause(&self) -> String {
         format!(
             "{}{}.{}",
-            if self.partitioned { "" } else { "ONLY " },
+            if self.partitioned || self.hypertable {
+                ""
+            } else {
+                "ONLY "
+            },
             quote_identifier(&self.schema),
             quote_identifier(&self.table)
         )
@@ -434,6 +451,7 @@ mod tests {
             member: 2,
             replica_identity: b'd',
             partitioned: false,
+            hypertable: false,
             row_filter: Some("price > 0".to_owned()),
             columns: vec![
                 column("name", "text", " COLLATE x.c"),
