@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use meander_config::{ReplayConfig, ReplayEnd, ReplayStart, ReplayTarget, ResourceIdentity};
+use meander_config::{GrpcReceiver, ReplayConfig, ReplayEnd, ReplayStart, ReplayTarget, ResourceIdentity};
 use meander_test_support::{Kafka, Postgres, Runtime, eventually, free_address};
 use meander_workload::load::{self, Load};
 
@@ -56,9 +56,7 @@ pub(crate) async fn measure(changes: u64, rate: f64, speeds: &[f64]) -> anyhow::
             suspended: false,
             filter: None,
             max_gap_seconds: None,
-            target: ReplayTarget::GrpcCall {
-                endpoint: format!("http://{address}"),
-            },
+            target: ReplayTarget::GrpcCall(GrpcReceiver::plain(format!("http://{address}"))),
             operator: None,
             admin_address: free_address(),
             termination_message_file: None,

@@ -18,7 +18,7 @@ pub use pipeline::{
     TableSnapshot, TableSnapshotState, TablesStatus, TopicManagement,
 };
 pub use replay::{
-    Beginning, ChangePosition, GrpcTarget, LogTarget, Now, OtherTopics, PipelineReference, PostgresTarget,
+    Beginning, ChangePosition, EndAt, GrpcTarget, LogTarget, OtherTopics, PipelineReference, PostgresTarget,
     RecordOffset, ReplayEnd, ReplayFailures, ReplayFilter, ReplayJob, ReplayJobSpec, ReplayJobStatus, ReplayOperation,
     ReplayPhase, ReplayProgress, ReplayRange, ReplayRuntime, ReplayStart, ReplayTarget, RowKey, Serve, Speed,
     TopicProgress,

@@ -38,6 +38,7 @@ use crate::{
 #[x_kube(
     validation = Rule::new("!has(self.from.time) || !has(self.to.time) || self.from.time < self.to.time").message("from.time must be before to.time"),
     validation = Rule::new("has(self.activeDeadlineSeconds) == has(oldSelf.activeDeadlineSeconds) && (!has(self.activeDeadlineSeconds) || self.activeDeadlineSeconds == oldSelf.activeDeadlineSeconds)").message("activeDeadlineSeconds is immutable: create another ReplayJob"),
+    validation = Rule::new("!has(self.to.at) || self.to.at != 'Live' || (has(self.target) && has(self.target.grpc) && has(self.target.grpc.serve) && !self.dryRun)").message("to.at Live is for subscribers, who come and go: write target.grpc.serve, or to.at Now"),
     validation = Rule::new("has(self.target) || self.dryRun").message("write in target where the changes go, or set dryRun"),
     validation = Rule::new("has(self.target) == has(oldSelf.target) && (!has(self.target) || self.target == oldSelf.target)").message("target is immutable: create another ReplayJob"),
     validation = Rule::new("has(self.filter) == has(oldSelf.filter) && (!has(self.filter) || self.filter == oldSelf.filter)").message("filter is immutable: create another ReplayJob"),
@@ -203,16 +204,19 @@ pub struct ReplayEnd {
     /// With the transaction of a record in Kafka, as a whole.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub offset: Option<RecordOffset>,
-    /// With the last transaction that is published when the replay starts.
+    /// `Now`: with the last transaction that is published when the replay starts. `Live`: never; what is captured later follows, as it
+    /// comes, until `cancel` (for `target.grpc.serve`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub at: Option<Now>,
+    pub at: Option<EndAt>,
 }
 
-/// An end that is no time: with the last transaction that is published when the replay starts.
+/// An end that is no time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub enum Now {
+pub enum EndAt {
     /// The last transaction that is published when the replay starts.
     Now,
+    /// None: what is captured later follows.
+    Live,
 }
 
 /// Which changes are delivered: those that every part of it keeps. What is left out is counted, and paces nothing.
@@ -383,14 +387,27 @@ pub struct PostgresTarget {
 
 /// Over gRPC, one way or the other.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
-#[x_kube(validation = Rule::new("has(self.endpoint) != has(self.serve)").message("write exactly one of grpc.endpoint, to be called, and grpc.serve, to call"))]
+#[x_kube(
+    validation = Rule::new("has(self.endpoint) != has(self.serve)").message("write exactly one of grpc.endpoint, to be called, and grpc.serve, to call"),
+    validation = Rule::new("!(has(self.caSecretRef) || has(self.clientCertSecretRef) || has(self.tokenSecretRef)) || (has(self.endpoint) && self.endpoint.startsWith('https://'))").message("grpc.caSecretRef, clientCertSecretRef and tokenSecretRef need TLS: write an endpoint https://host:port, or leave them out")
+)]
 #[serde(rename_all = "camelCase")]
 pub struct GrpcTarget {
-    /// Your server of `meander.v1.ReplayReceiver`, which the replay calls: `http://host:port`.
+    /// Your server of `meander.v1.ReplayReceiver`, which the replay calls: `http://host:port`, or `https://host:port` for TLS.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 512))]
-    #[x_kube(validation = Rule::new("self.matches('^http://[^/@ ]+:[1-9][0-9]{0,4}$') && int(self.substring(self.lastIndexOf(':') + 1)) < 65536").message("endpoint is http://host:port, such as http://receiver:50051"))]
+    #[x_kube(validation = Rule::new("self.matches('^https?://[^/@ ]+:[1-9][0-9]{0,4}$') && int(self.substring(self.lastIndexOf(':') + 1)) < 65536").message("endpoint is http://host:port or https://host:port, such as http://receiver:50051"))]
     pub endpoint: Option<String>,
+    /// Key of a Secret that holds the certificates of the authorities which your server's certificate may come from, PEM; those of
+    /// Mozilla's list where it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_secret_ref: Option<SecretKeyReference>,
+    /// Secret of type `kubernetes.io/tls` with the certificate that the replay shows to your server.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub client_cert_secret_ref: Option<SecretReference>,
+    /// Secret with the bearer token that the replay shows to your server.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token_secret_ref: Option<SecretKeyReference>,
     /// Serve `meander.v1.Replayer` at the Service `<name>-replay`, and wait for a subscriber.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serve: Option<Serve>,
@@ -407,6 +424,9 @@ pub struct Serve {
     pub port: u16,
     /// Secret with the bearer token that subscribers must show.
     pub token_secret_ref: SecretKeyReference,
+    /// Secret of type `kubernetes.io/tls` with the certificate that the server shows; without it, nothing is encrypted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls_secret_ref: Option<SecretReference>,
 }
 
 /// The pod that replays.

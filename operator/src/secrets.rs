@@ -4,7 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use k8s_openapi::api::core::v1::Secret;
 use kube::Api;
-use meander_crds::{CdcPipeline, KafkaSink, PostgresSource, RedisSink, ReplayJob, SecretKeyReference, SecretReference};
+use meander_crds::{
+    CdcPipeline, GrpcTarget, KafkaSink, PostgresSource, RedisSink, ReplayJob, SecretKeyReference, SecretReference,
+};
 
 use crate::{
     conditions::{ACCEPTED, SINKS_READY, SOURCE_READY},
@@ -95,6 +97,9 @@ pub fn of_replay(replay: &ReplayJob, pipeline: Option<&CdcPipeline>) -> Vec<Secr
     let target = replay.spec.delivers_to();
     let serve = target.grpc.as_ref().and_then(|grpc| grpc.serve.as_ref());
     let token = serve.map(|serve| SecretFiles::one("subscribers", &serve.token_secret_ref, "token", ACCEPTED));
+    let certificate = serve.and_then(|serve| serve.tls_secret_ref.as_ref());
+    let certificate = certificate.map(|reference| SecretFiles::certificate("serving", reference, ACCEPTED));
+    let receiver = target.grpc.iter().flat_map(of_receiver);
     let database = target.postgres.iter().flat_map(|target| {
         postgres_files(
             ["target", "target-ca", "target-client"],
@@ -104,7 +109,20 @@ pub fn of_replay(replay: &ReplayJob, pipeline: Option<&CdcPipeline>) -> Vec<Secr
             ACCEPTED,
         )
     });
-    log.into_iter().flatten().chain(token).chain(database).collect()
+    let grpc = token.into_iter().chain(certificate).chain(receiver);
+    log.into_iter().flatten().chain(grpc).chain(database).collect()
+}
+
+fn of_receiver(grpc: &GrpcTarget) -> Vec<SecretFiles> {
+    let authority = grpc.ca_secret_ref.as_ref();
+    let certificate = grpc.client_cert_secret_ref.as_ref();
+    let token = grpc.token_secret_ref.as_ref();
+    authority
+        .map(|reference| SecretFiles::one("target-ca", reference, "ca.crt", ACCEPTED))
+        .into_iter()
+        .chain(certificate.map(|reference| SecretFiles::certificate("target-client", reference, ACCEPTED)))
+        .chain(token.map(|reference| SecretFiles::one("target", reference, "token", ACCEPTED)))
+        .collect()
 }
 
 fn of_kafka(kafka: &KafkaSink, condition: &'static str) -> Vec<SecretFiles> {

@@ -701,11 +701,25 @@ async fn a_replay_that_can_never_work_is_refused() {
         ),
         (
             target(json!({"grpc": {"endpoint": "receiver"}})),
-            "endpoint is http://host:port, such as http://receiver:50051",
+            "endpoint is http://host:port or https://host:port, such as http://receiver:50051",
         ),
         (
             target(json!({"grpc": {"endpoint": "http://receiver:65536"}})),
-            "endpoint is http://host:port, such as http://receiver:50051",
+            "endpoint is http://host:port or https://host:port, such as http://receiver:50051",
+        ),
+        (
+            target(json!({"grpc": {"endpoint": "http://receiver:1", "tokenSecretRef": {"name": "n", "key": "k"}}})),
+            "grpc.caSecretRef, clientCertSecretRef and tokenSecretRef need TLS: write an endpoint https://host:port, or leave them out",
+        ),
+        (
+            target(
+                json!({"grpc": {"serve": {"tokenSecretRef": {"name": "n", "key": "k"}}, "clientCertSecretRef": {"name": "n"}}}),
+            ),
+            "grpc.caSecretRef, clientCertSecretRef and tokenSecretRef need TLS: write an endpoint https://host:port, or leave them out",
+        ),
+        (
+            spec(json!({"to": {"at": "Live"}})),
+            "to.at Live is for subscribers, who come and go: write target.grpc.serve, or to.at Now",
         ),
         (serve(json!({"port": 80})), "spec.target.grpc.serve.port"),
         (

@@ -152,6 +152,28 @@ fn replays_become_jobs() {
 }
 
 #[test]
+fn every_setting_of_grpc_reaches_the_pod() {
+    let mut calling = support::replay("replayjob.yaml");
+    calling.spec.target = serde_json::from_str(
+        r#"{"grpc": {"endpoint": "https://analytics:443", "caSecretRef": {"name": "shop-ca", "key": "ca.crt"},
+            "clientCertSecretRef": {"name": "shop-client"}, "tokenSecretRef": {"name": "replay-token", "key": "token"}}}"#,
+    )
+    .unwrap();
+    let mut serving = support::replay("replayjob-serve.yaml");
+    serving.spec.to = serde_json::from_str(r#"{"at": "Live"}"#).unwrap();
+    let target = serving.spec.target.as_mut().unwrap();
+    target.grpc.as_mut().unwrap().serve.as_mut().unwrap().tls_secret_ref = Some(secret("shop-client"));
+    for (name, replay) in [("secure_call", calling), ("secure_serve", serving)] {
+        let valid = replay::validate::validate(&replay, &replay_facts(), &settings()).unwrap();
+        insta::assert_snapshot!(format!("{name}_config"), valid.config_yaml);
+        insta::assert_debug_snapshot!(format!("{name}_secrets"), valid.secrets);
+        if let Some(service) = replay::build::build(&replay, &valid, &settings()).service {
+            insta::assert_yaml_snapshot!(format!("{name}_service"), service);
+        }
+    }
+}
+
+#[test]
 fn what_is_written_is_what_the_runtime_reads() {
     let valid = pipeline::validate::validate(&support::pipeline(), &pipeline_facts(), &settings()).unwrap();
     let read: meander_config::CaptureConfig = serde_saphyr::from_str(&valid.config_yaml).unwrap();

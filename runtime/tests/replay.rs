@@ -5,6 +5,8 @@
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
+    path::{Path, PathBuf},
+    process::{Child, Command},
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -13,11 +15,11 @@ use std::{
 };
 
 use meander_config::{
-    KafkaCluster, KafkaLog, OperatorLink, RecordOffset, ReplayConfig, ReplayEnd, ReplayFilter, ReplayStart,
-    ReplayTarget, ResourceIdentity, Speed, TableSelection,
+    ClientCertificate, GrpcReceiver, KafkaCluster, KafkaLog, OperatorLink, RecordOffset, ReplayConfig, ReplayEnd,
+    ReplayFilter, ReplayStart, ReplayTarget, ResourceIdentity, Speed, TableSelection,
 };
 use meander_proto::v1::{
-    ChangeRecord, Column, ControlReplayRequest, ControlReplayResponse, DeliverAck, Directive, Operation,
+    ChangeRecord, Column, Condition, ControlReplayRequest, ControlReplayResponse, DeliverAck, Directive, Operation,
     ProgressUpdate, Relation, ReplayEvent, ReplayProgress, ReplayRequest, ReplayedRecord, Row, StreamProgressRequest,
     TopicProgress, Value,
     progress_tracker_server::{ProgressTracker, ProgressTrackerServer},
@@ -36,7 +38,8 @@ use meander_runtime::{
     position::{Epoch, Lsn, Position},
     replay::{self, End, error::ReplayError},
 };
-use meander_test_support::{Kafka, Runtime, eventually, free_address, unique_name};
+use meander_test_support::{Authority, Kafka, Runtime, eventually, free_address, unique_name};
+use meander_workload::subscribe::Line;
 use prost::Message as _;
 use rdkafka::{
     Message as _, Offset, TopicPartitionList,
@@ -57,7 +60,10 @@ use tokio_stream::{
     wrappers::{ReceiverStream, TcpListenerStream},
 };
 use tokio_util::sync::CancellationToken;
-use tonic::{Request, Response, Status, Streaming, transport::Server};
+use tonic::{
+    Request, Response, Status, Streaming,
+    transport::{Certificate, ClientTlsConfig, Identity, Server, ServerTlsConfig},
+};
 
 /// Whatever is waited for either comes well before this, or never.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -346,6 +352,14 @@ fn expected<'a>(changes: impl IntoIterator<Item = &'a Change>) -> Vec<(String, u
         .collect()
 }
 
+fn serving(address: SocketAddr, token_file: PathBuf) -> ReplayTarget {
+    ReplayTarget::GrpcServe {
+        address,
+        token_file,
+        certificate: None,
+    }
+}
+
 /// A user's server that remembers what it was given.
 #[derive(Clone)]
 struct Receiver {
@@ -379,9 +393,7 @@ impl Receiver {
     }
 
     fn target(&self) -> ReplayTarget {
-        ReplayTarget::GrpcCall {
-            endpoint: format!("http://{}", self.address),
-        }
+        ReplayTarget::GrpcCall(GrpcReceiver::plain(format!("http://{}", self.address)))
     }
 
     fn changes(&self) -> Vec<(String, u32, i64)> {
@@ -483,6 +495,15 @@ impl Operator {
         )
         .await;
         replay_progress(&update.unwrap().unwrap()).unwrap().clone()
+    }
+
+    /// A condition, once it has this reason.
+    async fn condition(&self, kind: &str, reason: &str) -> Condition {
+        let is_it = |condition: &&Condition| condition.r#type == kind && condition.reason == reason;
+        let mut updates = self.update.subscribe();
+        let update = updates.wait_for(|update| update.conditions.iter().any(|condition| is_it(&condition)));
+        let update = timeout(LIMIT, update).await.unwrap().unwrap();
+        update.conditions.iter().find(is_it).unwrap().clone()
     }
 
     /// True conditions of the last report, with their reasons.
@@ -941,9 +962,10 @@ async fn a_receiver_that_is_none_is_refused() {
     let config = ReplayConfig {
         operator: operator.link(&folder),
         // It serves something else.
-        ..log.config(ReplayTarget::GrpcCall {
-            endpoint: format!("http://{}", operator.address),
-        })
+        ..log.config(ReplayTarget::GrpcCall(GrpcReceiver::plain(format!(
+            "http://{}",
+            operator.address
+        ))))
     };
     let error = replay(config).await.unwrap_err();
     assert_eq!(error.reason(), "ReceiverRefused");
@@ -1175,7 +1197,7 @@ async fn subscribers_show_a_token_and_go_on_where_they_left() {
     .await;
     let config = ReplayConfig {
         operator: operator.link(&folder),
-        ..log.config(ReplayTarget::GrpcServe { address, token_file })
+        ..log.config(serving(address, token_file))
     };
     let replay = start(config);
     let channel = eventually("the replay serves", LIMIT, async || {
@@ -1187,16 +1209,17 @@ async fn subscribers_show_a_token_and_go_on_where_they_left() {
     .await;
     let mut client = ReplayerClient::new(channel);
     let request = |resume_token: &str, authorization: &'static str| {
-        let mut request = Request::new(ReplayRequest {
+        let mut request = Request::new(tokio_stream::once(ReplayRequest {
             resume_token: resume_token.to_owned(),
-        });
+            credit: 0,
+        }));
         request
             .metadata_mut()
             .insert("authorization", authorization.parse().unwrap());
         request
     };
 
-    let refused = client.replay_event(ReplayRequest::default()).await.unwrap_err();
+    let refused = client.replay_event(tokio_stream::empty()).await.unwrap_err();
     assert_eq!(refused.code(), tonic::Code::Unauthenticated);
     let refused = client.replay_event(request("", "Bearer let-me-on")).await.unwrap_err();
     assert_eq!(refused.code(), tonic::Code::Unauthenticated);
@@ -1247,7 +1270,7 @@ async fn a_cancelled_subscription_does_not_end_as_if_it_were_complete() {
     let config = ReplayConfig {
         speed: Speed::Original,
         operator: operator.link(&folder),
-        ..log.config(ReplayTarget::GrpcServe { address, token_file })
+        ..log.config(serving(address, token_file))
     };
     let replay = start(config);
     let channel = eventually("the replay serves", LIMIT, async || {
@@ -1257,7 +1280,7 @@ async fn a_cancelled_subscription_does_not_end_as_if_it_were_complete() {
             .await
     })
     .await;
-    let mut request = Request::new(ReplayRequest::default());
+    let mut request = Request::new(tokio_stream::empty());
     request
         .metadata_mut()
         .insert("authorization", "Bearer let-me-in".parse().unwrap());
@@ -1432,4 +1455,328 @@ async fn a_replay_that_is_killed_goes_on_after_what_was_answered_and_in_the_same
     let other = log.config(receiver.target());
     assert_eq!(replay(other).await.unwrap(), End::Complete);
     assert_eq!(receiver.take().len(), changes.len() + 1);
+}
+
+/// `meander-workload subscribe`, which is killed with its handle.
+struct Subscriber(Child);
+
+impl Subscriber {
+    fn start(address: SocketAddr, token_file: &Path, ledger: &Path) -> Self {
+        let test = std::env::current_exe().unwrap();
+        let binary = test.parent().and_then(Path::parent).unwrap().join("meander-workload");
+        let child = Command::new(binary)
+            .args(["subscribe", "--endpoint", &format!("http://{address}")])
+            .arg("--token-file")
+            .arg(token_file)
+            .arg("--ledger")
+            .arg(ledger)
+            .spawn()
+            .unwrap();
+        Self(child)
+    }
+}
+
+impl Drop for Subscriber {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// What a subscriber has noted, in whole lines.
+fn noted(ledger: &Path) -> Vec<(String, u32)> {
+    let text = std::fs::read_to_string(ledger).unwrap_or_default();
+    let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+    let lines = whole.lines().map(|line| serde_json::from_str::<Line>(line).unwrap());
+    lines.flat_map(|line| line.records).collect()
+}
+
+async fn until_noted(ledger: &Path, count: usize) {
+    eventually("records are noted", LIMIT, async || match noted(ledger).len() {
+        noted if noted >= count => Ok(()),
+        noted => Err(format!("{noted} of {count}")),
+    })
+    .await;
+}
+
+/// Waits until somebody listens there.
+async fn until_served(address: SocketAddr) {
+    eventually("the replay serves", LIMIT, async || {
+        tokio::net::TcpStream::connect(address).await
+    })
+    .await;
+}
+
+/// A log of so many changes, and a replay at full speed of it that is served, with its operator.
+struct Served {
+    log: Log,
+    changes: Vec<Change>,
+    address: SocketAddr,
+    token_file: PathBuf,
+    operator: Operator,
+    config: ReplayConfig,
+    folder: tempfile::TempDir,
+}
+
+impl Served {
+    async fn new(transactions: u64, to: ReplayEnd) -> Self {
+        let mut log = Log::new().await;
+        let changes = long_history(transactions);
+        for part in changes.chunks(500) {
+            log.commit(part);
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let token_file = folder.path().join("subscribers");
+        std::fs::write(&token_file, "let-me-in").unwrap();
+        let address = free_address();
+        let operator = Operator::start(Directive {
+            speed: "max".to_owned(),
+            ..Directive::default()
+        })
+        .await;
+        let config = ReplayConfig {
+            to,
+            operator: operator.link(&folder),
+            ..log.config(serving(address, token_file.clone()))
+        };
+        Self {
+            log,
+            changes,
+            address,
+            token_file,
+            operator,
+            config,
+            folder,
+        }
+    }
+
+    /// Publishes more, each change in a transaction of its own.
+    fn capture(&mut self, count: usize) {
+        for _ in 0..count {
+            let lsn = 0x10_0000 + u64::try_from(self.changes.len()).unwrap() * 0x10;
+            // The orders fall asleep.
+            let partition = i32::try_from(lsn / 0x10 % 3).unwrap();
+            let change = change(lsn, 0, START + 7200 * SECOND, "trades", partition);
+            self.log.commit(std::slice::from_ref(&change));
+            self.changes.push(change);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_subscriber_that_is_killed_misses_nothing_in_history_nor_live_nor_in_between() {
+    let mut served = Served::new(20_000, ReplayEnd::Live).await;
+    let replay = tokio::spawn(replay::run(served.config.clone(), CancellationToken::new()));
+    let (address, token_file) = (served.address, served.token_file.clone());
+    let ledger = served.folder.path().join("ledger");
+    until_served(address).await;
+
+    // In history; what is captured meanwhile is after its end.
+    let subscriber = Subscriber::start(address, &token_file, &ledger);
+    until_noted(&ledger, 2_000).await;
+    drop(subscriber);
+    assert!(noted(&ledger).len() < 20_000, "it was over before it could be killed");
+    served.capture(20);
+    // From history to live, in one stream.
+    let subscriber = Subscriber::start(address, &token_file, &ledger);
+    until_noted(&ledger, served.changes.len()).await;
+    for _ in 0..3 {
+        served.capture(20);
+        served.log.abort(&[change(0xFFF_0000, 0, START, "orders", 0)]);
+        until_noted(&ledger, served.changes.len()).await;
+    }
+    // In live, with something captured while it is away.
+    served.capture(5);
+    drop(subscriber);
+    served.capture(20);
+    let _subscriber = Subscriber::start(address, &token_file, &ledger);
+    served.capture(20);
+    until_noted(&ledger, served.changes.len()).await;
+    // One that comes late takes all of it.
+    let late = served.folder.path().join("late");
+    let _other = Subscriber::start(address, &token_file, &late);
+    until_noted(&late, served.changes.len()).await;
+
+    let changes = served.changes.iter();
+    let whole: Vec<_> = changes
+        .map(|change| (change.position.to_string(), change.part))
+        .collect();
+    assert_eq!(noted(&ledger), whole);
+    assert_eq!(noted(&late), whole);
+    // What is acknowledged is delivered.
+    let count = u64::try_from(whole.len()).unwrap();
+    served.operator.reported(|progress| progress.delivered == count).await;
+    served.operator.directive.send_replace(Directive {
+        cancel: true,
+        ..Directive::default()
+    });
+    let end = timeout(LIMIT, replay).await.unwrap().unwrap();
+    assert_eq!(end.unwrap(), End::Cancelled);
+}
+
+/// What is there without waiting.
+async fn at_once<T>(future: impl Future<Output = T>) -> Option<T> {
+    tokio::select! {
+        biased;
+        value = future => Some(value),
+        () = std::future::ready(()) => None,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_subscriber_is_sent_what_it_gives_credit_for_and_the_end_waits_for_its_acknowledgement() {
+    let served = Served::new(3_000, ReplayEnd::Now).await;
+    let replay = start(served.config.clone());
+    until_served(served.address).await;
+    let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{}", served.address)).unwrap();
+    let channel = endpoint.connect().await.unwrap();
+    let says = |resume_token: &str, credit: u32| ReplayRequest {
+        resume_token: resume_token.to_owned(),
+        credit,
+    };
+    let subscribe = async |credit: u32| {
+        let (requests, sent) = mpsc::channel(16);
+        requests.send(says("", credit)).await.unwrap();
+        let mut request = Request::new(ReceiverStream::new(sent));
+        let token = "Bearer let-me-in".parse().unwrap();
+        request.metadata_mut().insert("authorization", token);
+        let answer = ReplayerClient::new(channel.clone()).replay_event(request).await;
+        (requests, answer.unwrap().into_inner())
+    };
+
+    // A token that was not sent acknowledges nothing.
+    let (requests, mut events) = subscribe(1).await;
+    timeout(LIMIT, events.message()).await.unwrap().unwrap().unwrap();
+    requests.send(says("1:0/1:0#0@1", 1)).await.unwrap();
+    let status = timeout(LIMIT, events.message()).await.unwrap().unwrap_err();
+    assert_eq!(status.code(), tonic::Code::InvalidArgument, "{status}");
+
+    let (requests, mut events) = subscribe(2).await;
+    let mut taken = Vec::new();
+    let mut last = String::new();
+    for _ in 0..2 {
+        let event = timeout(LIMIT, events.message()).await.unwrap().unwrap().unwrap();
+        taken.extend(event.records.iter().map(change_of));
+        last = event.resume_token;
+    }
+    // Nothing is delivered before it is acknowledged, and the later acknowledgement holds for both. Without credit nothing comes after it.
+    let operator = &served.operator;
+    let progress = operator.reported(|progress| progress.phase() == Phase::Running).await;
+    assert_eq!(progress.delivered, 0);
+    requests.send(says(&last, 0)).await.unwrap();
+    let so_far = u64::try_from(taken.len()).unwrap();
+    operator.reported(|progress| progress.delivered == so_far).await;
+    assert!(
+        at_once(events.message()).await.is_none(),
+        "a message came without credit"
+    );
+
+    requests.send(says("", 1000)).await.unwrap();
+    while taken.len() < served.changes.len() {
+        let event = timeout(LIMIT, events.message()).await.unwrap().unwrap().unwrap();
+        taken.extend(event.records.iter().map(change_of));
+        last = event.resume_token;
+    }
+    assert_eq!(taken, expected(&served.changes));
+    assert!(at_once(events.message()).await.is_none() && !replay.is_finished());
+    requests.send(says(&last, 0)).await.unwrap();
+    assert!(timeout(LIMIT, events.message()).await.unwrap().unwrap().is_none());
+    assert_eq!(replay.await.unwrap().unwrap(), End::Complete);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn over_tls_each_side_proves_itself_and_what_is_wrong_is_said_at_once_and_mended_by_new_files() {
+    let (log, changes) = log_with_history().await;
+    let authority = Authority::new();
+    let server = authority.server(&["localhost"]);
+    let certificate = |identity: meander_test_support::Identity| {
+        Some(ClientCertificate {
+            certificate_file: identity.certificate_file,
+            key_file: identity.key_file,
+        })
+    };
+    let read = |path: &Path| std::fs::read(path).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let trusted = folder.path().join("ca.crt");
+    std::fs::copy(Authority::new().file(), &trusted).unwrap();
+    let token_file = folder.path().join("receiver-token");
+    std::fs::write(&token_file, "from-the-replay\n").unwrap();
+
+    let inner = Receiver::start().await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = format!("https://localhost:{}", listener.local_addr().unwrap().port());
+    let tls = ServerTlsConfig::new()
+        .identity(Identity::from_pem(
+            read(&server.certificate_file),
+            read(&server.key_file),
+        ))
+        .client_ca_root(Certificate::from_pem(read(&authority.file())));
+    let admit = |request: Request<()>| match request.metadata().get("authorization") {
+        Some(token) if token == "Bearer from-the-replay" => Ok(request),
+        _ => Err(Status::unauthenticated("who are you?")),
+    };
+    tokio::spawn(
+        Server::builder()
+            .tls_config(tls)
+            .unwrap()
+            .add_service(ReplayReceiverServer::with_interceptor(inner.clone(), admit))
+            .serve_with_incoming(TcpListenerStream::new(listener)),
+    );
+    let operator = Operator::start(Directive {
+        speed: "max".to_owned(),
+        ..Directive::default()
+    })
+    .await;
+    let config = ReplayConfig {
+        operator: operator.link(&folder),
+        ..log.config(ReplayTarget::GrpcCall(GrpcReceiver {
+            endpoint,
+            ca_file: Some(trusted.clone()),
+            client_certificate: certificate(authority.client("replay")),
+            token_file: Some(token_file),
+        }))
+    };
+    let calling = start(config);
+    let trouble = operator.condition("Progressing", "ReceiverUnreachable").await;
+    assert!(
+        !trouble.status && trouble.message.contains("invalid peer certificate"),
+        "{trouble:?}"
+    );
+    std::fs::copy(authority.file(), &trusted).unwrap();
+    assert_eq!(calling.await.unwrap().unwrap(), End::Complete);
+    assert_eq!(inner.changes(), expected(&changes));
+
+    // The other way round.
+    let token_file = folder.path().join("subscribers");
+    std::fs::write(&token_file, "let-me-in").unwrap();
+    let address = free_address();
+    let shown = authority.expired_server(&["localhost"]);
+    let config = log.config(ReplayTarget::GrpcServe {
+        address,
+        token_file,
+        certificate: certificate(shown.clone()),
+    });
+    let serving = start(config);
+    let connect = async |authority: &Authority| {
+        let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read(&authority.file())));
+        let endpoint = format!("https://localhost:{}", address.port());
+        let endpoint = tonic::transport::Endpoint::from_shared(endpoint).unwrap();
+        endpoint.tls_config(tls).unwrap().connect().await
+    };
+    until_served(address).await;
+    assert!(connect(&authority).await.is_err(), "an expired certificate was taken");
+    shown.replace_by(&server);
+    assert!(connect(&Authority::new()).await.is_err(), "a stranger was trusted");
+    let mut request = Request::new(tokio_stream::empty());
+    let token = "Bearer let-me-in".parse().unwrap();
+    request.metadata_mut().insert("authorization", token);
+    let channel = connect(&authority).await.unwrap();
+    let events = ReplayerClient::new(channel).replay_event(request).await;
+    let mut events = events.unwrap().into_inner();
+    let mut taken = Vec::new();
+    while let Some(event) = timeout(LIMIT, events.message()).await.unwrap().unwrap() {
+        taken.extend(event.records.iter().map(change_of));
+    }
+    assert_eq!(taken, expected(&changes));
+    assert_eq!(serving.await.unwrap().unwrap(), End::Complete);
 }

@@ -13,7 +13,7 @@ use k8s_openapi::{
     apimachinery::pkg::{apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
 };
 use kube::ResourceExt as _;
-use meander_crds::ReplayJob;
+use meander_crds::{ReplayJob, Serve};
 
 use super::validate::ValidReplay;
 use crate::{
@@ -88,6 +88,14 @@ pub fn build(replay: &ReplayJob, valid: &ValidReplay, settings: &Settings) -> Ob
     }
 }
 
+/// What is spoken at the port, as Gateways and meshes want to know it.
+fn protocol(serve: &Serve) -> &'static str {
+    match serve.tls_secret_ref {
+        Some(_) => "https",
+        None => "kubernetes.io/h2c",
+    }
+}
+
 /// Builds what a replay needs whose Job is there.
 pub fn around(replay: &ReplayJob, config_yaml: &str) -> Objects {
     let target = replay.spec.delivers_to();
@@ -109,7 +117,7 @@ pub fn around(replay: &ReplayJob, config_yaml: &str) -> Objects {
                 selector: Some(BTreeMap::from([(REPLAY_LABEL.to_owned(), replay.name_any())])),
                 ports: Some(vec![ServicePort {
                     name: Some(GRPC.to_owned()),
-                    app_protocol: Some("kubernetes.io/h2c".to_owned()),
+                    app_protocol: Some(protocol(serve).to_owned()),
                     port: i32::from(serve.port),
                     target_port: Some(IntOrString::String(GRPC.to_owned())),
                     protocol: Some("TCP".to_owned()),

@@ -5,12 +5,12 @@ use std::num::NonZeroU32;
 use jiff::Timestamp;
 use kube::ResourceExt as _;
 use meander_config::{
-    PostgresServer, ReplayConfig, ReplayEnd, ReplayStart, ReplayTarget as Target, ResourceIdentity, Speed,
-    TableSelection,
+    GrpcReceiver, PostgresServer, ReplayConfig, ReplayEnd, ReplayStart, ReplayTarget as Target, ResourceIdentity,
+    Speed, TableSelection,
 };
 use meander_crds::{
-    ChangePosition, LogLevel, PipelineFormat, PostgresTarget, RecordOffset, ReplayFilter, ReplayJob, ReplayOperation,
-    ReplayTarget, Resources, RowKey,
+    ChangePosition, EndAt, LogLevel, PipelineFormat, PostgresTarget, RecordOffset, ReplayFilter, ReplayJob,
+    ReplayOperation, ReplayTarget, Resources, RowKey,
 };
 
 use super::dereference::Facts;
@@ -84,6 +84,8 @@ pub fn validate(replay: &ReplayJob, facts: &Facts, settings: &Settings) -> Resul
         ReplayEnd::Position(to.clone())
     } else if let Some(to) = &spec.to.offset {
         ReplayEnd::Offset(record(to))
+    } else if spec.to.at == Some(EndAt::Live) {
+        ReplayEnd::Live
     } else {
         ReplayEnd::Now
     };
@@ -97,14 +99,19 @@ pub fn validate(replay: &ReplayJob, facts: &Facts, settings: &Settings) -> Resul
         (None, None, None) if spec.dry_run => Target::DryRun,
         (Some(_), None, None) => Target::Log,
         (None, Some(grpc), None) => match (&grpc.endpoint, &grpc.serve) {
-            (Some(endpoint), None) => Target::GrpcCall {
+            (Some(endpoint), None) => Target::GrpcCall(GrpcReceiver {
                 endpoint: endpoint.clone(),
-            },
+                ca_file: (grpc.ca_secret_ref.as_ref()).map(|_| pod::secret_file("target-ca", "ca.crt")),
+                client_certificate: (grpc.client_cert_secret_ref.as_ref())
+                    .map(|_| pod::client_certificate("target-client")),
+                token_file: (grpc.token_secret_ref.as_ref()).map(|_| pod::secret_file("target", "token")),
+            }),
             (None, Some(serve)) => {
                 serve_port = Some(serve.port);
                 Target::GrpcServe {
                     address: ([0, 0, 0, 0], serve.port).into(),
                     token_file: pod::secret_file("subscribers", "token"),
+                    certificate: (serve.tls_secret_ref.as_ref()).map(|_| pod::client_certificate("serving")),
                 }
             }
             _ => return Err(invalid("write exactly one of grpc.endpoint and grpc.serve".to_owned())),

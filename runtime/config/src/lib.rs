@@ -279,7 +279,7 @@ pub enum SslMode {
     VerifyFull,
 }
 
-/// What a client proves itself with in TLS.
+/// What a client proves itself with in TLS, or a server that this is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ClientCertificate {
@@ -586,6 +586,8 @@ pub enum ReplayEnd {
     Offset(RecordOffset),
     /// With the last transaction that is published when the replay starts.
     Now,
+    /// Never: what is captured later follows. Only for [`ReplayTarget::GrpcServe`].
+    Live,
 }
 
 /// Which changes are delivered: those that every part of it keeps.
@@ -698,11 +700,7 @@ impl<'de> Deserialize<'de> for Speed {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub enum ReplayTarget {
     /// Call the user's `ReplayReceiver`.
-    #[serde(rename_all = "camelCase")]
-    GrpcCall {
-        /// `http://host:port`.
-        endpoint: String,
-    },
+    GrpcCall(GrpcReceiver),
     /// Serve `Replayer` to subscribers.
     #[serde(rename_all = "camelCase")]
     GrpcServe {
@@ -710,6 +708,9 @@ pub enum ReplayTarget {
         address: SocketAddr,
         /// File that holds the bearer token which subscribers must show.
         token_file: PathBuf,
+        /// What the server proves itself with; without it, nothing is encrypted.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        certificate: Option<ClientCertificate>,
     },
     /// Write each change as one line of JSON to standard output.
     Log,
@@ -717,6 +718,37 @@ pub enum ReplayTarget {
     Postgres(PostgresServer),
     /// Nowhere: everything that is due is counted, at once.
     DryRun,
+}
+
+/// A user's `ReplayReceiver`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct GrpcReceiver {
+    /// `http://host:port`, or `https://host:port`.
+    pub endpoint: String,
+    /// File with the certificates of the authorities that the server's certificate may come from, PEM; those of Mozilla's list where it
+    /// is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_file: Option<PathBuf>,
+    /// What the replay proves itself with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub client_certificate: Option<ClientCertificate>,
+    /// File that holds the bearer token which the receiver is shown.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token_file: Option<PathBuf>,
+}
+
+impl GrpcReceiver {
+    /// One that is called without TLS and shown nothing.
+    #[must_use]
+    pub fn plain(endpoint: String) -> Self {
+        Self {
+            endpoint,
+            ca_file: None,
+            client_certificate: None,
+            token_file: None,
+        }
+    }
 }
 
 /// The exit code of a process that would fail in the same way if it were started again: it does not help to try.

@@ -19,7 +19,7 @@ use super::{
     pace::{Clock, Due, Timeline},
     reader::Read,
     record::{Passed, Record, Transaction},
-    target::{Batch, Mark, Target, TargetError},
+    target::{Batch, Mark, Target, TargetError, Trouble},
 };
 
 /// Bounds of one message to the target.
@@ -31,6 +31,9 @@ const REPORT_INTERVAL: Duration = Duration::from_millis(250);
 pub trait Report {
     /// How far it is.
     fn progress(&self, progress: ReplayProgress);
+
+    /// How far it is, while nothing gets into the target.
+    fn troubled(&self, progress: ReplayProgress, trouble: &Trouble);
 
     /// The start of the range is gone; from this timestamp on, in milliseconds, it is whole.
     fn truncated(&self, earliest: i64);
@@ -73,6 +76,7 @@ pub async fn drive<T: Target>(
     let mut clock = Clock::new(asked(order.speed));
     clock.hold(order.paused, Instant::now());
     let mut paused = order.paused;
+    let mut live = false;
 
     let mut opened = meter.tally.opened();
     // One batch may wait, so that a target never does and a pause comes soon enough.
@@ -113,7 +117,9 @@ pub async fn drive<T: Target>(
                     return Ok(End::Cancelled);
                 }
                 let now = Instant::now();
-                clock.set_speed(asked(order.speed), queue.next(), now);
+                if !live {
+                    clock.set_speed(asked(order.speed), queue.next(), now);
+                }
                 clock.hold(order.paused, now);
                 paused = order.paused;
                 reporting.reset_immediately();
@@ -134,13 +140,22 @@ pub async fn drive<T: Target>(
                 };
                 let now = Instant::now();
                 let behind = queue.next().map_or(Duration::ZERO, |next| clock.behind(next, now));
-                report.progress(meter.report(phase, behind, &clock, queue.passed, now));
+                let progress = meter.report(phase, behind, &clock, queue.passed, now);
+                match meter.tally.trouble().filter(|_| !paused) {
+                    Some(trouble) => report.troubled(progress, &trouble),
+                    None => report.progress(progress),
+                }
             }
             _ = opened.changed(), if matches!(waiting, Waiting::Open) => reporting.reset_immediately(),
             read = reads.recv(), if matches!(waiting, Waiting::Read) => match read {
                 Some(Ok(Read::Records(records))) => queue.extend(records),
                 Some(Ok(Read::LeftOut(passed))) => queue.passed += passed,
                 Some(Ok(Read::Truncated(earliest))) => report.truncated(earliest),
+                // What comes from now on was captured after the range was resolved, and is due as it comes.
+                Some(Ok(Read::Live)) => {
+                    live = true;
+                    clock.set_speed(Speed::Max, queue.next(), Instant::now());
+                }
                 Some(Ok(Read::End)) => queue.ended = true,
                 Some(Err(error)) => return Err(error),
                 None => return Err(ReplayError::TaskStopped("the reader")),

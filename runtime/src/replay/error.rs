@@ -1,6 +1,6 @@
 //! Why a replay ended without being complete.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use rdkafka::error::KafkaError;
 
@@ -51,6 +51,11 @@ pub enum ReplayError {
     /// The range ends before it starts.
     #[error("the range would end before it starts: set `to` to something after `from`")]
     EmptyRange,
+    /// The range has no end, and the target takes none of that.
+    #[error(
+        "`to` is live, which is for a target to which subscribers come: set `to` to now, or the target to grpcServe"
+    )]
+    NobodyFollows,
     /// The pipeline has not written a log.
     #[error(
         "there is no checkpoint of this pipeline in the Kafka topic {topic}: replay needs a pipeline with a Kafka sink that has \
@@ -63,6 +68,9 @@ pub enum ReplayError {
     /// The checkpoint, or the end of a partition, cannot be read.
     #[error("{0}; check that Kafka is up and that this client may read the topic")]
     TailUnreadable(#[source] TailError),
+    /// The newest checkpoint could not be read for too long.
+    #[error("{0}; check that Kafka is up and that this client may read the topic")]
+    LogLost(#[source] Arc<TailError>),
     /// Kafka does not admit this replay.
     #[error(transparent)]
     NotAdmitted(#[from] SinkError),
@@ -193,6 +201,7 @@ impl ReplayError {
             | Self::InvalidPosition { .. }
             | Self::NoSuchRecord { .. }
             | Self::EmptyRange
+            | Self::NobodyFollows
             | Self::LogTruncated { .. }
             | Self::Filter(_)
             | Self::ForeignRecord { .. }
@@ -200,6 +209,7 @@ impl ReplayError {
             Self::Target(error) => error.is_permanent(),
             Self::NoDurableLog { .. }
             | Self::TailUnreadable(_)
+            | Self::LogLost(_)
             | Self::NotAdmitted(_)
             | Self::KafkaUnreachable { .. }
             | Self::LogStalled { .. }
@@ -220,11 +230,12 @@ impl ReplayError {
             Self::InvalidPosition { .. } => "InvalidPosition",
             Self::NoSuchRecord { .. } => "NoSuchRecord",
             Self::EmptyRange => "EmptyRange",
+            Self::NobodyFollows => "NobodyFollows",
             Self::NoDurableLog { .. } => "NoDurableLog",
             Self::NotAdmitted(error) => error.reason(),
             Self::TailUnreadable(TailError::Forbidden { .. }) => "KafkaNotAuthorized",
             Self::TailUnreadable(TailError::NotACheckpoint { .. }) => "CheckpointUnreadable",
-            Self::TailUnreadable(_) | Self::KafkaUnreachable { .. } => "KafkaUnreachable",
+            Self::TailUnreadable(_) | Self::LogLost(_) | Self::KafkaUnreachable { .. } => "KafkaUnreachable",
             Self::LogStalled { .. } => "LogStalled",
             Self::HangingTransaction { .. } => "HangingTransaction",
             Self::LogTruncated { .. } => "LogTruncated",

@@ -8,6 +8,7 @@ pub mod checkpoint;
 pub mod drive;
 pub mod error;
 pub mod filter;
+pub mod follow;
 pub mod keeper;
 pub mod merge;
 pub mod meter;
@@ -20,13 +21,7 @@ pub mod seek;
 pub mod tally;
 pub mod target;
 
-use std::{
-    net::SocketAddr,
-    path::{Path, PathBuf},
-    pin::pin,
-    sync::Arc,
-    time::Duration,
-};
+use std::{path::Path, pin::pin, sync::Arc, time::Duration};
 
 use backon::{BackoffBuilder as _, ExponentialBuilder};
 use jiff::Timestamp;
@@ -46,16 +41,20 @@ use self::{
     drive::{Report, drive},
     error::ReplayError,
     filter::Filter,
+    follow::Live,
     keeper::{AtLeastOnce, Keeping, Kept},
     meter::Meter,
     orders::Orders,
     range::Range,
     record::Coordinate,
     tally::Tally,
-    target::{Resumable, Target, dry_run::DryRun, grpc_call::GrpcCall, grpc_serve, log::Log, postgres::Postgres},
+    target::{
+        Resumable, Target, Trouble, dry_run::DryRun, grpc_call::GrpcCall, grpc_serve, log::Log, postgres::Postgres,
+    },
 };
 use crate::{
     admin::Admin,
+    log::checkpoint_topic,
     progress::{self, ConditionType, ProgressReporter},
 };
 
@@ -141,6 +140,9 @@ async fn replay(
         .await
         .map_err(|source| ReplayError::Listen { address, source })?;
 
+    if config.to == ReplayEnd::Live && !matches!(config.target, ReplayTarget::GrpcServe { .. }) {
+        return Err(ReplayError::NobodyFollows);
+    }
     report.resolving(orders.current().paused);
     let job = Job {
         config,
@@ -151,9 +153,20 @@ async fn replay(
         shutdown,
     };
     match &config.target {
-        ReplayTarget::GrpcCall { endpoint } => job.deliver_kept::<GrpcCall>(endpoint).await,
+        ReplayTarget::GrpcCall(receiver) => job.deliver_kept::<GrpcCall>(receiver).await,
         ReplayTarget::Log => job.deliver(Log::stdout()).await,
-        ReplayTarget::GrpcServe { address, token_file } => job.serve(*address, token_file.clone()).await,
+        ReplayTarget::GrpcServe {
+            address,
+            token_file,
+            certificate,
+        } => {
+            let place = grpc_serve::Place {
+                address: *address,
+                token_file: token_file.clone(),
+                certificate: certificate.clone(),
+            };
+            job.serve(place).await
+        }
         ReplayTarget::Postgres(server) => job.deliver_resumably::<Postgres>(server).await,
         ReplayTarget::DryRun => job.deliver(DryRun).await,
     }
@@ -194,7 +207,12 @@ impl Job<'_> {
     }
 
     /// Serves the range to subscribers.
-    async fn serve(mut self, address: SocketAddr, token_file: PathBuf) -> Result<End, ReplayError> {
+    async fn serve(mut self, place: grpc_serve::Place) -> Result<End, ReplayError> {
+        let follows = self.config.to == ReplayEnd::Live;
+        let known = match follows {
+            true => Some(self.partition_ends().await?),
+            false => None,
+        };
         let Some(range) = self.resolve().await? else {
             return Ok(End::Cancelled);
         };
@@ -208,8 +226,18 @@ impl Job<'_> {
             plan: self.plan,
             orders: self.orders,
             report: self.report.clone(),
+            live: known.map(|known| Live::start(self.config, known)),
         };
-        grpc_serve::serve(offer, address, token_file, self.shutdown).await
+        grpc_serve::serve(offer, place, self.shutdown).await
+    }
+
+    /// Where each partition of the log ends by now.
+    async fn partition_ends(&self) -> Result<range::Ends, ReplayError> {
+        let (kafka, pipeline) = (self.config.kafka.clone(), &self.config.pipeline);
+        let checkpoints = checkpoint_topic(&pipeline.namespace, &pipeline.name);
+        spawn_blocking(move || range::ends(&kafka, &checkpoints))
+            .await
+            .map_err(|_| ReplayError::TaskStopped("asking for the ends of the log"))?
     }
 
     /// Delivers the range to a target for which it is kept how far it is.
@@ -467,23 +495,40 @@ impl JobReport {
     }
 }
 
-impl Report for JobReport {
-    fn progress(&self, progress: ReplayProgress) {
+impl JobReport {
+    fn tell(&self, progress: ReplayProgress, trouble: Option<&Trouble>) {
         self.measure(&progress);
         self.reporter.update(|state| {
-            match progress.phase() {
-                Phase::Running => {
+            match (progress.phase(), trouble) {
+                (_, Some(Trouble { reason, message })) => {
+                    state
+                        .conditions
+                        .set(ConditionType::Progressing, false, reason, message.clone())
+                }
+                (Phase::Running, None) => {
                     state
                         .conditions
                         .set(ConditionType::Progressing, true, "Replaying", "Changes are delivered.")
                 }
-                Phase::Paused => state
-                    .conditions
-                    .set(ConditionType::Progressing, false, "Paused", "Delivery is held."),
+                (Phase::Paused, None) => {
+                    state
+                        .conditions
+                        .set(ConditionType::Progressing, false, "Paused", "Delivery is held.")
+                }
                 _ => {}
             }
             state.progress = progress;
         });
+    }
+}
+
+impl Report for JobReport {
+    fn progress(&self, progress: ReplayProgress) {
+        self.tell(progress, None);
+    }
+
+    fn troubled(&self, progress: ReplayProgress, trouble: &Trouble) {
+        self.tell(progress, Some(trouble));
     }
 
     fn truncated(&self, earliest: i64) {

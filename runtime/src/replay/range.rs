@@ -1,6 +1,7 @@
 //! Which records a replay holds: resolved once, at its start, and frozen.
 
 use std::{
+    collections::HashMap,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -187,7 +188,7 @@ pub fn resolve(config: &ReplayConfig, stop: &CancellationToken) -> Result<Range,
             ReplayEnd::Offset(record) => Some(position_at(kafka, "to", record, |seek| {
                 seek.last_before(record.offset + 1)
             })?),
-            ReplayEnd::Time(_) | ReplayEnd::Now => None,
+            ReplayEnd::Time(_) | ReplayEnd::Now | ReplayEnd::Live => None,
         }
         .map(|last| Position::end_of_transaction(last.epoch, last.commit_lsn));
         if range.first.zip(last).is_some_and(|(first, last)| last < first) {
@@ -286,6 +287,57 @@ fn narrow(
     }
     range.partitions.retain(|stretch| stretch.start < stretch.end);
     Ok(())
+}
+
+/// Where each partition of the log ends.
+pub type Ends = HashMap<(Arc<str>, i32), i64>;
+
+/// Where each partition ends by now. Blocks.
+///
+/// # Errors
+/// When Kafka does not say.
+pub fn ends(kafka: &KafkaLog, checkpoint_topic: &str) -> Result<Ends, ReplayError> {
+    let partitions = partitions(kafka, checkpoint_topic)?;
+    let ends = Offsets::connect(kafka, "read_uncommitted")?.list(&partitions, Offset::End)?;
+    Ok(partitions
+        .into_iter()
+        .zip(ends)
+        .map(|(partition, end)| (partition, end.unwrap_or(0)))
+        .collect())
+}
+
+/// The range from a timestamp to the newer end of the log, for whoever has taken everything before. `known` is where the partitions ended
+/// when it was last looked, and becomes where they end now: only what is deleted from there on can be missing. Blocks; ends early when
+/// `stop` is cancelled.
+///
+/// # Errors
+/// When something is missing, or Kafka cannot say where it is.
+pub fn following(
+    kafka: &KafkaLog,
+    checkpoint_topic: &str,
+    from: i64,
+    end: Position,
+    known: &mut Ends,
+    stop: &CancellationToken,
+) -> Result<Range, ReplayError> {
+    let newer = ends(kafka, checkpoint_topic)?;
+    let mut range = up_to(kafka, checkpoint_topic, Some(from), end, stop)?;
+    let end_of = |topic: &Arc<str>, partition| known.get(&(Arc::clone(topic), partition)).copied().unwrap_or(0);
+    for stretch in &mut range.partitions {
+        // Then it starts with the oldest offset there is.
+        stretch.truncated &= stretch.start > end_of(&stretch.topic, stretch.partition);
+    }
+    for (topic, partition) in std::mem::take(&mut range.emptied) {
+        let newest = newer.get(&(Arc::clone(&topic), partition)).copied().unwrap_or(0);
+        if newest > end_of(&topic, partition) {
+            return Err(ReplayError::LogTruncated {
+                topic: topic.to_string(),
+                partition,
+            });
+        }
+    }
+    *known = newer;
+    Ok(range)
 }
 
 /// The range from a timestamp, or from the oldest change that Kafka holds, to the end of the log, which is in a committed checkpoint.

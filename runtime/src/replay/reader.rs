@@ -47,6 +47,8 @@ pub enum Read {
     LeftOut(Passed),
     /// The range starts before what Kafka still holds; from this timestamp on it is whole.
     Truncated(i64),
+    /// The range is at its end, and what was captured later follows ([`super::follow`]).
+    Live,
     /// The range is at its end. Without this the reader broke off.
     End,
 }

@@ -18,6 +18,16 @@ use super::{
 pub struct Tally {
     ledger: Arc<Mutex<Ledger>>,
     open: watch::Sender<bool>,
+    trouble: Arc<Mutex<Option<Trouble>>>,
+}
+
+/// Why nothing gets into the target at the moment, while it is tried.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Trouble {
+    /// In one word.
+    pub reason: &'static str,
+    /// In one sentence.
+    pub message: String,
 }
 
 /// What is delivered so far.
@@ -75,6 +85,7 @@ impl Default for Tally {
         Self {
             ledger: Arc::default(),
             open: watch::channel(false).0,
+            trouble: Arc::default(),
         }
     }
 }
@@ -83,6 +94,17 @@ impl Tally {
     /// The destination can be delivered to. The clock of the replay does not start before this.
     pub fn open(&self) {
         self.open.send_replace(true);
+    }
+
+    /// Says why nothing gets into the target, or that this is over.
+    pub fn set_trouble(&self, trouble: Option<Trouble>) {
+        *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = trouble;
+    }
+
+    /// Why nothing gets into the target at the moment.
+    #[must_use]
+    pub fn trouble(&self) -> Option<Trouble> {
+        self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Follows whether the destination was opened.

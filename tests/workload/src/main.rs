@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 use meander_workload::{
     load::{self, Load},
-    receive,
+    receive, subscribe,
 };
 use tokio_postgres::Config;
 
@@ -53,6 +53,21 @@ enum Command {
         /// The speed at which the replay is meant to come
         #[arg(long)]
         speed: Option<f64>,
+    },
+    /// Take a replay from meander.v1.Replayer, and note each message in a file; started again, it goes on after the last one there
+    Subscribe {
+        /// http://host:port
+        #[arg(long)]
+        endpoint: String,
+        /// File that holds the token to show
+        #[arg(long)]
+        token_file: PathBuf,
+        /// Where each message becomes a line of JSON
+        #[arg(long)]
+        ledger: PathBuf,
+        /// Messages that may be under way
+        #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..))]
+        credit: u32,
     },
 }
 
@@ -112,5 +127,11 @@ async fn main() -> anyhow::Result<()> {
             Ok(())
         }
         Command::Receive { listen, speed } => receive::serve(listen, speed).await,
+        Command::Subscribe {
+            endpoint,
+            token_file,
+            ledger,
+            credit,
+        } => subscribe::run(&endpoint, &token_file, &ledger, credit).await,
     }
 }

@@ -1,18 +1,25 @@
 //! Calls the user's `ReplayReceiver`.
 
-use std::{collections::VecDeque, future::pending, pin::pin, time::Duration};
+use std::{collections::VecDeque, fs, future::pending, pin::pin, time::Duration};
 
 use backon::{BackoffBuilder as _, ExponentialBuilder};
+use meander_config::GrpcReceiver;
 use meander_proto::v1::{DeliverAck, ReplayEvent, replay_receiver_client::ReplayReceiverClient};
 use tokio::{
     sync::mpsc,
     time::{Instant, sleep, sleep_until, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Status, Streaming, transport::Endpoint};
+use tonic::{
+    Code, Request, Status, Streaming,
+    transport::{Certificate, ClientTlsConfig, Endpoint, Identity},
+};
 
-use super::{Batch, Mark, Tally, Target, TargetError};
-use crate::replay::keeper::AtLeastOnce;
+use super::{Batch, Mark, Tally, Target, TargetError, Trouble};
+use crate::{
+    replay::keeper::AtLeastOnce,
+    tls::{authorities, client_pem},
+};
 
 /// Messages that may be without an answer.
 const WINDOW: usize = 8;
@@ -22,12 +29,14 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(5);
+/// How long a message may be without an answer before that is said.
+const NOTICE: Duration = Duration::from_secs(10);
 /// How long the receiver may take to end its half of the stream after its last answer.
 const PARTING: Duration = Duration::from_secs(5);
 
 /// Delivers to a server of the user, at least once: a message that was not answered when a stream broke is sent again.
 pub struct GrpcCall {
-    endpoint: String,
+    receiver: GrpcReceiver,
     unanswered: VecDeque<(ReplayEvent, Mark)>,
     /// The batches have not ended.
     more: bool,
@@ -43,12 +52,11 @@ enum Broken {
 }
 
 impl AtLeastOnce for GrpcCall {
-    /// `http://host:port`.
-    type Settings = String;
+    type Settings = GrpcReceiver;
 
-    fn new(endpoint: &String) -> Self {
+    fn new(receiver: &GrpcReceiver) -> Self {
         Self {
-            endpoint: endpoint.clone(),
+            receiver: receiver.clone(),
             unanswered: VecDeque::with_capacity(WINDOW),
             more: true,
             failing_since: None,
@@ -58,9 +66,9 @@ impl AtLeastOnce for GrpcCall {
 
 impl Target for GrpcCall {
     async fn run(mut self, mut batches: mpsc::Receiver<Batch>, tally: Tally) -> Result<(), TargetError> {
-        let endpoint = Endpoint::from_shared(self.endpoint.clone())
+        let endpoint = Endpoint::from_shared(self.receiver.endpoint.clone())
             .map_err(|source| TargetError::InvalidEndpoint {
-                endpoint: self.endpoint.clone(),
+                endpoint: self.receiver.endpoint.clone(),
                 source,
             })?
             .connect_timeout(CONNECT_TIMEOUT)
@@ -89,11 +97,18 @@ impl Target for GrpcCall {
             };
             if since.elapsed() >= PATIENCE {
                 return Err(TargetError::ReceiverUnreachable {
-                    endpoint: self.endpoint,
+                    endpoint: self.receiver.endpoint,
                     tried: PATIENCE,
                     cause,
                 });
             }
+            let endpoint = &self.receiver.endpoint;
+            tally.set_trouble(Some(Trouble {
+                reason: "ReceiverUnreachable",
+                message: format!(
+                    "Nothing is delivered to the receiver at {endpoint}: {cause}; start it, or correct the endpoint. It is tried again."
+                ),
+            }));
             tracing::warn!(
                 cause,
                 unanswered = self.unanswered.len(),
@@ -112,10 +127,12 @@ impl GrpcCall {
         batches: &mut mpsc::Receiver<Batch>,
         tally: &Tally,
     ) -> Result<(), Broken> {
+        let endpoint = self.secured(endpoint.clone()).map_err(Broken::Retry)?;
         let channel = endpoint.connect().await.map_err(|error| Broken::Retry(chain(&error)))?;
         tally.open();
         if self.unanswered.is_empty() {
             self.failing_since = None;
+            tally.set_trouble(None);
         }
 
         // Holds all that may be unanswered, so that sending never waits: what waits is the next batch.
@@ -125,9 +142,12 @@ impl GrpcCall {
         }
         let mut client = ReplayReceiverClient::new(channel);
         // A receiver may begin its answer only with its first message, so the call is not waited for before sending.
-        let mut call = pin!(client.deliver(ReceiverStream::new(sent)));
+        let mut request = Request::new(ReceiverStream::new(sent));
+        self.show_token(&mut request).map_err(Broken::Retry)?;
+        let mut call = pin!(client.deliver(request));
         let mut answers: Option<Streaming<DeliverAck>> = None;
         let mut progress = Instant::now();
+        let mut noticed = false;
 
         while self.more || !self.unanswered.is_empty() {
             tokio::select! {
@@ -140,6 +160,7 @@ impl GrpcCall {
                         .ok_or_else(|| Broken::Retry("it ended the stream before the replay was over".to_owned()))?;
                     self.answered(&answer, tally)?;
                     progress = Instant::now();
+                    noticed = false;
                 }
                 batch = batches.recv(), if self.more && self.unanswered.len() < WINDOW => match batch {
                     Some(batch) => {
@@ -154,9 +175,20 @@ impl GrpcCall {
                     }
                     None => self.more = false,
                 },
+                () = sleep_until(progress + NOTICE), if !noticed && !self.unanswered.is_empty() => {
+                    noticed = true;
+                    let endpoint = &self.receiver.endpoint;
+                    tally.set_trouble(Some(Trouble {
+                        reason: "ReceiverSilent",
+                        message: format!(
+                            "The receiver at {endpoint} has taken a message and not answered it for more than {NOTICE:?}; it must answer \
+                             each with its resume token."
+                        ),
+                    }));
+                }
                 () = sleep_until(progress + PATIENCE), if !self.unanswered.is_empty() => {
                     return Err(Broken::Fatal(TargetError::ReceiverSilent {
-                        endpoint: self.endpoint.clone(),
+                        endpoint: self.receiver.endpoint.clone(),
                         waited: PATIENCE,
                     }));
                 }
@@ -177,11 +209,38 @@ impl GrpcCall {
         Ok(())
     }
 
+    /// With TLS, if that is asked for. The files are read for each connection, so that rotated ones hold at once.
+    fn secured(&self, endpoint: Endpoint) -> Result<Endpoint, String> {
+        if !self.receiver.endpoint.starts_with("https:") {
+            return Ok(endpoint);
+        }
+        let trusted = authorities(self.receiver.ca_file.as_deref()).map_err(|error| error.to_string())?;
+        let mut tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(trusted));
+        if let Some(client) = &self.receiver.client_certificate {
+            let (certificate, key) = client_pem(client).map_err(|error| error.to_string())?;
+            tls = tls.identity(Identity::from_pem(certificate, key));
+        }
+        endpoint.tls_config(tls).map_err(|error| chain(&error))
+    }
+
+    fn show_token<T>(&self, request: &mut Request<T>) -> Result<(), String> {
+        let Some(path) = &self.receiver.token_file else {
+            return Ok(());
+        };
+        let token = fs::read_to_string(path).map_err(|error| format!("cannot read {}: {error}", path.display()))?;
+        let value = format!("Bearer {}", token.trim());
+        let value = value
+            .parse()
+            .map_err(|_| format!("{} holds no token", path.display()))?;
+        request.metadata_mut().insert("authorization", value);
+        Ok(())
+    }
+
     fn answered(&mut self, answer: &DeliverAck, tally: &Tally) -> Result<(), Broken> {
         let expected = self.unanswered.front().map(|(event, _)| event.resume_token.as_str());
         if expected != Some(answer.resume_token.as_str()) {
             return Err(Broken::Fatal(TargetError::ReceiverConfused {
-                endpoint: self.endpoint.clone(),
+                endpoint: self.receiver.endpoint.clone(),
                 answer: answer.resume_token.clone(),
                 expected: expected.unwrap_or("no answer").to_owned(),
             }));
@@ -190,6 +249,7 @@ impl GrpcCall {
             tally.credit(&mark);
         }
         self.failing_since = None;
+        tally.set_trouble(None);
         Ok(())
     }
 
@@ -197,7 +257,7 @@ impl GrpcCall {
         match status.code() {
             Code::Unimplemented | Code::Unauthenticated | Code::PermissionDenied | Code::InvalidArgument => {
                 Broken::Fatal(TargetError::ReceiverRefused {
-                    endpoint: self.endpoint.clone(),
+                    endpoint: self.receiver.endpoint.clone(),
                     status: Box::new(status),
                 })
             }
@@ -215,6 +275,12 @@ async fn next(answers: &mut Option<Streaming<DeliverAck>>) -> Result<Option<Deli
 
 /// An error with its causes, which tonic leaves out of its own text.
 fn chain(error: &dyn std::error::Error) -> String {
-    std::iter::successors(error.source(), |error| error.source())
-        .fold(error.to_string(), |text, source| format!("{text}: {source}"))
+    std::iter::successors(error.source(), |error| error.source()).fold(error.to_string(), |text, source| {
+        let source = source.to_string();
+        // Some repeat what they are caused by.
+        match text.ends_with(&source) {
+            true => text,
+            false => format!("{text}: {source}"),
+        }
+    })
 }

@@ -1,7 +1,8 @@
 //! Serves `Replayer` to subscribers: each takes the whole range at the job's speed, with a reader and a clock of its own.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
+    future::pending,
     net::SocketAddr,
     path::{Path, PathBuf},
     pin::Pin,
@@ -13,8 +14,8 @@ use std::{
     time::Duration,
 };
 
-use futures::Stream;
-use meander_config::{KafkaLog, ResourceIdentity};
+use futures::{Stream, StreamExt as _};
+use meander_config::{ClientCertificate, KafkaLog, ResourceIdentity};
 use meander_proto::{
     FILE_DESCRIPTOR_SET,
     v1::{
@@ -23,29 +24,43 @@ use meander_proto::{
         replayer_server::{self, Replayer, ReplayerServer},
     },
 };
+use rustls::{ServerConfig, crypto::ring};
 use tokio::{
-    net::TcpListener,
+    net::{TcpListener, TcpStream},
     sync::{Semaphore, mpsc, oneshot},
-    time::timeout,
+    time::{Instant, sleep_until, timeout},
 };
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
-use tonic::{Request, Response, Status, transport::Server};
+use tonic::{Request, Response, Status, Streaming, transport::Server};
 
-use super::{Batch, Tally, Target, TargetError};
-use crate::replay::{
-    End, JobReport, Plan,
-    drive::{Report, drive},
-    error::ReplayError,
-    meter::Meter,
-    orders::Orders,
-    range::{self, Range},
-    reader,
-    record::ResumeToken,
+use super::{Batch, Mark, Tally, Target, TargetError, Trouble};
+use crate::{
+    replay::{
+        End, JobReport, Plan,
+        drive::{Report, drive},
+        error::ReplayError,
+        follow::{Following, Live},
+        meter::Meter,
+        orders::Orders,
+        range::{self, Range},
+        reader,
+        record::ResumeToken,
+    },
+    tls::client_chain,
 };
 
 /// Subscribers at a time; each has buffers of its own.
-const SUBSCRIBERS: u32 = 16;
+const SUBSCRIBERS: u32 = 32;
+/// Memory for what is fetched ahead for one of them.
+const PREFETCH_BYTES: usize = 4 << 20;
+/// Messages that one may leave unacknowledged, whatever its credit.
+const WINDOW: usize = 1024;
+/// How long one may take to say what it wants, and to agree on TLS.
+const GREETING: Duration = Duration::from_secs(10);
+/// Connections that may be agreeing on TLS at the same time.
+const HANDSHAKES: usize = 64;
 /// How long a subscriber may leave a message untaken.
 const PATIENCE: Duration = Duration::from_secs(120);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
@@ -67,18 +82,33 @@ pub struct Offer {
     pub orders: Orders,
     /// Where progress goes.
     pub report: JobReport,
+    /// What is captured after the range, where it is followed.
+    pub live: Option<Live>,
+}
+
+/// Where subscribers come to, and what both show each other.
+pub struct Place {
+    /// Where to listen.
+    pub address: SocketAddr,
+    /// File with the token that subscribers show.
+    pub token_file: PathBuf,
+    /// What the server shows.
+    pub certificate: Option<ClientCertificate>,
 }
 
 /// Serves until a subscriber has taken the range to its end, and those who were under way by then are done too.
 ///
 /// # Errors
 /// When it cannot be served, the log cannot be read, or the process is asked to end.
-pub async fn serve(
-    offer: Offer,
-    address: SocketAddr,
-    token_file: PathBuf,
-    shutdown: &CancellationToken,
-) -> Result<End, ReplayError> {
+pub async fn serve(offer: Offer, place: Place, shutdown: &CancellationToken) -> Result<End, ReplayError> {
+    let Place {
+        address,
+        token_file,
+        certificate,
+    } = place;
+    if let Some(certificate) = &certificate {
+        acceptor(certificate).map_err(ReplayError::Server)?;
+    }
     expected_token(&token_file).map_err(|source| ReplayError::NoToken {
         path: token_file.clone(),
         source,
@@ -117,15 +147,21 @@ pub async fn serve(
         .with_service_name("grpc.health.v1.Health")
         .build_v1()
         .map_err(|error| ReplayError::Server(error.into()))?;
-    let server = Server::builder()
+    let services = Server::builder()
         .tcp_nodelay(true)
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .add_service(health_service)
         .add_service(reflection)
-        .add_service(ReplayerServer::with_interceptor(subscriptions, admit))
-        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.clone().cancelled_owned());
-    let mut server = tokio::spawn(server);
+        .add_service(ReplayerServer::with_interceptor(subscriptions, admit));
+    let ending = stop.clone().cancelled_owned();
+    let connections = TcpListenerStream::new(listener);
+    let mut server = match certificate {
+        None => tokio::spawn(services.serve_with_incoming_shutdown(connections, ending)),
+        Some(certificate) => {
+            tokio::spawn(services.serve_with_incoming_shutdown(encrypted(connections, certificate), ending))
+        }
+    };
     tracing::info!(%address, "waiting for subscribers");
     report.unattended(orders.current().paused);
 
@@ -167,6 +203,38 @@ pub async fn serve(
         server.abort();
     }
     end
+}
+
+/// Connections that have agreed on TLS. One that does not is no more than a line in the log.
+fn encrypted(
+    connections: TcpListenerStream,
+    certificate: ClientCertificate,
+) -> impl Stream<Item = std::io::Result<TlsStream<TcpStream>>> {
+    connections
+        .map(move |connection| {
+            // Read for each of them, so that a rotated one holds at once.
+            let acceptor = acceptor(&certificate);
+            async move {
+                let connection = connection?;
+                let acceptor = acceptor.map_err(std::io::Error::other)?;
+                timeout(GREETING, acceptor.accept(connection)).await?
+            }
+        })
+        .buffer_unordered(HANDSHAKES)
+        .filter_map(async |agreed| {
+            let agreed = agreed.inspect_err(|error| tracing::info!(%error, "no TLS with a subscriber"));
+            agreed.ok().map(Ok)
+        })
+}
+
+fn acceptor(certificate: &ClientCertificate) -> Result<TlsAcceptor, Box<dyn std::error::Error + Send + Sync>> {
+    let (chain, key) = client_chain(certificate)?;
+    let mut config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()?
+        .with_no_client_auth()
+        .with_single_cert(chain, key)?;
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Ok(TlsAcceptor::from(Arc::new(config)))
 }
 
 /// The token that subscribers have to show. Read for each of them, so that a rotated one holds at once.
@@ -225,7 +293,7 @@ struct Subscriptions {
 impl Replayer for Subscriptions {
     type ReplayEventStream = Events;
 
-    async fn replay_event(&self, request: Request<ReplayRequest>) -> Result<Response<Events>, Status> {
+    async fn replay_event(&self, request: Request<Streaming<ReplayRequest>>) -> Result<Response<Events>, Status> {
         if self.closed.load(Ordering::Relaxed) {
             return Err(Status::unavailable("the replay is complete; its server ends"));
         }
@@ -233,7 +301,13 @@ impl Replayer for Subscriptions {
             Status::resource_exhausted(format!("all {SUBSCRIBERS} subscriptions are taken; try again later"))
         })?;
         let offer = Arc::clone(&self.offer);
-        let token = match request.get_ref().resume_token.as_str() {
+        let mut requests = request.into_inner();
+        let first = timeout(GREETING, requests.message())
+            .await
+            .map_err(|_| Status::deadline_exceeded("the first request says where to begin; it did not come"))??
+            // Whoever asks for nothing wants everything.
+            .unwrap_or_default();
+        let token = match first.resume_token.as_str() {
             "" => None,
             text => Some(
                 text.parse::<ResumeToken>()
@@ -241,14 +315,14 @@ impl Replayer for Subscriptions {
             ),
         };
         let range = match token {
-            None => offer.range.clone(),
-            Some(token) => {
+            Some(token) if offer.range.end.is_some_and(|end| token.coordinate.position <= end) => {
                 let offer = Arc::clone(&offer);
                 tokio::task::spawn_blocking(move || range::resume(&offer.range, &offer.kafka, token))
                     .await
                     .map_err(|error| Status::internal(error.to_string()))?
                     .map_err(|error| Status::unavailable(error.to_string()))?
             }
+            _ => offer.range.clone(),
         };
 
         let (sending, sent) = mpsc::channel(1);
@@ -256,6 +330,7 @@ impl Replayer for Subscriptions {
         let subscriber = Subscriber {
             sending: sending.clone(),
             taken: until_taken,
+            acknowledging: (first.credit > 0).then(|| Acknowledging::new(requests, first.credit)),
         };
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let report = SubscriberReport {
@@ -268,7 +343,18 @@ impl Replayer for Subscriptions {
         tokio::spawn(async move {
             let meter = Meter::new(&range, Tally::default(), &offer.plan);
             let after = token.map(|token| token.coordinate);
-            let reads = reader::start(&offer.kafka, &offer.job, range, after, offer.plan.filter.clone());
+            let group = format!("meander-replay.{}.{}", offer.job.namespace, offer.job.name);
+            let filter = offer.plan.filter.clone();
+            let reads = match &offer.live {
+                None => reader::start_with(&offer.kafka, group, PREFETCH_BYTES, range, after, filter),
+                Some(live) => live.read(Following {
+                    range,
+                    token,
+                    filter,
+                    group,
+                    prefetch: PREFETCH_BYTES,
+                }),
+            };
             tracing::info!(subscriber = id, resumed = token.is_some(), "a subscriber came");
             let orders = offer.orders.clone();
             let end = drive(reads, subscriber, orders, meter, &offer.plan, &report, &shutdown).await;
@@ -310,30 +396,152 @@ struct Subscriber {
     sending: mpsc::Sender<Sent>,
     /// Told when the end of the range was taken; dropped when the subscriber left before.
     taken: oneshot::Receiver<()>,
+    /// None if it gives no credit.
+    acknowledging: Option<Acknowledging>,
 }
 
 impl Target for Subscriber {
-    async fn run(self, mut batches: mpsc::Receiver<Batch>, tally: Tally) -> Result<(), TargetError> {
+    async fn run(mut self, batches: mpsc::Receiver<Batch>, tally: Tally) -> Result<(), TargetError> {
         tally.open();
+        match self.acknowledging.take() {
+            None => self.send_all(batches, &tally).await?,
+            Some(acknowledging) => self.send_for_credit(batches, acknowledging, &tally).await?,
+        }
+        self.send(Ok(None)).await?;
+        match timeout(PATIENCE, self.taken).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) | Err(_) => Err(TargetError::SubscriberGone),
+        }
+    }
+}
+
+impl Subscriber {
+    /// Whatever HTTP/2 lets through.
+    async fn send_all(&self, mut batches: mpsc::Receiver<Batch>, tally: &Tally) -> Result<(), TargetError> {
         loop {
             let batch = tokio::select! {
                 batch = batches.recv() => batch,
                 () = self.sending.closed() => return Err(TargetError::SubscriberGone),
             };
-            let mark = batch.as_ref().map(|batch| batch.mark);
-            match timeout(PATIENCE, self.sending.send(Ok(batch.map(Batch::into_event)))).await {
-                Ok(Ok(())) => {}
-                Ok(Err(_)) | Err(_) => return Err(TargetError::SubscriberGone),
+            let Some(batch) = batch else { return Ok(()) };
+            let mark = batch.mark;
+            self.send(Ok(Some(batch.into_event()))).await?;
+            tally.credit(&mark);
+        }
+    }
+
+    /// As many messages as there is credit for, until all are acknowledged.
+    async fn send_for_credit(
+        &self,
+        mut batches: mpsc::Receiver<Batch>,
+        mut acknowledging: Acknowledging,
+        tally: &Tally,
+    ) -> Result<(), TargetError> {
+        let mut waiting: Option<Batch> = None;
+        let mut more = true;
+        loop {
+            if acknowledging.has_room()
+                && let Some(batch) = waiting.take()
+            {
+                let mark = batch.mark;
+                let event = batch.into_event();
+                acknowledging.sent(event.resume_token.clone(), mark);
+                self.send(Ok(Some(event))).await?;
             }
-            match mark {
-                Some(mark) => tally.credit(&mark),
-                None => break,
+            if !more && waiting.is_none() && acknowledging.unacknowledged.is_empty() {
+                return Ok(());
+            }
+            tokio::select! {
+                batch = batches.recv(), if more && waiting.is_none() => match batch {
+                    Some(batch) => waiting = Some(batch),
+                    None => more = false,
+                },
+                heard = acknowledging.hear(tally) => if let Err(status) = heard {
+                    let _ = timeout(PARTING, self.sending.send(Err(status))).await;
+                    return Err(TargetError::SubscriberGone);
+                },
+                () = self.sending.closed() => return Err(TargetError::SubscriberGone),
             }
         }
-        match timeout(PATIENCE, self.taken).await {
+    }
+
+    async fn send(&self, sent: Sent) -> Result<(), TargetError> {
+        match timeout(PATIENCE, self.sending.send(sent)).await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(_)) | Err(_) => Err(TargetError::SubscriberGone),
         }
+    }
+}
+
+/// What a subscriber can take, and what it was sent and has not acknowledged.
+struct Acknowledging {
+    requests: Streaming<ReplayRequest>,
+    credit: u32,
+    unacknowledged: VecDeque<(String, Mark)>,
+    /// When it last had nothing to acknowledge, or acknowledged something.
+    progress: Instant,
+}
+
+impl Acknowledging {
+    fn new(requests: Streaming<ReplayRequest>, credit: u32) -> Self {
+        Self {
+            requests,
+            credit,
+            unacknowledged: VecDeque::new(),
+            progress: Instant::now(),
+        }
+    }
+
+    fn has_room(&self) -> bool {
+        self.credit > 0 && self.unacknowledged.len() < WINDOW
+    }
+
+    fn sent(&mut self, token: String, mark: Mark) {
+        self.credit -= 1;
+        if self.unacknowledged.is_empty() {
+            self.progress = Instant::now();
+        }
+        self.unacknowledged.push_back((token, mark));
+    }
+
+    /// Waits for the next request, and counts what it acknowledges. Cancel safe.
+    async fn hear(&mut self, tally: &Tally) -> Result<(), Status> {
+        let silent = async {
+            match self.unacknowledged.is_empty() {
+                true => pending().await,
+                false => sleep_until(self.progress + PATIENCE).await,
+            }
+        };
+        let request = tokio::select! {
+            request = self.requests.message() => request?,
+            () = silent => return Err(Status::deadline_exceeded(format!(
+                "nothing was acknowledged for {PATIENCE:?}; resume with your last token"
+            ))),
+        };
+        let request = request.ok_or_else(|| {
+            Status::failed_precondition(
+                "the requests ended before everything was acknowledged; resume with your last token",
+            )
+        })?;
+        self.credit = self.credit.saturating_add(request.credit);
+        if request.resume_token.is_empty() {
+            return Ok(());
+        }
+        let known = self
+            .unacknowledged
+            .iter()
+            .position(|(token, _)| *token == request.resume_token);
+        let known = known.ok_or_else(|| {
+            let token = &request.resume_token;
+            Status::invalid_argument(format!(
+                "{token:?} is not the token of a message that waits for its acknowledgement"
+            ))
+        })?;
+        for (_, mark) in self.unacknowledged.drain(..=known) {
+            tally.credit(&mark);
+        }
+        self.progress = Instant::now();
+        Ok(())
     }
 }
 
@@ -402,6 +610,11 @@ impl Report for SubscriberReport {
             }
             self.lead.report.progress(progress);
         }
+    }
+
+    /// A subscriber takes what it takes; one that takes nothing is let go.
+    fn troubled(&self, progress: ReplayProgress, _: &Trouble) {
+        self.progress(progress);
     }
 
     fn truncated(&self, earliest: i64) {

@@ -13,7 +13,7 @@ use meander_config::ResourceIdentity;
 use meander_proto::v1::ReplayEvent;
 use tokio::{sync::mpsc, time::Instant};
 
-pub use super::tally::Tally;
+pub use super::tally::{Tally, Trouble};
 use super::{
     checkpoint::Checkpoint,
     range::Range,

@@ -198,7 +198,7 @@ async fn next(reads: &mut mpsc::Receiver<Result<Read, ReplayError>>) -> Result<O
         match reads.recv().await {
             Some(Ok(Read::Records(records))) => return Ok(Some(records)),
             // What that means is judged by the count of records.
-            Some(Ok(Read::LeftOut(_) | Read::Truncated(_))) => {}
+            Some(Ok(Read::LeftOut(_) | Read::Truncated(_) | Read::Live)) => {}
             Some(Ok(Read::End)) => return Ok(None),
             Some(Err(error)) => return Err(failed(&error)),
             None => return Err(failed(&ReplayError::TaskStopped("the reader"))),
