@@ -18,8 +18,8 @@ pub use pipeline::{
     TableSnapshot, TableSnapshotState, TablesStatus, TopicManagement,
 };
 pub use replay::{
-    Beginning, ChangePosition, EndAt, GrpcTarget, LogTarget, OtherTopics, PipelineReference, PostgresTarget,
-    RecordOffset, ReplayEnd, ReplayFailures, ReplayFilter, ReplayJob, ReplayJobSpec, ReplayJobStatus, ReplayOperation,
-    ReplayPhase, ReplayProgress, ReplayRange, ReplayRuntime, ReplayStart, ReplayTarget, RowKey, Serve, Speed,
-    TopicProgress,
+    Beginning, ChangePosition, EndAt, GrpcTarget, KafkaTarget, KafkaTargetTopics, LogTarget, OtherTopics,
+    PipelineReference, PostgresTarget, RecordOffset, RedisTarget, ReplayEnd, ReplayFailures, ReplayFilter, ReplayJob,
+    ReplayJobSpec, ReplayJobStatus, ReplayOperation, ReplayPhase, ReplayProgress, ReplayRange, ReplayRuntime,
+    ReplayStart, ReplayTarget, RowKey, Serve, Speed, TopicProgress,
 };

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     common::{LogLevel, Resources, SecretKeyReference, SecretReference, conditions},
-    pipeline::{SslMode, TableSelection},
+    pipeline::{KafkaSasl, KafkaTls, SslMode, TableSelection, TopicManagement},
 };
 
 /// Which stretch of which pipeline's log is replayed, how fast, and where to.
@@ -331,7 +331,7 @@ impl JsonSchema for Speed {
 
 /// Where the changes go.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
-#[x_kube(validation = Rule::new("[has(self.log), has(self.grpc), has(self.postgres)].exists_one(given, given)").message("write exactly one of target.log, target.grpc and target.postgres"))]
+#[x_kube(validation = Rule::new("[has(self.log), has(self.grpc), has(self.postgres), has(self.kafka), has(self.redis)].exists_one(given, given)").message("write exactly one of target.log, target.grpc, target.postgres, target.kafka and target.redis"))]
 #[serde(rename_all = "camelCase")]
 pub struct ReplayTarget {
     /// Into the pod's own log, one line of JSON for each change: `kubectl logs job/<name>-replay`.
@@ -343,6 +343,12 @@ pub struct ReplayTarget {
     /// Into the tables of a PostgreSQL database, exactly once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub postgres: Option<PostgresTarget>,
+    /// Into Kafka topics beside the log, exactly once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kafka: Option<KafkaTarget>,
+    /// Into Redis streams of the replay's own, exactly once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub redis: Option<RedisTarget>,
 }
 
 /// Into the pod's own log; there is nothing to set.
@@ -383,6 +389,81 @@ pub struct PostgresTarget {
     /// Secret of type `kubernetes.io/tls` with the certificate that the replay shows to the server.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub client_cert_secret_ref: Option<SecretReference>,
+}
+
+/// Topics of a Kafka cluster, one for each topic of the log. Key, value, headers and timestamp of each record are as they are in the log;
+/// more headers tell where it comes from (`meander-replay-job` and others). Readers need `isolation.level=read_committed`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[x_kube(
+    validation = Rule::new("has(self.bootstrapServers) || (!has(self.tls) && !has(self.sasl))").message("target.kafka.tls and target.kafka.sasl are for another cluster: add bootstrapServers, or leave them out to use the pipeline's cluster as the pipeline does"),
+    validation = Rule::new("!has(self.sasl) || self.sasl.mechanism != 'Plain' || has(self.tls)").message("target.kafka.sasl.mechanism Plain sends the password itself: add tls (tls: {} trusts Mozilla's list of authorities), or use ScramSha512")
+)]
+#[serde(rename_all = "camelCase")]
+pub struct KafkaTarget {
+    /// Brokers to start from, each `host:port`; where they are left out, it is the pipeline's cluster, with the pipeline's `tls` and `sasl`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 16), inner(length(min = 3, max = 260)))]
+    #[x_kube(validation = Rule::new("self.all(server, server.matches('^[^/@, ]+:[0-9]{1,5}$'))").message("each entry of target.kafka.bootstrapServers is host:port, such as kafka:9092"))]
+    pub bootstrap_servers: Option<Vec<String>>,
+    /// Encrypts the connections to `bootstrapServers`; they are in plain text where it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls: Option<KafkaTls>,
+    /// Signs in to `bootstrapServers` with user and password.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sasl: Option<KafkaSasl>,
+    /// The changes of a table go to `<topicPrefix>.<schema>.<table>`; `replay.<namespace>.<name>` where it is left out. It must not overlap the
+    /// prefix of a pipeline.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 160))]
+    #[x_kube(validation = Rule::new("self.matches('^[A-Za-z0-9_-][A-Za-z0-9._-]*$')").message("target.kafka.topicPrefix has letters, digits, dots, underscores and dashes only, and does not start with a dot"))]
+    pub topic_prefix: Option<String>,
+    /// How topics are created.
+    #[serde(default)]
+    pub topics: KafkaTargetTopics,
+}
+
+/// How the topics of a replay are created. Topics that exist already keep what they have.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct KafkaTargetTopics {
+    /// Partitions of each topic; changes of one key are always in one partition. As many as the pipeline's topics have where it is left
+    /// out: then each record is in the partition that it has in the log.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1000))]
+    pub partitions: Option<i32>,
+    /// Replicas of each topic; the broker's default where it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 16))]
+    pub replication_factor: Option<i32>,
+    /// Settings of each topic. `retention.ms` is -1 unless it is set here: Kafka counts from the timestamps, which are as old as the changes.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 32))]
+    #[x_kube(
+        validation = Rule::new("!('cleanup.policy' in self) && !('message.timestamp.type' in self)").message("target.kafka.topics.config cannot set cleanup.policy and message.timestamp.type: every record is to be kept, with its timestamp")
+    )]
+    pub config: BTreeMap<String, String>,
+    /// Who makes the topics, and that of the replay's place, `__meander.<namespace>.<name>.replay`.
+    #[serde(default)]
+    pub management: TopicManagement,
+}
+
+/// Streams of a Redis server, one for each topic of the log. Ids, positions, keys and values of the entries are as in the streams of a pipeline; more
+/// fields tell where each comes from (`meander-replay-job` and others).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RedisTarget {
+    /// Secret that holds the URL, `redis://user:password@host:port/database`; `rediss://` for TLS.
+    pub url_secret_ref: SecretKeyReference,
+    /// Key of a Secret that holds the certificates of the authorities which the server's certificate may come from, PEM, for a URL
+    /// that starts with `rediss://`; those of Mozilla's list where it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_secret_ref: Option<SecretKeyReference>,
+    /// The changes of a table go to `<streamPrefix>.<schema>.<table>`; `replay.<namespace>.<name>` where it is left out. No such stream may be
+    /// there before the replay.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 160))]
+    #[x_kube(validation = Rule::new("self.matches('^[A-Za-z0-9._:-]+$')").message("target.redis.streamPrefix has letters, digits, dots, colons, underscores and dashes only"))]
+    pub stream_prefix: Option<String>,
 }
 
 /// Over gRPC, one way or the other.

@@ -14,7 +14,11 @@ use k8s_openapi::{
 use meander_config::{ClientCertificate, KafkaLog, KafkaSasl, KafkaTls, OperatorLink, SaslMechanism};
 use meander_crds::{KafkaSink, LogLevel, Resources};
 
-use crate::{context::Settings, naming::AUDIENCE, secrets::SecretFiles};
+use crate::{
+    context::Settings,
+    naming::AUDIENCE,
+    secrets::{KAFKA_FOLDERS, SecretFiles},
+};
 
 /// Where a pod finds its configuration.
 pub const CONFIG_FOLDER: &str = "/etc/meander";
@@ -72,25 +76,33 @@ pub fn client_certificate(folder: &str) -> ClientCertificate {
 
 /// How the runtime reaches the pipeline's Kafka, and what its topics are called.
 pub fn kafka_log(kafka: &KafkaSink) -> KafkaLog {
+    let [signing_in, trusting, showing] = KAFKA_FOLDERS;
     KafkaLog {
         bootstrap_servers: kafka.bootstrap_servers.clone(),
-        tls: kafka.tls.as_ref().map(|tls| KafkaTls {
-            ca_file: tls.ca_secret_ref.as_ref().map(|_| secret_file("kafka-ca", "ca.crt")),
-            client_certificate: tls
-                .client_cert_secret_ref
-                .as_ref()
-                .map(|_| client_certificate("kafka-client")),
-        }),
-        sasl: kafka.sasl.as_ref().map(|sasl| KafkaSasl {
-            mechanism: match sasl.mechanism {
-                meander_crds::SaslMechanism::Plain => SaslMechanism::Plain,
-                meander_crds::SaslMechanism::ScramSha256 => SaslMechanism::ScramSha256,
-                meander_crds::SaslMechanism::ScramSha512 => SaslMechanism::ScramSha512,
-            },
-            username_file: secret_file("kafka", "username"),
-            password_file: secret_file("kafka", "password"),
-        }),
+        tls: kafka.tls.as_ref().map(|tls| kafka_tls(tls, trusting, showing)),
+        sasl: kafka.sasl.as_ref().map(|sasl| kafka_sasl(sasl, signing_in)),
         topic_prefix: kafka.topic_prefix.clone(),
+    }
+}
+
+/// The files of TLS with Kafka, in the folders of the authority that is trusted and of the certificate that is shown.
+pub fn kafka_tls(tls: &meander_crds::KafkaTls, trusting: &str, showing: &str) -> KafkaTls {
+    KafkaTls {
+        ca_file: tls.ca_secret_ref.as_ref().map(|_| secret_file(trusting, "ca.crt")),
+        client_certificate: tls.client_cert_secret_ref.as_ref().map(|_| client_certificate(showing)),
+    }
+}
+
+/// The files that sign in to Kafka.
+pub fn kafka_sasl(sasl: &meander_crds::KafkaSasl, folder: &str) -> KafkaSasl {
+    KafkaSasl {
+        mechanism: match sasl.mechanism {
+            meander_crds::SaslMechanism::Plain => SaslMechanism::Plain,
+            meander_crds::SaslMechanism::ScramSha256 => SaslMechanism::ScramSha256,
+            meander_crds::SaslMechanism::ScramSha512 => SaslMechanism::ScramSha512,
+        },
+        username_file: secret_file(folder, "username"),
+        password_file: secret_file(folder, "password"),
     }
 }
 

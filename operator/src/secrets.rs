@@ -5,7 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use k8s_openapi::api::core::v1::Secret;
 use kube::Api;
 use meander_crds::{
-    CdcPipeline, GrpcTarget, KafkaSink, PostgresSource, RedisSink, ReplayJob, SecretKeyReference, SecretReference,
+    CdcPipeline, GrpcTarget, KafkaSasl, KafkaSink, KafkaTls, PostgresSource, RedisSink, ReplayJob, SecretKeyReference,
+    SecretReference,
 };
 
 use crate::{
@@ -13,6 +14,11 @@ use crate::{
     context::Context,
     error::{Error, Reason},
 };
+
+/// Folders of what signs in to the log's Kafka, of the authority that is trusted, and of the certificate that is shown.
+pub const KAFKA_FOLDERS: [&str; 3] = ["kafka", "kafka-ca", "kafka-client"];
+/// The same for the target of a replay.
+pub const TARGET_FOLDERS: [&str; 3] = ["target", "target-ca", "target-client"];
 
 /// Files that a pod needs from a Secret.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,14 +92,14 @@ impl SecretFiles {
 /// The Secrets that a pipeline's capture needs, each in a folder of its own.
 pub fn of_pipeline(pipeline: &CdcPipeline) -> Vec<SecretFiles> {
     let mut secrets = of_postgres(&pipeline.spec.source.postgres);
-    secrets.extend(of_kafka(&pipeline.spec.sinks.kafka, SINKS_READY));
+    secrets.extend(of_log(&pipeline.spec.sinks.kafka, SINKS_READY));
     secrets.extend(pipeline.spec.sinks.redis.iter().flat_map(of_redis));
     secrets
 }
 
 /// The Secrets that a replay needs: those of its pipeline's log, and its own.
 pub fn of_replay(replay: &ReplayJob, pipeline: Option<&CdcPipeline>) -> Vec<SecretFiles> {
-    let log = pipeline.map(|pipeline| of_kafka(&pipeline.spec.sinks.kafka, ACCEPTED));
+    let log = pipeline.map(|pipeline| of_log(&pipeline.spec.sinks.kafka, ACCEPTED));
     let target = replay.spec.delivers_to();
     let serve = target.grpc.as_ref().and_then(|grpc| grpc.serve.as_ref());
     let token = serve.map(|serve| SecretFiles::one("subscribers", &serve.token_secret_ref, "token", ACCEPTED));
@@ -102,15 +108,32 @@ pub fn of_replay(replay: &ReplayJob, pipeline: Option<&CdcPipeline>) -> Vec<Secr
     let receiver = target.grpc.iter().flat_map(of_receiver);
     let database = target.postgres.iter().flat_map(|target| {
         postgres_files(
-            ["target", "target-ca", "target-client"],
+            TARGET_FOLDERS,
             &target.credentials_secret_ref,
             target.ca_secret_ref.as_ref(),
             target.client_cert_secret_ref.as_ref(),
             ACCEPTED,
         )
     });
-    let grpc = token.into_iter().chain(certificate).chain(receiver);
-    log.into_iter().flatten().chain(grpc).chain(database).collect()
+    let kafka = target.kafka.iter();
+    let brokers =
+        kafka.flat_map(|target| of_kafka(target.tls.as_ref(), target.sasl.as_ref(), TARGET_FOLDERS, ACCEPTED));
+    let [signing_in, trusting, _] = TARGET_FOLDERS;
+    let redis = target.redis.iter();
+    let streams = redis.flat_map(|target| {
+        let authority = target.ca_secret_ref.as_ref();
+        [SecretFiles::one(signing_in, &target.url_secret_ref, "url", ACCEPTED)]
+            .into_iter()
+            .chain(authority.map(|reference| SecretFiles::one(trusting, reference, "ca.crt", ACCEPTED)))
+    });
+    (log.into_iter().flatten())
+        .chain(token)
+        .chain(certificate)
+        .chain(receiver)
+        .chain(database)
+        .chain(brokers)
+        .chain(streams)
+        .collect()
 }
 
 fn of_receiver(grpc: &GrpcTarget) -> Vec<SecretFiles> {
@@ -125,14 +148,25 @@ fn of_receiver(grpc: &GrpcTarget) -> Vec<SecretFiles> {
         .collect()
 }
 
-fn of_kafka(kafka: &KafkaSink, condition: &'static str) -> Vec<SecretFiles> {
-    let sasl = kafka.sasl.as_ref().map(|sasl| &sasl.credentials_secret_ref);
-    let authority = kafka.tls.as_ref().and_then(|tls| tls.ca_secret_ref.as_ref());
-    let certificate = kafka.tls.as_ref().and_then(|tls| tls.client_cert_secret_ref.as_ref());
-    sasl.map(|reference| SecretFiles::credentials("kafka", reference, condition))
+fn of_log(kafka: &KafkaSink, condition: &'static str) -> Vec<SecretFiles> {
+    of_kafka(kafka.tls.as_ref(), kafka.sasl.as_ref(), KAFKA_FOLDERS, condition)
+}
+
+/// What a connection to Kafka needs: credentials, authority, certificate.
+fn of_kafka(
+    tls: Option<&KafkaTls>,
+    sasl: Option<&KafkaSasl>,
+    folders: [&'static str; 3],
+    condition: &'static str,
+) -> Vec<SecretFiles> {
+    let [signing_in, trusting, showing] = folders;
+    let sasl = sasl.map(|sasl| &sasl.credentials_secret_ref);
+    let authority = tls.and_then(|tls| tls.ca_secret_ref.as_ref());
+    let certificate = tls.and_then(|tls| tls.client_cert_secret_ref.as_ref());
+    sasl.map(|reference| SecretFiles::credentials(signing_in, reference, condition))
         .into_iter()
-        .chain(authority.map(|reference| SecretFiles::one("kafka-ca", reference, "ca.crt", condition)))
-        .chain(certificate.map(|reference| SecretFiles::certificate("kafka-client", reference, condition)))
+        .chain(authority.map(|reference| SecretFiles::one(trusting, reference, "ca.crt", condition)))
+        .chain(certificate.map(|reference| SecretFiles::certificate(showing, reference, condition)))
         .collect()
 }
 

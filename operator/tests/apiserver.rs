@@ -673,11 +673,38 @@ async fn a_replay_that_can_never_work_is_refused() {
         (spec(json!({"maxGapSeconds": 0})), "spec.maxGapSeconds"),
         (
             target(json!({})),
-            "write exactly one of target.log, target.grpc and target.postgres",
+            "write exactly one of target.log, target.grpc, target.postgres, target.kafka and target.redis",
         ),
         (
             spec(json!({"target": {"grpc": {"endpoint": "http://receiver:50051"}}})),
-            "write exactly one of target.log, target.grpc and target.postgres",
+            "write exactly one of target.log, target.grpc, target.postgres, target.kafka and target.redis",
+        ),
+        (
+            target(json!({"kafka": {"tls": {}}})),
+            "target.kafka.tls and target.kafka.sasl are for another cluster: add bootstrapServers, or leave them out to use the pipeline's cluster as the pipeline does",
+        ),
+        (
+            target(json!({"kafka": {
+                "bootstrapServers": ["kafka:9092"],
+                "sasl": {"mechanism": "Plain", "credentialsSecretRef": {"name": "n"}},
+            }})),
+            "target.kafka.sasl.mechanism Plain sends the password itself: add tls (tls: {} trusts Mozilla's list of authorities), or use ScramSha512",
+        ),
+        (
+            target(json!({"kafka": {"bootstrapServers": ["http://kafka:9092"]}})),
+            "each entry of target.kafka.bootstrapServers is host:port, such as kafka:9092",
+        ),
+        (
+            target(json!({"kafka": {"topicPrefix": "a b"}})),
+            "target.kafka.topicPrefix has letters, digits, dots, underscores and dashes only, and does not start with a dot",
+        ),
+        (
+            target(json!({"redis": {"urlSecretRef": {"name": "n", "key": "k"}, "streamPrefix": "a b"}})),
+            "target.redis.streamPrefix has letters, digits, dots, colons, underscores and dashes only",
+        ),
+        (
+            target(json!({"kafka": {"topics": {"config": {"cleanup.policy": "compact"}}}})),
+            "target.kafka.topics.config cannot set cleanup.policy and message.timestamp.type: every record is to be kept, with its timestamp",
         ),
         (
             postgres(json!({"host": "postgres:5432/shop"})),
@@ -826,6 +853,8 @@ async fn every_example_is_accepted_and_gets_its_defaults() {
         "replayjob-serve.yaml",
         "replayjob-postgres.yaml",
         "replayjob-dry-run.yaml",
+        "replayjob-kafka.yaml",
+        "replayjob-redis.yaml",
     ] {
         let replay: ReplayJob = cluster.create(replay_json(file)).await;
         assert_eq!(replay.spec, support::replay(file).spec, "{file}");

@@ -138,6 +138,8 @@ fn replays_become_jobs() {
         ("replay_serve", "replayjob-serve.yaml"),
         ("replay_postgres", "replayjob-postgres.yaml"),
         ("replay_dry_run", "replayjob-dry-run.yaml"),
+        ("replay_kafka", "replayjob-kafka.yaml"),
+        ("replay_redis", "replayjob-redis.yaml"),
     ] {
         let replay = support::replay(file);
         let valid = replay::validate::validate(&replay, &replay_facts(), &settings()).unwrap();
@@ -171,6 +173,46 @@ fn every_setting_of_grpc_reaches_the_pod() {
             insta::assert_yaml_snapshot!(format!("{name}_service"), service);
         }
     }
+}
+
+#[test]
+fn a_replay_signs_in_to_the_cluster_that_it_names_and_otherwise_as_its_pipeline_does() {
+    let security = |name: &str| {
+        serde_json::json!({
+            "tls": {"caSecretRef": {"name": "shop-ca", "key": "ca.crt"}, "clientCertSecretRef": {"name": "shop-client"}},
+            "sasl": {"mechanism": "ScramSha512", "credentialsSecretRef": {"name": name}},
+        })
+    };
+    let mut facts = replay_facts();
+    let log = &mut facts.pipeline.as_mut().unwrap().spec.sinks.kafka;
+    log.topics.partitions = 6;
+    log.sasl = serde_json::from_value(security("shop-cdc")["sasl"].clone()).unwrap();
+    let mut replay = support::replay("replayjob-kafka.yaml");
+    let target = |replay: &ReplayJob| {
+        let valid = replay::validate::validate(replay, &facts, &settings()).unwrap();
+        let objects = replay::build::build(replay, &valid, &settings());
+        let volumes = objects
+            .job
+            .unwrap()
+            .spec
+            .unwrap()
+            .template
+            .spec
+            .unwrap()
+            .volumes
+            .unwrap();
+        let volumes: Vec<String> = volumes.into_iter().map(|volume| volume.name).collect();
+        (valid.config.target, volumes)
+    };
+    insta::assert_yaml_snapshot!("replay_kafka_same_cluster", target(&replay));
+    let mut other = security("analytics");
+    other["bootstrapServers"] = serde_json::json!(["other:9093"]);
+    other["topicPrefix"] = "copy".into();
+    other["topics"] = serde_json::json!({
+        "partitions": 2, "replicationFactor": 3, "config": {"retention.ms": "1000"}, "management": "External",
+    });
+    replay.spec.target.as_mut().unwrap().kafka = Some(serde_json::from_value(other).unwrap());
+    insta::assert_yaml_snapshot!("replay_kafka_other_cluster", target(&replay));
 }
 
 #[test]

@@ -16,6 +16,18 @@ pub const PART_HEADER: &str = "meander-part";
 /// timestamp is the running maximum of these, in milliseconds.
 pub const COMMIT_TIME_HEADER: &str = "meander-commit-time";
 
+/// Headers that a replay gives every record that it writes, beside those that the record had: `namespace/name/UID` of the `ReplayJob`,
+/// and how many times it has begun or gone on. No reader of a log takes such a record for history.
+pub const REPLAY_JOB_HEADER: &str = "meander-replay-job";
+/// See [`REPLAY_JOB_HEADER`].
+pub const REPLAY_ATTEMPT_HEADER: &str = "meander-replay-attempt";
+/// Topic of the record that was replayed.
+pub const REPLAY_TOPIC_HEADER: &str = "meander-replay-topic";
+/// Its partition.
+pub const REPLAY_PARTITION_HEADER: &str = "meander-replay-partition";
+/// Its offset.
+pub const REPLAY_OFFSET_HEADER: &str = "meander-replay-offset";
+
 /// The topic that says whose each topic prefix is: compacted, one partition, a record under [`claim_key`] for each pipeline that claims
 /// one. The first of those that overlap and were not withdrawn holds. Its name begins with no prefix, so that no replay takes it for data.
 pub const CLAIMS_TOPIC: &str = "__meander.claims";
@@ -28,7 +40,7 @@ pub fn topic_name(prefix: &str, schema: &str, table: &str) -> String {
     format!("{prefix}.{}.{}", allowed(schema), allowed(table))
 }
 
-/// Name of the Redis stream that holds what a topic holds; none if the topic is not under the prefix.
+/// Name of the Redis stream, or of another topic, that holds what a topic holds; none if the topic is not under the prefix.
 #[must_use]
 pub fn stream_of_topic(topic: &str, topic_prefix: &str, stream_prefix: &str) -> Option<String> {
     let rest = topic.strip_prefix(topic_prefix)?.strip_prefix('.')?;
@@ -66,6 +78,12 @@ pub fn heartbeat_topic(prefix: &str) -> String {
 #[must_use]
 pub fn checkpoint_topic(namespace: &str, pipeline: &str) -> String {
     format!("__meander.{namespace}.{pipeline}.checkpoint")
+}
+
+/// Name of the topic in which a replay into Kafka keeps its place: compacted, one partition.
+#[must_use]
+pub fn replay_topic(namespace: &str, job: &str) -> String {
+    format!("__meander.{namespace}.{job}.replay")
 }
 
 /// Name of the topic of the tables' schemas: compacted, one partition, a record for each table, under [`schema_key`].

@@ -2,22 +2,20 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
+#[path = "common/replay.rs"]
+mod replaying;
 
 use std::{fs, process::Command, time::Instant};
 
 use common::{LIMIT, checkpoint, config};
 use meander_config::{
-    CaptureConfig, PostgresServer, ReplayConfig, ReplayEnd, ReplayStart, ReplayTarget, ResourceIdentity, SnapshotMode,
-    Speed, SslMode,
+    CaptureConfig, PostgresServer, ReplayConfig, ReplayTarget, ResourceIdentity, SnapshotMode, SslMode,
 };
-use meander_runtime::{
-    position::Lsn,
-    replay::{self, End, error::ReplayError},
-};
-use meander_test_support::{Kafka, Postgres, Runtime, eventually, free_address, unique_name};
+use meander_runtime::replay::{End, error::ReplayError};
+use meander_test_support::{Kafka, Postgres, Runtime, eventually};
+use replaying::{everything, published, replay};
 use tempfile::TempDir;
 use tokio_postgres::Client;
-use tokio_util::sync::CancellationToken;
 
 const KILLS: u64 = 3;
 
@@ -65,35 +63,17 @@ impl Target {
 
     /// A replay of everything that the pipeline has published.
     fn config(&self, pipeline: &CaptureConfig) -> ReplayConfig {
-        ReplayConfig {
-            job: ResourceIdentity {
-                namespace: "test".to_owned(),
-                name: unique_name("job"),
-                uid: "42".to_owned(),
-            },
-            pipeline: pipeline.pipeline.clone(),
-            slot_name: pipeline.source.slot_name.clone(),
-            kafka: pipeline.kafka.log(),
-            from: ReplayStart::Beginning,
-            to: ReplayEnd::Now,
-            speed: Speed::Max,
-            suspended: false,
-            filter: None,
-            max_gap_seconds: None,
-            target: ReplayTarget::Postgres(PostgresServer {
-                host: "127.0.0.1".to_owned(),
-                port: self.postgres.port(),
-                database: self.postgres.database().to_owned(),
-                username_file: self.folder.path().join("username"),
-                password_file: self.folder.path().join("password"),
-                ssl_mode: SslMode::Disable,
-                ca_file: None,
-                client_certificate: None,
-            }),
-            operator: None,
-            admin_address: free_address(),
-            termination_message_file: None,
-        }
+        let server = PostgresServer {
+            host: "127.0.0.1".to_owned(),
+            port: self.postgres.port(),
+            database: self.postgres.database().to_owned(),
+            username_file: self.folder.path().join("username"),
+            password_file: self.folder.path().join("password"),
+            ssl_mode: SslMode::Disable,
+            ca_file: None,
+            client_certificate: None,
+        };
+        everything(pipeline, ReplayTarget::Postgres(server))
     }
 
     /// How many records the replay has delivered, by its own account; none while the server is away.
@@ -105,32 +85,6 @@ impl Target {
             .ok()??;
         u64::try_from(row.get::<_, i64>(0)).ok()
     }
-}
-
-async fn replay(config: &ReplayConfig) -> Result<End, ReplayError> {
-    tokio::time::timeout(LIMIT, replay::run(config.clone(), CancellationToken::new()))
-        .await
-        .expect("the replay does not end")
-}
-
-/// Waits until everything that is committed is in Kafka, and the snapshots of so many tables. Returns how many records that is.
-async fn published(source: &Client, config: &CaptureConfig, snapshots: usize) -> u64 {
-    let row = source
-        .query_one("SELECT pg_current_wal_insert_lsn()::text", &[])
-        .await
-        .unwrap();
-    let end: Lsn = row.get::<_, String>(0).parse().unwrap();
-    source.batch_execute("UPDATE last SET n = n + 1").await.unwrap();
-    eventually("everything is published", LIMIT, async || match checkpoint(config) {
-        Some(checkpoint)
-            if checkpoint.snapshot.done.len() >= snapshots
-                && checkpoint.complete.is_some_and(|at| at.commit_lsn >= end) =>
-        {
-            Ok(checkpoint.records_total)
-        }
-        other => Err(format!("{other:?}")),
-    })
-    .await
 }
 
 /// Number of rows and a digest of them, whatever their order.

@@ -72,6 +72,14 @@ pub fn ssl_mode(mode: Mode) -> SslMode {
     }
 }
 
+/// As the runtime calls it.
+pub fn topic_management(management: meander_crds::TopicManagement) -> TopicManagement {
+    match management {
+        meander_crds::TopicManagement::Managed => TopicManagement::Managed,
+        meander_crds::TopicManagement::External => TopicManagement::External,
+    }
+}
+
 /// Judges the spec by the facts.
 ///
 /// # Errors
@@ -209,10 +217,7 @@ pub fn validate(pipeline: &CdcPipeline, facts: &Facts, settings: &Settings) -> R
             partitions: kafka.topics.partitions,
             replication_factor: kafka.topics.replication_factor,
             topic_config: kafka.topics.config.clone(),
-            topic_management: match kafka.topics.management {
-                meander_crds::TopicManagement::Managed => TopicManagement::Managed,
-                meander_crds::TopicManagement::External => TopicManagement::External,
-            },
+            topic_management: topic_management(kafka.topics.management),
         },
         redis,
         accept_source_gap: pipeline.annotations().get(ACCEPT_SOURCE_GAP).cloned(),

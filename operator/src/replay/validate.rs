@@ -5,12 +5,12 @@ use std::num::NonZeroU32;
 use jiff::Timestamp;
 use kube::ResourceExt as _;
 use meander_config::{
-    GrpcReceiver, PostgresServer, ReplayConfig, ReplayEnd, ReplayStart, ReplayTarget as Target, ResourceIdentity,
-    Speed, TableSelection,
+    GrpcReceiver, KafkaLog, PostgresServer, RedisStreams, ReplayConfig, ReplayEnd, ReplayStart, ReplayTarget as Target,
+    ResourceIdentity, Speed, TableSelection,
 };
 use meander_crds::{
-    ChangePosition, EndAt, LogLevel, PipelineFormat, PostgresTarget, RecordOffset, ReplayFilter, ReplayJob,
-    ReplayOperation, ReplayTarget, Resources, RowKey,
+    ChangePosition, EndAt, KafkaSink, KafkaTarget, LogLevel, PipelineFormat, PostgresTarget, RecordOffset,
+    ReplayFilter, ReplayJob, ReplayOperation, ReplayTarget, Resources, RowKey,
 };
 
 use super::dereference::Facts;
@@ -18,9 +18,9 @@ use crate::{
     conditions::ACCEPTED,
     context::Settings,
     error::{Error, Reason},
-    pipeline::validate::{identity_of, slot_of, ssl_mode},
+    pipeline::validate::{identity_of, slot_of, ssl_mode, topic_management},
     pod,
-    secrets::{self, SecretFiles},
+    secrets::{self, SecretFiles, TARGET_FOLDERS},
 };
 
 /// A replay that can be built.
@@ -94,11 +94,13 @@ pub fn validate(replay: &ReplayJob, facts: &Facts, settings: &Settings) -> Resul
     let mounted = secrets::of_replay(replay, Some(pipeline));
     secrets::require(&facts.secrets, &namespace, &mounted)?;
     let mut serve_port = None;
-    let ReplayTarget { log, grpc, postgres } = &spec.delivers_to();
-    let target = match (log, grpc, postgres) {
-        (None, None, None) if spec.dry_run => Target::DryRun,
-        (Some(_), None, None) => Target::Log,
-        (None, Some(grpc), None) => match (&grpc.endpoint, &grpc.serve) {
+    // What is written is told from what other replays write, and from what a pipeline does.
+    let default_prefix = || format!("replay.{namespace}.{}", replay.name_any());
+    // The API server admits exactly one.
+    let target = match &spec.delivers_to() {
+        _ if spec.dry_run => Target::DryRun,
+        ReplayTarget { log: Some(_), .. } => Target::Log,
+        ReplayTarget { grpc: Some(grpc), .. } => match (&grpc.endpoint, &grpc.serve) {
             (Some(endpoint), None) => Target::GrpcCall(GrpcReceiver {
                 endpoint: endpoint.clone(),
                 ca_file: (grpc.ca_secret_ref.as_ref()).map(|_| pod::secret_file("target-ca", "ca.crt")),
@@ -116,7 +118,10 @@ pub fn validate(replay: &ReplayJob, facts: &Facts, settings: &Settings) -> Resul
             }
             _ => return Err(invalid("write exactly one of grpc.endpoint and grpc.serve".to_owned())),
         },
-        (None, None, Some(postgres)) => {
+        ReplayTarget {
+            postgres: Some(postgres),
+            ..
+        } => {
             if pipeline.spec.format == PipelineFormat::DebeziumJson {
                 let message = format!(
                     "CdcPipeline {name} has the format DebeziumJson, which does not hold every value as a database needs it; replay it \
@@ -126,6 +131,17 @@ pub fn validate(replay: &ReplayJob, facts: &Facts, settings: &Settings) -> Resul
             }
             Target::Postgres(postgres_server(postgres))
         }
+        ReplayTarget { kafka: Some(kafka), .. } => {
+            Target::Kafka(kafka_sink(kafka, default_prefix(), &pipeline.spec.sinks.kafka))
+        }
+        ReplayTarget { redis: Some(redis), .. } => Target::Redis(RedisStreams {
+            url_file: pod::secret_file("target", "url"),
+            ca_file: redis
+                .ca_secret_ref
+                .as_ref()
+                .map(|_| pod::secret_file("target-ca", "ca.crt")),
+            stream_prefix: redis.stream_prefix.clone().unwrap_or_else(default_prefix),
+        }),
         _ => return Err(invalid("write exactly one target".to_owned())),
     };
     let filter = spec.filter.as_ref().map(filter);
@@ -236,6 +252,30 @@ fn operation(operation: ReplayOperation) -> meander_config::ReplayOperation {
         ReplayOperation::Message => Operation::Message,
         ReplayOperation::SchemaChange => Operation::SchemaChange,
         ReplayOperation::SourceGap => Operation::SourceGap,
+    }
+}
+
+/// The cluster is the pipeline's unless another is named.
+fn kafka_sink(target: &KafkaTarget, default_prefix: String, log: &KafkaSink) -> meander_config::KafkaSink {
+    let [signing_in, trusting, showing] = TARGET_FOLDERS;
+    let cluster = match &target.bootstrap_servers {
+        None => pod::kafka_log(log),
+        Some(servers) => KafkaLog {
+            bootstrap_servers: servers.clone(),
+            tls: target.tls.as_ref().map(|tls| pod::kafka_tls(tls, trusting, showing)),
+            sasl: target.sasl.as_ref().map(|sasl| pod::kafka_sasl(sasl, signing_in)),
+            topic_prefix: String::new(),
+        },
+    };
+    meander_config::KafkaSink {
+        bootstrap_servers: cluster.bootstrap_servers,
+        tls: cluster.tls,
+        sasl: cluster.sasl,
+        topic_prefix: target.topic_prefix.clone().unwrap_or(default_prefix),
+        partitions: target.topics.partitions.unwrap_or(log.topics.partitions),
+        replication_factor: target.topics.replication_factor,
+        topic_config: target.topics.config.clone(),
+        topic_management: topic_management(target.topics.management),
     }
 }
 

@@ -516,6 +516,20 @@ pub struct RedisSink {
     pub acknowledgement: Acknowledgement,
 }
 
+/// Streams of a Redis server that a replay writes to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct RedisStreams {
+    /// File that holds the URL, `redis://user:password@host:port/database`; `rediss://` for TLS.
+    pub url_file: PathBuf,
+    /// File with the certificates of the authorities that the server's certificate may come from, PEM; those of Mozilla's list where
+    /// it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_file: Option<PathBuf>,
+    /// Streams are `<prefix>.<schema>.<table>`.
+    pub stream_prefix: String,
+}
+
 /// When a change counts as being in Redis.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Durability {
@@ -716,6 +730,10 @@ pub enum ReplayTarget {
     Log,
     /// Make the changes in a PostgreSQL database.
     Postgres(PostgresServer),
+    /// Write the records into topics of a prefix that no pipeline has.
+    Kafka(KafkaSink),
+    /// Append the records to streams of a prefix that no pipeline has.
+    Redis(RedisStreams),
     /// Nowhere: everything that is due is counted, at once.
     DryRun,
 }

@@ -23,8 +23,8 @@ use crate::{
     checkpoint::{Tail, TailError, last_checkpoint, read_schemas},
     kafka_client::require_admission,
     log::{
-        AcceptedGap, CLAIMS_TOPIC, Checkpoint, POSITION_HEADER, SnapshotState, checkpoint_key, checkpoint_topic,
-        schemas_topic, topic_name,
+        AcceptedGap, CLAIMS_TOPIC, Checkpoint, POSITION_HEADER, REPLAY_JOB_HEADER, SnapshotState, checkpoint_key,
+        checkpoint_topic, schemas_topic, topic_name,
     },
     position::{Epoch, Lsn, Position},
     progress::ConditionType,
@@ -517,14 +517,15 @@ fn last_positions(cluster: &KafkaCluster, topics: Vec<String>) -> Result<Vec<(St
     for topic in topics {
         for partition in tail.partitions(&topic)? {
             if let Some(record) = tail.last_record(&topic, partition)? {
-                let header = record.headers().and_then(|headers| {
-                    headers
-                        .iter()
-                        .find(|header| header.key == POSITION_HEADER)?
-                        .value
-                        .map(String::from_utf8_lossy)
-                });
-                last.push((topic.clone(), header.unwrap_or_default().into_owned()));
+                let header = |name| {
+                    let found = record.headers()?.iter().find(|header| header.key == name)?.value?;
+                    Some(String::from_utf8_lossy(found).into_owned())
+                };
+                let text = match header(REPLAY_JOB_HEADER) {
+                    Some(job) => format!("what the replay {job} wrote"),
+                    None => header(POSITION_HEADER).unwrap_or_default(),
+                };
+                last.push((topic.clone(), text));
             }
         }
     }

@@ -308,6 +308,7 @@ mod tests {
             key: Bytes::new(),
             value: Bytes::new(),
             passed: Passed::default(),
+            headers: Vec::new(),
         }
     }
 

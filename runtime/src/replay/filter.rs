@@ -353,6 +353,7 @@ mod tests {
             offset: 0,
             key: Bytes::copy_from_slice(key.as_bytes()),
             value: value.into(),
+            headers: Vec::new(),
             passed: Passed::default(),
         }
     }

@@ -360,7 +360,7 @@ struct Keeper {
 
 impl Keeper {
     fn connect(kafka: &KafkaLog, group: String, checkpoints: String) -> Result<Self, TargetError> {
-        require_admission(&kafka.cluster(), &checkpoints)?;
+        require_admission(&kafka.cluster(), &checkpoints).map_err(TargetError::NotAdmitted)?;
         let deadline = DEADLINE.as_millis().to_string();
         let consumer = client_config(&kafka.cluster(), &group)
             .and_then(|mut config| {
@@ -567,6 +567,7 @@ mod tests {
             key: Bytes::new(),
             value: Bytes::new(),
             passed: Passed::default(),
+            headers: Vec::new(),
         };
         let records: Vec<_> = records.iter().enumerate().map(record).collect();
         let mark = Mark {

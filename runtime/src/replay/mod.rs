@@ -49,7 +49,14 @@ use self::{
     record::Coordinate,
     tally::Tally,
     target::{
-        Resumable, Target, Trouble, dry_run::DryRun, grpc_call::GrpcCall, grpc_serve, log::Log, postgres::Postgres,
+        Resumable, Target, Trouble,
+        dry_run::DryRun,
+        grpc_call::GrpcCall,
+        grpc_serve,
+        kafka::{self, Kafka},
+        log::Log,
+        postgres::Postgres,
+        redis::{self, Redis},
     },
 };
 use crate::{
@@ -168,6 +175,20 @@ async fn replay(
             job.serve(place).await
         }
         ReplayTarget::Postgres(server) => job.deliver_resumably::<Postgres>(server).await,
+        ReplayTarget::Kafka(cluster) => {
+            let settings = kafka::Settings {
+                cluster: cluster.clone(),
+                log_prefix: config.kafka.topic_prefix.clone(),
+            };
+            job.deliver_resumably::<Kafka>(&settings).await
+        }
+        ReplayTarget::Redis(streams) => {
+            let settings = redis::Settings {
+                streams: streams.clone(),
+                log_prefix: config.kafka.topic_prefix.clone(),
+            };
+            job.deliver_resumably::<Redis>(&settings).await
+        }
         ReplayTarget::DryRun => job.deliver(DryRun).await,
     }
 }

@@ -7,7 +7,7 @@ use meander_proto::v1::ReplayedRecord;
 use rdkafka::{Message, message::Headers as _};
 
 use crate::{
-    log::{COMMIT_TIME_HEADER, PART_HEADER, POSITION_HEADER},
+    log::{COMMIT_TIME_HEADER, PART_HEADER, POSITION_HEADER, REPLAY_JOB_HEADER},
     position::{Epoch, Lsn, Position},
 };
 
@@ -48,6 +48,8 @@ pub struct Record {
     pub key: Bytes,
     /// Its value.
     pub value: Bytes,
+    /// Its headers, without those that the coordinate and the commit time are in.
+    pub headers: Vec<(String, Bytes)>,
     /// What else of the range is behind once this record is delivered.
     pub passed: Passed,
 }
@@ -82,6 +84,9 @@ pub enum InvalidHeader {
         /// What it holds.
         value: String,
     },
+    /// It is no history.
+    #[error("the replay {0} wrote it")]
+    Replayed(String),
     /// The record carries no timestamp.
     #[error("it has no timestamp")]
     NoTimestamp,
@@ -93,9 +98,21 @@ impl Record {
     /// # Errors
     /// When its headers do not say what it is.
     pub fn read(topic: &Arc<str>, message: &impl Message) -> Result<Self, InvalidHeader> {
-        let position = header(message, POSITION_HEADER)?.ok_or(InvalidHeader::Missing(POSITION_HEADER))?;
-        let commit_time = header(message, COMMIT_TIME_HEADER)?.ok_or(InvalidHeader::Missing(COMMIT_TIME_HEADER))?;
-        let part = header(message, PART_HEADER)?.unwrap_or(0);
+        let (mut position, mut commit_time, mut part, mut others) = (None, None, 0, Vec::new());
+        for header in message.headers().into_iter().flat_map(|headers| headers.iter()) {
+            let value = header.value.unwrap_or_default();
+            match header.key {
+                POSITION_HEADER => position = Some(parse(POSITION_HEADER, value)?),
+                COMMIT_TIME_HEADER => commit_time = Some(parse(COMMIT_TIME_HEADER, value)?),
+                PART_HEADER => part = parse(PART_HEADER, value)?,
+                REPLAY_JOB_HEADER => {
+                    return Err(InvalidHeader::Replayed(String::from_utf8_lossy(value).into_owned()));
+                }
+                name => others.push((name.to_owned(), Bytes::copy_from_slice(value))),
+            }
+        }
+        let position = position.ok_or(InvalidHeader::Missing(POSITION_HEADER))?;
+        let commit_time = commit_time.ok_or(InvalidHeader::Missing(COMMIT_TIME_HEADER))?;
         Ok(Self {
             coordinate: Coordinate { position, part },
             timestamp: message.timestamp().to_millis().ok_or(InvalidHeader::NoTimestamp)?,
@@ -106,6 +123,7 @@ impl Record {
             key: Bytes::copy_from_slice(message.key().unwrap_or_default()),
             value: Bytes::copy_from_slice(message.payload().unwrap_or_default()),
             passed: Passed::default(),
+            headers: others,
         })
     }
 
@@ -126,7 +144,8 @@ impl Record {
     /// About how much memory it takes.
     #[must_use]
     pub fn size(&self) -> usize {
-        self.key.len() + self.value.len() + 128
+        let headers = self.headers.iter().map(|(name, value)| name.len() + value.len() + 64);
+        self.key.len() + self.value.len() + headers.sum::<usize>() + 128
     }
 }
 
@@ -145,18 +164,10 @@ impl From<Record> for ReplayedRecord {
     }
 }
 
-fn header<T: FromStr>(message: &impl Message, name: &'static str) -> Result<Option<T>, InvalidHeader> {
-    let Some(value) = message
-        .headers()
-        .and_then(|headers| headers.iter().find(|header| header.key == name))
-        .map(|header| header.value.unwrap_or_default())
-    else {
-        return Ok(None);
-    };
+fn parse<T: FromStr>(name: &'static str, value: &[u8]) -> Result<T, InvalidHeader> {
     std::str::from_utf8(value)
         .ok()
         .and_then(|text| text.parse().ok())
-        .map(Some)
         .ok_or_else(|| InvalidHeader::Unreadable {
             name,
             value: String::from_utf8_lossy(value).into_owned(),

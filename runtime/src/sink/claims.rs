@@ -130,6 +130,22 @@ impl Claims {
     }
 }
 
+/// The pipeline that publishes under this prefix or one that overlaps it, as prefix and checkpoint key; none if nobody does. Blocks.
+///
+/// # Errors
+/// When Kafka does not answer, or does not let this client read the claims.
+pub fn holder(cluster: &KafkaCluster, prefix: &str) -> Result<Option<(String, String)>, SinkError> {
+    let keys = match Tail::new(cluster, DEADLINE)?.keys(CLAIMS_TOPIC, 0) {
+        Ok(keys) => keys,
+        // No pipeline publishes to this cluster.
+        Err(TailError::NoSuchPartition { .. }) => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    let claims = keys.iter().filter_map(|key| Claim::read(key));
+    let held = claims.into_iter().find(|claim| overlap(&claim.prefix, prefix));
+    Ok(held.map(|claim| (claim.prefix, claim.owner)))
+}
+
 impl Claim {
     /// Reads the key of a record; none of one that is no claim.
     fn read(key: &[u8]) -> Option<Self> {

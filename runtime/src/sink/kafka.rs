@@ -1,23 +1,18 @@
 //! The durable log: records and checkpoint in one Kafka transaction.
 //!
-//! Everything here blocks and runs on a thread of its own. Invariants:
-//! - nothing is in flight when a commit is called (a commit with deliveries in flight stalls for 100 ms), and no transaction is empty;
-//! - after any error the producer is dropped and never used again: the next one fences it, and the checkpoint tells what became of
-//!   its transaction;
-//! - what PostgreSQL may be told is in a committed checkpoint first.
+//! Everything here blocks and runs on a thread of its own. No transaction is empty, and what PostgreSQL may be told is in a committed
+//! checkpoint first.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
 
 use meander_config::{Acknowledgement, CaptureConfig, Format};
 use rdkafka::{
-    ClientContext, Message as _,
-    error::{KafkaError, RDKafkaErrorCode},
-    message::{DeliveryResult, Header, OwnedHeaders},
-    producer::{BaseProducer, BaseRecord, Producer as _, ProducerContext},
+    message::{Header, OwnedHeaders},
+    producer::BaseRecord,
 };
 use tokio::{
     runtime::Handle,
@@ -27,7 +22,6 @@ use tokio::{
 
 use crate::{
     batch::{Batch, Record},
-    kafka_client::{Hearing, probe, settings},
     log::{
         COMMIT_TIME_HEADER, Checkpoint, PART_HEADER, POSITION_HEADER, RedisPlace, SnapshotState, checkpoint_key,
         checkpoint_topic, schema_key, schemas_topic,
@@ -37,22 +31,11 @@ use crate::{
     sink::{
         Durable, SinkError,
         partition::ByRow,
+        producer::{PAUSE_AFTER_COMMIT, TransactionalProducer},
         redis::feed::{Progress as RedisProgress, State as RedisState},
     },
 };
 
-/// How long signing on as the producer may take: the broker answers only when the transaction of the producer before is settled.
-const INIT_DEADLINE: Duration = Duration::from_secs(30);
-/// How long a record may take to be delivered.
-const DELIVERY_DEADLINE: Duration = Duration::from_secs(30);
-/// How long a transaction may take, from its begin to the answer to its commit.
-const TRANSACTION_DEADLINE: Duration = Duration::from_secs(45);
-/// The broker aborts a transaction that is open for longer, and then refuses its producer as it refuses one that another runtime has
-/// fenced. So it is longer than [`TRANSACTION_DEADLINE`].
-const TRANSACTION_TIMEOUT: Duration = Duration::from_secs(60);
-/// A transaction that begins sooner after a commit is told CONCURRENT_TRANSACTIONS, and the client waits 20 ms: the coordinator is
-/// still writing the markers of the one before.
-const PAUSE_AFTER_COMMIT: Duration = Duration::from_millis(3);
 /// A transaction is committed when it holds this much, or when nothing more is waiting.
 const TRANSACTION_BYTES: usize = 8 * 1024 * 1024;
 /// How often an acknowledgement is written when no records carry it.
@@ -66,40 +49,9 @@ const TICK: Duration = Duration::from_secs(1);
 /// How long the end waits for Redis to take what Kafka has, where that is required to acknowledge it.
 const CLOSING_DEADLINE: Duration = Duration::from_secs(5);
 
-/// The first delivery that failed since the producer was made, and what else it has heard.
-struct Deliveries {
-    partitioner: ByRow,
-    failed: Mutex<Option<(String, KafkaError)>>,
-    hearing: Hearing,
-}
-
-impl ClientContext for Deliveries {
-    fn error(&self, error: KafkaError, reason: &str) {
-        self.hearing.error(error, reason);
-    }
-}
-
-impl ProducerContext<ByRow> for Deliveries {
-    type DeliveryOpaque = ();
-
-    fn get_custom_partitioner(&self) -> Option<&ByRow> {
-        Some(&self.partitioner)
-    }
-
-    fn delivery(&self, result: &DeliveryResult<'_>, (): ()) {
-        if let Err((error, message)) = result {
-            self.failed
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .get_or_insert_with(|| (message.topic().to_owned(), error.clone()));
-        }
-    }
-}
-
-/// A producer that has fenced every one before it.
+/// The one writer of a pipeline's log.
 pub struct KafkaSink {
-    producer: BaseProducer<Deliveries, ByRow>,
-    servers: String,
+    producer: TransactionalProducer,
     checkpoint_topic: String,
     checkpoint_key: String,
     schemas_topic: String,
@@ -114,36 +66,14 @@ impl KafkaSink {
     /// # Errors
     /// When Kafka does not answer in time.
     pub fn open(config: &CaptureConfig) -> Result<Self, SinkError> {
-        let servers = config.kafka.bootstrap_servers.join(",");
         let (namespace, name) = (&config.pipeline.namespace, &config.pipeline.name);
         let checkpoint_key = checkpoint_key(namespace, name, &config.source.slot_name);
-        let failed = |error: KafkaError| super::topics::unreachable(&servers, &error);
-        let producer: BaseProducer<Deliveries, ByRow> = settings(&config.kafka.cluster())?
-            .set("transactional.id", &checkpoint_key)
-            .set("transaction.timeout.ms", TRANSACTION_TIMEOUT.as_millis().to_string())
-            .set("message.timeout.ms", DELIVERY_DEADLINE.as_millis().to_string())
-            .set("acks", "all")
-            .set("enable.idempotence", "true")
-            .set("compression.type", "lz4")
-            .set("linger.ms", "0")
-            // TRANSACTION_BYTES bounds what is queued. This would refuse one record that is larger, for ever.
-            .set("queue.buffering.max.kbytes", "1048576")
-            // The topic decides what is too large; this only lets it.
-            .set("message.max.bytes", "100000000")
-            .set("batch.size", "1000000")
-            .set("socket.nagle.disable", "true")
-            .create_with_context(Deliveries {
-                partitioner: ByRow {
-                    schemas: matches!(config.format, Format::DebeziumJson { schemas: true, .. }),
-                },
-                failed: Mutex::default(),
-                hearing: Hearing::default(),
-            })
-            .map_err(failed)?;
-        producer.init_transactions(INIT_DEADLINE).map_err(failed)?;
+        let partitioner = ByRow {
+            schemas: matches!(config.format, Format::DebeziumJson { schemas: true, .. }),
+        };
+        let producer = TransactionalProducer::open(&config.kafka.cluster(), &checkpoint_key, partitioner)?;
         Ok(Self {
             producer,
-            servers,
             checkpoint_topic: checkpoint_topic(namespace, name),
             checkpoint_key,
             schemas_topic: schemas_topic(namespace, name),
@@ -168,7 +98,7 @@ impl KafkaSink {
     /// # Errors
     /// When the transaction does not succeed, or may not have.
     pub fn commit_batch(&self, batch: &Batch, checkpoint: &Checkpoint) -> Result<(), SinkError> {
-        let deadline = self.begin()?;
+        let deadline = self.producer.begin()?;
         for record in batch.records() {
             self.produce(batch, record, deadline)?;
         }
@@ -191,27 +121,16 @@ impl KafkaSink {
         }
     }
 
-    /// Begins a transaction. Returns when it has to be over.
-    fn begin(&self) -> Result<Instant, SinkError> {
-        // The broker's clock for it starts later, with the first record.
-        let deadline = Instant::now() + TRANSACTION_DEADLINE;
-        self.producer.begin_transaction().map_err(|error| self.failed(&error))?;
-        Ok(deadline)
-    }
-
     fn commit(&self, checkpoint: &Checkpoint, deadline: Instant) -> Result<(), SinkError> {
         let value = serde_json::to_vec(checkpoint).map_err(|error| SinkError::KafkaTransaction(error.to_string()))?;
-        self.send(
+        self.producer.send(
             BaseRecord::to(&self.checkpoint_topic)
                 .partition(0)
                 .key(self.checkpoint_key.as_bytes())
                 .payload(&value),
             deadline,
         )?;
-        self.wait_for_deliveries(deadline)?;
-        self.producer
-            .commit_transaction(deadline.saturating_duration_since(Instant::now()))
-            .map_err(|error| self.failed(&error))
+        self.producer.commit(deadline)
     }
 
     /// Queues what is kept of tables.
@@ -224,7 +143,7 @@ impl KafkaSink {
             if let Some(value) = &value {
                 record = record.payload(&value[..]);
             }
-            self.send(record, deadline)?;
+            self.producer.send(record, deadline)?;
         }
         Ok(())
     }
@@ -265,85 +184,7 @@ impl KafkaSink {
             // A record without a key keeps its order only in a partition that is always the same.
             None => base.partition(0),
         };
-        self.send(base, deadline)
-    }
-
-    /// Queues a record, and waits while the client's own queue is full.
-    fn send(&self, mut record: BaseRecord<'_, [u8], [u8]>, deadline: Instant) -> Result<(), SinkError> {
-        loop {
-            match self.producer.send(record) {
-                Ok(()) => return Ok(()),
-                Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), returned))
-                    if Instant::now() < deadline =>
-                {
-                    record = returned;
-                    self.producer.poll(Duration::from_millis(10));
-                    self.check_deliveries()?;
-                }
-                Err((KafkaError::MessageProduction(RDKafkaErrorCode::MessageSizeTooLarge), returned)) => {
-                    return Err(SinkError::RecordTooLarge {
-                        topic: returned.topic.to_owned(),
-                    });
-                }
-                Err((error, _)) => return Err(self.failed(&error)),
-            }
-        }
-    }
-
-    fn wait_for_deliveries(&self, deadline: Instant) -> Result<(), SinkError> {
-        while self.producer.in_flight_count() > 0 {
-            self.producer.poll(Duration::from_millis(10));
-            self.check_deliveries()?;
-            if Instant::now() > deadline {
-                return Err(SinkError::KafkaUnreachable {
-                    servers: self.servers.clone(),
-                    cause: format!(
-                        "records were not acknowledged within {} s",
-                        TRANSACTION_DEADLINE.as_secs()
-                    ),
-                });
-            }
-        }
-        self.check_deliveries()
-    }
-
-    fn check_deliveries(&self) -> Result<(), SinkError> {
-        let failure = self
-            .producer
-            .context()
-            .failed
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        match failure {
-            None => Ok(()),
-            Some((topic, error)) => Err(match error.rdkafka_error_code() {
-                Some(RDKafkaErrorCode::MessageSizeTooLarge) => SinkError::RecordTooLarge { topic },
-                _ => self.failed(&error),
-            }),
-        }
-    }
-
-    fn failed(&self, error: &KafkaError) -> SinkError {
-        match error.rdkafka_error_code() {
-            Some(
-                RDKafkaErrorCode::Fenced | RDKafkaErrorCode::ProducerFenced | RDKafkaErrorCode::InvalidProducerEpoch,
-            ) => SinkError::Fenced(error.to_string()),
-            Some(RDKafkaErrorCode::TransactionalIdAuthorizationFailed) => SinkError::KafkaForbidden {
-                what: format!("use the transactional id {}", self.checkpoint_key),
-                acl: format!(
-                    "--operation Write --operation Describe --transactional-id {}",
-                    self.checkpoint_key
-                ),
-            },
-            Some(
-                RDKafkaErrorCode::OperationTimedOut
-                | RDKafkaErrorCode::MessageTimedOut
-                | RDKafkaErrorCode::AllBrokersDown
-                | RDKafkaErrorCode::BrokerTransportFailure,
-            ) => super::topics::unreachable(&self.servers, error),
-            _ => SinkError::KafkaTransaction(error.to_string()),
-        }
+        self.producer.send(base, deadline)
     }
 
     /// Publishes batches until there are no more, which is the end of the capture. Blocks.
@@ -388,7 +229,7 @@ impl KafkaSink {
             }
             let acknowledges = safe > checkpoint.acknowledged && last_commit.elapsed() >= ACKNOWLEDGE_INTERVAL;
             if transaction.deadline.is_some() || acknowledges {
-                let deadline = transaction.deadline.map_or_else(|| self.begin(), Ok)?;
+                let deadline = transaction.deadline.map_or_else(|| self.producer.begin(), Ok)?;
                 checkpoint.acknowledged = checkpoint.acknowledged.max(safe);
                 self.commit(&checkpoint, deadline)?;
                 last_commit = Instant::now();
@@ -405,16 +246,7 @@ impl KafkaSink {
 
     /// Without this a pipeline with nothing to publish would not notice that Kafka is down.
     fn require_answer(&self) -> Result<(), SinkError> {
-        let hearing = &self.producer.context().hearing;
-        let serve = |limit: Duration| self.producer.poll(limit);
-        probe(
-            self.producer.client(),
-            hearing,
-            serve,
-            &self.checkpoint_topic,
-            IDLE_DEADLINE,
-        )
-        .map_err(|refusal| SinkError::refused(&self.servers, refusal))
+        self.producer.require_answer(&self.checkpoint_topic, IDLE_DEADLINE)
     }
 
     /// The last acknowledgement, so that a restart has nothing to read again.
@@ -466,7 +298,7 @@ impl Transaction {
     fn begin(&mut self, sink: &KafkaSink) -> Result<Instant, SinkError> {
         match self.deadline {
             Some(deadline) => Ok(deadline),
-            None => Ok(*self.deadline.insert(sink.begin()?)),
+            None => Ok(*self.deadline.insert(sink.producer.begin()?)),
         }
     }
 
@@ -487,14 +319,13 @@ impl Transaction {
             sink.note(&batch.schemas, self.begin(sink)?)?;
         }
         if let Some(heartbeat) = &batch.heartbeat {
-            let deadline = self.deadline.map_or_else(|| sink.begin(), Ok)?;
-            self.deadline = Some(deadline);
+            let deadline = self.begin(sink)?;
             let record = BaseRecord::to(&heartbeat.topic)
                 .partition(0)
                 .timestamp(heartbeat.timestamp_millis)
                 .key(&heartbeat.key[..])
                 .payload(&heartbeat.value[..]);
-            sink.send(record, deadline)?;
+            sink.producer.send(record, deadline)?;
         }
         // They are new: a snapshot's records are in one batch with its state, and only once in all.
         self.events = self.events.saturating_sub(batch.markers as u64);
@@ -503,7 +334,7 @@ impl Transaction {
             self.snapshot.clone_from(&batch.snapshot);
         }
         // Serves delivery reports, which would pile up otherwise.
-        sink.producer.poll(Duration::ZERO);
+        sink.producer.serve();
         self.bytes += batch.size();
         self.batches += 1;
         self.complete = batch.complete.max(self.complete);

@@ -2,7 +2,8 @@
 
 pub mod claims;
 pub mod kafka;
-mod partition;
+pub mod partition;
+pub mod producer;
 pub mod redis;
 pub mod topics;
 

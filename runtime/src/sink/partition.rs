@@ -8,17 +8,28 @@ use crate::encode::debezium_key_payload;
 ///
 /// A key that carries its schema is placed by its payload: the schema changes with the table, by a new default or another label of an
 /// enum, and the row stays the same, and so in its partition and its order.
-pub(super) struct ByRow {
+pub struct ByRow {
     /// The keys carry their schemas.
-    pub(super) schemas: bool,
+    pub schemas: bool,
 }
 
 impl Partitioner for ByRow {
     fn partition(&self, _topic: &str, key: Option<&[u8]>, count: i32, _available: impl Fn(i32) -> bool) -> i32 {
         let key = key.unwrap_or_default();
-        let row = if self.schemas { debezium_key_payload(key) } else { key };
-        (murmur2(row).cast_signed() & i32::MAX) % count.max(1)
+        place(key, self.schemas, count)
     }
+}
+
+/// The partition, of so many, of a key that was written by a pipeline of any format.
+#[must_use]
+pub fn partition_of(key: &[u8], count: i32) -> i32 {
+    // Only a key with its schema begins so: elsewhere a column of this name has a value, and never this object.
+    place(key, key.starts_with(b"{\"schema\":{\"type\":"), count)
+}
+
+fn place(key: &[u8], schemas: bool, count: i32) -> i32 {
+    let row = if schemas { debezium_key_payload(key) } else { key };
+    (murmur2(row).cast_signed() & i32::MAX) % count.max(1)
 }
 
 /// As Kafka's Java client computes it.
@@ -68,6 +79,9 @@ mod tests {
         let with = |schema: &str| format!(r#"{{"schema":{schema},"payload":{payload}}}"#);
         let alone = place(false, payload);
         assert_eq!(place(true, &with(r#"{"default":1}"#)), alone);
+        let told = with(r#"{"type":"struct","fields":[]}"#);
+        assert_eq!(partition_of(told.as_bytes(), 1000), alone);
+        assert_eq!(partition_of(payload.as_bytes(), 1000), alone);
         assert_eq!(place(true, &with(r#"{"default":",\"payload\":"}"#)), alone);
         assert_eq!(
             place(true, payload.replace("payload", "value").as_str()),

@@ -15,7 +15,7 @@ pub mod feed;
 pub mod live;
 mod refill;
 
-use std::{cmp::Ordering, fs, time::Duration};
+use std::{cmp::Ordering, fs, path::Path, time::Duration};
 
 use meander_config::{Durability, RedisSink as Config};
 use redis::{
@@ -40,7 +40,7 @@ const SCRIPT_BYTES: usize = 1024 * 1024;
 const CONFIRM_BYTES: usize = 8 << 20;
 
 /// The value of an entry for a record that has none. No format has a value like it, and consumers of Debezium Server know it.
-const NO_VALUE: &[u8] = b"default";
+pub(crate) const NO_VALUE: &[u8] = b"default";
 
 /// The field of the claim that names the pipeline.
 const CLAIM_FIELD: &str = "pipeline";
@@ -119,7 +119,7 @@ pub fn claim_key(stream_prefix: &str) -> String {
 /// # Errors
 /// When Redis does not answer.
 pub async fn release(config: &Config, pipeline: &str) -> Result<(), SinkError> {
-    let (mut connection, address) = connect(config).await?;
+    let (mut connection, address) = connect(&config.url_file, config.ca_file.as_deref()).await?;
     let claim = claim_key(&config.stream_prefix);
     // Whose it is cannot change between the two commands: what is claimed is nobody else's to take.
     if holder(&mut connection, &claim)
@@ -158,7 +158,7 @@ pub fn entry_id(position: Position, part: u8) -> String {
 impl Writer {
     /// Connects, checks the server, and takes claim and mark for an owner generation. `pipeline` is the key of its checkpoint.
     async fn open(config: &Config, pipeline: &str, generation: u64) -> Result<Self, SinkError> {
-        let (mut connection, address) = connect(config).await?;
+        let (mut connection, address) = connect(&config.url_file, config.ca_file.as_deref()).await?;
         let durable = check_server(&mut connection, config.durability, &address).await?;
         let mut writer = Self {
             connection,
@@ -435,7 +435,7 @@ fn chunk_length(entries: &[Entry<'_>]) -> usize {
     entries.len()
 }
 
-fn texts(answer: &[String]) -> Vec<&str> {
+pub(crate) fn texts(answer: &[String]) -> Vec<&str> {
     answer.iter().map(String::as_str).collect()
 }
 
@@ -453,9 +453,13 @@ fn said(position: Option<Position>) -> String {
     position.map_or("nothing".to_owned(), |position| position.to_string())
 }
 
-async fn connect(config: &Config) -> Result<(MultiplexedConnection, String), SinkError> {
+/// Connects to the server of the URL in a file.
+pub(crate) async fn connect(
+    url_file: &Path,
+    ca_file: Option<&Path>,
+) -> Result<(MultiplexedConnection, String), SinkError> {
     let invalid = |error: &dyn std::fmt::Display| SinkError::RedisUrl(error.to_string());
-    let url = fs::read_to_string(&config.url_file).map_err(|error| invalid(&error))?;
+    let url = fs::read_to_string(url_file).map_err(|error| invalid(&error))?;
     // Errors of the URL are said by their kind only: the URL holds the password.
     let unusable = |error: RedisError| invalid(&error.category());
     let url = url.trim();
@@ -463,10 +467,10 @@ async fn connect(config: &Config) -> Result<(MultiplexedConnection, String), Sin
         // Never what the machine happens to trust.
         let certificates = TlsCertificates {
             client_tls: None,
-            root_cert: Some(authorities(config.ca_file.as_deref()).map_err(|error| invalid(&error))?),
+            root_cert: Some(authorities(ca_file).map_err(|error| invalid(&error))?),
         };
         Client::build_with_tls(url, certificates).map_err(unusable)?
-    } else if config.ca_file.is_some() {
+    } else if ca_file.is_some() {
         return Err(invalid(
             &"it starts with redis:// and caSecretRef asks for TLS; write rediss://",
         ));
@@ -487,7 +491,8 @@ async fn connect(config: &Config) -> Result<(MultiplexedConnection, String), Sin
     Ok((connection, address))
 }
 
-async fn check_server(
+/// Finds out whether entries stay there.
+pub(crate) async fn check_server(
     connection: &mut MultiplexedConnection,
     durability: Durability,
     address: &str,
@@ -516,7 +521,7 @@ async fn check_server(
     Durable::on(connection, durability, value, address).await
 }
 
-fn failed(address: &str, error: &RedisError) -> SinkError {
+pub(crate) fn failed(address: &str, error: &RedisError) -> SinkError {
     let text = error.to_string();
     if error.code() == Some("OOM") || text.contains("OOM command not allowed") {
         return SinkError::RedisFull(address.to_owned());

@@ -273,6 +273,7 @@ mod tests {
             offset: 5,
             key: Bytes::new(),
             value: change.encode_to_vec().into(),
+            headers: Vec::new(),
             passed: Passed::default(),
         }
     }

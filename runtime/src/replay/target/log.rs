@@ -261,6 +261,7 @@ mod tests {
             key: bytes::Bytes::new(),
             value,
             passed: Passed::default(),
+            headers: Vec::new(),
         }
     }
 

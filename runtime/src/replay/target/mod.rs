@@ -4,8 +4,11 @@
 pub mod dry_run;
 pub mod grpc_call;
 pub mod grpc_serve;
+pub mod kafka;
 pub mod log;
+mod marks;
 pub mod postgres;
+pub mod redis;
 
 use std::{future::Future, time::Duration};
 
@@ -19,7 +22,7 @@ use super::{
     range::Range,
     record::{Passed, Record, ResumeToken},
 };
-use crate::{sink::SinkError, source::postgres::preflight::SourceError};
+use crate::{checkpoint::TailError, sink::SinkError, source::postgres::preflight::SourceError};
 
 /// Takes batches until there are no more.
 pub trait Target: Send + 'static {
@@ -51,6 +54,11 @@ pub trait Resumable: Target + Sized {
     fn rest(&self) -> Option<Range> {
         None
     }
+}
+
+/// Names a job where it is kept how far it is, and on what it wrote. The UID tells it from an earlier one of its name.
+fn job_id(job: &ResourceIdentity) -> String {
+    format!("{}/{}/{}", job.namespace, job.name, job.uid)
 }
 
 /// Records in commit order that are handed over together; at least one.
@@ -170,9 +178,47 @@ pub enum TargetError {
     /// The target database cannot be signed in to.
     #[error("the target: {0}")]
     Database(#[from] SourceError),
-    /// The target database failed in a way that passes.
-    #[error("the target database: {0}; check that it runs, has room and can be written to")]
+    /// The target failed in a way that passes.
+    #[error("the target: {0}; check that it runs, has room and can be written to")]
     Disturbed(String),
+    /// What is wrong with a target that a pipeline can publish to as well.
+    #[error("the target: {}", said_of_target(.0))]
+    Sink(SinkError),
+    /// A pipeline publishes where the replay would write.
+    #[error(
+        "the target's topicPrefix {prefix:?} is not free: pipeline {owner} publishes under {taken:?}, where positions only rise, and what is \
+         replayed would be taken for history; replay under another topicPrefix"
+    )]
+    TopicsAreLive {
+        /// The prefix.
+        prefix: String,
+        /// That of the pipeline.
+        taken: String,
+        /// `namespace/name/slot` of the pipeline.
+        owner: String,
+    },
+    /// A pipeline publishes to the streams that the replay would write.
+    #[error(
+        "the target's streamPrefix {prefix:?} is not free: pipeline {owner} publishes under {taken:?}, and what is replayed would be taken for news; replay \
+         under another streamPrefix"
+    )]
+    StreamsAreLive {
+        /// The prefix.
+        prefix: String,
+        /// That of the pipeline.
+        taken: String,
+        /// `namespace/name/slot` of the pipeline.
+        owner: String,
+    },
+    /// A stream is somebody else's.
+    #[error(
+        "stream {stream:?} of the target was there before this replay; replay under another streamPrefix, or, if nobody needs it any more, delete \
+         it: DEL {stream}"
+    )]
+    StreamExists {
+        /// Its name.
+        stream: String,
+    },
     /// Somebody else delivers the same replay.
     #[error("another process goes on with this replay, so this one stops")]
     TakenOver,
@@ -198,7 +244,7 @@ pub enum TargetError {
     },
     /// Kafka does not admit this replay.
     #[error(transparent)]
-    NotAdmitted(#[from] SinkError),
+    NotAdmitted(SinkError),
     /// What an earlier process left cannot be read.
     #[error("the place to go on from, in {place}, cannot be read: {cause}; delete it to replay from the beginning")]
     CheckpointUnreadable {
@@ -305,6 +351,23 @@ pub enum TargetError {
     Output(#[source] std::io::Error),
 }
 
+impl From<SinkError> for TargetError {
+    fn from(error: SinkError) -> Self {
+        match error {
+            SinkError::Fenced(_) => Self::TakenOver,
+            error => Self::Sink(error),
+        }
+    }
+}
+
+/// The fields of a target have the names of those of a sink.
+fn said_of_target(error: &SinkError) -> String {
+    error
+        .to_string()
+        .replace("sinks.", "target.")
+        .replace("this pipeline", "this replay")
+}
+
 impl TargetError {
     /// Whether the same target would fail in the same way again.
     #[must_use]
@@ -316,6 +379,9 @@ impl TargetError {
             | Self::Undecodable { .. }
             | Self::CheckpointUnreadable { .. }
             | Self::GroupForbidden { .. }
+            | Self::TopicsAreLive { .. }
+            | Self::StreamsAreLive { .. }
+            | Self::StreamExists { .. }
             | Self::NoPlace { .. }
             | Self::NoTable { .. }
             | Self::TableNotWritable { .. }
@@ -325,6 +391,15 @@ impl TargetError {
             | Self::NoUniqueIndex { .. }
             | Self::Refused { .. }
             | Self::NotExact { .. } => true,
+            Self::Sink(error) => matches!(
+                error,
+                SinkError::Topic { .. }
+                    | SinkError::RecordTooLarge { .. }
+                    | SinkError::RedisEvicts { .. }
+                    | SinkError::RedisCluster(_)
+                    | SinkError::ForeignWriter { .. }
+                    | SinkError::RedisStreamLost { .. }
+            ),
             Self::ReceiverUnreachable { .. }
             | Self::ReceiverSilent { .. }
             | Self::SubscriberGone
@@ -354,6 +429,10 @@ impl TargetError {
             Self::PlaceNotKept { .. } => "PlaceNotKept",
             Self::GroupForbidden { .. } => "KafkaNotAuthorized",
             Self::NotAdmitted(error) => error.reason(),
+            Self::Sink(error) => error.reason(),
+            Self::TopicsAreLive { .. } => "TopicPrefixTaken",
+            Self::StreamsAreLive { .. } => "StreamPrefixTaken",
+            Self::StreamExists { .. } => "StreamExists",
             Self::CheckpointUnreadable { .. } => "CheckpointUnreadable",
             Self::NoPlace { .. } => "NoPlace",
             Self::NoTable { .. } => "NoTable",
@@ -376,6 +455,12 @@ impl TargetError {
             Self::Disturbed(_)
                 | Self::PlaceNotKept { .. }
                 | Self::Database(SourceError::Unreachable { .. } | SourceError::NoFreeConnection(_))
+                | Self::Sink(
+                    SinkError::Redis { .. }
+                        | SinkError::KafkaUnreachable { .. }
+                        | SinkError::KafkaTransaction(_)
+                        | SinkError::Checkpoint(TailError::Unreadable { .. })
+                )
         )
     }
 }

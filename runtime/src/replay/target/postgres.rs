@@ -30,7 +30,7 @@ use self::{
     rows::TextArray,
     table::{LookUp, Shape, Table, Verb, quoted},
 };
-use super::{Batch, Mark, Resumable, Tally, Target, TargetError};
+use super::{Batch, Mark, Resumable, Tally, Target, TargetError, job_id};
 use crate::{
     replay::{
         checkpoint::{Checkpoint, Done},
@@ -151,8 +151,7 @@ impl Resumable for Postgres {
             )
             .await
             .map_err(failed)?;
-        // The UID tells a job from an earlier one of its name.
-        let job = format!("{}/{}/{}", job.namespace, job.name, job.uid);
+        let job = job_id(job);
         let checkpoint = match client.query_opt(LOAD, &[&job]).await.map_err(failed)? {
             None => None,
             Some(row) => Some(

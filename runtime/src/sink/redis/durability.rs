@@ -14,7 +14,7 @@ const DEADLINE: Duration = Duration::from_secs(5);
 
 /// How it is made sure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Durable {
+pub(crate) enum Durable {
     /// The answer to a write says it.
     OnAnswer,
     /// The server is asked to wait for its disk.

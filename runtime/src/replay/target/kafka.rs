@@ -1,0 +1,289 @@
+//! Writes the records into topics beside the log, each exactly once.
+//!
+//! How far the replay is stands in a topic of its own, and moves in the same Kafka transaction as the records. It is in the target's
+//! cluster and not in the consumer group of whoever reads: source and target can be two clusters, and no transaction spans both. A producer
+//! that signs on fences the one before it and settles its transaction; only then the place is read. So after a crash nothing is missing
+//! and nothing is there twice, and of two that deliver the same replay, one stops.
+//!
+//! A topic that a pipeline publishes to is never written: whoever reads a log finds places in it by positions and timestamps that only rise.
+
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use meander_config::{KafkaCluster, KafkaSink, ResourceIdentity, TopicManagement};
+use rdkafka::{Message as _, producer::BaseRecord};
+use serde::{Deserialize, Serialize};
+use tokio::{
+    runtime::Handle,
+    sync::mpsc::{self, error::TryRecvError},
+    task::spawn_blocking,
+};
+
+use super::{Batch, Mark, Resumable, Tally, Target, TargetError, job_id, marks};
+use crate::{
+    checkpoint::Tail,
+    kafka_client::require_admission,
+    log::{replay_topic, stream_of_topic},
+    replay::{
+        checkpoint::{Checkpoint, Done},
+        range::Range,
+        record::{Record, ResumeToken},
+    },
+    sink::{
+        SinkError, claims,
+        partition::{ByRow, partition_of},
+        producer::{PAUSE_AFTER_COMMIT, TransactionalProducer},
+        topics::Topics,
+    },
+};
+
+/// A transaction is committed when it holds this much, or when nothing more is waiting.
+const TRANSACTION_BYTES: usize = 8 << 20;
+/// How long Kafka may take to tell the place.
+const READ_DEADLINE: Duration = Duration::from_secs(15);
+
+/// Where the records go.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The cluster, the prefix of the topics, and how they are made.
+    pub cluster: KafkaSink,
+    /// The prefix of the topics that are replayed.
+    pub log_prefix: String,
+}
+
+/// A producer that has fenced every one of this replay before it, and how far the replay is.
+pub struct Kafka {
+    producer: TransactionalProducer,
+    topics: Topics,
+    settings: Settings,
+    place_topic: String,
+    job: String,
+    attempt: u32,
+    done: Option<Done>,
+    /// The range, as JSON, until it is written with the first records.
+    range: Option<Vec<u8>>,
+    /// The topic of each topic of the log that was met, which is there and fits.
+    ensured: HashMap<Arc<str>, String>,
+}
+
+/// How far a replay is, as JSON under its name. Its range, which stays as it is, is under [`range_key`].
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Place {
+    /// How many times it has begun or gone on.
+    attempt: u32,
+    /// The last record; none before the first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    resume: Option<String>,
+    delivered: u64,
+    /// Records that the filter left out.
+    filtered: u64,
+    first_time: i64,
+}
+
+impl Resumable for Kafka {
+    type Settings = Settings;
+
+    async fn open(settings: &Settings, job: &ResourceIdentity) -> Result<(Self, Option<Checkpoint>), TargetError> {
+        let mut settings = settings.clone();
+        let config = &mut settings.cluster;
+        if config.topic_management == TopicManagement::Managed {
+            // Records keep their timestamps, so that Kafka would delete old ones as soon as they are written.
+            let retention = config.topic_config.entry("retention.ms".to_owned());
+            retention.or_insert_with(|| "-1".to_owned());
+        }
+        let place_topic = replay_topic(&job.namespace, &job.name);
+        blocking({
+            let (cluster, prefix, topic) = (config.cluster(), config.topic_prefix.clone(), place_topic.clone());
+            move || require_no_pipeline(&cluster, prefix, &topic)
+        })
+        .await?;
+        let mut topics = Topics::new(config)?;
+        topics.ensure_compacted(&place_topic).await?;
+        let id = format!("meander-replay.{}.{}", job.namespace, job.name);
+        let job = job_id(job);
+        blocking(move || {
+            let cluster = settings.cluster.cluster();
+            let producer = TransactionalProducer::open(&cluster, &id, ByRow { schemas: false })?;
+            let (place, checkpoint) = read_place(&cluster, &place_topic, &job)?;
+            let kafka = Self {
+                producer,
+                topics,
+                settings,
+                place_topic,
+                job,
+                attempt: place.attempt + 1,
+                done: checkpoint.as_ref().and_then(|checkpoint| checkpoint.done),
+                range: None,
+                ensured: HashMap::new(),
+            };
+            if checkpoint.is_some() {
+                let deadline = kafka.producer.begin()?;
+                kafka.commit(deadline)?;
+            }
+            Ok((kafka, checkpoint))
+        })
+        .await
+    }
+
+    async fn begin(&mut self, range: &Range) -> Result<(), TargetError> {
+        // Whoever comes before there is a record finds nothing that was delivered, and resolves it anew.
+        self.range = Some(json(range)?);
+        Ok(())
+    }
+}
+
+impl Target for Kafka {
+    async fn run(self, batches: mpsc::Receiver<Batch>, tally: Tally) -> Result<(), TargetError> {
+        tally.open();
+        let runtime = Handle::current();
+        blocking(move || self.deliver(&runtime, batches, &tally)).await
+    }
+}
+
+impl Kafka {
+    /// Writes batches until there are no more.
+    fn deliver(
+        mut self,
+        runtime: &Handle,
+        mut batches: mpsc::Receiver<Batch>,
+        tally: &Tally,
+    ) -> Result<(), TargetError> {
+        let mut last_commit: Option<Instant> = None;
+        while let Some(batch) = batches.blocking_recv() {
+            // Work gathers meanwhile, so this costs no throughput.
+            let since = last_commit.map_or(PAUSE_AFTER_COMMIT, |at| at.elapsed());
+            thread::sleep(PAUSE_AFTER_COMMIT.saturating_sub(since));
+            let deadline = self.producer.begin()?;
+            let mut marks = Vec::new();
+            let mut bytes = self.take(runtime, &batch, deadline)?;
+            marks.push(batch.mark);
+            while bytes < TRANSACTION_BYTES {
+                let batch = match batches.try_recv() {
+                    Ok(batch) => batch,
+                    Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
+                };
+                bytes += self.take(runtime, &batch, deadline)?;
+                marks.push(batch.mark);
+            }
+            self.done = marks.iter().fold(self.done, |done, mark| Some(Done::and(done, mark)));
+            self.commit(deadline)?;
+            self.range = None;
+            last_commit = Some(Instant::now());
+            marks.iter().for_each(|mark: &Mark| tally.credit(mark));
+        }
+        Ok(())
+    }
+
+    /// Queues the records of a batch. Returns how many bytes they are.
+    fn take(&mut self, runtime: &Handle, batch: &Batch, deadline: Instant) -> Result<usize, TargetError> {
+        for record in &batch.records {
+            if !self.ensured.contains_key(&record.topic) {
+                let (cluster, from) = (&self.settings.cluster, &self.settings.log_prefix);
+                let topic = stream_of_topic(&record.topic, from, &cluster.topic_prefix).unwrap_or_default();
+                runtime.block_on(self.topics.ensure_data(&topic, &record.topic))?;
+                self.ensured.insert(Arc::clone(&record.topic), topic);
+            }
+            self.produce(&self.ensured[&record.topic], record, deadline)?;
+        }
+        self.producer.serve();
+        Ok(batch.records.iter().map(Record::size).sum())
+    }
+
+    fn produce(&self, topic: &str, record: &Record, deadline: Instant) -> Result<(), SinkError> {
+        let headers = marks::headers(record, &self.job, Some(self.attempt));
+        let mut base = BaseRecord::to(topic).timestamp(record.timestamp).headers(headers);
+        // No format has an empty key or an empty value. A record without a key is in the first partition, as in the log.
+        if !record.value.is_empty() {
+            base = base.payload(&record.value[..]);
+        }
+        let base = if record.key.is_empty() {
+            base.partition(0)
+        } else {
+            let partition = partition_of(&record.key, self.settings.cluster.partitions);
+            base.key(&record.key[..]).partition(partition)
+        };
+        self.producer.send(base, deadline)
+    }
+
+    /// Commits the transaction with the place after it.
+    fn commit(&self, deadline: Instant) -> Result<(), TargetError> {
+        let note = |key: &str, value: &[u8]| {
+            let record = BaseRecord::to(&self.place_topic).partition(0).key(key.as_bytes());
+            self.producer.send(record.payload(value), deadline)
+        };
+        if let Some(range) = &self.range {
+            note(&range_key(&self.job), range)?;
+        }
+        let place = json(&Place {
+            attempt: self.attempt,
+            resume: self.done.map(|done| done.resume.to_string()),
+            delivered: self.done.map_or(0, |done| done.delivered),
+            filtered: self.done.map_or(0, |done| done.filtered),
+            first_time: self.done.map_or(0, |done| done.first_time),
+        })?;
+        note(&self.job, &place)?;
+        Ok(self.producer.commit(deadline)?)
+    }
+}
+
+/// Key of the range of a replay, beside that of its place.
+fn range_key(job: &str) -> String {
+    format!("{job}/range")
+}
+
+/// No pipeline may publish where the replay writes, nor where its topics would be taken for the pipeline's.
+fn require_no_pipeline(cluster: &KafkaCluster, prefix: String, topic: &str) -> Result<(), TargetError> {
+    require_admission(cluster, topic)?;
+    match claims::holder(cluster, &prefix)? {
+        None => Ok(()),
+        Some((taken, owner)) => Err(TargetError::TopicsAreLive { prefix, taken, owner }),
+    }
+}
+
+/// What an earlier process of the replay left.
+fn read_place(cluster: &KafkaCluster, topic: &str, job: &str) -> Result<(Place, Option<Checkpoint>), TargetError> {
+    let unreadable = |cause: &dyn std::fmt::Display| TargetError::CheckpointUnreadable {
+        place: format!("the topic {topic} of the target, under the key {job:?}"),
+        cause: cause.to_string(),
+    };
+    let tail = Tail::new(cluster, READ_DEADLINE)
+        .map_err(SinkError::Checkpoint)?
+        .waiting();
+    let newest = |key: &str| {
+        tail.find_last(topic, 0, |record| record.key() == Some(key.as_bytes()))
+            .map(|found| found.and_then(|record| record.payload().map(<[u8]>::to_vec)))
+            .map_err(SinkError::Checkpoint)
+    };
+    let Some(place) = newest(job)? else {
+        return Ok((Place::default(), None));
+    };
+    let place: Place = serde_json::from_slice(&place).map_err(|error| unreadable(&error))?;
+    let range = newest(&range_key(job))?.ok_or_else(|| unreadable(&"its range is missing"))?;
+    let range: Range = serde_json::from_slice(&range).map_err(|error| unreadable(&error))?;
+    let resume: Option<ResumeToken> =
+        (place.resume.as_deref().map(str::parse).transpose()).map_err(|error| unreadable(&error))?;
+    let done = resume.map(|resume| Done {
+        resume,
+        delivered: place.delivered,
+        filtered: place.filtered,
+        first_time: place.first_time,
+    });
+    Ok((place, Some(Checkpoint { range, done })))
+}
+
+fn json(value: &impl Serialize) -> Result<Vec<u8>, TargetError> {
+    serde_json::to_vec(value).map_err(|error| SinkError::KafkaTransaction(error.to_string()).into())
+}
+
+/// Does what blocks on a thread of its own.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, TargetError> + Send + 'static,
+) -> Result<T, TargetError> {
+    let done = spawn_blocking(work).await;
+    done.unwrap_or_else(|error| Err(SinkError::KafkaTransaction(error.to_string()).into()))
+}

@@ -1,0 +1,256 @@
+//! Appends the records to streams of the replay's own, each exactly once.
+//!
+//! How far the replay is stands in a hash, the mark, and moves in the script that appends the entries. A script runs as a whole or finds
+//! the mark elsewhere: so what was sent twice is written once, and a process that was taken over writes nothing. Entry ids come from the
+//! coordinates, as in the streams of a pipeline. If Redis loses entries it loses the mark's move with them, and the replay goes on from
+//! there.
+//!
+//! A stream that was there before the replay is never written.
+
+use meander_config::{Durability, RedisStreams, ResourceIdentity};
+use redis::{Script, aio::MultiplexedConnection};
+use tokio::sync::mpsc;
+
+use super::{Batch, Resumable, Tally, Target, TargetError, job_id};
+use crate::{
+    log::stream_of_topic,
+    replay::{
+        checkpoint::{Checkpoint, Done},
+        range::Range,
+        record::{InvalidResumeToken, ResumeToken},
+    },
+    sink::{
+        SinkError,
+        redis::{NO_VALUE, check_server, claim_key, connect, entry_id, failed, texts},
+    },
+};
+
+/// Where the records go.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The server and the prefix of the streams.
+    pub streams: RedisStreams,
+    /// The prefix of the topics that are replayed.
+    pub log_prefix: String,
+}
+
+/// A connection that has the mark, and how far the replay is.
+pub struct Redis {
+    connection: MultiplexedConnection,
+    address: String,
+    append: Script,
+    settings: Settings,
+    job: String,
+    mark: String,
+    attempt: u64,
+    done: Option<Done>,
+    /// The range, as JSON, until it is written with the first records.
+    range: String,
+}
+
+/// Name of the hash that holds how far a replay is. `job` is `namespace/name/UID`.
+#[must_use]
+pub fn replay_mark_key(stream_prefix: &str, job: &str) -> String {
+    format!("{stream_prefix}.meander-replay:{job}")
+}
+
+impl Resumable for Redis {
+    type Settings = Settings;
+
+    async fn open(settings: &Settings, job: &ResourceIdentity) -> Result<(Self, Option<Checkpoint>), TargetError> {
+        let RedisStreams {
+            url_file,
+            ca_file,
+            stream_prefix,
+        } = &settings.streams;
+        let (mut connection, address) = connect(url_file, ca_file.as_deref()).await?;
+        check_server(&mut connection, Durability::None, &address).await?;
+        let job = job_id(job);
+        let mark = replay_mark_key(stream_prefix, &job);
+        let claim = Script::new(include_str!("redis/claim.lua"));
+        let mut call = claim.key(&mark);
+        // The prefix of a pipeline that has a stream ends before a dot of the stream's name.
+        let whole = format!("{stream_prefix}.");
+        let prefixes: Vec<&str> = whole.match_indices('.').map(|(dot, _)| &whole[..dot]).collect();
+        for prefix in &prefixes {
+            call.key(claim_key(prefix));
+        }
+        let answer: Vec<String> = call
+            .invoke_async(&mut connection)
+            .await
+            .map_err(|error| refused(failed(&address, &error)))?;
+        let (attempt, checkpoint) = match texts(&answer)[..] {
+            ["ok", attempt, range, resume, delivered, filtered, first_time] => {
+                let checkpoint = read_checkpoint(range, resume, [delivered, filtered, first_time]);
+                let checkpoint = checkpoint.map_err(|cause| TargetError::CheckpointUnreadable {
+                    place: format!("the hash {mark:?} of Redis"),
+                    cause,
+                })?;
+                (attempt.parse().unwrap_or_default(), checkpoint)
+            }
+            ["claimed", index, owner] => {
+                let taken = index.parse().ok().and_then(|index: usize| prefixes.get(index));
+                return Err(TargetError::StreamsAreLive {
+                    prefix: stream_prefix.clone(),
+                    taken: taken.copied().unwrap_or_default().to_owned(),
+                    owner: owner.to_owned(),
+                });
+            }
+            _ => return Err(confused(&address, &answer)),
+        };
+        let redis = Self {
+            connection,
+            address,
+            append: Script::new(include_str!("redis/append.lua")),
+            settings: settings.clone(),
+            job,
+            mark,
+            attempt,
+            done: checkpoint.as_ref().and_then(|checkpoint| checkpoint.done),
+            range: String::new(),
+        };
+        Ok((redis, checkpoint))
+    }
+
+    async fn begin(&mut self, range: &Range) -> Result<(), TargetError> {
+        // Whoever comes before there is a record finds nothing that was delivered, and resolves it anew.
+        self.range = serde_json::to_string(range).map_err(|error| TargetError::CheckpointUnreadable {
+            place: "this replay".to_owned(),
+            cause: error.to_string(),
+        })?;
+        Ok(())
+    }
+}
+
+fn read_checkpoint(
+    range: &str,
+    resume: &str,
+    [delivered, filtered, first_time]: [&str; 3],
+) -> Result<Option<Checkpoint>, String> {
+    if range.is_empty() {
+        return Ok(None);
+    }
+    let range = serde_json::from_str(range).map_err(|error| error.to_string())?;
+    let resume: ResumeToken = resume.parse().map_err(|error: InvalidResumeToken| error.to_string())?;
+    let number = |name: &str, text: &str| text.parse::<i64>().map_err(|_| format!("{name} is {text:?}"));
+    let done = Done {
+        resume,
+        delivered: number("delivered", delivered)?.unsigned_abs(),
+        filtered: number("filtered", filtered)?.unsigned_abs(),
+        first_time: number("firstTime", first_time)?,
+    };
+    Ok(Some(Checkpoint {
+        range,
+        done: Some(done),
+    }))
+}
+
+impl Target for Redis {
+    async fn run(mut self, mut batches: mpsc::Receiver<Batch>, tally: Tally) -> Result<(), TargetError> {
+        tally.open();
+        while let Some(batch) = batches.recv().await {
+            self.append(&batch).await?;
+            tally.credit(&batch.mark);
+        }
+        Ok(())
+    }
+}
+
+impl Redis {
+    /// Appends a batch, which is small enough for one script, and moves the mark to its end.
+    async fn append(&mut self, batch: &Batch) -> Result<(), TargetError> {
+        let done = Done::and(self.done, &batch.mark);
+        let mut call = self.append.prepare_invoke();
+        call.key(&self.mark)
+            .arg(self.attempt)
+            .arg(token(self.done))
+            .arg(token(Some(done)))
+            .arg(done.delivered)
+            .arg(done.filtered)
+            .arg(done.first_time)
+            .arg(&self.range)
+            .arg(&self.job);
+        let mut topics = Vec::new();
+        for record in &batch.records {
+            let known = topics.iter().position(|topic| *topic == &record.topic);
+            let index = known.unwrap_or_else(|| {
+                topics.push(&record.topic);
+                let (log, prefix) = (&self.settings.log_prefix, &self.settings.streams.stream_prefix);
+                call.key(stream_of_topic(&record.topic, log, prefix).unwrap_or_default());
+                topics.len() - 1
+            });
+            let coordinate = record.coordinate;
+            let part = u8::try_from(coordinate.part).map_err(|error| TargetError::Undecodable {
+                topic: record.topic.to_string(),
+                partition: record.partition,
+                offset: record.offset,
+                cause: error.to_string(),
+            })?;
+            // No format has an empty value.
+            let value = if record.value.is_empty() {
+                NO_VALUE
+            } else {
+                &record.value
+            };
+            // Lua counts from 1, and the mark is the first key.
+            call.arg(index + 2)
+                .arg(entry_id(coordinate.position, part))
+                .arg(coordinate.position.to_string())
+                .arg(&record.key[..])
+                .arg(value)
+                .arg(&*record.topic)
+                .arg(record.partition)
+                .arg(record.offset);
+        }
+        let answer: Vec<String> = call
+            .invoke_async(&mut self.connection)
+            .await
+            .map_err(|error| refused(failed(&self.address, &error)))?;
+        match texts(&answer)[..] {
+            ["ok"] => {
+                self.done = Some(done);
+                self.range = String::new();
+                Ok(())
+            }
+            ["mark", attempt, _] if attempt.parse::<u64>().is_ok_and(|attempt| attempt > self.attempt) => {
+                Err(TargetError::TakenOver)
+            }
+            ["mark", ..] => Err(TargetError::Disturbed(format!(
+                "Redis at {} was set back to an earlier state",
+                self.address
+            ))),
+            ["foreign", stream, _, ""] => Err(TargetError::StreamExists {
+                stream: stream.to_owned(),
+            }),
+            ["foreign", stream, id, ours] => Err(TargetError::Sink(SinkError::ForeignWriter {
+                stream: stream.to_owned(),
+                id: id.to_owned(),
+                remedy: format!("delete what others wrote (XDEL) and set it back: XSETID {stream} {ours}"),
+            })),
+            ["lost", stream] => Err(TargetError::Sink(SinkError::RedisStreamLost {
+                stream: stream.to_owned(),
+                mark: self.mark.clone(),
+            })),
+            _ => Err(confused(&self.address, &answer)),
+        }
+    }
+}
+
+fn token(done: Option<Done>) -> String {
+    done.map(|done| done.resume.to_string()).unwrap_or_default()
+}
+
+fn confused(address: &str, answer: &[String]) -> TargetError {
+    TargetError::Sink(SinkError::Redis {
+        address: address.to_owned(),
+        cause: format!("unexpected answer {answer:?}"),
+    })
+}
+
+/// A target keeps every entry, so it has another remedy than a sink.
+fn refused(error: SinkError) -> TargetError {
+    match error {
+        SinkError::RedisFull(address) => TargetError::Disturbed(format!("Redis at {address} is out of memory")),
+        error => error.into(),
+    }
+}

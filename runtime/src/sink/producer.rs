@@ -1,0 +1,229 @@
+//! A producer of Kafka transactions.
+//!
+//! Everything here blocks. Invariants:
+//! - nothing is in flight when a commit is called: a commit with deliveries in flight stalls for 100 ms;
+//! - after any error the producer is dropped and never used again: the next one fences it, and what was written in the same transaction as
+//!   the records tells what became of them.
+
+use std::{
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use meander_config::KafkaCluster;
+use rdkafka::{
+    ClientContext, Message as _,
+    error::{KafkaError, RDKafkaErrorCode},
+    message::DeliveryResult,
+    producer::{BaseProducer, BaseRecord, Producer as _, ProducerContext},
+};
+
+use crate::{
+    kafka_client::{Hearing, probe, settings},
+    sink::{SinkError, partition::ByRow, topics::unreachable},
+};
+
+/// How long signing on as the producer may take: the broker answers only when the transaction of the producer before is settled.
+const INIT_DEADLINE: Duration = Duration::from_secs(30);
+/// How long a record may take to be delivered.
+const DELIVERY_DEADLINE: Duration = Duration::from_secs(30);
+/// How long a transaction may take, from its begin to the answer to its commit.
+const TRANSACTION_DEADLINE: Duration = Duration::from_secs(45);
+/// The broker aborts a transaction that is open for longer, and then refuses its producer as it refuses one that another runtime has
+/// fenced. So it is longer than [`TRANSACTION_DEADLINE`].
+const TRANSACTION_TIMEOUT: Duration = Duration::from_secs(60);
+/// A transaction that begins sooner after a commit is told CONCURRENT_TRANSACTIONS, and the client waits 20 ms: the coordinator is
+/// still writing the markers of the one before.
+pub const PAUSE_AFTER_COMMIT: Duration = Duration::from_millis(3);
+
+/// The first delivery that failed since the producer was made, and what else it has heard.
+struct Deliveries {
+    partitioner: ByRow,
+    failed: Mutex<Option<(String, KafkaError)>>,
+    hearing: Hearing,
+}
+
+impl ClientContext for Deliveries {
+    fn error(&self, error: KafkaError, reason: &str) {
+        self.hearing.error(error, reason);
+    }
+}
+
+impl ProducerContext<ByRow> for Deliveries {
+    type DeliveryOpaque = ();
+
+    fn get_custom_partitioner(&self) -> Option<&ByRow> {
+        Some(&self.partitioner)
+    }
+
+    fn delivery(&self, result: &DeliveryResult<'_>, (): ()) {
+        if let Err((error, message)) = result {
+            self.failed
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .get_or_insert_with(|| (message.topic().to_owned(), error.clone()));
+        }
+    }
+}
+
+/// A producer that has fenced every one of its transactional id before it.
+pub struct TransactionalProducer {
+    producer: BaseProducer<Deliveries, ByRow>,
+    servers: String,
+    id: String,
+}
+
+impl TransactionalProducer {
+    /// Signs on. From here on no producer of this id that was made earlier can commit anything.
+    ///
+    /// # Errors
+    /// When Kafka does not answer in time.
+    pub fn open(cluster: &KafkaCluster, id: &str, partitioner: ByRow) -> Result<Self, SinkError> {
+        let servers = cluster.bootstrap_servers.join(",");
+        let failed = |error: KafkaError| unreachable(&servers, &error);
+        let producer: BaseProducer<Deliveries, ByRow> = settings(cluster)?
+            .set("transactional.id", id)
+            .set("transaction.timeout.ms", TRANSACTION_TIMEOUT.as_millis().to_string())
+            .set("message.timeout.ms", DELIVERY_DEADLINE.as_millis().to_string())
+            .set("acks", "all")
+            .set("enable.idempotence", "true")
+            .set("compression.type", "lz4")
+            .set("linger.ms", "0")
+            // Whoever writes bounds what is queued. This would refuse one record that is larger, for ever.
+            .set("queue.buffering.max.kbytes", "1048576")
+            // The topic decides what is too large; this only lets it.
+            .set("message.max.bytes", "100000000")
+            .set("batch.size", "1000000")
+            .set("socket.nagle.disable", "true")
+            .create_with_context(Deliveries {
+                partitioner,
+                failed: Mutex::default(),
+                hearing: Hearing::default(),
+            })
+            .map_err(failed)?;
+        producer.init_transactions(INIT_DEADLINE).map_err(failed)?;
+        Ok(Self {
+            producer,
+            servers,
+            id: id.to_owned(),
+        })
+    }
+
+    /// Begins a transaction. Returns when it has to be over.
+    ///
+    /// # Errors
+    /// When the producer cannot be used any more.
+    pub fn begin(&self) -> Result<Instant, SinkError> {
+        // The broker's clock for it starts later, with the first record.
+        let deadline = Instant::now() + TRANSACTION_DEADLINE;
+        self.producer.begin_transaction().map_err(|error| self.failed(&error))?;
+        Ok(deadline)
+    }
+
+    /// Commits the transaction, which must not be empty.
+    ///
+    /// # Errors
+    /// When it does not succeed, or may not have.
+    pub fn commit(&self, deadline: Instant) -> Result<(), SinkError> {
+        self.wait_for_deliveries(deadline)?;
+        self.producer
+            .commit_transaction(deadline.saturating_duration_since(Instant::now()))
+            .map_err(|error| self.failed(&error))
+    }
+
+    /// Serves delivery reports, which would pile up otherwise.
+    pub fn serve(&self) {
+        self.producer.poll(Duration::ZERO);
+    }
+
+    /// Finds out whether the brokers are still there, by asking for a topic.
+    ///
+    /// # Errors
+    /// When they refuse, or none answers in time.
+    pub fn require_answer(&self, topic: &str, limit: Duration) -> Result<(), SinkError> {
+        let hearing = &self.producer.context().hearing;
+        let serve = |limit: Duration| {
+            self.producer.poll(limit);
+        };
+        probe(self.producer.client(), hearing, serve, topic, limit)
+            .map_err(|refusal| SinkError::refused(&self.servers, refusal))
+    }
+
+    /// Queues a record, and waits while the client's own queue is full.
+    ///
+    /// # Errors
+    /// When it is too large, or a delivery before it failed.
+    pub fn send(&self, mut record: BaseRecord<'_, [u8], [u8]>, deadline: Instant) -> Result<(), SinkError> {
+        loop {
+            match self.producer.send(record) {
+                Ok(()) => return Ok(()),
+                Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), returned))
+                    if Instant::now() < deadline =>
+                {
+                    record = returned;
+                    self.producer.poll(Duration::from_millis(10));
+                    self.check_deliveries()?;
+                }
+                Err((KafkaError::MessageProduction(RDKafkaErrorCode::MessageSizeTooLarge), returned)) => {
+                    return Err(SinkError::RecordTooLarge {
+                        topic: returned.topic.to_owned(),
+                    });
+                }
+                Err((error, _)) => return Err(self.failed(&error)),
+            }
+        }
+    }
+
+    fn wait_for_deliveries(&self, deadline: Instant) -> Result<(), SinkError> {
+        while self.producer.in_flight_count() > 0 {
+            self.producer.poll(Duration::from_millis(10));
+            self.check_deliveries()?;
+            if Instant::now() > deadline {
+                return Err(SinkError::KafkaUnreachable {
+                    servers: self.servers.clone(),
+                    cause: format!(
+                        "records were not acknowledged within {} s",
+                        TRANSACTION_DEADLINE.as_secs()
+                    ),
+                });
+            }
+        }
+        self.check_deliveries()
+    }
+
+    fn check_deliveries(&self) -> Result<(), SinkError> {
+        let failure = self
+            .producer
+            .context()
+            .failed
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        match failure {
+            None => Ok(()),
+            Some((topic, error)) => Err(match error.rdkafka_error_code() {
+                Some(RDKafkaErrorCode::MessageSizeTooLarge) => SinkError::RecordTooLarge { topic },
+                _ => self.failed(&error),
+            }),
+        }
+    }
+
+    fn failed(&self, error: &KafkaError) -> SinkError {
+        match error.rdkafka_error_code() {
+            Some(
+                RDKafkaErrorCode::Fenced | RDKafkaErrorCode::ProducerFenced | RDKafkaErrorCode::InvalidProducerEpoch,
+            ) => SinkError::Fenced(error.to_string()),
+            Some(RDKafkaErrorCode::TransactionalIdAuthorizationFailed) => SinkError::KafkaForbidden {
+                what: format!("use the transactional id {}", self.id),
+                acl: format!("--operation Write --operation Describe --transactional-id {}", self.id),
+            },
+            Some(
+                RDKafkaErrorCode::OperationTimedOut
+                | RDKafkaErrorCode::MessageTimedOut
+                | RDKafkaErrorCode::AllBrokersDown
+                | RDKafkaErrorCode::BrokerTransportFailure,
+            ) => unreachable(&self.servers, error),
+            _ => SinkError::KafkaTransaction(error.to_string()),
+        }
+    }
+}
