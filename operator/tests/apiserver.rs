@@ -851,6 +851,7 @@ async fn every_example_is_accepted_and_gets_its_defaults() {
         "replayjob.yaml",
         "replayjob-log.yaml",
         "replayjob-serve.yaml",
+        "replayjob-live.yaml",
         "replayjob-postgres.yaml",
         "replayjob-dry-run.yaml",
         "replayjob-kafka.yaml",
