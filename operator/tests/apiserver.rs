@@ -194,6 +194,28 @@ impl Cluster {
             .unwrap();
     }
 
+    /// Plays the Job controller: the pod is that of the Job.
+    async fn give_to(&self, job: &str, pod: &str) {
+        let job = self.api::<Job>().get(job).await.unwrap();
+        let owned = json!({"metadata": {"ownerReferences": [job.owner_ref(&()).unwrap()]}});
+        self.api::<Pod>()
+            .patch(pod, &PatchParams::default(), &Patch::Merge(&owned))
+            .await
+            .unwrap();
+    }
+
+    /// Plays the kubelet: the pod has ended, with this last word.
+    async fn end_pod(&self, pod: &str, phase: &str, word: &str) {
+        let terminated = json!({"status": {"phase": phase, "containerStatuses": [{
+            "name": "c", "image": "i", "imageID": "i", "ready": false, "restartCount": 0,
+            "state": {"terminated": {"exitCode": 0, "message": word}},
+        }]}});
+        self.api::<Pod>()
+            .patch_status(pod, &PatchParams::default(), &Patch::Merge(&terminated))
+            .await
+            .unwrap();
+    }
+
     /// Lets a ServiceAccount do that with resources of `meander.dev`.
     async fn allow(&self, account: &str, resource: &str, verb: &str) {
         let name = format!("{account}-{resource}-{verb}");
@@ -1419,13 +1441,7 @@ async fn a_replay_from_waiting_to_its_last_word() {
     let token = cluster
         .pod_and_token("last-seconds-replay-x", "last-seconds-replay", labels)
         .await;
-    let job = cluster.api::<Job>().get("last-seconds-replay").await.unwrap();
-    let owned = json!({"metadata": {"ownerReferences": [job.owner_ref(&()).unwrap()]}});
-    cluster
-        .api::<Pod>()
-        .patch("last-seconds-replay-x", &PatchParams::default(), &Patch::Merge(&owned))
-        .await
-        .unwrap();
+    cluster.give_to("last-seconds-replay", "last-seconds-replay-x").await;
     let progress = ReplayProgress {
         phase: Phase::Running.into(),
         delivered: 64,
@@ -1542,16 +1558,7 @@ async fn a_replay_from_waiting_to_its_last_word() {
 
     // Its last word is its pod's.
     let word = json!({"phase": "Succeeded", "delivered": 100, "deliveryMicros": 5_000_000}).to_string();
-    let terminated = json!({"status": {"phase": "Succeeded", "containerStatuses": [{
-        "name": "c", "image": "i", "imageID": "i", "ready": false, "restartCount": 0,
-        "state": {"terminated": {"exitCode": 0, "message": word}},
-    }]}});
-    let params = PatchParams::default();
-    cluster
-        .api::<Pod>()
-        .patch_status("last-seconds-replay-x", &params, &Patch::Merge(&terminated))
-        .await
-        .unwrap();
+    cluster.end_pod("last-seconds-replay-x", "Succeeded", &word).await;
     let watched = replays.clone();
     let succeeded = tokio::spawn(async move {
         // Seen by watching: it is deleted soon after.
@@ -1609,7 +1616,7 @@ async fn a_replay_from_waiting_to_its_last_word() {
     })
     .await;
 
-    // Cancelled while its pod hears nothing: the Job goes.
+    // Cancelled after an attempt that failed, while nobody hears: the Job goes, before it makes another one.
     cluster.secret("replay-token", &["token"]).await;
     cluster.create::<ReplayJob>(replay_json("replayjob-serve.yaml")).await;
     eventually("the Job is there", async || {
@@ -1624,11 +1631,23 @@ async fn a_replay_from_waiting_to_its_last_word() {
             .unwrap()
             .is_some()
     );
+    let labels = json!({"meander.dev/replay": "served"});
+    cluster.pod_and_token("served-replay-x", "served-replay", labels).await;
+    cluster.give_to("served-replay", "served-replay-x").await;
+    let word = json!({"phase": "Failed", "reason": "KafkaUnreachable", "message": "It is down."}).to_string();
+    cluster.end_pod("served-replay-x", "Failed", &word).await;
+    eventually("the failure is said", async || {
+        let conditions = status("served").await.conditions;
+        state(&conditions, "Progressing") == Some(("False", "KafkaUnreachable"))
+    })
+    .await;
     replays.patch("served", &PatchParams::default(), &cancel).await.unwrap();
     eventually("it is cancelled", async || {
         status("served").await.phase == Some(ReplayPhase::Cancelled)
     })
     .await;
+    let job = cluster.api::<Job>().get_opt("served-replay").await.unwrap();
+    assert!(job.is_none_or(|job| job.metadata.deletion_timestamp.is_some()));
     operator.stop().await;
 }
 

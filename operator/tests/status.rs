@@ -846,6 +846,7 @@ fn each_failure_is_told_by_what_caused_it() {
             ..Default::default()
         };
         let status = compute_replay(&replay, &facts, Ok(Outcome::Started), &support::nothing_reported());
+        assert!(status.failures.unwrap().last_reason.is_some());
         for type_ in ["Failed", "Progressing", "Stalled"] {
             let condition = status
                 .conditions

@@ -165,12 +165,14 @@ impl ProgressTracker for ProgressTrackerService {
             namespace: request.namespace.clone(),
             name: request.name.clone(),
         };
-        let user = self.authenticator.permitted(&metadata, "patch", &key).await?;
-        // Only what a controller has seen is asked for: a name from elsewhere could be anything.
-        if self.context.tracker.follow(&key).is_none() {
-            return Err(unknown(&key));
-        }
-        let answer = timeout(ANSWER, control(&self.context, &key, &user, request));
+        let answer = timeout(ANSWER, async {
+            let user = self.authenticator.permitted(&metadata, "patch", &key).await?;
+            // Only what a controller has seen is asked for: a name from elsewhere could be anything.
+            if self.context.tracker.follow(&key).is_none() {
+                return Err(unknown(&key));
+            }
+            control(&self.context, &key, &user, request).await
+        });
         let generation = answer
             .await
             .map_err(|_| Status::deadline_exceeded("the API server did not answer in time; see the spec"))??;

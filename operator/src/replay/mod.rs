@@ -163,7 +163,10 @@ async fn reconcile_key(key: &ResourceKey, context: &Context) -> Result<Action, E
     }
     outcome?;
     let next = match new.phase {
-        Some(ReplayPhase::Running | ReplayPhase::Paused) if !replay.spec.cancel => SILENCE,
+        // A report brings the next one; this is for silence.
+        Some(ReplayPhase::Running | ReplayPhase::Paused) if !replay.spec.cancel => {
+            SILENCE.saturating_sub(observation.silence) + Duration::from_secs(2)
+        }
         // What a pod waits for changes without the Job changing.
         _ => Duration::from_secs(3),
     };

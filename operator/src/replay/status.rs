@@ -2,7 +2,9 @@
 
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
-use meander_crds::{OtherTopics, ReplayJob, ReplayJobStatus, ReplayPhase, ReplayProgress, ReplayRange, TopicProgress};
+use meander_crds::{
+    OtherTopics, ReplayFailures, ReplayJob, ReplayJobStatus, ReplayPhase, ReplayProgress, ReplayRange, TopicProgress,
+};
 use meander_proto::v1::{self, progress_update::Progress, replay_progress::Phase};
 
 use super::{
@@ -110,9 +112,20 @@ pub fn status(inputs: &Inputs<'_>) -> ReplayJobStatus {
             .map(range)
             .or(old.resolved_range),
         progress,
-        failures: inputs.facts.and_then(failures::failures).or(old.failures),
+        failures: failures(inputs, end.as_ref(), old.failures),
         conditions: conditions(&old.conditions, judgements, generation, inputs.now),
     }
+}
+
+/// The attempts that failed. Where the last one left nothing that says why, the end of the replay does.
+fn failures(inputs: &Inputs<'_>, end: Option<&End>, old: Option<ReplayFailures>) -> Option<ReplayFailures> {
+    let mut failures = inputs.facts.and_then(failures::failures).or(old)?;
+    let failed = end.filter(|end| end.phase == ReplayPhase::Failed);
+    if let (None, Some(end)) = (&failures.last_reason, failed) {
+        failures.last_reason = Some(end.reason.clone());
+        failures.last_message = Some(end.message.clone());
+    }
+    Some(failures)
 }
 
 /// Whether a status can never change again.
