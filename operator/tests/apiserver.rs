@@ -1616,6 +1616,29 @@ async fn a_replay_from_waiting_to_its_last_word() {
     })
     .await;
 
+    // Deleted while it runs: its runtime hears of it before Kubernetes has come to its pod.
+    let body = merged(
+        replay_json("replayjob-log.yaml"),
+        &json!({"metadata": {"name": "unwanted"}}),
+    );
+    let unwanted: ReplayJob = cluster.create(body).await;
+    eventually("the Job is there", async || {
+        cluster.api::<Job>().get_opt("unwanted-replay").await.unwrap().is_some()
+    })
+    .await;
+    let labels = json!({"meander.dev/replay": "unwanted"});
+    let token = cluster
+        .pod_and_token("unwanted-replay-x", "unwanted-replay", labels)
+        .await;
+    let update = ProgressUpdate {
+        resource: Some(reference(&unwanted)),
+        ..ProgressUpdate::default()
+    };
+    let (_reports, mut directives) = operator.report(&token, update).await.unwrap();
+    assert!(!directives.message().await.unwrap().unwrap().cancel);
+    replays.delete("unwanted", &DeleteParams::default()).await.unwrap();
+    assert!(directives.message().await.unwrap().unwrap().cancel);
+
     // Cancelled after an attempt that failed, while nobody hears: the Job goes, before it makes another one.
     cluster.secret("replay-token", &["token"]).await;
     cluster.create::<ReplayJob>(replay_json("replayjob-serve.yaml")).await;

@@ -27,7 +27,7 @@ use kube::{
         predicates,
         reflector::{self, ObjectRef},
         utils::Predicate as _,
-        watcher,
+        watcher::{self, Event, watcher},
     },
 };
 use meander_crds::{ReplayJob, ReplayJobStatus, ReplayPhase};
@@ -66,12 +66,21 @@ pub async fn run(
     let replays = watcher(api_of(&context), watcher::Config::default())
         .default_backoff()
         .reflect(writer)
-        .applied_objects()
         // An order goes out as soon as it is seen, however many reconciles are waiting for their turn.
-        .inspect_ok(move |replay| {
+        .inspect_ok(move |event| {
+            let (replay, is_gone) = match event {
+                Event::Apply(replay) | Event::InitApply(replay) => {
+                    (replay, replay.metadata.deletion_timestamp.is_some())
+                }
+                Event::Delete(replay) => (replay, true),
+                Event::Init | Event::InitDone => return,
+            };
+            let mut order = directive(replay);
+            order.cancel |= is_gone;
             let uid = replay.uid().unwrap_or_default();
-            orders.tracker.direct(&key_of(replay), &uid, directive(replay));
+            orders.tracker.direct(&key_of(replay), &uid, order);
         })
+        .applied_objects()
         .predicate_filter(changes, Default::default());
     let owned = watcher::Config::default().labels(MANAGED_SELECTOR);
     let known = store.clone();
