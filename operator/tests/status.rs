@@ -787,6 +787,16 @@ fn an_attempt_that_failed_is_told_until_the_next_one_delivers() {
     assert_eq!(again.phase, Some(ReplayPhase::Running));
     assert_eq!(state(&again.conditions, "Progressing"), Some(("True", "Replaying")));
     assert_eq!(again.failures, Some(failures));
+
+    // It has begun, and the receiver goes again.
+    let mut stuck = delivering;
+    stuck.report.as_mut().unwrap().conditions = vec![said("Progressing", false, "ReceiverUnreachable")];
+    let stuck = compute_replay(&replay, &facts, Ok(Outcome::Started), &stuck);
+    assert_eq!(stuck.phase, Some(ReplayPhase::Pending));
+    assert_eq!(
+        state(&stuck.conditions, "Progressing"),
+        Some(("False", "ReceiverUnreachable"))
+    );
 }
 
 #[test]

@@ -197,7 +197,15 @@ fn phase(inputs: &Inputs<'_>, report: Option<&v1::ReplayProgress>, old: Option<R
     if inputs.facts.and_then(failures::between_attempts).is_some() {
         return ReplayPhase::Pending;
     }
+    let judged = inputs
+        .observation
+        .report
+        .as_ref()
+        .and_then(|report| said(report, PROGRESSING));
+    let stands_still = judged.is_some_and(|judgement| judgement.status == Status::False);
     match report.map(v1::ReplayProgress::phase) {
+        // It began, and nothing gets into its target any more.
+        Some(Phase::Running) if stands_still => ReplayPhase::Pending,
         // What the runtime calls its end is final only when its pod has ended.
         Some(Phase::Running | Phase::Succeeded | Phase::Cancelled) => ReplayPhase::Running,
         Some(Phase::Paused) => ReplayPhase::Paused,
