@@ -102,6 +102,32 @@ async fn a_hypertable_is_captured_under_its_own_name_and_moving_its_rows_is_no_c
     ];
     execute(&client, &moved.join("; ")).await;
     wait_for_records(kafka, &topic, 6).await;
+    // What is captured stays so when a setting is turned round; it is said.
+    let member = "SELECT prrelid FROM pg_publication_rel WHERE prrelid = 'm'::regclass";
+    execute(
+        &client,
+        "ALTER DATABASE postgres SET timescaledb.enable_chunk_auto_publication = off",
+    )
+    .await;
+    let degraded = async |runtime: &Runtime, expected: &str| {
+        eventually("what is said of the hypertable", LIMIT, async || {
+            let (_, metrics) = runtime.get("/metrics").await.map_err(|error| error.to_string())?;
+            if metrics.contains(expected) {
+                Ok(())
+            } else {
+                Err(metrics)
+            }
+        })
+        .await;
+    };
+    degraded(&runtime, "meander_capture_tables_untold 1").await;
+    assert_eq!(client.query(member, &[]).await.unwrap().len(), 1);
+    execute(
+        &client,
+        "ALTER DATABASE postgres SET timescaledb.enable_chunk_auto_publication = on",
+    )
+    .await;
+    degraded(&runtime, "meander_capture_tables_untold 0").await;
     // A session made a chunk and did not let it join.
     execute(
         &client,
@@ -121,6 +147,8 @@ async fn a_hypertable_is_captured_under_its_own_name_and_moving_its_rows_is_no_c
         if comment.ends_with("\"public\".\"m\"") { Ok(()) } else { Err(comment) }
     })
     .await;
+    // Its rows are read anew.
+    wait_for_records(kafka, &topic, 9).await;
     runtime.kill9();
     // The chunk is gone when its changes are read.
     execute(
@@ -129,7 +157,7 @@ async fn a_hypertable_is_captured_under_its_own_name_and_moving_its_rows_is_no_c
     )
     .await;
     runtime.start_again();
-    let records = wait_for_records(kafka, &topic, 8).await;
+    let records = wait_for_records(kafka, &topic, 11).await;
     let seen: Vec<_> = records
         .iter()
         .map(|(_, _, record)| {
@@ -155,6 +183,9 @@ async fn a_hypertable_is_captured_under_its_own_name_and_moving_its_rows_is_no_c
             (Operation::Insert, vec![10, 1]),
             (Operation::Update, vec![0, 2]),
             (Operation::Update, vec![0, 3]),
+            (Operation::SnapshotBegin, vec![]),
+            (Operation::Read, vec![10, 1]),
+            (Operation::SnapshotEnd, vec![]),
             (Operation::Insert, vec![11, 4]),
             (Operation::Truncate, vec![]),
         ]
@@ -164,4 +195,20 @@ async fn a_hypertable_is_captured_under_its_own_name_and_moving_its_rows_is_no_c
         let partitions = Tail::new(&cluster(kafka), LIMIT).unwrap().partitions(&topic).unwrap();
         assert!(partitions.is_empty(), "{topic}");
     }
+
+    // Its chunks leave with it: without a key, the application's own UPDATE would fail for them.
+    execute(&client, "ALTER TABLE m DROP CONSTRAINT m_pkey").await;
+    eventually("the chunks to leave", LIMIT, async || {
+        let sql = "SELECT count(*) FROM pg_publication_rel";
+        match client
+            .query_one(sql, &[])
+            .await
+            .map_err(|error| error.to_string())?
+            .get(0)
+        {
+            0_i64 => Ok(()),
+            some => Err(format!("{some} are in the publication")),
+        }
+    })
+    .await;
 }

@@ -14,7 +14,7 @@ use crate::{
     progress::ConditionType,
     source::postgres::{
         preflight::{Catalog, Credentials, Selection, SourceError, Table},
-        prerequisites::Tables,
+        prerequisites::{self, Tables},
         start::SlotState,
         wire::quote_identifier,
     },
@@ -42,7 +42,7 @@ pub(super) async fn run(context: &Context, mut owner: Owner, mut dropped: Droppe
     loop {
         ticks.tick().await;
         catalog = match look(context, &mut owner, &mut dropped, catalog).await {
-            Ok(catalog) => Some(catalog),
+            Ok(catalog) => catalog,
             Err(error @ SourceError::PublicationDropped { .. }) => return error,
             Err(error) => {
                 tracing::warn!(%error, "the slot and the tables could not be looked at");
@@ -59,7 +59,7 @@ async fn look(
     owner: &mut Owner,
     dropped: &mut Dropped,
     catalog: Option<Catalog>,
-) -> Result<Catalog, SourceError> {
+) -> Result<Option<Catalog>, SourceError> {
     let source = &context.config.source;
     let catalog = match catalog {
         Some(catalog) => catalog,
@@ -84,7 +84,8 @@ async fn look(
     if owns {
         dropped.look(&catalog).await?;
     }
-    Ok(catalog)
+    // The settings that decide over hypertables are those of a new connection.
+    Ok((!tables.hypertables).then_some(catalog))
 }
 
 /// Says what a look has shown.
@@ -110,7 +111,8 @@ pub(super) fn report(context: &Context, slot: Option<&SlotState>, tables: Option
             .and_then(budget)
             .into_iter()
             .chain(came_back(context, rejoined))
-            .chain(left_out(tables))
+            .chain(named("left out of the capture", &tables.refused))
+            .chain(named("captured, but not in full", &tables.untold))
             .chain(
                 context
                     .phantoms
@@ -190,13 +192,13 @@ fn came_back(context: &Context, rejoined: &[String]) -> Option<(&'static str, St
     ))
 }
 
-fn left_out(tables: &Tables) -> Option<(&'static str, String)> {
-    let first = tables.refused.first()?;
-    let more = match tables.refused.len() - 1 {
+fn named(what: &str, tables: &[prerequisites::RefusedTable]) -> Option<(&'static str, String)> {
+    let first = tables.first()?;
+    let more = match tables.len() - 1 {
         0 => String::new(),
         more => format!("; and {more} more, see status.tables"),
     };
-    Some((first.cause.reason(), format!("left out of the capture: {first}{more}")))
+    Some((first.cause.reason(), format!("{what}: {first}{more}")))
 }
 
 #[cfg(test)]

@@ -60,6 +60,7 @@ pub(super) struct Metrics {
     slot_safe: IntGauge,
     tables: IntGauge,
     tables_refused: IntGauge,
+    tables_untold: IntGauge,
 }
 
 impl Metrics {
@@ -123,11 +124,15 @@ impl Metrics {
                     "meander_capture_tables_refused",
                     "Tables that are selected and cannot be captured.",
                 )?,
+                tables_untold: gauge(
+                    "meander_capture_tables_untold",
+                    "Tables that are captured, and whose changes may not all be told.",
+                )?,
             })
         };
         match made() {
             Ok(metrics) => {
-                let collectors: [Box<dyn Collector>; 13] = [
+                let collectors: [Box<dyn Collector>; 14] = [
                     Box::new(metrics.failures.clone()),
                     Box::new(metrics.events.clone()),
                     Box::new(metrics.lag_bytes.clone()),
@@ -141,6 +146,7 @@ impl Metrics {
                     Box::new(metrics.slot_safe.clone()),
                     Box::new(metrics.tables.clone()),
                     Box::new(metrics.tables_refused.clone()),
+                    Box::new(metrics.tables_untold.clone()),
                 ];
                 for collector in collectors {
                     if let Err(error) = registry.register(collector) {
@@ -162,6 +168,7 @@ impl Metrics {
     pub(super) fn tables(&self, tables: &Tables) {
         self.tables.set(signed(tables.captured.len() as u64));
         self.tables_refused.set(signed(tables.refused.len() as u64));
+        self.tables_untold.set(signed(tables.untold.len() as u64));
     }
 }
 

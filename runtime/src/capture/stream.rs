@@ -385,9 +385,12 @@ impl<'a> Stream<'a> {
                     let (tables, position) = (told(message.content), message.position);
                     return self.dropped(&tables, position, catalog).await;
                 }
-                if let Some(time) = heartbeat::time_of(message.prefix, message.content, &config.source.slot_name)
+                // Anybody may write one into the log, so it is believed within reason, and where they are asked for.
+                if config.source.heartbeat_interval_seconds.is_some()
                     && message.transaction.is_none()
+                    && let Some(time) = heartbeat::time_of(message.prefix, message.content, &config.source.slot_name)
                 {
+                    let time = time.clamp(0, now_micros());
                     heartbeats.came(time);
                     if Some(message.position) > *known_complete {
                         if let Some(record) = encoder.heartbeat(time) {
@@ -643,7 +646,8 @@ impl<'a> Stream<'a> {
     async fn relation(&mut self, message: &RelationMessage<'_>, catalog: &Catalog) -> Result<(), CaptureError> {
         let hypertable = catalog.hypertable_of(message).await?;
         let primary_key = if message.replica_identity == b'f' {
-            catalog.primary_key(message.oid).await?
+            let table = hypertable.as_ref().map_or(message.oid, |(oid, _)| *oid);
+            catalog.primary_key(table).await?
         } else {
             Vec::new()
         };

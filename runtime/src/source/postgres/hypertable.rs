@@ -15,6 +15,9 @@ use crate::source::postgres::{
 /// What the names of TimescaleDB's own schemas begin with, in which its chunks are.
 pub(super) const OWN_SCHEMAS: &str = "_timescaledb_";
 
+/// What an external publication does that holds a hypertable alone.
+pub(super) const CHUNKS_UNPUBLISHED: &str = "not all of its chunks are in the publication, so that their changes are lost: let a superuser make one FOR ALL TABLES, or run ALTER PUBLICATION … ADD TABLE for the hypertable without ONLY, with timescaledb.enable_chunk_auto_publication on";
+
 /// Whether rows begin to be moved, or are moved, at a message of this prefix.
 #[must_use]
 pub fn moves_rows(prefix: &str) -> Option<bool> {
@@ -43,6 +46,12 @@ struct Settings {
 }
 
 impl Hypertables {
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.tables.is_empty()
+    }
+
     /// Whether a table is one.
     #[must_use]
     pub fn holds(&self, table: &Table) -> bool {
@@ -77,19 +86,51 @@ impl Hypertables {
     }
 }
 
-/// SQL that lets the chunks of a hypertable join a publication, those that are not in it yet.
+/// SQL that lets the chunks of a hypertable join a publication, those that are not in it, each while nobody writes to it.
 pub(super) fn add_chunks(publication: &str, hypertable: &Table) -> String {
-    let (publication, hypertable) = (quote_literal(publication), quote_literal(&hypertable.quoted()));
-    format!(
-        "DO $meander$ DECLARE chunk record; BEGIN FOR chunk IN
-           SELECT n.nspname, c.relname FROM pg_catalog.pg_inherits i JOIN pg_catalog.pg_class c ON c.oid = i.inhrelid
-           JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-           WHERE i.inhparent = {hypertable}::pg_catalog.regclass AND c.relkind = 'r' AND NOT EXISTS (
-             SELECT FROM pg_catalog.pg_publication_rel r JOIN pg_catalog.pg_publication p ON p.oid = r.prpubid
-             WHERE p.pubname = {publication} AND r.prrelid = c.oid)
-         LOOP EXECUTE format('ALTER PUBLICATION %I ADD TABLE ONLY %I.%I', {publication}, chunk.nspname, chunk.relname);
-         END LOOP; END $meander$;"
+    for_chunks(
+        publication,
+        hypertable,
+        "LOCK TABLE ONLY %2$I.%3$I IN SHARE ROW EXCLUSIVE MODE; ALTER PUBLICATION %1$I ADD TABLE ONLY %2$I.%3$I",
+        false,
     )
+}
+
+/// SQL that has the chunks of a hypertable leave a publication.
+pub(super) fn drop_chunks(publication: &str, hypertable: &Table) -> String {
+    for_chunks(
+        publication,
+        hypertable,
+        "ALTER PUBLICATION %1$I DROP TABLE ONLY %2$I.%3$I",
+        true,
+    )
+}
+
+fn for_chunks(publication: &str, hypertable: &Table, sql: &str, published: bool) -> String {
+    let (name, hypertable) = (quote_literal(publication), quote_literal(&hypertable.quoted()));
+    format!(
+        "DO $meander$ DECLARE chunk record; BEGIN FOR chunk IN {CHUNKS} AND i.inhparent = {hypertable}::pg_catalog.regclass AND {published} = {}
+         LOOP EXECUTE format('{sql}', {name}, chunk.nspname, chunk.relname); END LOOP; END $meander$;",
+        IS_PUBLISHED.replace("$1", &name)
+    )
+}
+
+/// The chunks of every hypertable.
+const CHUNKS: &str = "SELECT n.nspname, c.relname FROM pg_catalog.pg_inherits i
+    JOIN pg_catalog.pg_class c ON c.oid = i.inhrelid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+    WHERE c.relkind = 'r' AND n.nspname ~ '^_timescaledb_'";
+/// Whether a chunk is in the publication `$1`.
+const IS_PUBLISHED: &str =
+    "EXISTS (SELECT FROM pg_catalog.pg_publication_rel r JOIN pg_catalog.pg_publication p ON p.oid = r.prpubid
+    WHERE p.pubname = $1 AND r.prrelid = c.oid)";
+
+/// Where a publication and the chunks of hypertables do not go together.
+#[derive(Debug, Default)]
+pub(super) struct Astray {
+    /// Hypertables that are to be in it, and of whose chunks some are not.
+    pub unfinished: Vec<Table>,
+    /// Hypertables that are not to be in it, and of whose chunks some are.
+    pub orphaned: Vec<Table>,
 }
 
 impl Catalog {
@@ -141,37 +182,32 @@ impl Catalog {
         Ok(hypertables)
     }
 
-    /// Those of these tables that are hypertables with chunks which are not in the publication.
-    pub(super) async fn chunks_missing(&self, publication: &str, tables: &[Table]) -> Result<Vec<Table>, SourceError> {
-        let hypertables = self.hypertables().await?;
-        let (schemas, names): (Vec<_>, Vec<_>) = tables
-            .iter()
-            .filter(|table| hypertables.holds(table))
-            .map(|table| (table.schema.as_str(), table.name.as_str()))
-            .unzip();
-        if names.is_empty() {
-            return Ok(Vec::new());
-        }
+    /// Where a publication that is to hold these tables and the chunks of hypertables do not go together.
+    pub(super) async fn astray(&self, publication: &str, tables: &[Table]) -> Result<Astray, SourceError> {
         let rows = self
             .query(
-                "SELECT n.nspname, c.relname FROM unnest($2::text[], $3::text[]) t(nspname, relname)
-                 JOIN pg_catalog.pg_namespace n ON n.nspname = t.nspname
-                 JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = t.relname
-                 WHERE EXISTS (
-                     SELECT FROM pg_catalog.pg_inherits i JOIN pg_catalog.pg_class k ON k.oid = i.inhrelid
-                     WHERE i.inhparent = c.oid AND k.relkind = 'r' AND NOT EXISTS (
-                         SELECT FROM pg_catalog.pg_publication_rel r JOIN pg_catalog.pg_publication p ON p.oid = r.prpubid
-                         WHERE p.pubname = $1 AND r.prrelid = k.oid))",
-                &[&publication, &schemas, &names],
+                &format!(
+                    "SELECT DISTINCT hn.nspname, h.relname, {IS_PUBLISHED} FROM pg_catalog.pg_inherits i
+                     JOIN pg_catalog.pg_class h ON h.oid = i.inhparent JOIN pg_catalog.pg_namespace hn ON hn.oid = h.relnamespace
+                     JOIN pg_catalog.pg_class c ON c.oid = i.inhrelid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+                     WHERE c.relkind = 'r' AND n.nspname ~ '^_timescaledb_' AND hn.nspname !~ '^_timescaledb_'"
+                ),
+                &[&publication],
             )
             .await?;
-        Ok(rows
-            .iter()
-            .map(|row| Table {
+        let mut astray = Astray::default();
+        for row in &rows {
+            let table = Table {
                 schema: row.get(0),
                 name: row.get(1),
-            })
-            .collect())
+            };
+            match (tables.contains(&table), row.get(2)) {
+                (true, false) => astray.unfinished.push(table),
+                (false, true) => astray.orphaned.push(table),
+                _ => {}
+            }
+        }
+        Ok(astray)
     }
 
     /// OID and name of the hypertable, if a relation of the WAL is a chunk. One that was dropped since is known by its name, which begins
@@ -180,16 +216,11 @@ impl Catalog {
     /// # Errors
     /// When the server does not answer.
     pub async fn hypertable_of(&self, chunk: &RelationMessage<'_>) -> Result<Option<(u32, Table)>, SourceError> {
-        // Most relations are no chunks, and most databases have none.
-        let may_be = self
-            .query(
-                "SELECT WHERE pg_catalog.to_regclass('_timescaledb_catalog.hypertable') IS NOT NULL
-                   AND (NOT EXISTS (SELECT FROM pg_catalog.pg_class WHERE oid = $1)
-                        OR EXISTS (SELECT FROM pg_catalog.pg_inherits WHERE inhrelid = $1))",
-                &[&chunk.oid],
-            )
-            .await?;
-        if may_be.is_empty() {
+        if !chunk.schema.starts_with(OWN_SCHEMAS) {
+            return Ok(None);
+        }
+        let installed = "SELECT WHERE pg_catalog.to_regclass('_timescaledb_catalog.hypertable') IS NOT NULL";
+        if self.query(installed, &[]).await?.is_empty() {
             return Ok(None);
         }
         let rows = self
@@ -205,6 +236,12 @@ impl Catalog {
                 &[&chunk.oid, &chunk.schema, &chunk.table],
             )
             .await?;
+        if rows.is_empty() && chunk.table.ends_with("_chunk") && !chunk.table.starts_with("compress_") {
+            tracing::warn!(
+                chunk = chunk.table,
+                "changes are left out, since their hypertable was dropped before they were read"
+            );
+        }
         Ok(rows.first().map(|row| {
             let table = Table {
                 schema: row.get(1),

@@ -164,14 +164,6 @@ pub enum SourceError {
     /// Tables match, and each of them is left out.
     #[error("none of the selected tables can be captured: {}", refusals(.0))]
     NoTableFit(Vec<RefusedTable>),
-    /// Changes of a hypertable that an external publication holds would not be told in full.
-    #[error("the hypertable {table} cannot be captured in full: {cause}")]
-    Hypertable {
-        /// The table, quoted.
-        table: String,
-        /// Why, and what to do.
-        cause: String,
-    },
     /// A snapshot is asked for, and could not read these tables.
     #[error(
         "role {user} may not read the rows of {tables}, which a snapshot is to publish; run {sql} or name what is not to be read in tables.exclude, or set snapshot.mode to Never"
@@ -329,7 +321,6 @@ impl SourceError {
             Self::NoTables { .. } => "NoTablesMatch",
             Self::InvalidGlob { .. } => "InvalidTableGlob",
             Self::NoTableFit(refused) => refused.first().map_or("NoTablesMatch", |table| table.cause.reason()),
-            Self::Hypertable { .. } => "HypertableNotTold",
             Self::NotReadable { .. } => "TableNotReadable",
             Self::NoPublication(_) => "PublicationNotFound",
             Self::PublicationDropped { .. } => "PublicationMissing",

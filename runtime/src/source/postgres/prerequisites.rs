@@ -13,6 +13,7 @@ use meander_config::{Origin, Partitions, PostgresSource, PublicationManagement, 
 use crate::{
     log::topic_name,
     source::postgres::{
+        hypertable,
         preflight::{Catalog, Selection, SourceError, Table},
         publication::publication_change,
         start::SlotState,
@@ -108,6 +109,10 @@ pub struct Tables {
     pub captured: Vec<Table>,
     /// Those that cannot be.
     pub refused: Vec<RefusedTable>,
+    /// Those that are captured, and whose changes may not all be told.
+    pub untold: Vec<RefusedTable>,
+    /// Some of the database's tables are hypertables, whose settings only a new connection sees.
+    pub hypertables: bool,
 }
 
 /// What one look at the server says of it.
@@ -180,14 +185,6 @@ impl Catalog {
             _ => {}
         }
         let tables = self.select_tables(source, selection).await?;
-        let hypertables = self.hypertables().await?;
-        if source.publication.management == PublicationManagement::External {
-            problems.extend(tables.captured.iter().filter_map(|table| {
-                let cause = hypertables.lacks(table, false)?;
-                let table = table.quoted();
-                Some(SourceError::Hypertable { table, cause })
-            }));
-        }
         // An external publication that is not there holds none, which was said already.
         let expected = published.is_some() || source.publication.management == PublicationManagement::Managed;
         if tables.captured.is_empty() && expected {
@@ -204,10 +201,10 @@ impl Catalog {
         if slot.is_none() && !server.standby && source.snapshot.mode != SnapshotMode::Never {
             problems.extend(self.unreadable(&tables.captured).await?);
         }
-        let unfinished = self.chunks_missing(&source.publication.name, &tables.captured).await?;
+        let astray = self.astray(&source.publication.name, &tables.captured).await?;
         if server.standby
             && !tables.captured.is_empty()
-            && let Some(sql) = publication_change(source, published.as_deref(), &tables.captured, &unfinished)
+            && let Some(sql) = publication_change(source, published.as_deref(), &tables.captured, &astray)
         {
             problems.push(SourceError::StandbyPublication { sql });
         }
@@ -320,6 +317,11 @@ impl Catalog {
         Ok(rows.first().is_none_or(|row| row.get(0)))
     }
 
+    async fn publishes_all(&self, publication: &str) -> Result<bool, SourceError> {
+        let sql = "SELECT FROM pg_catalog.pg_publication WHERE pubname = $1 AND puballtables";
+        Ok(!self.query(sql, &[&publication]).await?.is_empty())
+    }
+
     /// The tables of the globs; of an external publication only those that it holds.
     ///
     /// A table that cannot be published without harm is left out, at the start as later: one table that somebody made without a key
@@ -356,7 +358,14 @@ impl Catalog {
                 &[],
             )
             .await?;
-        let mut tables = Tables::default();
+        let unpublished = match external && !self.publishes_all(&source.publication.name).await? {
+            true => self.astray(&source.publication.name, &published).await?.unfinished,
+            false => Vec::new(),
+        };
+        let mut tables = Tables {
+            hypertables: !hypertables.is_empty(),
+            ..Tables::default()
+        };
         for row in &rows {
             let table = Table {
                 schema: row.get(0),
@@ -381,9 +390,18 @@ impl Catalog {
                 (false, _, false, _) => Some(Refusal::NoReplicaIdentity),
                 (false, _, true, _) if is_generated => Some(Refusal::GeneratedIdentity),
                 (false, false, true, false) => Some(Refusal::NotOwner(quote_identifier(&self.user))),
-                (true, true, _, _) => None,
-                (false, true, true, _) | (false, false, true, true) => {
-                    hypertables.lacks(&table, true).map(Refusal::Hypertable)
+                (false, false, true, true) => hypertables.lacks(&table, true).map(Refusal::Hypertable),
+                // What is published is not taken out again for what it lacks.
+                (_, true, _, _) => {
+                    let mut lacks = hypertables.lacks(&table, !external);
+                    if external && unpublished.contains(&table) {
+                        lacks.get_or_insert_with(|| hypertable::CHUNKS_UNPUBLISHED.to_owned());
+                    }
+                    tables.untold.extend(lacks.map(|cause| RefusedTable {
+                        table: table.clone(),
+                        cause: Refusal::Hypertable(cause),
+                    }));
+                    None
                 }
             };
             match cause {
@@ -441,7 +459,7 @@ mod tests {
         ];
         let mut tables = Tables {
             captured: [&old[..], &new[..]].concat(),
-            refused: vec![],
+            ..Tables::default()
         };
         tables.refuse_collisions(&old);
         assert_eq!(tables.captured, [old[0].clone(), old[1].clone(), new[2].clone()]);

@@ -9,7 +9,7 @@ use meander_config::{Partitions, PostgresSource, PublicationManagement};
 use tokio_postgres::error::SqlState;
 
 use crate::source::postgres::{
-    hypertable::add_chunks,
+    hypertable::{Astray, add_chunks, drop_chunks},
     preflight::{Catalog, Refused, SourceError, Table},
     prerequisites::{Refusal, RefusedTable, Tables},
     wire::{quote_identifier, quote_literal},
@@ -25,8 +25,8 @@ impl Catalog {
     /// When the role may not.
     pub async fn prepare_publication(&self, source: &PostgresSource, tables: &[Table]) -> Result<(), SourceError> {
         let published = self.published(&source.publication.name).await?;
-        let unfinished = self.chunks_missing(&source.publication.name, tables).await?;
-        let Some(change) = publication_change(source, published.as_deref(), tables, &unfinished) else {
+        let astray = self.astray(&source.publication.name, tables).await?;
+        let Some(change) = publication_change(source, published.as_deref(), tables, &astray) else {
             return Ok(());
         };
         self.execute(&change)
@@ -54,18 +54,26 @@ impl Catalog {
         };
         known.extend(published.iter().cloned());
         let mut failure = None;
-        for table in published.iter().filter(|table| !tables.captured.contains(table)) {
-            let sql = format!("ALTER PUBLICATION {name} DROP TABLE ONLY {};", table.quoted());
+        let publication = &source.publication.name;
+        let astray = self.astray(publication, &tables.captured).await?;
+        let leaving = published.iter().filter(|table| !tables.captured.contains(table));
+        let orphaned = astray.orphaned.iter().filter(|table| !published.contains(table));
+        for table in leaving.chain(orphaned) {
+            let mut sql = String::new();
+            if published.contains(table) {
+                sql.push_str(&format!("ALTER PUBLICATION {name} DROP TABLE ONLY {};", table.quoted()));
+            }
+            if astray.orphaned.contains(table) {
+                sql.push_str(&drop_chunks(publication, table));
+            }
             match self.execute(&sql).await {
                 Ok(()) => tracing::info!(table = table.quoted(), "a table left the publication"),
                 Err(refused) => failure = Some(self.forbidden(source, refused)),
             }
         }
-        // One that is published gets here when a chunk was made by a session that did not let it join; what it missed is noted.
-        let unfinished = self.chunks_missing(&source.publication.name, &tables.captured).await?;
         for table in std::mem::take(&mut tables.captured) {
-            let is_published = published.contains(&table);
-            if is_published && !unfinished.contains(&table) {
+            let (is_published, is_unfinished) = (published.contains(&table), astray.unfinished.contains(&table));
+            if is_published && !is_unfinished {
                 tables.captured.push(table);
                 continue;
             }
@@ -73,15 +81,17 @@ impl Catalog {
             // Some minor releases go on taking a table for unpublished in a transaction that wrote to it before it joined, so it joins
             // while nobody writes. Writers queue behind the lock, so it is not waited for long: a little more than deadlock_timeout, after
             // which an autovacuum makes way.
+            let mut sql = "SET LOCAL lock_timeout = '2s';".to_owned();
             // Whoever writes to a chunk has locked its hypertable.
-            let only = if unfinished.contains(&table) { "ONLY " } else { "" };
-            let mut sql =
-                format!("SET LOCAL lock_timeout = '2s'; LOCK TABLE {only}{quoted} IN SHARE ROW EXCLUSIVE MODE;");
-            if !is_published {
-                sql.push_str(&format!("ALTER PUBLICATION {name} ADD TABLE ONLY {quoted};"));
-            }
-            if unfinished.contains(&table) {
-                sql.push_str(&add_chunks(&source.publication.name, &table));
+            let only = if is_unfinished { "ONLY " } else { "" };
+            sql.push_str(&if is_published {
+                // A session made a chunk that did not join by itself. To come back as another member has the rows read anew.
+                format!("ALTER PUBLICATION {name} DROP TABLE ONLY {quoted}; ALTER PUBLICATION {name} ADD TABLE ONLY {quoted};")
+            } else {
+                format!("LOCK TABLE {only}{quoted} IN SHARE ROW EXCLUSIVE MODE; ALTER PUBLICATION {name} ADD TABLE ONLY {quoted};")
+            });
+            if is_unfinished {
+                sql.push_str(&add_chunks(publication, &table));
             }
             if known.contains(&table) {
                 let comment = self.publication_comment(source).await?;
@@ -108,8 +118,15 @@ impl Catalog {
                     } else {
                         error.to_string()
                     };
-                    let cause = Refusal::NotAdded(cause);
-                    tables.refused.push(RefusedTable { table, cause });
+                    if is_published {
+                        tables.captured.push(table.clone());
+                        let cause =
+                            Refusal::Hypertable(format!("one of its chunks could not join the publication: {cause}"));
+                        tables.untold.push(RefusedTable { table, cause });
+                    } else {
+                        let cause = Refusal::NotAdded(cause);
+                        tables.refused.push(RefusedTable { table, cause });
+                    }
                 }
                 Err(refused) => return Err(refused.error),
             }
@@ -157,14 +174,14 @@ impl Catalog {
 }
 
 /// The SQL that makes a managed publication hold exactly these tables, if it does not, and the chunks of the hypertables among them
-/// that are `unfinished`. Chunks leave with their hypertable alone: until then, what a stream says of them is left out.
+/// that are `astray`.
 ///
 /// It adds and drops rather than sets, since only what is added has to be the role's own.
 pub(super) fn publication_change(
     source: &PostgresSource,
     published: Option<&[Table]>,
     tables: &[Table],
-    unfinished: &[Table],
+    astray: &Astray,
 ) -> Option<String> {
     if source.publication.management == PublicationManagement::External {
         return None;
@@ -175,10 +192,15 @@ pub(super) fn publication_change(
         let tables: Vec<_> = tables.iter().map(|table| format!("ONLY {}", table.quoted())).collect();
         tables.join(", ")
     };
-    let chunks: String = unfinished
+    let joining = astray
+        .unfinished
         .iter()
-        .map(|table| add_chunks(&source.publication.name, table))
-        .collect();
+        .map(|table| add_chunks(&source.publication.name, table));
+    let leaving = astray
+        .orphaned
+        .iter()
+        .map(|table| drop_chunks(&source.publication.name, table));
+    let chunks: String = joining.chain(leaving).collect();
     let Some(published) = published else {
         let all: Vec<_> = tables.iter().collect();
         let via_root = source.publication.partitions == Partitions::Root;

@@ -324,6 +324,11 @@ impl Reader<'_> {
         if shape.has_key() {
             return Ok(None);
         }
+        if shape.is_hypertable() {
+            return Ok(Some(
+                "a hypertable is only read by its key, and it has none: add a primary key".to_owned(),
+            ));
+        }
         let size = self
             .catalog
             .client()
