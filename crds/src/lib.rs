@@ -18,7 +18,7 @@ pub use pipeline::{
     TableSnapshot, TableSnapshotState, TablesStatus, TopicManagement,
 };
 pub use replay::{
-    Beginning, ChangePosition, EndAt, GrpcTarget, KafkaTarget, KafkaTargetTopics, LogTarget, OtherTopics,
+    Beginning, ChangePosition, EndAt, GrpcTarget, HttpTarget, KafkaTarget, KafkaTargetTopics, LogTarget, OtherTopics,
     PipelineReference, PostgresTarget, RecordOffset, RedisTarget, ReplayEnd, ReplayFailures, ReplayFilter, ReplayJob,
     ReplayJobSpec, ReplayJobStatus, ReplayOperation, ReplayPhase, ReplayProgress, ReplayRange, ReplayRuntime,
     ReplayStart, ReplayTarget, RowKey, Serve, Speed, TopicProgress,

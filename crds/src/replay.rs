@@ -331,7 +331,7 @@ impl JsonSchema for Speed {
 
 /// Where the changes go.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
-#[x_kube(validation = Rule::new("[has(self.log), has(self.grpc), has(self.postgres), has(self.kafka), has(self.redis)].exists_one(given, given)").message("write exactly one of target.log, target.grpc, target.postgres, target.kafka and target.redis"))]
+#[x_kube(validation = Rule::new("[has(self.log), has(self.grpc), has(self.postgres), has(self.kafka), has(self.redis), has(self.http)].exists_one(given, given)").message("write exactly one of target.log, target.grpc, target.postgres, target.kafka, target.redis and target.http"))]
 #[serde(rename_all = "camelCase")]
 pub struct ReplayTarget {
     /// Into the pod's own log, one line of JSON for each change: `kubectl logs job/<name>-replay`.
@@ -349,6 +349,9 @@ pub struct ReplayTarget {
     /// Into Redis streams of the replay's own, exactly once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub redis: Option<RedisTarget>,
+    /// To an HTTP endpoint, at least once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub http: Option<HttpTarget>,
 }
 
 /// Into the pod's own log; there is nothing to set.
@@ -464,6 +467,27 @@ pub struct RedisTarget {
     #[schemars(length(min = 1, max = 160))]
     #[x_kube(validation = Rule::new("self.matches('^[A-Za-z0-9._:-]+$')").message("target.redis.streamPrefix has letters, digits, dots, colons, underscores and dashes only"))]
     pub stream_prefix: Option<String>,
+}
+
+/// An HTTP endpoint that takes batches of CloudEvents in JSON by POST: `docs/targets.md` says what its answers mean.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[x_kube(
+    validation = Rule::new("!has(self.tokenSecretRef) || self.url.startsWith('https://')").message("target.http.tokenSecretRef is sent with every request: use a URL that starts with https://"),
+    validation = Rule::new("!has(self.caSecretRef) || self.url.startsWith('https://')").message("target.http.caSecretRef is for TLS: use a URL that starts with https://, or leave it out")
+)]
+#[serde(rename_all = "camelCase")]
+pub struct HttpTarget {
+    /// Where the changes are posted.
+    #[schemars(length(min = 1, max = 2048))]
+    #[x_kube(validation = Rule::new("self.matches('^https?://[^/@ ]+(/[^ ]*)?$')").message("target.http.url is http://host/path or https://host/path, without user and password"))]
+    pub url: String,
+    /// Key of a Secret with the bearer token that is shown with every request.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token_secret_ref: Option<SecretKeyReference>,
+    /// Key of a Secret that holds the certificates of the authorities which the server's certificate may come from, PEM; those of
+    /// Mozilla's list where it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_secret_ref: Option<SecretKeyReference>,
 }
 
 /// Over gRPC, one way or the other.

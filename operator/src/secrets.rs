@@ -126,6 +126,13 @@ pub fn of_replay(replay: &ReplayJob, pipeline: Option<&CdcPipeline>) -> Vec<Secr
             .into_iter()
             .chain(authority.map(|reference| SecretFiles::one(trusting, reference, "ca.crt", ACCEPTED)))
     });
+    let endpoint = target.http.iter().flat_map(|target| {
+        let (token, authority) = (target.token_secret_ref.as_ref(), target.ca_secret_ref.as_ref());
+        token
+            .map(|reference| SecretFiles::one(signing_in, reference, "token", ACCEPTED))
+            .into_iter()
+            .chain(authority.map(|reference| SecretFiles::one(trusting, reference, "ca.crt", ACCEPTED)))
+    });
     (log.into_iter().flatten())
         .chain(token)
         .chain(certificate)
@@ -133,6 +140,7 @@ pub fn of_replay(replay: &ReplayJob, pipeline: Option<&CdcPipeline>) -> Vec<Secr
         .chain(database)
         .chain(brokers)
         .chain(streams)
+        .chain(endpoint)
         .collect()
 }
 

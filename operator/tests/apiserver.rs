@@ -695,11 +695,11 @@ async fn a_replay_that_can_never_work_is_refused() {
         (spec(json!({"maxGapSeconds": 0})), "spec.maxGapSeconds"),
         (
             target(json!({})),
-            "write exactly one of target.log, target.grpc, target.postgres, target.kafka and target.redis",
+            "write exactly one of target.log, target.grpc, target.postgres, target.kafka, target.redis and target.http",
         ),
         (
             spec(json!({"target": {"grpc": {"endpoint": "http://receiver:50051"}}})),
-            "write exactly one of target.log, target.grpc, target.postgres, target.kafka and target.redis",
+            "write exactly one of target.log, target.grpc, target.postgres, target.kafka, target.redis and target.http",
         ),
         (
             target(json!({"kafka": {"tls": {}}})),
@@ -723,6 +723,18 @@ async fn a_replay_that_can_never_work_is_refused() {
         (
             target(json!({"redis": {"urlSecretRef": {"name": "n", "key": "k"}, "streamPrefix": "a b"}})),
             "target.redis.streamPrefix has letters, digits, dots, colons, underscores and dashes only",
+        ),
+        (
+            target(json!({"http": {"url": "http://user:password@analytics/changes"}})),
+            "target.http.url is http://host/path or https://host/path, without user and password",
+        ),
+        (
+            target(json!({"http": {"url": "http://analytics/", "tokenSecretRef": {"name": "n", "key": "k"}}})),
+            "target.http.tokenSecretRef is sent with every request: use a URL that starts with https://",
+        ),
+        (
+            target(json!({"http": {"url": "http://analytics/", "caSecretRef": {"name": "n", "key": "k"}}})),
+            "target.http.caSecretRef is for TLS: use a URL that starts with https://, or leave it out",
         ),
         (
             target(json!({"kafka": {"topics": {"config": {"cleanup.policy": "compact"}}}})),
@@ -878,6 +890,7 @@ async fn every_example_is_accepted_and_gets_its_defaults() {
         "replayjob-dry-run.yaml",
         "replayjob-kafka.yaml",
         "replayjob-redis.yaml",
+        "replayjob-http.yaml",
     ] {
         let replay: ReplayJob = cluster.create(replay_json(file)).await;
         assert_eq!(replay.spec, support::replay(file).spec, "{file}");

@@ -140,6 +140,7 @@ fn replays_become_jobs() {
         ("replay_dry_run", "replayjob-dry-run.yaml"),
         ("replay_kafka", "replayjob-kafka.yaml"),
         ("replay_redis", "replayjob-redis.yaml"),
+        ("replay_http", "replayjob-http.yaml"),
     ] {
         let replay = support::replay(file);
         let valid = replay::validate::validate(&replay, &replay_facts(), &settings()).unwrap();

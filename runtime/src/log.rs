@@ -86,6 +86,12 @@ pub fn replay_topic(namespace: &str, job: &str) -> String {
     format!("__meander.{namespace}.{job}.replay")
 }
 
+/// Name of the topic, in the log's cluster, of the records that the target of a replay did not take: one partition. No replay takes it for data.
+#[must_use]
+pub fn dead_letters_topic(namespace: &str, job: &str) -> String {
+    format!("__meander.{namespace}.{job}.dead-letters")
+}
+
 /// Name of the topic of the tables' schemas: compacted, one partition, a record for each table, under [`schema_key`].
 #[must_use]
 pub fn schemas_topic(namespace: &str, pipeline: &str) -> String {

@@ -5,8 +5,8 @@ use std::num::NonZeroU32;
 use jiff::Timestamp;
 use kube::ResourceExt as _;
 use meander_config::{
-    GrpcReceiver, KafkaLog, PostgresServer, RedisStreams, ReplayConfig, ReplayEnd, ReplayStart, ReplayTarget as Target,
-    ResourceIdentity, Speed, TableSelection,
+    GrpcReceiver, HttpEndpoint, KafkaLog, PostgresServer, RedisStreams, ReplayConfig, ReplayEnd, ReplayStart,
+    ReplayTarget as Target, ResourceIdentity, Speed, TableSelection,
 };
 use meander_crds::{
     ChangePosition, EndAt, KafkaSink, KafkaTarget, LogLevel, PipelineFormat, PostgresTarget, RecordOffset,
@@ -141,6 +141,17 @@ pub fn validate(replay: &ReplayJob, facts: &Facts, settings: &Settings) -> Resul
                 .as_ref()
                 .map(|_| pod::secret_file("target-ca", "ca.crt")),
             stream_prefix: redis.stream_prefix.clone().unwrap_or_else(default_prefix),
+        }),
+        ReplayTarget { http: Some(http), .. } => Target::Http(HttpEndpoint {
+            url: http.url.clone(),
+            token_file: http
+                .token_secret_ref
+                .as_ref()
+                .map(|_| pod::secret_file("target", "token")),
+            ca_file: http
+                .ca_secret_ref
+                .as_ref()
+                .map(|_| pod::secret_file("target-ca", "ca.crt")),
         }),
         _ => return Err(invalid("write exactly one target".to_owned())),
     };

@@ -734,6 +734,8 @@ pub enum ReplayTarget {
     Kafka(KafkaSink),
     /// Append the records to streams of a prefix that no pipeline has.
     Redis(RedisStreams),
+    /// Post the changes as CloudEvents.
+    Http(HttpEndpoint),
     /// Nowhere: everything that is due is counted, at once.
     DryRun,
 }
@@ -767,6 +769,21 @@ impl GrpcReceiver {
             token_file: None,
         }
     }
+}
+
+/// Where changes are posted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct HttpEndpoint {
+    /// `http://…` or `https://…`.
+    pub url: String,
+    /// File that holds the bearer token which is shown with every request.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token_file: Option<PathBuf>,
+    /// File with the certificates of the authorities that the server's certificate may come from, PEM; those of Mozilla's list where
+    /// it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_file: Option<PathBuf>,
 }
 
 /// The exit code of a process that would fail in the same way if it were started again: it does not help to try.

@@ -53,6 +53,7 @@ use self::{
         dry_run::DryRun,
         grpc_call::GrpcCall,
         grpc_serve,
+        http::{self, Http},
         kafka::{self, Kafka},
         log::Log,
         postgres::Postgres,
@@ -188,6 +189,15 @@ async fn replay(
                 log_prefix: config.kafka.topic_prefix.clone(),
             };
             job.deliver_resumably::<Redis>(&settings).await
+        }
+        ReplayTarget::Http(endpoint) => {
+            let settings = http::Settings {
+                endpoint: endpoint.clone(),
+                job: config.job.clone(),
+                pipeline: config.pipeline.clone(),
+                log: config.kafka.clone(),
+            };
+            job.deliver_kept::<Http>(&settings).await
         }
         ReplayTarget::DryRun => job.deliver(DryRun).await,
     }

@@ -317,7 +317,7 @@ enum Existence {
     Missing,
 }
 
-pub(super) fn unreachable(servers: &str, error: &dyn std::error::Error) -> SinkError {
+pub(crate) fn unreachable(servers: &str, error: &dyn std::error::Error) -> SinkError {
     SinkError::KafkaUnreachable {
         servers: servers.to_owned(),
         cause: error.to_string(),

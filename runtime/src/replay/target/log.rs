@@ -56,7 +56,8 @@ impl<W: Write + Send + 'static> Target for Log<W> {
     }
 }
 
-fn line(record: &Record) -> Result<Value, TargetError> {
+/// A change as an object of JSON.
+pub(super) fn line(record: &Record) -> Result<Value, TargetError> {
     let undecodable = |cause: String| TargetError::Undecodable {
         topic: record.topic.to_string(),
         partition: record.partition,

@@ -4,13 +4,14 @@
 pub mod dry_run;
 pub mod grpc_call;
 pub mod grpc_serve;
+pub mod http;
 pub mod kafka;
 pub mod log;
 mod marks;
 pub mod postgres;
 pub mod redis;
 
-use std::{future::Future, time::Duration};
+use std::{future::Future, path::PathBuf, time::Duration};
 
 use meander_config::ResourceIdentity;
 use meander_proto::v1::ReplayEvent;
@@ -22,7 +23,7 @@ use super::{
     range::Range,
     record::{Passed, Record, ResumeToken},
 };
-use crate::{checkpoint::TailError, sink::SinkError, source::postgres::preflight::SourceError};
+use crate::{checkpoint::TailError, sink::SinkError, source::postgres::preflight::SourceError, tls::TlsFileError};
 
 /// Takes batches until there are no more.
 pub trait Target: Send + 'static {
@@ -156,6 +157,53 @@ pub enum TargetError {
         answer: String,
         /// The resume token of the oldest message without an answer.
         expected: String,
+    },
+    /// The URL is none that can be posted to.
+    #[error("cannot post to {url:?}: {cause}; correct target.http.url")]
+    InvalidUrl {
+        /// The URL.
+        url: String,
+        /// What is wrong with it.
+        cause: String,
+    },
+    /// What is to be shown to the endpoint cannot be read.
+    #[error("cannot read the bearer token in {path}: {cause}; check the Secret that target.http.tokenSecretRef names")]
+    NoBearerToken {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        cause: String,
+    },
+    /// The authorities that the endpoint's certificate may come from cannot be read.
+    #[error("{0}; check the Secret that target.http.caSecretRef names")]
+    NoAuthorities(#[from] TlsFileError),
+    /// The endpoint takes nothing from this caller.
+    #[error(
+        "the endpoint {endpoint} refuses the replay: {status} {said}; make it take POST requests of application/cloudevents-batch+json, and \
+         admit this caller"
+    )]
+    EndpointRefused {
+        /// Its URL.
+        endpoint: String,
+        /// The status of its answer.
+        status: String,
+        /// The beginning of its answer.
+        said: String,
+    },
+    /// The endpoint takes too little of what it gets.
+    #[error(
+        "the endpoint {endpoint} did not take {kept} records, which are kept in the topic {topic}, and refuses more: {refusal}; mend it, and \
+         replay again"
+    )]
+    TooManyDeadLetters {
+        /// Its URL.
+        endpoint: String,
+        /// How many are kept.
+        kept: usize,
+        /// Where.
+        topic: String,
+        /// What it said last.
+        refusal: String,
     },
     /// A subscriber went away, or takes nothing.
     #[error("the subscriber went away, or took nothing for too long")]
@@ -374,6 +422,9 @@ impl TargetError {
     pub fn is_permanent(&self) -> bool {
         match self {
             Self::InvalidEndpoint { .. }
+            | Self::InvalidUrl { .. }
+            | Self::EndpointRefused { .. }
+            | Self::TooManyDeadLetters { .. }
             | Self::ReceiverRefused { .. }
             | Self::ReceiverConfused { .. }
             | Self::Undecodable { .. }
@@ -403,6 +454,8 @@ impl TargetError {
             Self::ReceiverUnreachable { .. }
             | Self::ReceiverSilent { .. }
             | Self::SubscriberGone
+            | Self::NoBearerToken { .. }
+            | Self::NoAuthorities(_)
             | Self::Database(_)
             | Self::Disturbed(_)
             | Self::TakenOver
@@ -422,6 +475,11 @@ impl TargetError {
             Self::ReceiverRefused { .. } => "ReceiverRefused",
             Self::ReceiverConfused { .. } => "ReceiverConfused",
             Self::SubscriberGone => "SubscriberGone",
+            Self::InvalidUrl { .. } => "InvalidEndpoint",
+            Self::NoBearerToken { .. } => "NoToken",
+            Self::NoAuthorities(_) => "CertificateUnreadable",
+            Self::EndpointRefused { .. } => "EndpointRefused",
+            Self::TooManyDeadLetters { .. } => "TooManyDeadLetters",
             Self::Undecodable { .. } => "UndecodableRecord",
             Self::Database(error) => error.reason(),
             Self::Disturbed(_) => "TargetUnavailable",
