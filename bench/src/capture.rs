@@ -1,13 +1,12 @@
 //! Catch-up: the rows are there first, then the capture starts.
 
-use std::{
-    fs,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use meander_test_support::{Kafka, Postgres, Redis, Runtime, eventually};
 use serde::Serialize;
+
+use crate::process::{cpu_seconds, peak_resident};
 
 const LIMIT: Duration = Duration::from_secs(600);
 
@@ -84,27 +83,4 @@ async fn round(kafka: &Kafka, redis: Option<&Redis>, rows: u64) -> anyhow::Resul
     };
     runtime.terminate(LIMIT);
     Ok(round)
-}
-
-/// User and system time, from `/proc/PID/stat` (fields 14 and 15, in hundredths of a second).
-fn cpu_seconds(process: u32) -> anyhow::Result<f64> {
-    let stat = fs::read_to_string(format!("/proc/{process}/stat"))?;
-    let (_, fields) = stat.rsplit_once(") ").context("no fields")?;
-    let ticks: u64 = fields
-        .split(' ')
-        .skip(11)
-        .take(2)
-        .map(|field| field.parse().unwrap_or(0))
-        .sum();
-    Ok(ticks as f64 / 100.0)
-}
-
-fn peak_resident(process: u32) -> anyhow::Result<f64> {
-    let status = fs::read_to_string(format!("/proc/{process}/status"))?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmHWM:"))
-        .context("no VmHWM")?;
-    let kibibytes: f64 = line.trim().trim_end_matches(" kB").parse()?;
-    Ok(kibibytes / 1024.0)
 }

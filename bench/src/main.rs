@@ -7,6 +7,8 @@
 
 mod capture;
 mod pacing;
+mod process;
+mod throughput;
 
 use clap::{Parser, Subcommand};
 use meander_config::{
@@ -36,8 +38,17 @@ enum Measurement {
         changes: u64,
         #[arg(long, default_value_t = 250.0)]
         rate: f64,
-        #[arg(long, value_delimiter = ',', default_value = "1,10,100")]
+        #[arg(long, value_delimiter = ',', default_value = "0.5,1,10,100")]
         speeds: Vec<f64>,
+    },
+    /// Replay at the speed max into a gRPC receiver, in both orders, beside a plain consumer of the same records
+    Throughput {
+        #[arg(long, default_value_t = 1_000_000)]
+        records: u64,
+        #[arg(long, default_value_t = 4)]
+        partitions: i32,
+        #[arg(long, default_value_t = 3)]
+        rounds: u32,
     },
 }
 
@@ -45,6 +56,11 @@ enum Measurement {
 async fn main() -> anyhow::Result<()> {
     match Arguments::parse().measurement {
         Measurement::Capture { rows, rounds } => capture::measure(rows, rounds).await,
+        Measurement::Throughput {
+            records,
+            partitions,
+            rounds,
+        } => throughput::measure(records, partitions, rounds).await,
         Measurement::Pacing { changes, rate, speeds } => pacing::measure(changes, rate, &speeds).await,
     }
 }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use meander_config::{GrpcReceiver, ReplayConfig, ReplayEnd, ReplayStart, ReplayTarget, ResourceIdentity};
+use meander_config::{GrpcReceiver, ReplayConfig, ReplayEnd, ReplayOrder, ReplayStart, ReplayTarget, ResourceIdentity};
 use meander_test_support::{Kafka, Postgres, Runtime, eventually, free_address};
 use meander_workload::load::{self, Load};
 
@@ -56,6 +56,7 @@ pub(crate) async fn measure(changes: u64, rate: f64, speeds: &[f64]) -> anyhow::
             suspended: false,
             filter: None,
             max_gap_seconds: None,
+            order: ReplayOrder::Commit,
             target: ReplayTarget::GrpcCall(GrpcReceiver::plain(format!("http://{address}"))),
             operator: None,
             admin_address: free_address(),

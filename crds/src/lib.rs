@@ -20,6 +20,6 @@ pub use pipeline::{
 pub use replay::{
     Beginning, ChangePosition, EndAt, GrpcTarget, HttpTarget, KafkaTarget, KafkaTargetTopics, LogTarget, OtherTopics,
     PipelineReference, PostgresTarget, RecordOffset, RedisTarget, ReplayEnd, ReplayFailures, ReplayFilter, ReplayJob,
-    ReplayJobSpec, ReplayJobStatus, ReplayOperation, ReplayPhase, ReplayProgress, ReplayRange, ReplayRuntime,
-    ReplayStart, ReplayTarget, RowKey, Serve, Speed, TopicProgress,
+    ReplayJobSpec, ReplayJobStatus, ReplayOperation, ReplayOrder, ReplayPhase, ReplayProgress, ReplayRange,
+    ReplayRuntime, ReplayStart, ReplayTarget, RowKey, Serve, Speed, TopicProgress,
 };

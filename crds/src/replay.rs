@@ -41,6 +41,7 @@ use crate::{
     validation = Rule::new("!has(self.to.at) || self.to.at != 'Live' || (has(self.target) && has(self.target.grpc) && has(self.target.grpc.serve) && !self.dryRun)").message("to.at Live is for subscribers, who come and go: write target.grpc.serve, or to.at Now"),
     validation = Rule::new("has(self.target) || self.dryRun").message("write in target where the changes go, or set dryRun"),
     validation = Rule::new("has(self.target) == has(oldSelf.target) && (!has(self.target) || self.target == oldSelf.target)").message("target is immutable: create another ReplayJob"),
+    validation = Rule::new("self.order != 'PerKey' || !has(self.target) || has(self.target.log) || (has(self.target.grpc) && has(self.target.grpc.endpoint))").message("order PerKey is for target.log and target.grpc.endpoint: the others need commit order"),
     validation = Rule::new("has(self.filter) == has(oldSelf.filter) && (!has(self.filter) || self.filter == oldSelf.filter)").message("filter is immutable: create another ReplayJob"),
     validation = Rule::new("has(self.maxGapSeconds) == has(oldSelf.maxGapSeconds) && (!has(self.maxGapSeconds) || self.maxGapSeconds == oldSelf.maxGapSeconds)").message("maxGapSeconds is immutable: create another ReplayJob")
 )]
@@ -60,6 +61,10 @@ pub struct ReplayJobSpec {
     #[serde(default)]
     #[x_kube(validation = Rule::new("type(self) == int ? self > 0 : self == 'max' || (self.matches('^[0-9]{1,7}([.][0-9]{1,6})?$') && double(self) > 0.0)").message("speed is a positive number such as 10 or \"0.5\", or \"max\""))]
     pub speed: Speed,
+    /// In which order changes are delivered. `PerKey` is for target.log and target.grpc.endpoint, and pays at the speed `max`. Immutable.
+    #[serde(default)]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("order is immutable: create another ReplayJob"))]
+    pub order: ReplayOrder,
     /// Cut every silence between two changes that are delivered to this many seconds of the original time, before the speed is applied;
     /// no silence where this is left out. Immutable.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -217,6 +222,16 @@ pub enum EndAt {
     Now,
     /// None: what is captured later follows.
     Live,
+}
+
+/// In which order changes are delivered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum ReplayOrder {
+    /// As they were committed, transaction by transaction, over all tables and partitions.
+    #[default]
+    Commit,
+    /// Those of a row as they were committed; those of different rows in any order, as fast as they can be read.
+    PerKey,
 }
 
 /// Which changes are delivered: those that every part of it keeps. What is left out is counted, and paces nothing.

@@ -692,6 +692,10 @@ async fn a_replay_that_can_never_work_is_refused() {
             "spec.filter.operations",
         ),
         (spec(json!({"filter": {"keys": [{"id": 7}]}})), "spec.filter.keys"),
+        (
+            merged(postgres(json!({})), &spec(json!({"order": "PerKey"}))),
+            "order PerKey is for target.log and target.grpc.endpoint: the others need commit order",
+        ),
         (spec(json!({"maxGapSeconds": 0})), "spec.maxGapSeconds"),
         (
             target(json!({})),
@@ -823,6 +827,11 @@ async fn a_replay_that_can_never_work_is_refused() {
             spec(json!({"maxGapSeconds": 60})),
             spec(json!({"maxGapSeconds": 61})),
             "maxGapSeconds is immutable: create another ReplayJob",
+        ),
+        (
+            none.clone(),
+            spec(json!({"order": "PerKey"})),
+            "order is immutable: create another ReplayJob",
         ),
         (
             none.clone(),

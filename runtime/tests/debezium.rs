@@ -8,8 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use common::{LIMIT, checkpoint, config};
 use meander_config::{
-    CaptureConfig, Format, PublicationManagement, ReplayConfig, ReplayEnd, ReplayStart, ReplayTarget, ResourceIdentity,
-    SnapshotMode, Speed,
+    CaptureConfig, Format, PublicationManagement, ReplayConfig, ReplayEnd, ReplayOrder, ReplayStart, ReplayTarget,
+    ResourceIdentity, SnapshotMode, Speed,
 };
 use meander_test_support::{Debezium, Kafka, Postgres, Redis, Runtime, eventually, free_address, unique_name};
 use rdkafka::{
@@ -594,6 +594,7 @@ async fn without_schemas_a_record_is_the_payload_and_a_tombstone_survives_a_cras
         suspended: false,
         filter: None,
         max_gap_seconds: None,
+        order: ReplayOrder::Commit,
         target: ReplayTarget::Log,
         operator: None,
         admin_address: free_address(),

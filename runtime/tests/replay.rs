@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
     path::{Path, PathBuf},
     process::{Child, Command},
@@ -16,7 +16,7 @@ use std::{
 
 use meander_config::{
     ClientCertificate, GrpcReceiver, KafkaCluster, KafkaLog, OperatorLink, RecordOffset, ReplayConfig, ReplayEnd,
-    ReplayFilter, ReplayStart, ReplayTarget, ResourceIdentity, Speed, TableSelection,
+    ReplayFilter, ReplayOrder, ReplayStart, ReplayTarget, ResourceIdentity, Speed, TableSelection,
 };
 use meander_proto::v1::{
     ChangeRecord, Column, Condition, ControlReplayRequest, ControlReplayResponse, DeliverAck, Directive, Operation,
@@ -261,6 +261,7 @@ impl Log {
             suspended: false,
             filter: None,
             max_gap_seconds: None,
+            order: ReplayOrder::Commit,
             target,
             operator: None,
             admin_address: SocketAddr::from(([127, 0, 0, 1], 0)),
@@ -1140,6 +1141,81 @@ async fn what_a_filter_leaves_out_is_counted_and_paces_nothing() {
     let error = replay(unanswerable).await.unwrap_err();
     assert!(error.is_permanent(), "{error}");
     assert!(error.to_string().contains(&changes[0].position.to_string()), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn side_by_side_each_partition_is_in_order_and_every_change_comes_once() {
+    let (log, changes) = log_with_history().await;
+    let receiver = Receiver::start().await;
+    let config = ReplayConfig {
+        order: ReplayOrder::PerKey,
+        ..log.config(receiver.target())
+    };
+    assert_eq!(replay(config).await.unwrap(), End::Complete);
+    let received = receiver.received.lock().unwrap().clone();
+    for (table, partitions) in TABLES {
+        for partition in 0..partitions {
+            let of_partition: Vec<_> = (received.iter())
+                .filter(|record| record.topic == log.topic(table) && record.partition == partition)
+                .map(change_of)
+                .collect();
+            let written = (changes.iter()).filter(|change| change.table == table && change.partition == partition);
+            assert_eq!(of_partition, expected(written), "{table} {partition}");
+        }
+    }
+    assert_eq!(received.len(), changes.len());
+
+    let folder = tempfile::tempdir().unwrap();
+    let refused = ReplayConfig {
+        order: ReplayOrder::PerKey,
+        ..log.config(ReplayTarget::GrpcServe {
+            address: free_address(),
+            token_file: folder.path().join("token"),
+            certificate: None,
+        })
+    };
+    let error = replay(refused).await.unwrap_err();
+    assert!(matches!(error, ReplayError::CommitOrderNeeded), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn side_by_side_each_partition_goes_on_at_its_own_place_after_a_kill() {
+    let mut log = Log::new().await;
+    let changes = long_history(20_000);
+    for part in changes.chunks(500) {
+        log.commit(part);
+    }
+    let receiver = Receiver::start().await;
+    receiver.answers.forget_permits(Semaphore::MAX_PERMITS);
+    let config = ReplayConfig {
+        admin_address: free_address(),
+        order: ReplayOrder::PerKey,
+        ..log.config(receiver.target())
+    };
+    let mut runtime = Runtime::replay(&config);
+    receiver.answers.add_permits(8);
+    let answered = eventually("what was answered is kept", LIMIT, async || {
+        let (kept, permits) = (kept(&config).await, receiver.answers.available_permits());
+        if permits == 0 && kept == *receiver.answered.borrow() {
+            Ok(kept)
+        } else {
+            Err(format!("{kept}, {permits} left"))
+        }
+    })
+    .await;
+    runtime.kill9();
+    let mut received = receiver.take();
+    received.truncate(usize::try_from(answered).unwrap());
+    assert_ne!(received, expected(&changes[..received.len()]), "it is not commit order");
+
+    runtime.start_again();
+    receiver.answers.add_permits(1000);
+    let status = runtime.process().wait(LIMIT);
+    assert!(status.success(), "{}", runtime.process().log_tail());
+    received.extend(receiver.take());
+    assert_eq!(received.len(), changes.len(), "what was kept is not delivered again");
+    let all = |changes: Vec<(String, u32, i64)>| changes.into_iter().collect::<BTreeSet<_>>();
+    assert!(all(received) == all(expected(&changes)));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -4,7 +4,7 @@
 mod common;
 
 use common::{LIMIT, checkpoint, config};
-use meander_config::{ReplayConfig, ReplayEnd, ReplayStart, ReplayTarget, ResourceIdentity, Speed};
+use meander_config::{ReplayConfig, ReplayEnd, ReplayOrder, ReplayStart, ReplayTarget, ResourceIdentity, Speed};
 use meander_proto::v1::{ReplayRequest, replayer_client::ReplayerClient};
 use meander_runtime::{
     position::Position,
@@ -58,6 +58,7 @@ async fn a_replay_survives_a_restart_of_kafka_with_nothing_left_out_or_doubled()
             suspended: false,
             filter: None,
             max_gap_seconds: None,
+            order: ReplayOrder::Commit,
             target: ReplayTarget::GrpcServe {
                 address,
                 token_file,

@@ -11,7 +11,7 @@ use std::{
 use common::{LIMIT, config};
 use meander_config::{
     CaptureConfig, ClientCertificate, Durability, GrpcReceiver, KafkaSasl, KafkaSink, KafkaTls, PostgresSource,
-    ReplayConfig, ReplayEnd, ReplayStart, ReplayTarget, ResourceIdentity, SaslMechanism, Speed, SslMode,
+    ReplayConfig, ReplayEnd, ReplayOrder, ReplayStart, ReplayTarget, ResourceIdentity, SaslMechanism, Speed, SslMode,
     TopicManagement,
 };
 use meander_runtime::{
@@ -412,6 +412,7 @@ async fn kafka_is_used_over_tls_and_sasl_with_no_more_than_the_grants_of_the_doc
         suspended: false,
         filter: None,
         max_gap_seconds: None,
+        order: ReplayOrder::Commit,
         target: ReplayTarget::GrpcCall(GrpcReceiver::plain(format!("http://{receiver}"))),
         operator: None,
         admin_address: free_address(),

@@ -10,7 +10,7 @@ use meander_config::{
 };
 use meander_crds::{
     ChangePosition, EndAt, KafkaSink, KafkaTarget, LogLevel, PipelineFormat, PostgresTarget, RecordOffset,
-    ReplayFilter, ReplayJob, ReplayOperation, ReplayTarget, Resources, RowKey,
+    ReplayFilter, ReplayJob, ReplayOperation, ReplayOrder, ReplayTarget, Resources, RowKey,
 };
 
 use super::dereference::Facts;
@@ -178,6 +178,10 @@ pub fn validate(replay: &ReplayJob, facts: &Facts, settings: &Settings) -> Resul
         to,
         speed,
         suspended: spec.suspend,
+        order: match spec.order {
+            ReplayOrder::Commit => meander_config::ReplayOrder::Commit,
+            ReplayOrder::PerKey => meander_config::ReplayOrder::PerKey,
+        },
         filter,
         max_gap_seconds: spec.max_gap_seconds.and_then(NonZeroU32::new),
         target,

@@ -82,6 +82,9 @@ pub struct ReplayConfig {
     /// Hold delivery until the operator says otherwise.
     #[serde(default)]
     pub suspended: bool,
+    /// In which order changes are delivered.
+    #[serde(default)]
+    pub order: ReplayOrder,
     /// Which of the changes are delivered; all where it is left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub filter: Option<ReplayFilter>,
@@ -602,6 +605,16 @@ pub enum ReplayEnd {
     Now,
     /// Never: what is captured later follows. Only for [`ReplayTarget::GrpcServe`].
     Live,
+}
+
+/// In which order changes are delivered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ReplayOrder {
+    /// As they were committed.
+    #[default]
+    Commit,
+    /// Those of a key as they were committed; those of different keys in any order.
+    PerKey,
 }
 
 /// Which changes are delivered: those that every part of it keeps.

@@ -154,6 +154,9 @@ pub enum ReplayError {
         /// The record that should have come earlier.
         found: Coordinate,
     },
+    /// Changes in another order than that of commits would spoil the target.
+    #[error("the target needs the changes in commit order: leave `order` out")]
+    CommitOrderNeeded,
     /// The filter cannot be used, or cannot judge a record.
     #[error(transparent)]
     Filter(#[from] FilterError),
@@ -204,6 +207,7 @@ impl ReplayError {
             | Self::NobodyFollows
             | Self::LogTruncated { .. }
             | Self::Filter(_)
+            | Self::CommitOrderNeeded
             | Self::ForeignRecord { .. }
             | Self::Disorder { .. } => true,
             Self::Target(error) => error.is_permanent(),
@@ -242,6 +246,7 @@ impl ReplayError {
             Self::ForeignRecord { .. } => "ForeignRecord",
             Self::Disorder { .. } => "LogOutOfOrder",
             Self::Filter(error) => error.reason(),
+            Self::CommitOrderNeeded => "CommitOrderNeeded",
             Self::TaskStopped(_) => "TaskStopped",
             Self::Target(error) => error.reason(),
             Self::NoToken { .. } => "NoToken",

@@ -17,7 +17,7 @@ use super::{
     error::ReplayError,
     filter::Filter,
     range::{self, Ends, Range},
-    reader::{self, Read},
+    reader::{self, Read, Reading},
     record::{Coordinate, ResumeToken},
 };
 use crate::{
@@ -129,7 +129,13 @@ impl Live {
                 time: token.timestamp,
             });
         } else {
-            let reads = reader::start_with(&self.kafka, group.clone(), prefetch, range, after, filter.clone());
+            let reading = Reading {
+                range,
+                after,
+                filter: filter.clone(),
+                side_by_side: false,
+            };
+            let reads = reader::start_with(&self.kafka, group.clone(), prefetch, reading);
             if !pass_on(reads, out).await? {
                 return Ok(());
             }
@@ -154,7 +160,13 @@ impl Live {
                 .await
                 .map_err(|_| ReplayError::TaskStopped("following the log"))??;
             self.known = known;
-            let reads = reader::start_with(&self.kafka, group.clone(), prefetch, range, after, filter.clone());
+            let reading = Reading {
+                range,
+                after,
+                filter: filter.clone(),
+                side_by_side: false,
+            };
+            let reads = reader::start_with(&self.kafka, group.clone(), prefetch, reading);
             if !pass_on(reads, out).await? {
                 return Ok(());
             }

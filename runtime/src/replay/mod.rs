@@ -25,19 +25,19 @@ use std::{path::Path, pin::pin, sync::Arc, time::Duration};
 
 use backon::{BackoffBuilder as _, ExponentialBuilder};
 use jiff::Timestamp;
-use meander_config::{ReplayConfig, ReplayEnd, ReplayTarget};
+use meander_config::{ReplayConfig, ReplayEnd, ReplayOrder, ReplayTarget, Speed};
 use meander_proto::v1::{ReplayProgress, replay_progress::Phase};
 use prometheus::{Gauge, IntCounter, IntGauge, Registry};
 use serde::Serialize;
 use tokio::{
-    sync::watch,
+    sync::{mpsc, watch},
     task::spawn_blocking,
     time::{Instant, sleep},
 };
 use tokio_util::sync::CancellationToken;
 
 use self::{
-    checkpoint::Checkpoint,
+    checkpoint::{Checkpoint, Done},
     drive::{Report, drive},
     error::ReplayError,
     filter::Filter,
@@ -46,6 +46,7 @@ use self::{
     meter::Meter,
     orders::Orders,
     range::Range,
+    reader::Reading,
     record::Coordinate,
     tally::Tally,
     target::{
@@ -88,11 +89,21 @@ pub struct Plan {
     pub filter: Option<Arc<Filter>>,
     /// Silences that are longer are cut to this.
     pub max_gap: Option<Duration>,
+    /// In which order. Commit order is one in which those of a key are in order, and the one that keeps time.
+    pub order: ReplayOrder,
 }
 
 impl Plan {
     fn new(config: &ReplayConfig) -> Result<Self, ReplayError> {
+        let takes_any_order = matches!(
+            config.target,
+            ReplayTarget::GrpcCall { .. } | ReplayTarget::Log | ReplayTarget::DryRun
+        );
+        if config.order != ReplayOrder::Commit && !takes_any_order {
+            return Err(ReplayError::CommitOrderNeeded);
+        }
         Ok(Self {
+            order: config.order,
             filter: config.filter.as_ref().map(Filter::new).transpose()?.map(Arc::new),
             max_gap: config
                 .max_gap_seconds
@@ -216,15 +227,14 @@ struct Job<'a> {
 
 impl Job<'_> {
     /// Delivers the range to a target that knows nothing of an earlier process of this job.
-    async fn deliver(mut self, target: impl Target) -> Result<End, ReplayError> {
+    async fn deliver<T: Target>(mut self, target: T) -> Result<End, ReplayError> {
         let Some(range) = self.resolve().await? else {
             return Ok(End::Cancelled);
         };
         let meter = Meter::new(&range, Tally::default(), &self.plan);
         self.report.resolved(&range, &meter);
         self.ready.send_replace(true);
-        let filter = self.plan.filter.clone();
-        let reads = reader::start(&self.config.kafka, &self.config.job, range, None, filter);
+        let reads = self.read::<T>(range, None);
         drive(
             reads,
             target,
@@ -350,11 +360,26 @@ impl Job<'_> {
         let meter = Meter::new(&range, tally.clone(), &self.plan);
         self.report.resolved(&range, &meter);
         self.ready.send_replace(true);
-        let after = done.map(|done| done.resume.coordinate);
-        let filter = self.plan.filter.clone();
-        let reads = reader::start(&self.config.kafka, &self.config.job, rest, after, filter);
+        let reads = self.read::<T>(rest, done.as_ref());
         let orders = self.orders.clone();
         drive(reads, target, orders, meter, &self.plan, self.report, self.shutdown).await
+    }
+
+    /// Starts to read what is left of the range.
+    fn read<T: Target>(
+        &mut self,
+        range: Range,
+        done: Option<&Done>,
+    ) -> mpsc::Receiver<Result<reader::Read, ReplayError>> {
+        let per_key = self.plan.order == ReplayOrder::PerKey;
+        let reading = Reading {
+            range,
+            // Where the order is not that of commits, what is left of each partition tells what is done.
+            after: done.filter(|_| !per_key).map(|done| done.resume.coordinate),
+            filter: self.plan.filter.clone(),
+            side_by_side: per_key && (!T::PACED || self.orders.current().speed == Speed::Max),
+        };
+        reader::start(&self.config.kafka, &self.config.job, reading)
     }
 
     /// The range; none if the replay is cancelled meanwhile.

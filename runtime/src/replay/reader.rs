@@ -1,6 +1,8 @@
-//! Reads the partitions of a range and merges them into commit order, in bounded memory.
+//! Reads the partitions of a range and merges them into commit order, or side by side, in bounded memory.
 
 use std::{
+    cmp::Reverse,
+    collections::BinaryHeap,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -41,7 +43,7 @@ const LONGEST_SILENCE: Duration = Duration::from_secs(300);
 /// What a reader gives.
 #[derive(Debug)]
 pub enum Read {
-    /// Records in commit order, at least one.
+    /// Records in order, at least one.
     Records(Vec<Record>),
     /// What comes after them, and is not delivered.
     LeftOut(Passed),
@@ -53,18 +55,24 @@ pub enum Read {
     End,
 }
 
-/// Starts to read a range, after the record `after` if there is one, and gives what the filter keeps.
+/// What is read, and how.
+pub struct Reading {
+    /// The range.
+    pub range: Range,
+    /// The last record in commit order that is left out.
+    pub after: Option<Coordinate>,
+    /// What is given of the rest; all of it if there is none.
+    pub filter: Option<Arc<Filter>>,
+    /// Partitions are read side by side, each in its order, and not merged into commit order.
+    pub side_by_side: bool,
+}
+
+/// Starts to read.
 ///
 /// The thread ends with the range, with an error, or soon after the receiver is dropped.
-pub fn start(
-    kafka: &KafkaLog,
-    job: &ResourceIdentity,
-    range: Range,
-    after: Option<Coordinate>,
-    filter: Option<Arc<Filter>>,
-) -> mpsc::Receiver<Result<Read, ReplayError>> {
+pub fn start(kafka: &KafkaLog, job: &ResourceIdentity, reading: Reading) -> mpsc::Receiver<Result<Read, ReplayError>> {
     let group = format!("meander-replay.{}.{}", job.namespace, job.name);
-    start_with(kafka, group, PREFETCH_BYTES, range, after, filter)
+    start_with(kafka, group, PREFETCH_BYTES, reading)
 }
 
 /// As [`start`], under a name of its own and with `prefetch` bytes of memory for what is fetched ahead.
@@ -73,15 +81,13 @@ pub fn start_with(
     // Nothing is ever committed to the group and nobody joins it; the name shows up in quotas and in the brokers' logs.
     group: String,
     prefetch: usize,
-    range: Range,
-    after: Option<Coordinate>,
-    filter: Option<Arc<Filter>>,
+    reading: Reading,
 ) -> mpsc::Receiver<Result<Read, ReplayError>> {
     let (out, reads) = mpsc::channel(CHUNKS);
     let kafka = kafka.clone();
     let failed = out.clone();
     let read = move || {
-        let result = Reader::connect(&kafka, &group, prefetch, range, after, filter, out.clone()).and_then(Reader::run);
+        let result = Reader::connect(&kafka, &group, prefetch, reading, out.clone()).and_then(Reader::run);
         match result {
             Ok(()) | Err(Stop::Unheard) => {}
             Err(Stop::Failed(error)) => {
@@ -123,11 +129,13 @@ struct Reader {
     range: Range,
     after: Option<Coordinate>,
     filter: Option<Arc<Filter>>,
+    side_by_side: bool,
     sources: Vec<Source>,
     /// With each record, the source that it is from.
     merge: Merge<Coordinate, (usize, Record)>,
-    /// Timestamps of the first records of partitions whose start was deleted.
+    /// The greatest timestamp of the first records of partitions whose start was deleted, and the one that was announced.
     truncated: Option<i64>,
+    announced: Option<i64>,
     chunk: Vec<Record>,
     chunk_bytes: usize,
     /// What is behind since the last record of the chunk.
@@ -150,11 +158,15 @@ impl Reader {
         kafka: &KafkaLog,
         group: &str,
         prefetch: usize,
-        range: Range,
-        after: Option<Coordinate>,
-        filter: Option<Arc<Filter>>,
+        reading: Reading,
         out: mpsc::Sender<Result<Read, ReplayError>>,
     ) -> Result<Self, Stop> {
+        let Reading {
+            range,
+            after,
+            filter,
+            side_by_side,
+        } = reading;
         let unreachable = |source| ReplayError::KafkaUnreachable {
             doing: "starting to read the log",
             source,
@@ -194,8 +206,10 @@ impl Reader {
             range,
             after,
             filter,
+            side_by_side,
             sources,
             truncated: None,
+            announced: None,
             chunk: Vec::new(),
             chunk_bytes: 0,
             passed: Passed::default(),
@@ -204,6 +218,48 @@ impl Reader {
     }
 
     fn run(mut self) -> Result<(), Stop> {
+        if self.side_by_side {
+            self.read_side_by_side()?;
+        } else {
+            self.read_merged()?;
+        }
+        self.announce_truncation()?;
+        for source in &self.sources {
+            self.passed.offsets += between(source.position, source.stretch.end);
+        }
+        self.flush()?;
+        self.send(Read::End)
+    }
+
+    /// A chunk of one partition after the other. The one that is furthest behind in time comes next, so that they stay close together.
+    fn read_side_by_side(&mut self) -> Result<(), Stop> {
+        let mut open: BinaryHeap<_> = (0..self.sources.len())
+            .map(|source| Reverse((i64::MIN, source)))
+            .collect();
+        while let Some(Reverse((_, source))) = open.pop() {
+            let mut reached = None;
+            for _ in 0..CHUNK_RECORDS {
+                reached = match self.next(source)? {
+                    Some(record) => {
+                        let timestamp = record.timestamp;
+                        self.give(source, record)?;
+                        Some(timestamp)
+                    }
+                    None => None,
+                };
+                if reached.is_none() {
+                    break;
+                }
+            }
+            match reached {
+                Some(timestamp) => open.push(Reverse((timestamp, source))),
+                None => self.release(source),
+            }
+        }
+        Ok(())
+    }
+
+    fn read_merged(&mut self) -> Result<(), Stop> {
         loop {
             match self.merge.step() {
                 Step::Want(source) => match self.next(source)? {
@@ -227,14 +283,7 @@ impl Reader {
                     }
                     .into());
                 }
-                Step::End => {
-                    self.announce_truncation()?;
-                    for source in &self.sources {
-                        self.passed.offsets += between(source.position, source.stretch.end);
-                    }
-                    self.flush()?;
-                    return self.send(Read::End);
-                }
+                Step::End => return Ok(()),
             }
         }
     }
@@ -353,11 +402,15 @@ impl Reader {
         Ok(())
     }
 
-    /// Says that the start of the range is gone. By the time that the first record is given, every partition has shown its own.
+    /// Says that the start of the range is gone. In commit order every partition has shown its own by the time that the first record is
+    /// given; side by side it may be said more than once.
     fn announce_truncation(&mut self) -> Result<(), Stop> {
-        match self.truncated.take() {
-            Some(earliest) => self.send(Read::Truncated(earliest)),
-            None => Ok(()),
+        match self.truncated {
+            Some(earliest) if self.announced < Some(earliest) => {
+                self.announced = Some(earliest);
+                self.send(Read::Truncated(earliest))
+            }
+            _ => Ok(()),
         }
     }
 

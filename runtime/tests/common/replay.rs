@@ -2,7 +2,7 @@
 #![allow(dead_code)]
 
 use meander_config::{
-    CaptureConfig, Format, ReplayConfig, ReplayEnd, ReplayStart, ReplayTarget, ResourceIdentity, Speed,
+    CaptureConfig, Format, ReplayConfig, ReplayEnd, ReplayOrder, ReplayStart, ReplayTarget, ResourceIdentity, Speed,
 };
 use meander_runtime::{
     log::checkpoint_key,
@@ -51,6 +51,7 @@ pub fn everything(pipeline: &CaptureConfig, target: ReplayTarget) -> ReplayConfi
         suspended: false,
         filter: None,
         max_gap_seconds: None,
+        order: ReplayOrder::Commit,
         target,
         operator: None,
         admin_address: free_address(),

@@ -45,7 +45,7 @@ use crate::{
         meter::Meter,
         orders::Orders,
         range::{self, Range},
-        reader,
+        reader::{self, Reading},
         record::ResumeToken,
     },
     tls::client_chain,
@@ -342,11 +342,18 @@ impl Replayer for Subscriptions {
         let shutdown = self.shutdown.clone();
         tokio::spawn(async move {
             let meter = Meter::new(&range, Tally::default(), &offer.plan);
-            let after = token.map(|token| token.coordinate);
             let group = format!("meander-replay.{}.{}", offer.job.namespace, offer.job.name);
             let filter = offer.plan.filter.clone();
             let reads = match &offer.live {
-                None => reader::start_with(&offer.kafka, group, PREFETCH_BYTES, range, after, filter),
+                None => {
+                    let reading = Reading {
+                        range,
+                        after: token.map(|token| token.coordinate),
+                        filter,
+                        side_by_side: false,
+                    };
+                    reader::start_with(&offer.kafka, group, PREFETCH_BYTES, reading)
+                }
                 Some(live) => live.read(Following {
                     range,
                     token,

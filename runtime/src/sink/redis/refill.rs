@@ -12,7 +12,7 @@ use crate::{
     replay::{
         error::ReplayError,
         range::{self, Range},
-        reader::{self, Read},
+        reader::{self, Read, Reading},
         record::{Coordinate, Record},
     },
     sink::{
@@ -97,7 +97,13 @@ impl Source {
             position,
             part: u32::MAX,
         });
-        reader::start_with(&self.kafka, self.group.clone(), PREFETCH_BYTES, range, after, None)
+        let reading = Reading {
+            range,
+            after,
+            filter: None,
+            side_by_side: false,
+        };
+        reader::start_with(&self.kafka, self.group.clone(), PREFETCH_BYTES, reading)
     }
 
     /// How many records Kafka holds.

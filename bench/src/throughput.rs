@@ -1,0 +1,351 @@
+//! How many records a replay delivers in a second, beside a plain consumer of the same records.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+use meander_config::{
+    GrpcReceiver, KafkaLog, ReplayConfig, ReplayEnd, ReplayOrder, ReplayStart, ReplayTarget, ResourceIdentity, Speed,
+};
+use meander_proto::v1::{
+    ChangeRecord, Column, DeliverAck, Operation, Relation, ReplayEvent, Row, Value,
+    replay_receiver_server::{ReplayReceiver, ReplayReceiverServer},
+    value::Kind,
+};
+use meander_runtime::{
+    log::{
+        COMMIT_TIME_HEADER, Checkpoint, POSITION_HEADER, SnapshotState, checkpoint_key, checkpoint_topic, topic_name,
+    },
+    position::{Epoch, Lsn, Position},
+};
+use meander_test_support::{Kafka, Runtime, free_address};
+use prost::Message as _;
+use rdkafka::{
+    Offset, TopicPartitionList,
+    admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
+    client::DefaultClientContext,
+    consumer::{BaseConsumer, Consumer as _},
+    error::{KafkaError, RDKafkaErrorCode},
+    message::{Header, OwnedHeaders},
+    producer::{BaseProducer, BaseRecord, Producer as _},
+};
+use serde::Serialize;
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tonic::{Request, Response, Status, Streaming, transport::Server};
+
+use crate::process::{cpu_seconds, peak_resident};
+
+const LIMIT: Duration = Duration::from_secs(600);
+const NAME: &str = "throughput";
+/// Bytes of a value.
+const SIZE: usize = 250;
+/// Changes of a transaction of the source, and of one of Kafka.
+const CHANGES: u64 = 10;
+const TRANSACTION: u64 = 1000;
+/// 2025-11-20T10:00:00Z.
+const START: i64 = 1_763_632_800_000_000;
+
+#[derive(Serialize)]
+struct Round {
+    reader: &'static str,
+    records: u64,
+    /// From the first record to the last.
+    seconds: f64,
+    records_per_second: f64,
+    /// Processor time of the process that reads, up to the last record.
+    cpu_seconds: f64,
+    /// Of that process; not told of the consumer, which is in the process of the benchmark.
+    peak_resident_mebibytes: Option<f64>,
+}
+
+pub(crate) async fn measure(records: u64, partitions: i32, rounds: u32) -> anyhow::Result<()> {
+    let kafka = Kafka::start().await;
+    record(&kafka, records, partitions).await?;
+    for _ in 0..rounds {
+        let bootstrap = kafka.bootstrap();
+        let consumed = tokio::task::spawn_blocking(move || consume(&bootstrap, records, partitions)).await??;
+        println!("{}", serde_json::to_string(&consumed)?);
+        for (reader, order) in [
+            ("replay, Commit", ReplayOrder::Commit),
+            ("replay, PerKey", ReplayOrder::PerKey),
+        ] {
+            let replayed = replay(&kafka, records, reader, order).await?;
+            println!("{}", serde_json::to_string(&replayed)?);
+        }
+    }
+    Ok(())
+}
+
+fn pipeline() -> ResourceIdentity {
+    ResourceIdentity {
+        namespace: "bench".to_owned(),
+        name: NAME.to_owned(),
+        uid: String::new(),
+    }
+}
+
+fn topic() -> String {
+    topic_name(NAME, "public", "trades")
+}
+
+/// Writes a log as a capture does: transactions of Kafka with a checkpoint in each, of many transactions of the source.
+async fn record(kafka: &Kafka, records: u64, partitions: i32) -> anyhow::Result<()> {
+    let (data, checkpoints) = (topic(), checkpoint_topic("bench", NAME));
+    let admin: AdminClient<DefaultClientContext> = kafka.client_config().create()?;
+    let topics = [
+        NewTopic::new(&data, partitions, TopicReplication::Fixed(1)).set("retention.ms", "-1"),
+        NewTopic::new(&checkpoints, 1, TopicReplication::Fixed(1)).set("cleanup.policy", "compact"),
+    ];
+    for created in admin.create_topics(&topics, &AdminOptions::new()).await? {
+        created.map_err(|(topic, code)| anyhow::anyhow!("{topic}: {code}"))?;
+    }
+    tokio::task::block_in_place(|| write(kafka, records, partitions, &data, &checkpoints))
+}
+
+fn write(kafka: &Kafka, records: u64, partitions: i32, data: &str, checkpoints: &str) -> anyhow::Result<()> {
+    let key = checkpoint_key("bench", NAME, NAME);
+    let producer: BaseProducer = kafka
+        .client_config()
+        .set("transactional.id", &key)
+        .set("linger.ms", "20")
+        .set("queue.buffering.max.messages", "1000000")
+        .create()?;
+    producer.init_transactions(LIMIT)?;
+    for first in (0..records).step_by(usize::try_from(TRANSACTION)?) {
+        producer.begin_transaction()?;
+        let until = records.min(first + TRANSACTION);
+        for number in first..until {
+            let position = position_of(number);
+            let commit_time = START + i64::try_from(position.commit_lsn.0)? * 1000;
+            let headers = OwnedHeaders::new()
+                .insert(Header {
+                    key: POSITION_HEADER,
+                    value: Some(&position.to_string()),
+                })
+                .insert(Header {
+                    key: COMMIT_TIME_HEADER,
+                    value: Some(&commit_time.to_string()),
+                });
+            let (key, value) = (format!(r#"{{"id":"{number}"}}"#), value(number));
+            let record = BaseRecord::to(data)
+                .partition(i32::try_from(number % u64::try_from(partitions)?)?)
+                .key(&key)
+                .payload(&value)
+                .timestamp(commit_time / 1000)
+                .headers(headers);
+            producer.send(record).map_err(|(error, _)| error)?;
+        }
+        let last = position_of(until - 1);
+        let checkpoint = Checkpoint {
+            epoch: 1,
+            partings: vec![],
+            system_identifier: "1".to_owned(),
+            timeline: 1,
+            owner_generation: 1,
+            published: Some(last),
+            complete: Some(Position::end_of_transaction(last.epoch, last.commit_lsn)),
+            redis: None,
+            acknowledged: last.commit_lsn,
+            high_time_micros: START + i64::try_from(last.commit_lsn.0)? * 1000,
+            events_total: until,
+            snapshot: SnapshotState::default(),
+            records_total: until,
+            released: false,
+            accepted_gap: None,
+        };
+        let value = serde_json::to_vec(&checkpoint)?;
+        let record = BaseRecord::to(checkpoints).partition(0).key(&key).payload(&value);
+        producer.send(record).map_err(|(error, _)| error)?;
+        producer.commit_transaction(LIMIT)?;
+    }
+    Ok(())
+}
+
+fn position_of(number: u64) -> Position {
+    Position {
+        epoch: Epoch::FIRST,
+        commit_lsn: Lsn(1 + number / CHANGES),
+        ordinal: number % CHANGES,
+    }
+}
+
+/// A row of `SIZE` bytes, as a capture writes it.
+fn value(number: u64) -> Vec<u8> {
+    let column = |name: &str, key| Column {
+        name: name.to_owned(),
+        type_name: "text".to_owned(),
+        type_oid: 25,
+        type_modifier: -1,
+        key,
+    };
+    let change = |note: String| {
+        let change = ChangeRecord {
+            operation: Operation::Insert.into(),
+            relation: Some(Relation {
+                schema: "public".to_owned(),
+                table: "trades".to_owned(),
+                columns: vec![column("id", true), column("note", false)],
+            }),
+            after: Some(Row {
+                values: vec![
+                    Value {
+                        kind: Some(Kind::Integer(i64::try_from(number).unwrap_or(i64::MAX))),
+                    },
+                    Value {
+                        kind: Some(Kind::Text(note)),
+                    },
+                ],
+            }),
+            ..ChangeRecord::default()
+        };
+        change.encode_to_vec()
+    };
+    let rest = SIZE.saturating_sub(change(String::new()).len() + 2);
+    change("n".repeat(rest))
+}
+
+/// Reads all records with the client that a replay reads with, and looks at none.
+fn consume(bootstrap: &str, records: u64, partitions: i32) -> anyhow::Result<Round> {
+    let process = std::process::id();
+    let consumer: BaseConsumer = rdkafka::ClientConfig::new()
+        .set("bootstrap.servers", bootstrap)
+        .set("group.id", "plain")
+        .set("enable.auto.commit", "false")
+        .set("isolation.level", "read_committed")
+        .create()?;
+    let mut assignment = TopicPartitionList::new();
+    for partition in 0..partitions {
+        assignment.add_partition_offset(&topic(), partition, Offset::Beginning)?;
+    }
+    let before = cpu_seconds(process)?;
+    consumer.assign(&assignment)?;
+    let (mut count, mut bytes, mut started) = (0, 0, None);
+    while count < records {
+        match consumer.poll(LIMIT).context("Kafka is silent")? {
+            Ok(message) => {
+                started.get_or_insert_with(Instant::now);
+                bytes += message.payload_len();
+                count += 1;
+            }
+            Err(KafkaError::MessageConsumption(RDKafkaErrorCode::PartitionEOF)) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    let seconds = started.context("there is no record")?.elapsed().as_secs_f64();
+    anyhow::ensure!(
+        bytes >= SIZE * usize::try_from(records)? * 9 / 10,
+        "the records are too small"
+    );
+    Ok(Round {
+        reader: "plain consumer",
+        records,
+        seconds,
+        records_per_second: records as f64 / seconds,
+        cpu_seconds: cpu_seconds(process)? - before,
+        peak_resident_mebibytes: None,
+    })
+}
+
+async fn replay(kafka: &Kafka, records: u64, reader: &'static str, order: ReplayOrder) -> anyhow::Result<Round> {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+    let address = listener.local_addr()?;
+    let receiver = Receiver {
+        records,
+        count: Arc::default(),
+        started: watch::channel(None).0,
+        done: watch::channel(None).0,
+    };
+    let (mut started, mut done) = (receiver.started.subscribe(), receiver.done.subscribe());
+    let server = Server::builder()
+        .tcp_nodelay(true)
+        .add_service(ReplayReceiverServer::new(receiver))
+        .serve_with_incoming(TcpListenerStream::new(listener));
+    let server = tokio::spawn(server);
+    let mut replay = Runtime::replay(&ReplayConfig {
+        job: ResourceIdentity {
+            name: "bench".to_owned(),
+            ..pipeline()
+        },
+        pipeline: pipeline(),
+        slot_name: NAME.to_owned(),
+        kafka: KafkaLog {
+            bootstrap_servers: vec![kafka.bootstrap()],
+            tls: None,
+            sasl: None,
+            topic_prefix: NAME.to_owned(),
+        },
+        from: ReplayStart::Beginning,
+        to: ReplayEnd::Now,
+        speed: Speed::Max,
+        suspended: false,
+        filter: None,
+        max_gap_seconds: None,
+        order,
+        target: ReplayTarget::GrpcCall(GrpcReceiver::plain(format!("http://{address}"))),
+        operator: None,
+        admin_address: free_address(),
+        termination_message_file: None,
+    });
+    let process = replay.process().id().context("the replay has ended")?;
+    let started = (*started.wait_for(Option::is_some).await?).context("no start")?;
+    let ended = (*done.wait_for(Option::is_some).await?).context("no end")?;
+    let (cpu, peak) = (cpu_seconds(process)?, peak_resident(process)?);
+    let status = tokio::task::block_in_place(|| replay.process().wait(LIMIT));
+    anyhow::ensure!(status.success(), "the replay failed:\n{}", replay.process().log_tail());
+    server.abort();
+    let seconds = ended.duration_since(started).as_secs_f64();
+    Ok(Round {
+        reader,
+        records,
+        seconds,
+        records_per_second: records as f64 / seconds,
+        cpu_seconds: cpu,
+        peak_resident_mebibytes: Some(peak),
+    })
+}
+
+/// Decodes what it is sent, answers, and counts.
+#[derive(Clone)]
+struct Receiver {
+    records: u64,
+    count: Arc<AtomicU64>,
+    started: watch::Sender<Option<Instant>>,
+    done: watch::Sender<Option<Instant>>,
+}
+
+#[tonic::async_trait]
+impl ReplayReceiver for Receiver {
+    type DeliverStream = ReceiverStream<Result<DeliverAck, Status>>;
+
+    async fn deliver(&self, request: Request<Streaming<ReplayEvent>>) -> Result<Response<Self::DeliverStream>, Status> {
+        let mut events = request.into_inner();
+        let (answer, answers) = mpsc::channel(16);
+        let receiver = self.clone();
+        tokio::spawn(async move {
+            while let Ok(Some(event)) = events.message().await {
+                receiver.started.send_if_modified(|started| {
+                    let first = started.is_none();
+                    started.get_or_insert_with(Instant::now);
+                    first
+                });
+                let taken = event.records.len() as u64;
+                let resume_token = event.resume_token;
+                if receiver.count.fetch_add(taken, Ordering::Relaxed) + taken >= receiver.records {
+                    receiver.done.send_replace(Some(Instant::now()));
+                    // The process is looked at before it ends.
+                    tokio::time::sleep(Duration::from_millis(200)).await;
+                }
+                if answer.send(Ok(DeliverAck { resume_token })).await.is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(answers)))
+    }
+}
