@@ -249,6 +249,24 @@ fn what_needs_a_look_while_changes_flow_is_degraded_and_ready() {
     assert_eq!(ready(&status), (Some(PipelinePhase::Degraded), "True", "Streaming"));
     assert_eq!(state(&status.conditions, "Degraded"), Some(("True", "WalBudgetLow")));
 
+    // While capture stands still nobody looks, also by what a new operator remembers.
+    let mut stopped = observation.clone();
+    let conditions = &mut stopped.report.as_mut().unwrap().conditions;
+    conditions.retain(|condition| condition.r#type != "Progressing");
+    conditions.push(said("Progressing", false, "DatabaseUnreachable"));
+    let mut remembered = support::pipeline();
+    remembered.status = Some(compute(&pipeline, Some(&facts(false)), Ok(&valid), &stopped, at(1)));
+    let unheard = Observation {
+        report: None,
+        ..stopped.clone()
+    };
+    for observation in [&stopped, &unheard] {
+        let status = compute(&remembered, Some(&facts(false)), Ok(&valid), observation, at(2));
+        let degraded = status.conditions.iter().find(|condition| condition.type_ == "Degraded");
+        let message = &degraded.unwrap().message;
+        assert_eq!(message.matches("When last looked at, ").count(), 1, "{message}");
+    }
+
     // The numbers of a slot move all the time, and are no reason to write at once.
     let mut moved = status.clone();
     moved.slot.as_mut().unwrap().retained_wal_bytes = Some(1);

@@ -9,9 +9,13 @@ use std::collections::BTreeMap;
 
 use common::{LIMIT, checkpoint, cluster, config};
 use log::{read_topic, wait_for_records};
-use meander_config::{CaptureConfig, PublicationManagement};
+use meander_config::{CaptureConfig, Format, PublicationManagement};
 use meander_proto::v1::{Operation, value::Kind};
-use meander_runtime::{checkpoint::Tail, log::checkpoint_key, sink::claims::Claims};
+use meander_runtime::{
+    checkpoint::Tail,
+    log::{checkpoint_key, message_topic},
+    sink::claims::Claims,
+};
 use meander_test_support::{Kafka, Postgres, Redis, Runtime, eventually, free_address, unique_name};
 use prost::Message as _;
 
@@ -374,7 +378,7 @@ async fn a_second_runtime_waits_for_the_slot_and_takes_over_without_loss_or_doub
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn settings_of_topics_that_kafka_does_not_know_are_named_before_there_is_a_slot() {
+async fn what_is_wrong_with_a_topic_is_said_before_there_is_a_slot() {
     let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
     execute(&postgres, "CREATE TABLE t (id int PRIMARY KEY)").await;
     let mut config = config(&postgres, kafka, None);
@@ -391,27 +395,62 @@ async fn settings_of_topics_that_kafka_does_not_know_are_named_before_there_is_a
         if log.contains(named) { Ok(()) } else { Err(log) }
     })
     .await;
+    assert!(runtime.terminate(LIMIT).success());
+
+    // Nor is a topic that no table has a surprise of the stream.
+    config.kafka.topic_config.clear();
+    config.format = Format::DebeziumJson {
+        schemas: false,
+        transaction_metadata: true,
+    };
+    config.source.heartbeat_interval_seconds = Some(1.try_into().unwrap());
+    let room = 249 - "__debezium-heartbeat.".len();
+    for (length, topic) in [
+        (249 - ".public.t".len(), ".transaction"),
+        (room + 1, "__debezium-heartbeat."),
+    ] {
+        config.kafka.topic_prefix = format!("{:a<length$}", unique_name("shop"));
+        let mut runtime = Runtime::capture(&config);
+        wait_for_failure(&runtime, "TopicNotUsable").await;
+        let log = std::fs::read_to_string(runtime.process().log()).unwrap();
+        assert!(
+            log.lines().any(|line| line.contains(topic) && line.contains("249")),
+            "{log}"
+        );
+        assert!(runtime.terminate(LIMIT).success());
+    }
     let slots = postgres
         .client()
         .await
         .query("SELECT FROM pg_replication_slots", &[])
         .await;
     assert!(slots.unwrap().is_empty());
-    assert!(runtime.terminate(LIMIT).success());
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_topic_prefix_belongs_to_one_pipeline() {
     let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
-    execute(&postgres, "CREATE TABLE t (id int PRIMARY KEY)").await;
-    let first = config(&postgres, kafka, None);
+    execute(
+        &postgres,
+        "CREATE TABLE t (id int PRIMARY KEY); CREATE TABLE u (id int PRIMARY KEY)",
+    )
+    .await;
+    let mut first = config(&postgres, kafka, None);
     let mut second = config(&postgres, kafka, None);
+    first.source.message_prefixes = vec!["app".to_owned()];
+    second.source.message_prefixes = vec!["app".to_owned()];
+    second.source.tables.include = vec!["public.u".to_owned()];
     second.kafka.topic_prefix.clone_from(&first.kafka.topic_prefix);
     let mut owner = Runtime::capture(&first);
     owner.ready(LIMIT).await;
-    execute(&postgres, "INSERT INTO t VALUES (1)").await;
+    execute(
+        &postgres,
+        "INSERT INTO t VALUES (1); SELECT pg_logical_emit_message(true, 'app', 'hello')",
+    )
+    .await;
     let topic = format!("{}.public.t", first.kafka.topic_prefix);
     wait_for_records(kafka, &topic, 1).await;
+    wait_for_records(kafka, &message_topic(&first.kafka.topic_prefix), 1).await;
     // Whose the prefix is says more than that its topics hold something.
     let mut other = Runtime::capture(&second);
     wait_for_failure(&other, "TopicPrefixTaken").await;
@@ -435,7 +474,7 @@ async fn a_topic_prefix_belongs_to_one_pipeline() {
     wait_for_failure(&inner, "TopicPrefixTaken").await;
     assert!(inner.terminate(LIMIT).success());
 
-    // Once its owner is gone the prefix is free; but the topics hold what the other did not write.
+    // Once its owner is gone the prefix is free; but a topic holds what the other did not write, if only that of messages.
     assert!(owner.terminate(LIMIT).success());
     meander_runtime::capture::cleanup(first).await.unwrap();
     wait_for_failure(&other, "LogAheadOfCheckpoint").await;

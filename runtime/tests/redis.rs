@@ -351,7 +351,7 @@ async fn a_stream_prefix_is_one_pipelines_until_that_is_deleted() {
     let mut other = Runtime::capture(&second);
     common::wait_for_metric(
         &other,
-        "meander_capture_redis_detachments_total{reason=\"StreamPrefixTaken\"}",
+        "meander_capture_failures_total{reason=\"StreamPrefixTaken\"}",
         |times| times >= 1,
     )
     .await;
@@ -361,21 +361,18 @@ async fn a_stream_prefix_is_one_pipelines_until_that_is_deleted() {
     let owner = checkpoint_key(&pipeline.namespace, &pipeline.name, &source.slot_name);
     assert!(log.contains(&format!("are those of pipeline {owner};")), "{log}");
     assert!(!log.contains(&rig.stream()), "{log}");
-    // Both go on: the first in Redis too, the second in Kafka alone.
+    // A slot of a pipeline that is refused would keep WAL for nobody.
+    let client = rig.postgres.client().await;
+    let slots = client.query("SELECT slot_name FROM pg_replication_slots", &[]).await;
+    let slots: Vec<String> = slots.unwrap().iter().map(|row| row.get(0)).collect();
+    assert_eq!(slots, [rig.config.source.slot_name.clone()]);
     rig.load(300).await.unwrap();
     rig.agrees().await;
-    eventually(
-        "the second pipeline's changes are in Kafka",
-        LIMIT,
-        async || match common::checkpoint(&second).map_or(0, |checkpoint| checkpoint.events_total) {
-            0 => Err("none is"),
-            _ => Ok(()),
-        },
-    )
-    .await;
     assert!(rig.runtime.terminate(LIMIT).success());
     meander_runtime::capture::cleanup(rig.config.clone()).await.unwrap();
     // The prefix is free; what the first left there is nobody's now, and is not taken for the second's own.
+    other.ready(LIMIT).await;
+    rig.load(300).await.unwrap();
     common::wait_for_metric(
         &other,
         "meander_capture_redis_detachments_total{reason=\"ForeignWriter\"}",
@@ -384,6 +381,22 @@ async fn a_stream_prefix_is_one_pipelines_until_that_is_deleted() {
     .await;
     let _: i64 = rig.redis(&["DEL", &rig.stream()]).await;
     common::wait_for_metric(&other, ATTACHED, |attached| attached == 1).await;
+
+    // A capture that has a slot when its prefix turns out to be another's goes on in Kafka alone.
+    let _: i64 = rig.redis(&["HSET", &claim_key(&prefix), "pipeline", "b/c/d"]).await;
+    common::wait_for_metric(
+        &other,
+        "meander_capture_redis_detachments_total{reason=\"StreamPrefixTaken\"}",
+        |times| times >= 1,
+    )
+    .await;
+    let published = || common::checkpoint(&second).map_or(0, |checkpoint| checkpoint.events_total);
+    let before = published();
+    rig.load(300).await.unwrap();
+    eventually("the second pipeline's changes are in Kafka", LIMIT, async || {
+        if published() > before { Ok(()) } else { Err("none is") }
+    })
+    .await;
     assert!(other.terminate(LIMIT).success());
 }
 

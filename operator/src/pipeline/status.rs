@@ -136,15 +136,41 @@ fn judge(inputs: &Inputs<'_>, old: &[Condition]) -> Vec<Judgement> {
     } else {
         judgements.extend(Judgement::remembered(PROGRESSING, old));
     }
+    let stopped = is_stopped(&judgements);
     for type_ in [SOURCE_GAP, REDIS_GAP, DEGRADED] {
         let gap = match &inputs.observation.report {
             Some(report) => said(report, type_),
             // A gap does not close because the one who found it is silent.
             None => Judgement::remembered(type_, old),
         };
-        judgements.extend(gap.filter(|gap| gap.status == Status::True));
+        let gap = gap.filter(|gap| gap.status == Status::True);
+        // What stopped the capture is looked at each time that it tries to go on; the others are not.
+        judgements.extend(if stopped && type_ != SOURCE_GAP {
+            gap.map(as_last_seen)
+        } else {
+            gap
+        });
     }
     judgements
+}
+
+/// What nobody looks at while capture stands still: it need not be over, and need not be so any more.
+fn as_last_seen(judgement: Judgement) -> Judgement {
+    const THEN: &str = "When last looked at, ";
+    // What is remembered may have been said like this before.
+    let message = judgement.message.strip_prefix(THEN).unwrap_or(&judgement.message);
+    Judgement::new(
+        judgement.type_,
+        judgement.status,
+        &judgement.reason,
+        format!("{THEN}{message}"),
+    )
+}
+
+fn is_stopped(judgements: &[Judgement]) -> bool {
+    judgements
+        .iter()
+        .any(|judgement| judgement.type_ == PROGRESSING && judgement.status == Status::False)
 }
 
 /// What the runtime said of a condition.
@@ -161,16 +187,13 @@ fn said(report: &ProgressUpdate, type_: &'static str) -> Option<Judgement> {
 /// A lag is measured while changes move. The last one is not true of a capture that stopped, as the positions still are, nor of one that
 /// spoke and hung up.
 fn lag_is_known(inputs: &Inputs<'_>, judgements: &[Judgement]) -> bool {
-    let stopped = judgements
-        .iter()
-        .any(|judgement| judgement.type_ == PROGRESSING && judgement.status == Status::False);
     let Observation {
         report,
         connected,
         silence,
         ..
     } = inputs.observation;
-    !stopped && *silence <= SILENCE && (report.is_none() || *connected)
+    !is_stopped(judgements) && *silence <= SILENCE && (report.is_none() || *connected)
 }
 
 /// Why capture stands still, by the word of the runtime.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use backon::{ExponentialBuilder, Retryable as _};
-use meander_config::CaptureConfig;
+use meander_config::{CaptureConfig, PostgresSource};
 use tokio::{task::spawn_blocking, time::timeout};
 
 use crate::{
@@ -28,30 +28,23 @@ const SLOT_ATTEMPTS: usize = 6;
 pub async fn cleanup(config: CaptureConfig) -> Result<(), CaptureError> {
     // The note comes first: with it and the slot still there, a pipeline that is created again goes on without a loss. It needs no
     // database, and so neither it nor the claims are kept by one that is gone.
-    let (source, redis) = (config.source.clone(), config.redis.clone());
+    let source = config.source.clone();
     let key = checkpoint_key(&config.pipeline.namespace, &config.pipeline.name, &source.slot_name);
-    let claims = Claims::new(config.kafka.cluster(), &config.kafka.topic_prefix, key.clone());
-    if let Err(error) = release(config).await {
+    if let Err(error) = release(config.clone()).await {
         tracing::warn!(%error, "the checkpoint was not released; the slot is dropped all the same");
     }
-    // A claim is made before there is a checkpoint.
-    if let Err(error) = claims.withdraw().await {
-        tracing::warn!(%error, "the claim on topicPrefix was not withdrawn; the slot is dropped all the same");
+    let dropped = drop_slot(&source).await;
+    // Whoever still reads the slot would only claim both again, when nobody comes any more to give them up.
+    if !matches!(dropped, Err(SourceError::SlotActive { .. })) {
+        give_up_claims(&config, &key).await;
     }
-    if let Some(redis) = redis {
-        match timeout(REDIS_DEADLINE, redis::release(&redis, &key)).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => {
-                tracing::warn!(%error, "the claim on streamPrefix was not withdrawn; the slot is dropped all the same");
-            }
-            Err(_) => tracing::warn!(
-                "Redis does not answer, and keeps the claim on streamPrefix; the slot is dropped all the same"
-            ),
-        }
-    }
+    Ok(dropped?)
+}
+
+async fn drop_slot(source: &PostgresSource) -> Result<(), SourceError> {
     let credentials = Credentials::read(&source.server())?;
-    let catalog = Catalog::connect(&source, &credentials).await?;
-    (|| catalog.drop_slot_and_publication(&source))
+    let catalog = Catalog::connect(source, &credentials).await?;
+    (|| catalog.drop_slot_and_publication(source))
         .retry(
             ExponentialBuilder::default()
                 .with_min_delay(Duration::from_secs(1))
@@ -61,6 +54,20 @@ pub async fn cleanup(config: CaptureConfig) -> Result<(), CaptureError> {
         .await?;
     tracing::info!(slot = source.slot_name, "dropped the replication slot");
     Ok(())
+}
+
+async fn give_up_claims(config: &CaptureConfig, key: &str) {
+    // A claim is made before there is a checkpoint.
+    let claims = Claims::new(config.kafka.cluster(), &config.kafka.topic_prefix, key.to_owned());
+    if let Err(error) = claims.withdraw().await {
+        tracing::warn!(%error, "the claim on topicPrefix was not withdrawn");
+    }
+    let Some(redis) = &config.redis else { return };
+    match timeout(REDIS_DEADLINE, redis::release(redis, key)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::warn!(%error, "the claim on streamPrefix was not withdrawn"),
+        Err(_) => tracing::warn!("Redis does not answer, and keeps the claim on streamPrefix"),
+    }
 }
 
 async fn release(config: CaptureConfig) -> Result<(), CaptureError> {

@@ -148,7 +148,7 @@ pub async fn run(config: CaptureConfig, shutdown: CancellationToken) -> Result<(
         ready,
         phantoms: watch::Sender::new(None),
         snapshot_problems: snapshot::Problems::new(vec![]),
-        keyless: Keyless::new(None),
+        keyless: Keyless::default(),
         heartbeats: heartbeat::Heartbeats::default(),
     };
 
@@ -207,10 +207,6 @@ impl Context {
             "Capture does not go on; it is tried again by itself."
         };
         self.set(ConditionType::Progressing, false, reason, progress);
-        if is_gap || condition == ConditionType::SinksReady {
-            // It was looked at before: what was wrong with it is over.
-            self.set(ConditionType::SourceReady, true, "Ready", "The source can be reached.");
-        }
         if condition != ConditionType::SinksReady {
             // What was last said of the sinks is true no longer than somebody looks at them.
             self.reporter

@@ -121,13 +121,7 @@ pub(super) fn report(context: &Context, slot: Option<&SlotState>, tables: Option
                     .map(|message| ("PhantomEntries", message)),
             )
             .chain(context.snapshot_problems.borrow().clone())
-            .chain(
-                context
-                    .keyless
-                    .borrow()
-                    .clone()
-                    .map(|message| ("KeyWithoutForm", message)),
-            )
+            .chain(context.keyless.message().map(|message| ("KeyWithoutForm", message)))
             .chain(context.heartbeats.failure().map(|failure| ("HeartbeatFailed", failure)))
             .collect();
         let (degraded, reason) = match problems.first() {

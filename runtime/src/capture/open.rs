@@ -9,7 +9,7 @@ use std::{collections::HashSet, sync::Arc, time::Duration};
 use meander_config::KafkaCluster;
 use meander_config::{OnSourceGap, PostgresSource};
 use rdkafka::{Message as _, message::Headers as _};
-use tokio::{sync::watch, task::spawn_blocking};
+use tokio::{sync::watch, task::spawn_blocking, time::timeout};
 
 use crate::{
     batch::{Batch, Destination},
@@ -24,12 +24,12 @@ use crate::{
     kafka_client::require_admission,
     log::{
         AcceptedGap, CLAIMS_TOPIC, Checkpoint, POSITION_HEADER, REPLAY_JOB_HEADER, SnapshotState, checkpoint_key,
-        checkpoint_topic, schemas_topic, topic_name,
+        checkpoint_topic, message_topic, schemas_topic, topic_name,
     },
     position::{Epoch, Lsn, Position},
     progress::ConditionType,
     schema::{Kept, Schemas},
-    sink::{SinkError, claims::Claims, kafka::KafkaSink, topics::Topics},
+    sink::{SinkError, claims::Claims, kafka::KafkaSink, redis, topics::Topics},
     source::{
         Change, Operation, Relation,
         postgres::{
@@ -43,6 +43,8 @@ use crate::{
 
 /// How long reading the end of a partition may take.
 const TAIL_DEADLINE: Duration = Duration::from_secs(15);
+/// How long Redis may take to say whose the streams are.
+const REDIS_DEADLINE: Duration = Duration::from_secs(5);
 
 /// A session that owns the slot, and is the one writer of Kafka. Redis is fed from there on: it is nothing to wait for.
 pub(super) struct Session {
@@ -108,6 +110,7 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
         // With the prefix ours, what is in its topics past the checkpoint is no other pipeline's that could be named.
         let published = known_checkpoint.and_then(|checkpoint| checkpoint.published);
         check_log(context, &tables, published, &checkpoint_topic).await?;
+        stream_prefix_is_free(context).await?;
     }
     topics.ensure_compacted(&checkpoint_topic).await?;
     let pipeline = &config.pipeline;
@@ -120,6 +123,17 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
             .ensure_data(&topic, &format!("{}.{}", table.schema, table.name))
             .await?;
     }
+    // What is wrong with these is said now, and not in the midst of the stream.
+    let encoder = encoder(context);
+    if let Some(transactions) = encoder.transactions() {
+        topics.ensure_data(&transactions.topic, "transactions").await?;
+    }
+    if source.heartbeat_interval_seconds.is_some()
+        && let Some(record) = encoder.heartbeat(0)
+    {
+        topics.ensure_data(&record.topic, "heartbeats").await?;
+    }
+    drop(encoder);
     // Where there is a slot, the publication is its owner's to change.
     if makes_slot {
         if slot.is_some() {
@@ -273,6 +287,18 @@ fn start(
 fn own_key(context: &Context) -> String {
     let pipeline = &context.config.pipeline;
     checkpoint_key(&pipeline.namespace, &pipeline.name, &context.config.source.slot_name)
+}
+
+/// No slot is made for a pipeline whose streams are another's: where Redis has to have what is acknowledged, it would keep WAL for nobody.
+/// A Redis that does not answer is nothing to wait for, and whoever owns the slot looks again.
+async fn stream_prefix_is_free(context: &Context) -> Result<(), SinkError> {
+    let Some(config) = &context.config.redis else {
+        return Ok(());
+    };
+    match timeout(REDIS_DEADLINE, redis::look_at_claim(config, &own_key(context))).await {
+        Ok(Err(taken @ SinkError::StreamPrefixTaken { .. })) => Err(taken),
+        _ => Ok(()),
+    }
 }
 
 /// Before anything else is asked of Kafka: a client that is refused tries for as long as it may, and does not say why in the end.
@@ -485,7 +511,16 @@ async fn check_log(
     let config = &context.config.kafka;
     let cluster = config.cluster();
     let topic_of = |table: &Table| topic_name(&config.topic_prefix, &table.schema, &table.name);
-    let topics: Vec<String> = tables.iter().map(topic_of).collect();
+    let transactions = encoder(context)
+        .transactions()
+        .map(|destination| destination.topic.clone());
+    let messages = (!context.config.source.message_prefixes.is_empty()).then(|| message_topic(&config.topic_prefix));
+    let topics: Vec<String> = tables
+        .iter()
+        .map(topic_of)
+        .chain(transactions)
+        .chain(messages)
+        .collect();
     let last = spawn_blocking(move || last_positions(&cluster, topics))
         .await?
         .map_err(SinkError::Checkpoint)?;

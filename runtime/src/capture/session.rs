@@ -68,6 +68,7 @@ pub(super) fn encoder(context: &Context) -> Box<dyn Encoder> {
 /// Runs one session until `shutdown`, or until something fails.
 pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Result<(), CaptureError> {
     let config = &context.config;
+    context.keyless.clear();
     let Session {
         catalog,
         selection,
@@ -81,7 +82,12 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
         owner,
         schemas,
     } = tokio::select! {
-        session = open(context) => session?,
+        session = open(context) => session.inspect_err(|error| {
+            // The source was looked at before either: what was wrong with it is over.
+            if matches!(error, CaptureError::Gap(_) | CaptureError::Sink(_)) {
+                context.set(ConditionType::SourceReady, true, "Ready", "The source can be reached.");
+            }
+        })?,
         () = shutdown.cancelled() => return Ok(()),
     };
     let (snapshot_progress, snapshot_changes) = watch::channel(None);

@@ -4,7 +4,7 @@
 //! that has to survive is in the [`SnapshotState`], which goes into Kafka in one transaction with the rows it speaks of.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     time::Duration,
 };
 
@@ -30,7 +30,7 @@ use crate::{
     },
 };
 
-/// How often the tables are looked at while there is nothing to read: one may have joined, or be readable by now.
+/// How often the tables are looked at: one may have joined, as a request may wait for, or be readable by now.
 const LOOK_AGAIN: Duration = Duration::from_secs(30);
 /// How long a chunk waits that cannot be taken yet.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
@@ -72,11 +72,11 @@ pub(super) struct Incremental {
     given_up: bool,
     /// Captured tables, in the order of their names, as last seen.
     tables: Vec<Candidate>,
-    /// They were looked at since there was nothing to read.
-    listed: bool,
+    /// When they are looked at again.
+    look_at: Instant,
     /// Tables that could not be read when that was last tried, and why.
     refused: BTreeMap<u32, String>,
-    /// Those of them that were tried since the tables were last looked at.
+    /// Those of them that were tried since there was nothing else to read.
     tried: BTreeSet<u32>,
     /// Why the table in hand does not go on.
     waiting: Option<String>,
@@ -180,7 +180,7 @@ impl Incremental {
             state: checkpoint.snapshot.clone(),
             given_up: false,
             tables: Vec::new(),
-            listed: false,
+            look_at: Instant::now(),
             refused: BTreeMap::new(),
             tried: BTreeSet::new(),
             waiting: None,
@@ -226,13 +226,12 @@ impl Incremental {
             .map(|cursor| (cursor.oid, cursor.request.clone()))
             .or_else(|| self.next_table());
         let request = match (reading, &next) {
-            _ if !self.listed => Request::Tables,
+            _ if self.look_at <= Instant::now() => Request::Tables,
             (None, None) => {
                 // Nothing is to be read, so nothing needs to be noted.
                 self.overlap = Overlap::default();
-                self.listed = false;
                 self.report();
-                self.step = Step::Due(Instant::now() + LOOK_AGAIN);
+                self.step = Step::Due(self.look_at);
                 return;
             }
             _ if self.overlap.needs_barrier() => {
@@ -303,9 +302,13 @@ impl Incremental {
         match answer {
             answer @ (Answer::Described(_) | Answer::Chunk(_)) => self.step = Step::Answered(Box::new(answer)),
             Answer::Tables(tables) => {
-                // A table may have joined: what was noted before says nothing of it.
-                self.overlap = Overlap::default();
-                self.listed = true;
+                let membership = |table: &Candidate| (table.oid, table.member);
+                let known: HashSet<_> = self.tables.iter().map(membership).collect();
+                if !tables.iter().map(membership).all(|table| known.contains(&table)) {
+                    // What was noted before says nothing of a table that has joined since.
+                    self.overlap = Overlap::default();
+                }
+                self.look_at = Instant::now() + LOOK_AGAIN;
                 self.plan(tables);
                 self.go_on();
             }
@@ -370,7 +373,10 @@ impl Incremental {
     }
 
     fn plan(&mut self, tables: Vec<Candidate>) {
-        self.tried.clear();
+        if self.asked.is_none() {
+            // There is nothing else to read.
+            self.tried.clear();
+        }
         self.refused
             .retain(|oid, _| tables.iter().any(|table| table.oid == *oid));
         // What left the selection missed changes, and is read again when it comes back.
@@ -680,9 +686,8 @@ impl Incremental {
                 more => format!("; and {more} more, see status.snapshot"),
             };
             let message = format!(
-                "the rows of {} cannot be read for the snapshot, which tries again every {} s: {cause}{more}",
-                self.name(*oid),
-                LOOK_AGAIN.as_secs()
+                "the rows of {} cannot be read for the snapshot, which tries again once the other tables are read: {cause}{more}",
+                self.name(*oid)
             );
             ("SnapshotRefused", message)
         });
@@ -786,7 +791,8 @@ mod tests {
             "pipeline": {"namespace": "n", "name": "p"},
             "source": {
                 "host": "127.0.0.1", "database": "d", "usernameFile": "/", "passwordFile": "/",
-                "tables": {"include": ["public.*"]}, "publication": {"name": "p"}, "slotName": "s", "snapshot": {"mode": "Incremental"},
+                "tables": {"include": ["public.*"]}, "publication": {"name": "p"}, "slotName": "s",
+                "snapshot": {"mode": "Incremental", "requests": [{"id": "again", "tables": ["public.u"]}]},
             },
             "kafka": {"bootstrapServers": ["127.0.0.1:1"], "topicPrefix": "p"},
         }));
@@ -874,6 +880,47 @@ mod tests {
         assert!(jump(&mut snapshot, "a", "b", true));
         assert!(!jump(&mut snapshot, "c", "b", true), "it is noted");
         assert_eq!(snapshot.cursor().unwrap().jumped, [["b"]]);
+    }
+
+    #[tokio::test]
+    async fn a_request_is_looked_at_in_the_midst_of_a_table_which_goes_on_at_once_if_none_has_joined() {
+        let mut snapshot = reading();
+        let tables = |oids: &[u32]| {
+            let candidate = |oid: &u32| Candidate {
+                oid: *oid,
+                schema: "public".to_owned(),
+                table: if *oid == TABLE { "t" } else { "u" }.to_owned(),
+                member: 1,
+                estimate: 1.0,
+            };
+            Answer::Tables(oids.iter().map(candidate).collect())
+        };
+        let busy = || Answer::Busy("busy".to_owned());
+        let asks_for_rows = |snapshot: &mut Incremental| {
+            snapshot.ask();
+            snapshot.window == Some(TABLE)
+        };
+        assert!(!asks_for_rows(&mut snapshot), "it asks for the tables");
+        snapshot.take(tables(&[TABLE]));
+        assert_eq!(snapshot.problems()[0].0, "SnapshotRequestWaits");
+        assert!(!asks_for_rows(&mut snapshot), "it asks for a barrier");
+        snapshot.take(Answer::Barrier(10));
+        assert!(asks_for_rows(&mut snapshot));
+        snapshot.take(busy());
+
+        snapshot.look_at = Instant::now();
+        assert!(!asks_for_rows(&mut snapshot), "it asks for the tables");
+        snapshot.take(tables(&[TABLE]));
+        assert!(asks_for_rows(&mut snapshot));
+        snapshot.take(busy());
+
+        snapshot.look_at = Instant::now();
+        assert!(!asks_for_rows(&mut snapshot), "it asks for the tables");
+        snapshot.take(tables(&[TABLE, TABLE + 1]));
+        assert_eq!(snapshot.problems(), []);
+        assert!(!asks_for_rows(&mut snapshot), "it asks for a barrier");
+        snapshot.take(Answer::Barrier(20));
+        assert!(asks_for_rows(&mut snapshot));
     }
 
     #[tokio::test]

@@ -393,10 +393,7 @@ impl<'a> Stream<'a> {
                     let time = time.clamp(0, now_micros());
                     heartbeats.came(time);
                     if Some(message.position) > *known_complete {
-                        if let Some(record) = encoder.heartbeat(time) {
-                            topics.ensure_data(&record.topic, "heartbeats").await?;
-                            batch.heartbeat = Some(record);
-                        }
+                        batch.heartbeat = encoder.heartbeat(time);
                         *heartbeat = Some(time);
                         *complete = Some(message.position);
                         *safe = Lsn(message.position.commit_lsn.0 + 1);
@@ -636,9 +633,6 @@ impl<'a> Stream<'a> {
     async fn ensure_topic(&mut self, oid: u32) -> Result<(), CaptureError> {
         if let Some((topic, table)) = self.topics_due.remove(&oid) {
             self.topics.ensure_data(&topic, &table).await?;
-            if let Some(transactions) = self.encoder.transactions() {
-                self.topics.ensure_data(&transactions.topic, "transactions").await?;
-            }
         }
         Ok(())
     }

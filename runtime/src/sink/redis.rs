@@ -138,6 +138,26 @@ pub async fn release(config: &Config, pipeline: &str) -> Result<(), SinkError> {
     Ok(())
 }
 
+/// Looks whose the streams' prefix is, and claims nothing.
+///
+/// # Errors
+/// When it is another pipeline's, or Redis does not answer.
+pub async fn look_at_claim(config: &Config, pipeline: &str) -> Result<(), SinkError> {
+    let (mut connection, address) = connect(&config.url_file, config.ca_file.as_deref()).await?;
+    let claim = claim_key(&config.stream_prefix);
+    let holder = holder(&mut connection, &claim)
+        .await
+        .map_err(|error| failed(&address, &error))?;
+    match holder.filter(|holder| holder != pipeline) {
+        Some(owner) => Err(SinkError::StreamPrefixTaken {
+            prefix: config.stream_prefix.clone(),
+            owner,
+            claim,
+        }),
+        None => Ok(()),
+    }
+}
+
 /// The pipeline that has a claim.
 async fn holder(connection: &mut MultiplexedConnection, claim: &str) -> redis::RedisResult<Option<String>> {
     redis::cmd("HGET")

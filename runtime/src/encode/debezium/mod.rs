@@ -13,7 +13,7 @@ mod transaction;
 mod value;
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap, btree_map::Entry},
     sync::Arc,
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -59,8 +59,58 @@ pub struct DebeziumEncoder {
     keyless: Keyless,
 }
 
-/// What a person has to know of the first row whose key has no form.
-pub type Keyless = watch::Sender<Option<String>>;
+/// Keys with a value that has no form: of each table, by its OID, the first column that was met. Clones share it.
+#[derive(Clone, Default)]
+pub struct Keyless(watch::Sender<BTreeMap<u32, String>>);
+
+impl Keyless {
+    /// Tables that a message names at most.
+    const NAMED: usize = 5;
+
+    /// Forgets all of them: they are met again, if they are so still.
+    pub fn clear(&self) {
+        self.0.send_replace(BTreeMap::new());
+    }
+
+    /// What a person has to know, if there are any.
+    #[must_use]
+    pub fn message(&self) -> Option<String> {
+        let known = self.0.borrow();
+        if known.is_empty() {
+            return None;
+        }
+        let mut columns: Vec<String> = known.values().take(Self::NAMED).cloned().collect();
+        if known.len() > Self::NAMED {
+            columns.push(format!("{} more", known.len() - Self::NAMED));
+        }
+        Some(format!(
+            "keys hold what DebeziumJson has no form for, in {}: such rows are published without a key, and consumers do not tell them apart; change the values, name the table in tables.exclude, or use the format Protobuf",
+            columns.join(", ")
+        ))
+    }
+
+    fn note(&self, relation: &Relation, column: usize) {
+        self.0.send_if_modified(|known| {
+            let Entry::Vacant(table) = known.entry(relation.oid) else {
+                return false;
+            };
+            let Relation {
+                schema, table: name, ..
+            } = relation;
+            let Column {
+                name: column,
+                type_name,
+                ..
+            } = &relation.columns[column];
+            let column = table.insert(format!("{schema}.{name}.{column} ({type_name})"));
+            tracing::warn!(
+                column = column.as_str(),
+                "a value of a key has no form, and its row is published without a key"
+            );
+            true
+        });
+    }
+}
 
 impl DebeziumEncoder {
     /// An encoder for a pipeline. With `schemas` each key and value is an object of a schema and a payload.
@@ -72,7 +122,7 @@ impl DebeziumEncoder {
             schemas,
             prepared: HashMap::new(),
             transactions: None,
-            keyless: Keyless::new(None),
+            keyless: Keyless::default(),
         }
     }
 
@@ -230,7 +280,7 @@ impl Encoder for DebeziumEncoder {
         // Without one of its columns it would not tell rows apart.
         let key: Vec<usize> = columns.iter().map(field_of).collect::<Option<_>>().unwrap_or_default();
         if let Some(index) = columns.iter().find(|index| field_of(index).is_none()) {
-            tell_of_keyless(&self.keyless, relation, *index);
+            self.keyless.note(relation, *index);
         }
         let mut source_head = b"\"source\":{\"version\":".to_vec();
         write_string(env!("CARGO_PKG_VERSION"), &mut source_head);
@@ -531,7 +581,7 @@ impl Prepared {
         }
         Ok(match without_form {
             Some(field) => {
-                tell_of_keyless(&self.keyless, change.relation, self.fields[field].index);
+                self.keyless.note(change.relation, self.fields[field].index);
                 Key::WithoutForm
             }
             None => Key::AsItShouldBe,
@@ -812,23 +862,6 @@ impl Prepared {
     }
 }
 
-/// Tells of the first row whose key has no form; each of them has a header that says it.
-fn tell_of_keyless(keyless: &Keyless, relation: &Relation, column: usize) {
-    keyless.send_if_modified(|told| {
-        let first = told.is_none();
-        if first {
-            let Relation { schema, table, .. } = relation;
-            let Column { name, type_name, .. } = &relation.columns[column];
-            let message = format!(
-                "{schema}.{table}.{name} is part of the key and holds a {type_name} that DebeziumJson has no form for: such rows are published without a key, and consumers do not tell them apart; change the values, name the table in tables.exclude, or use the format Protobuf"
-            );
-            tracing::warn!("{message}");
-            *told = Some(message);
-        }
-        first
-    });
-}
-
 /// Whether a record has its key.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Key {
@@ -1049,6 +1082,26 @@ mod tests {
         assert_eq!(key["payload"], json!({"d": "(1,2)"}));
         assert_eq!(value["payload"]["after"], json!({"d": "(1,2)", "e": "x"}));
         assert_eq!(value["schema"]["fields"][1]["fields"][1]["type"], "string");
+    }
+
+    #[test]
+    fn tables_with_keys_without_a_form_are_named_once_each_and_counted_past_the_first() {
+        let keyless = Keyless::default();
+        let note = |oid| {
+            let (relation, _) = table(&[("n", NUMERIC)]);
+            let relation = Relation {
+                oid,
+                table: format!("t{oid}"),
+                ..relation.as_ref().clone()
+            };
+            keyless.note(&relation, 0);
+        };
+        assert_eq!(keyless.message(), None);
+        (1..=7).chain(1..=7).for_each(note);
+        let message = keyless.message().unwrap();
+        assert!(message.contains(".t5.n (n), 2 more: "), "{message}");
+        keyless.clear();
+        assert_eq!(keyless.message(), None);
     }
 
     #[test]
