@@ -120,7 +120,7 @@ fn heartbeats(kafka: &Kafka, prefix: &str) -> (Vec<i64>, Option<(Value, Value)>)
                 times.push(value["ts_ms"].as_i64().unwrap());
                 first.get_or_insert((key, value));
             }
-            // The topic comes with the first.
+            // Before the first session there is no topic.
             Err(KafkaError::PartitionEOF(_) | KafkaError::MessageConsumption(_)) => return (times, first),
             Err(error) => panic!("{error}"),
         }
