@@ -210,17 +210,18 @@ replay_is_driven() {
 
 # Its pod hears of it before Kubernetes ends the pod.
 deletion_stops_a_replay() {
-  local since last ended
+  local since last ended followed
   sed "s/name: to-log/name: unwanted/; s/speed: max/speed: \"0.2\"/; s/from: .*/from: {time: \"$(cat "$work/loaded")\"}/" \
     deploy/examples/replayjob-log.yaml | k apply -f -
   k wait replayjob/unwanted --for=jsonpath='{.status.phase}'=Running --timeout=60s
   : >"$work/unwanted"
   k logs -f job/unwanted-replay >>"$work/unwanted" &
+  followed=$!
   # Once it is followed; afterwards there is nothing to follow any more.
   grep -m 1 . < <(timeout 60 tail -n +1 -f "$work/unwanted")
   since=$(micros)
   k delete replayjob unwanted --wait
-  wait $!
+  wait "$followed"
   last=$(jq -Rc 'fromjson? | objects | select(.message == "the replay ended")' "$work/unwanted")
   ended=$(date -d "$(jq -r .timestamp <<<"$last")" +%s%6N)
   note "it ended after $(((ended - since) / 1000)) ms, as $(jq -r .reason <<<"$last")"
