@@ -609,8 +609,11 @@ impl SubscriberReport {
 impl Report for SubscriberReport {
     fn progress(&self, mut progress: ReplayProgress) {
         let mut times = self.times();
-        times.insert(self.id, progress.current_time_micros);
-        if times.values().all(|time| *time <= progress.current_time_micros) {
+        let own = progress.current_time_micros;
+        times.insert(self.id, own);
+        // Of those that are equally far, the one that came first.
+        let is_behind = |(id, time): (&u64, &i64)| *time < own || (*time == own && *id >= self.id);
+        if times.iter().all(is_behind) {
             // Whether the job is over is said by the job.
             if progress.phase() == Phase::Succeeded {
                 progress.set_phase(Phase::Running);
