@@ -178,6 +178,8 @@ replay_is_driven() {
   k wait replayjob/driven --for=jsonpath='{.status.phase}'=Running --timeout=60s
   operator_calls StreamProgress "{\"resource\": {\"kind\": \"ReplayJob\", $replay}}" >"$work/progress" &
   follow=$!
+  # In the middle of its delivery: what has delivered nothing yet has no event time to measure a speed by.
+  seen '(.replay.delivered // "0" | tonumber) > 0'
 
   since=$(micros)
   operator_calls ControlReplay "{$replay, \"suspend\": true}"
