@@ -260,7 +260,9 @@ async fn replay(kafka: &Kafka, records: u64, reader: &'static str, order: Replay
         count: Arc::default(),
         started: watch::channel(None).0,
         done: watch::channel(None).0,
+        looked_at: watch::channel(false).0,
     };
+    let looked_at = receiver.looked_at.clone();
     let (mut started, mut done) = (receiver.started.subscribe(), receiver.done.subscribe());
     let server = Server::builder()
         .tcp_nodelay(true)
@@ -296,6 +298,7 @@ async fn replay(kafka: &Kafka, records: u64, reader: &'static str, order: Replay
     let started = (*started.wait_for(Option::is_some).await?).context("no start")?;
     let ended = (*done.wait_for(Option::is_some).await?).context("no end")?;
     let (cpu, peak) = (cpu_seconds(process)?, peak_resident(process)?);
+    looked_at.send_replace(true);
     let status = tokio::task::block_in_place(|| replay.process().wait(LIMIT));
     anyhow::ensure!(status.success(), "the replay failed:\n{}", replay.process().log_tail());
     server.abort();
@@ -317,6 +320,7 @@ struct Receiver {
     count: Arc<AtomicU64>,
     started: watch::Sender<Option<Instant>>,
     done: watch::Sender<Option<Instant>>,
+    looked_at: watch::Sender<bool>,
 }
 
 #[tonic::async_trait]
@@ -338,8 +342,8 @@ impl ReplayReceiver for Receiver {
                 let resume_token = event.resume_token;
                 if receiver.count.fetch_add(taken, Ordering::Relaxed) + taken >= receiver.records {
                     receiver.done.send_replace(Some(Instant::now()));
-                    // The process is looked at before it ends.
-                    tokio::time::sleep(Duration::from_millis(200)).await;
+                    // The process is looked at before it is answered, and ends.
+                    let _ = receiver.looked_at.subscribe().wait_for(|looked_at| *looked_at).await;
                 }
                 if answer.send(Ok(DeliverAck { resume_token })).await.is_err() {
                     return;

@@ -421,7 +421,7 @@ pub struct KafkaTarget {
     /// Brokers to start from, each `host:port`; where they are left out, it is the pipeline's cluster, with the pipeline's `tls` and `sasl`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 16), inner(length(min = 3, max = 260)))]
-    #[x_kube(validation = Rule::new("self.all(server, server.matches('^[^/@, ]+:[0-9]{1,5}$'))").message("each entry of target.kafka.bootstrapServers is host:port, such as kafka:9092"))]
+    #[x_kube(validation = Rule::new("self.all(server, server.matches('^[^/@, ]+:[1-9][0-9]{0,4}$') && int(server.substring(server.lastIndexOf(':') + 1)) < 65536)").message("each entry of target.kafka.bootstrapServers is host:port, such as kafka:9092"))]
     pub bootstrap_servers: Option<Vec<String>>,
     /// Encrypts the connections to `bootstrapServers`; they are in plain text where it is left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -433,7 +433,10 @@ pub struct KafkaTarget {
     /// prefix of a pipeline.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 160))]
-    #[x_kube(validation = Rule::new("self.matches('^[A-Za-z0-9_-][A-Za-z0-9._-]*$')").message("target.kafka.topicPrefix has letters, digits, dots, underscores and dashes only, and does not start with a dot"))]
+    #[x_kube(
+        validation = Rule::new("self.matches('^[A-Za-z0-9_-]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$')").message("target.kafka.topicPrefix has letters, digits, dots, underscores and dashes only, and neither starts nor ends with a dot"),
+        validation = Rule::new("!self.startsWith('__')").message("target.kafka.topicPrefix must not start with two underscores: topics of such names are Kafka's own, and Meander's")
+    )]
     pub topic_prefix: Option<String>,
     /// How topics are created.
     #[serde(default)]

@@ -722,7 +722,11 @@ async fn a_replay_that_can_never_work_is_refused() {
         ),
         (
             target(json!({"kafka": {"topicPrefix": "a b"}})),
-            "target.kafka.topicPrefix has letters, digits, dots, underscores and dashes only, and does not start with a dot",
+            "target.kafka.topicPrefix has letters, digits, dots, underscores and dashes only, and neither starts nor ends with a dot",
+        ),
+        (
+            target(json!({"kafka": {"topicPrefix": "__meander.shop"}})),
+            "target.kafka.topicPrefix must not start with two underscores: topics of such names are Kafka's own, and Meander's",
         ),
         (
             target(json!({"redis": {"urlSecretRef": {"name": "n", "key": "k"}, "streamPrefix": "a b"}})),

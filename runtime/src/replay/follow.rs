@@ -262,8 +262,10 @@ fn look(
             }
             Err(error) => {
                 tail = None;
-                let since = *failing.get_or_insert_with(Instant::now);
-                tracing::warn!(%error, "cannot look for what was captured since");
+                let since = *failing.get_or_insert_with(|| {
+                    tracing::warn!(%error, "cannot look for what was captured since; trying again");
+                    Instant::now()
+                });
                 if since.elapsed() >= PATIENCE {
                     newest.send_modify(|known| *known = Err(Arc::new(error)));
                     return;

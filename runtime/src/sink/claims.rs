@@ -141,8 +141,8 @@ pub fn holder(cluster: &KafkaCluster, prefix: &str) -> Result<Option<(String, St
         Err(TailError::NoSuchPartition { .. }) => return Ok(None),
         Err(error) => return Err(error.into()),
     };
-    let claims = keys.iter().filter_map(|key| Claim::read(key));
-    let held = claims.into_iter().find(|claim| overlap(&claim.prefix, prefix));
+    let mut claims = keys.iter().filter_map(|key| Claim::read(key));
+    let held = claims.find(|claim| overlap(&claim.prefix, prefix));
     Ok(held.map(|claim| (claim.prefix, claim.owner)))
 }
 

@@ -15,7 +15,7 @@ use tonic::{
     transport::{Certificate, ClientTlsConfig, Endpoint, Identity},
 };
 
-use super::{Batch, Mark, Tally, Target, TargetError, Trouble};
+use super::{Batch, Mark, Tally, Target, TargetError, Trouble, chain};
 use crate::{
     replay::keeper::AtLeastOnce,
     tls::{authorities, client_pem},
@@ -271,16 +271,4 @@ async fn next(answers: &mut Option<Streaming<DeliverAck>>) -> Result<Option<Deli
         Some(answers) => answers.message().await,
         None => pending().await,
     }
-}
-
-/// An error with its causes, which tonic leaves out of its own text.
-fn chain(error: &dyn std::error::Error) -> String {
-    std::iter::successors(error.source(), |error| error.source()).fold(error.to_string(), |text, source| {
-        let source = source.to_string();
-        // Some repeat what they are caused by.
-        match text.ends_with(&source) {
-            true => text,
-            false => format!("{text}: {source}"),
-        }
-    })
 }

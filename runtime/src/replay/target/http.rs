@@ -29,7 +29,7 @@ use tokio::{
 };
 
 use self::dead_letters::DeadLetters;
-use super::{Batch, Tally, Target, TargetError, Trouble, job_id, log::line};
+use super::{Batch, Tally, Target, TargetError, Trouble, chain, job_id, log::line};
 use crate::{
     replay::{keeper::AtLeastOnce, record::Record},
     tls::root_store,
@@ -320,12 +320,6 @@ fn bearer(file: &PathBuf) -> Result<HeaderValue, TargetError> {
     let mut value = HeaderValue::try_from(format!("Bearer {}", token.trim())).map_err(|error| unreadable(&error))?;
     value.set_sensitive(true);
     Ok(value)
-}
-
-/// An error with its causes.
-fn chain(error: &dyn std::error::Error) -> String {
-    std::iter::successors(error.source(), |error| error.source())
-        .fold(error.to_string(), |text, source| format!("{text}: {source}"))
 }
 
 #[cfg(test)]

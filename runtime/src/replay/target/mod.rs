@@ -62,6 +62,18 @@ fn job_id(job: &ResourceIdentity) -> String {
     format!("{}/{}/{}", job.namespace, job.name, job.uid)
 }
 
+/// An error with its causes, which tonic and hyper leave out of their own text.
+fn chain(error: &dyn std::error::Error) -> String {
+    std::iter::successors(error.source(), |error| error.source()).fold(error.to_string(), |text, source| {
+        let source = source.to_string();
+        // Some repeat what they are caused by.
+        match text.ends_with(&source) {
+            true => text,
+            false => format!("{text}: {source}"),
+        }
+    })
+}
+
 /// Records in commit order that are handed over together; at least one.
 #[derive(Debug)]
 pub struct Batch {

@@ -52,12 +52,6 @@ impl Hypertables {
         self.tables.is_empty()
     }
 
-    /// Whether a table is one.
-    #[must_use]
-    pub fn holds(&self, table: &Table) -> bool {
-        self.tables.contains_key(table)
-    }
-
     /// What is missing for the changes of a table to be told in full, if it is a hypertable: cause and remedy.
     #[must_use]
     pub fn lacks(&self, table: &Table, managed: bool) -> Option<String> {
