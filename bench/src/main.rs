@@ -123,6 +123,7 @@ fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> CaptureC
         }),
         accept_source_gap: None,
         on_source_gap: Default::default(),
+        standby: false,
         operator: None,
         admin_address: free_address(),
     }

@@ -14,7 +14,7 @@ pub use pipeline::{
     KafkaTls, KafkaTopics, OnSourceGap, Origin, Partitions, PipelineFormat, PipelinePhase, PostgresSource, Publication,
     PublicationManagement, RedisDurability, RedisRetention, RedisSink, RedisState, RedisStatus, RefusedTable,
     Replication, Runtime, SaslMechanism, SchemaVersion, SinkPosition, SinkPositions, Sinks, Slot, SlotReclaimPolicy,
-    SlotStatus, Snapshot, SnapshotMode, SnapshotRequest, SnapshotStatus, Source, SslMode, TableSelection,
+    SlotStatus, Snapshot, SnapshotMode, SnapshotRequest, SnapshotStatus, Source, SslMode, Standby, TableSelection,
     TableSnapshot, TableSnapshotState, TablesStatus, TopicManagement,
 };
 pub use replay::{

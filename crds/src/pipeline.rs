@@ -559,6 +559,19 @@ pub struct Runtime {
     /// How much the pod logs.
     #[serde(default)]
     pub log_level: LogLevel,
+    /// Whether a second pod stands by, on another node where there is one, to take over within seconds when the first is gone.
+    #[serde(default)]
+    pub standby: Standby,
+}
+
+/// What stands by for the pod that captures.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Standby {
+    /// Nothing: Kubernetes starts the pod anew, which after the loss of a node takes minutes.
+    #[default]
+    None,
+    /// A second pod that runs and waits for the replication slot to be free.
+    Hot,
 }
 
 /// What the pipeline does, as last seen.

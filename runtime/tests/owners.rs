@@ -22,13 +22,23 @@ async fn an_owner_that_was_stopped_and_goes_on_finds_another_and_neither_loses_n
     load::prepare(&load::connect(&database).await.unwrap(), "public.trades")
         .await
         .unwrap();
-    let config = common::config(&postgres, kafka, Some(&redis));
+    let config = CaptureConfig {
+        standby: true,
+        ..common::config(&postgres, kafka, Some(&redis))
+    };
+    let owns = async |runtime: &Runtime| {
+        let (_, metrics) = runtime.get("/metrics").await.map_err(|error| error.to_string())?;
+        Ok::<_, String>(metrics.lines().any(|line| line == "meander_capture_owns_slot 1"))
+    };
     let mut first = Runtime::capture(&config);
     first.ready(LIMIT).await;
     let mut second = Runtime::capture(&CaptureConfig {
         admin_address: free_address(),
         ..config.clone()
     });
+    // To stand by is its part.
+    second.ready(LIMIT).await;
+    assert!(owns(&first).await.unwrap() && !owns(&second).await.unwrap());
     let load = tokio::spawn({
         let load = Load {
             table: "public.trades".to_owned(),
@@ -53,7 +63,13 @@ async fn an_owner_that_was_stopped_and_goes_on_finds_another_and_neither_loses_n
     first.process().signal(Signal::STOP);
     let stopped = Instant::now();
     let before = published();
-    second.ready(LIMIT).await;
+    eventually("the second owns the slot", LIMIT, async || {
+        match owns(&second).await? {
+            true => Ok(()),
+            false => Err("it stands by".to_owned()),
+        }
+    })
+    .await;
     flow(before).await;
     println!(
         "the other one took over {:.1} s after the stop",
@@ -62,12 +78,11 @@ async fn an_owner_that_was_stopped_and_goes_on_finds_another_and_neither_loses_n
     assert!(!load.is_finished(), "the load ended before it could show anything");
     // What it had in hand when it was stopped it now tries to finish, under the eyes of the new owner.
     first.process().signal(Signal::CONT);
-    eventually("the first finds the slot taken", LIMIT, async || {
-        let (_, metrics) = first.get("/metrics").await.map_err(|error| error.to_string())?;
-        if metrics.contains("meander_capture_failures_total{reason=\"SlotActive\"}") {
-            Ok(())
-        } else {
-            Err(metrics)
+    eventually("the first finds the slot taken, and stands by", LIMIT, async || {
+        let (ready, _) = first.get("/readyz").await.map_err(|error| error.to_string())?;
+        match (owns(&first).await?, ready) {
+            (false, 200) => Ok(()),
+            state => Err(format!("{state:?}")),
         }
     })
     .await;
@@ -88,6 +103,5 @@ async fn an_owner_that_was_stopped_and_goes_on_finds_another_and_neither_loses_n
         checkpoint.owner_generation, 2,
         "the two do not fence each other by turns"
     );
-    let ready = async |runtime: &Runtime| runtime.get("/readyz").await.unwrap().0 == 200;
-    assert!(ready(&second).await && !ready(&first).await);
+    assert!(owns(&second).await.unwrap() && !owns(&first).await.unwrap());
 }

@@ -264,6 +264,50 @@ capture_pod_is_killed() {
   condition cdcpipeline/trades Ready True
 }
 
+# The pod that owns the slot of the pipeline `trades`.
+owner() {
+  local pod address
+  k get pods -l meander.dev/pipeline=trades -o jsonpath='{range .items[*]}{.metadata.name} {.status.podIP}{"\n"}{end}' |
+    while read -r pod address; do
+      if "$cluster" exec curl -fsS "http://$address:9464/metrics" </dev/null | grep -x 'meander_capture_owns_slot 1' >&2; then echo "$pod"; fi
+    done
+}
+
+# In the middle of a load, as the loss of its node would.
+standby_takes_over() {
+  local token since follow first second went_on generation
+  token=$(k create token ops --audience=meander.dev)
+  k create role pipeline-watch --verb=get --resource=cdcpipelines.meander.dev
+  k create rolebinding pipeline-watch --role=pipeline-watch --serviceaccount="$namespace:ops"
+  k patch cdcp trades --type=merge -p '{"spec": {"runtime": {"standby": "Hot"}}}'
+  k wait deployment/trades-capture --for=jsonpath='{.spec.replicas}'=2 --timeout=30s
+  k rollout status deployment/trades-capture --timeout=120s
+  k wait --for=condition=Ready cdcpipeline/trades --timeout=60s
+  [ "$(k get pdb trades-capture -o jsonpath='{.spec.minAvailable}')" = 1 ]
+  first=$(owner)
+
+  : >"$work/progress"
+  operator_calls StreamProgress '{"resource": {"kind": "CdcPipeline", "namespace": "shop", "name": "trades"}}' >"$work/progress" &
+  follow=$!
+  generation=$(seen '.capture.ownerGeneration' | jq -r .capture.ownerGeneration)
+  k delete job load --ignore-not-found --wait
+  k apply -f deploy/demo/load.yaml
+  since=$(seen '.capture.eventsTotal' | jq -r .capture.eventsTotal)
+  seen "(.capture.eventsTotal | tonumber) > $since"
+  since=$(micros)
+  k delete pod "$first" --grace-period=0 --force
+  went_on=$(seen "(.capture.ownerGeneration | tonumber) > $generation and (.capture.lastEventTimeMicros | tonumber) > $since" | jq -r .timeMicros)
+  note "changes went on $(((went_on - since) / 1000)) ms after the pod was killed"
+  [ $(((went_on - since) / 1000)) -lt 15000 ]
+  second=$(owner)
+  [ -n "$second" ] && [ "$second" != "$first" ]
+  kill "$follow"
+  k wait --for=condition=Complete job/load --timeout=120s
+  run_job deploy/demo/verify.yaml verify
+  k rollout status deployment/trades-capture --timeout=60s
+  condition cdcpipeline/trades Ready True
+}
+
 missing_secret() {
   k get secret shop-cdc -o json | jq 'del(.metadata.uid, .metadata.resourceVersion, .metadata.creationTimestamp)' >"$work/secret"
   sed 's/name: shop-cdc/name: not-there/' deploy/examples/pipeline.yaml | sed 's/name: trades/name: broken/; s/Prefix: shop/Prefix: broken/' | k apply -f -
@@ -368,6 +412,7 @@ promise "a replay that is deleted ends at once" deletion_stops_a_replay
 promise "twenty replays of one pipeline run at once, through a crash of the operator" twenty_replays_at_once
 promise "a replay that takes too long is ended, and says so" replay_has_a_deadline
 promise "a killed capture pod loses and doubles nothing" capture_pod_is_killed
+promise "a pod that stands by takes over from one that is killed, with nothing lost or doubled" standby_takes_over
 promise "a missing Secret is said, and heals" missing_secret
 promise "a wrong password is said, and heals" wrong_password
 promise "an unreachable database is said, and heals" unreachable_database

@@ -1,6 +1,9 @@
 //! Applies the objects, in an order in which each finds what it needs.
 
-use k8s_openapi::api::{apps::v1::Deployment, batch::v1::Job, core::v1::ConfigMap, core::v1::ServiceAccount};
+use k8s_openapi::api::{
+    apps::v1::Deployment, batch::v1::Job, core::v1::ConfigMap, core::v1::ServiceAccount,
+    policy::v1::PodDisruptionBudget,
+};
 use kube::{Resource as _, ResourceExt as _};
 use meander_crds::CdcPipeline;
 
@@ -24,6 +27,10 @@ pub async fn apply(context: &Context, pipeline: &CdcPipeline, objects: Objects) 
     };
     let (_, account) = applier.apply(objects.service_account).await?;
     let (_, config) = applier.apply(objects.config_map).await?;
+    let budget = objects.disruption_budget.as_ref().map(|_| capture_name(pipeline));
+    if let Some(budget) = objects.disruption_budget {
+        applier.apply(budget).await?;
+    }
     let (deployment, pod) = applier.apply(objects.deployment).await?;
     // Orphans can only come from a change of what is built.
     if account || config || pod {
@@ -31,6 +38,9 @@ pub async fn apply(context: &Context, pipeline: &CdcPipeline, objects: Objects) 
         let name = capture_name(pipeline);
         applier.sweep::<Deployment>(&selector, &[&name]).await?;
         applier.sweep::<Job>(&selector, &[]).await?;
+        applier
+            .sweep::<PodDisruptionBudget>(&selector, &budget.iter().map(String::as_str).collect::<Vec<_>>())
+            .await?;
         applier.sweep::<ConfigMap>(&selector, &[&name]).await?;
         applier.sweep::<ServiceAccount>(&selector, &[&name]).await?;
     }

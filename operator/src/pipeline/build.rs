@@ -4,11 +4,15 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::{
     api::{
-        apps::v1::{Deployment, DeploymentSpec, DeploymentStrategy},
+        apps::v1::{Deployment, DeploymentSpec, DeploymentStrategy, RollingUpdateDeployment},
         batch::v1::{Job, JobSpec},
-        core::v1::{ConfigMap, ServiceAccount},
+        core::v1::{ConfigMap, ServiceAccount, TopologySpreadConstraint},
+        policy::v1::{PodDisruptionBudget, PodDisruptionBudgetSpec},
     },
-    apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta},
+    apimachinery::pkg::{
+        apis::meta::v1::{LabelSelector, ObjectMeta},
+        util::intstr::IntOrString,
+    },
 };
 use kube::ResourceExt as _;
 use meander_crds::CdcPipeline;
@@ -30,8 +34,10 @@ pub struct Objects {
     pub service_account: ServiceAccount,
     /// The runtime's configuration.
     pub config_map: ConfigMap,
-    /// The pod that captures.
+    /// The pod that captures, and the one that stands by.
     pub deployment: Deployment,
+    /// Where one stands by, a drain leaves the other alone until then.
+    pub disruption_budget: Option<PodDisruptionBudget>,
 }
 
 /// What a deleted pipeline needs.
@@ -70,7 +76,7 @@ pub fn build(pipeline: &CdcPipeline, valid: &ValidPipeline, settings: &Settings)
     let name = capture_name(pipeline);
     let labels = labels(PIPELINE_LABEL, &pipeline.name_any(), CAPTURE);
     // A Deployment's selector can never change: it has only what identifies the pods.
-    let selector = [PIPELINE_LABEL, COMPONENT_LABEL]
+    let selector: BTreeMap<_, _> = [PIPELINE_LABEL, COMPONENT_LABEL]
         .into_iter()
         .filter_map(|key| labels.get(key).map(|value| (key.to_owned(), value.clone())))
         .collect();
@@ -87,28 +93,65 @@ pub fn build(pipeline: &CdcPipeline, valid: &ValidPipeline, settings: &Settings)
         restart_policy: "Always",
         port: None,
     };
+    let selector = LabelSelector {
+        match_labels: Some(selector),
+        match_expressions: None,
+    };
+    let mut template = pod.template(settings, labels.clone(), annotations);
+    if let Some(spec) = template.spec.as_mut().filter(|_| valid.config.standby) {
+        spec.topology_spread_constraints = Some(vec![apart(&selector)]);
+    }
     Objects {
         service_account: service_account(&name, &labels),
         config_map: config_map(&name, &labels, valid),
+        disruption_budget: valid.config.standby.then(|| PodDisruptionBudget {
+            metadata: metadata(&name, &labels),
+            spec: Some(PodDisruptionBudgetSpec {
+                min_available: Some(IntOrString::Int(1)),
+                selector: Some(selector.clone()),
+                ..PodDisruptionBudgetSpec::default()
+            }),
+            status: None,
+        }),
         deployment: Deployment {
             metadata: metadata(&name, &labels),
             spec: Some(DeploymentSpec {
-                replicas: Some(if valid.suspend { 0 } else { 1 }),
-                // One writer per slot: the old pod goes before the new one comes.
-                strategy: Some(DeploymentStrategy {
-                    type_: Some("Recreate".to_owned()),
-                    rolling_update: None,
+                replicas: Some(match (valid.suspend, valid.config.standby) {
+                    (true, _) => 0,
+                    (false, false) => 1,
+                    (false, true) => 2,
                 }),
+                strategy: Some(strategy(valid.config.standby)),
                 revision_history_limit: Some(2),
-                selector: LabelSelector {
-                    match_labels: Some(selector),
-                    match_expressions: None,
-                },
-                template: pod.template(settings, labels.clone(), annotations),
+                selector,
+                template,
                 ..DeploymentSpec::default()
             }),
             status: None,
         },
+    }
+}
+
+/// One writer per slot: without a standby, the old pod goes before the new one comes. With one, a new pod stands by before an old one goes.
+fn strategy(standby: bool) -> DeploymentStrategy {
+    DeploymentStrategy {
+        type_: Some(if standby { "RollingUpdate" } else { "Recreate" }.to_owned()),
+        rolling_update: standby.then_some(RollingUpdateDeployment {
+            max_surge: Some(IntOrString::Int(1)),
+            max_unavailable: Some(IntOrString::Int(0)),
+        }),
+    }
+}
+
+/// A node of its own for each pod where there is one.
+fn apart(selector: &LabelSelector) -> TopologySpreadConstraint {
+    TopologySpreadConstraint {
+        max_skew: 1,
+        topology_key: "kubernetes.io/hostname".to_owned(),
+        when_unsatisfiable: "ScheduleAnyway".to_owned(),
+        label_selector: Some(selector.clone()),
+        match_label_keys: Some(vec!["pod-template-hash".to_owned()]),
+        ..TopologySpreadConstraint::default()
     }
 }
 

@@ -25,7 +25,7 @@ pub struct Facts {
     pub slot_held_by: Option<String>,
     /// The Deployment that captures.
     pub deployment: Option<Deployment>,
-    /// Its pods, where they are needed to say why it is not available.
+    /// Its pods, where they are needed to say why one is not available.
     pub pods: Vec<Pod>,
 }
 
@@ -40,7 +40,7 @@ pub async fn dereference(context: &Context, pipeline: &CdcPipeline) -> Result<Fa
         // That of a deleted pipeline of the same name says nothing about this one.
         .filter(|deployment| is_owned(deployment, pipeline.metadata.uid.as_ref()));
     let pods = match &deployment {
-        Some(deployment) if !is_available(deployment) => pods(context, pipeline).await?,
+        Some(deployment) if !is_available(deployment) || lacks_standby(deployment) => pods(context, pipeline).await?,
         _ => Vec::new(),
     };
     Ok(Facts {
@@ -68,4 +68,11 @@ pub fn is_available(deployment: &Deployment) -> bool {
     status.observed_generation == deployment.metadata.generation
         && status.updated_replicas.unwrap_or(0) >= 1
         && status.ready_replicas.unwrap_or(0) >= 1
+}
+
+/// Whether fewer pods are ready than there should be, while one is.
+pub fn lacks_standby(deployment: &Deployment) -> bool {
+    let wanted = deployment.spec.as_ref().and_then(|spec| spec.replicas);
+    let ready = deployment.status.as_ref().and_then(|status| status.ready_replicas);
+    is_available(deployment) && ready < wanted
 }

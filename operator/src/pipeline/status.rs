@@ -15,7 +15,7 @@ use meander_proto::v1::{
 };
 
 use super::{
-    dereference::{Facts, is_available},
+    dereference::{Facts, is_available, lacks_standby},
     validate::{ValidPipeline, slot_of},
 };
 use crate::{
@@ -144,6 +144,7 @@ fn judge(inputs: &Inputs<'_>, old: &[Condition]) -> Vec<Judgement> {
             None => Judgement::remembered(type_, old),
         };
         let gap = gap.filter(|gap| gap.status == Status::True);
+        let gap = gap.or_else(|| standby_is_missing(inputs).filter(|_| type_ == DEGRADED));
         // What stopped the capture is looked at each time that it tries to go on; the others are not.
         judgements.extend(if stopped && type_ != SOURCE_GAP {
             gap.map(as_last_seen)
@@ -152,6 +153,17 @@ fn judge(inputs: &Inputs<'_>, old: &[Condition]) -> Vec<Judgement> {
         });
     }
     judgements
+}
+
+/// Changes flow, and nothing would take over.
+fn standby_is_missing(inputs: &Inputs<'_>) -> Option<Judgement> {
+    let facts = inputs.facts?;
+    facts
+        .deployment
+        .as_ref()
+        .filter(|deployment| lacks_standby(deployment))?;
+    let message = trouble(&facts.pods).unwrap_or_else(|| "The pod that stands by is not ready yet.".to_owned());
+    Some(Judgement::new(DEGRADED, Status::True, "StandbyNotReady", message))
 }
 
 /// What nobody looks at while capture stands still: it need not be over, and need not be so any more.

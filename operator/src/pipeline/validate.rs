@@ -8,7 +8,7 @@ use meander_config::{
 };
 use meander_crds::{
     Acknowledgement, CdcPipeline, LogLevel, PipelineFormat, PublicationManagement as Management, RedisDurability,
-    Resources, SnapshotMode as Reading, SslMode as Mode,
+    Resources, SnapshotMode as Reading, SslMode as Mode, Standby,
 };
 
 use super::dereference::Facts;
@@ -225,6 +225,7 @@ pub fn validate(pipeline: &CdcPipeline, facts: &Facts, settings: &Settings) -> R
             meander_crds::OnSourceGap::Stop => OnSourceGap::Stop,
             meander_crds::OnSourceGap::Resnapshot => OnSourceGap::Resnapshot,
         },
+        standby: spec.runtime.standby == Standby::Hot,
         operator: Some(pod::operator_link(settings)),
         admin_address: ([0, 0, 0, 0], 9464).into(),
     };

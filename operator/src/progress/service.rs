@@ -13,7 +13,11 @@ use tokio_stream::wrappers::WatchStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Authenticator, Kind, ResourceKey, Tracker, control::control, tracker::Shown};
+use super::{
+    Authenticator, Kind, ResourceKey, Tracker,
+    control::control,
+    tracker::{Shown, StreamId},
+};
 use crate::context::Context;
 
 /// A call that changes something is answered within this time.
@@ -71,12 +75,13 @@ struct Connection {
     tracker: Arc<Tracker>,
     key: ResourceKey,
     uid: String,
+    stream: StreamId,
     streams: IntGauge,
 }
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        self.tracker.disconnect(&self.key, &self.uid);
+        self.tracker.disconnect(&self.key, &self.uid, self.stream);
         self.streams.dec();
     }
 }
@@ -99,13 +104,14 @@ impl ProgressTracker for ProgressTrackerService {
         let (key, uid) = key(first.resource.clone())?;
         self.authenticator.reporter(&metadata, &key, &uid).await?;
         let tracker = self.context.tracker.clone();
-        let directives = tracker.connect(&key, &uid).ok_or_else(|| unknown(&key))?;
+        let (stream, directives) = tracker.connect(&key, &uid).ok_or_else(|| unknown(&key))?;
         let streams = self.context.metrics.progress_streams.clone();
         streams.inc();
         let connection = Connection {
             tracker,
             key: key.clone(),
             uid,
+            stream,
             streams,
         };
         tracing::info!(
@@ -119,8 +125,16 @@ impl ProgressTracker for ProgressTrackerService {
         let reports = stream::once(ready(Ok(first))).chain(updates).filter_map(move |update| {
             let failure = match update {
                 // The resource was checked once; a stream cannot turn to another one.
-                Ok(update) => (!connection.tracker.accept(&connection.key, &connection.uid, update))
-                    .then(|| unknown(&connection.key)),
+                Ok(update) => {
+                    let Connection {
+                        tracker,
+                        key,
+                        uid,
+                        stream,
+                        ..
+                    } = &connection;
+                    (!tracker.accept(key, uid, *stream, update)).then(|| unknown(key))
+                }
                 Err(status) => Some(status),
             };
             ready(failure.map(|status| Some(Err(status))))

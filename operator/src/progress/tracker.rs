@@ -3,8 +3,11 @@
 //! Only resources that a controller has seen have an entry, so memory is bounded by what is in the cluster.
 
 use std::{
-    collections::HashMap,
-    sync::{Mutex, MutexGuard, PoisonError},
+    collections::{HashMap, HashSet},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -15,6 +18,8 @@ use tokio::{
     sync::{mpsc, watch},
     time::Instant,
 };
+
+use crate::conditions::PROGRESSING;
 
 /// Reports lead to a reconcile at most this often, unless they say that a condition or a phase has changed.
 const POKE_INTERVAL: Duration = Duration::from_secs(5);
@@ -64,7 +69,7 @@ pub struct Observation {
     pub report: Option<ProgressUpdate>,
     /// Time since the latest report or, before the first, since this operator first saw the resource or restarted its runtime.
     pub silence: Duration,
-    /// Whether a runtime is connected.
+    /// Whether the runtime that gave that report is connected; before the first, whether any is.
     pub connected: bool,
     /// Time since the status was last written.
     pub since_written: Option<Duration>,
@@ -79,6 +84,17 @@ pub(super) struct Shown {
     pub last: bool,
 }
 
+impl Entry {
+    fn connected(&self) -> bool {
+        self.reporter
+            .map_or(!self.streams.is_empty(), |reporter| self.streams.contains(&reporter))
+    }
+}
+
+/// Names a connection of a runtime.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct StreamId(u64);
+
 #[derive(Debug)]
 struct Entry {
     uid: String,
@@ -88,7 +104,10 @@ struct Entry {
     shown: watch::Sender<Shown>,
     reported: Option<Instant>,
     directive: watch::Sender<Option<Directive>>,
-    streams: usize,
+    /// The runtimes that are connected: the one that does the work, and perhaps one that stands by.
+    streams: HashSet<StreamId>,
+    /// Whose report it is.
+    reporter: Option<StreamId>,
     poked: Option<Instant>,
     written: Option<Instant>,
 }
@@ -97,6 +116,7 @@ struct Entry {
 #[derive(Debug)]
 pub struct Tracker {
     entries: Mutex<HashMap<ResourceKey, Entry>>,
+    next_stream: AtomicU64,
     pipelines: mpsc::Sender<ObjectRef<CdcPipeline>>,
     replays: mpsc::Sender<ObjectRef<ReplayJob>>,
 }
@@ -117,6 +137,7 @@ impl Tracker {
         let (replays, replay_pokes) = mpsc::channel(POKES);
         let tracker = Self {
             entries: Mutex::default(),
+            next_stream: AtomicU64::default(),
             pipelines,
             replays,
         };
@@ -142,14 +163,15 @@ impl Tracker {
             shown: watch::channel(Shown::default()).0,
             reported: None,
             directive: watch::channel(None).0,
-            streams: 0,
+            streams: HashSet::new(),
+            reporter: None,
             poked: None,
             written: None,
         });
         Observation {
             report: entry.report.clone(),
             silence: entry.reported.unwrap_or(entry.silent_from).elapsed(),
-            connected: entry.streams > 0,
+            connected: entry.connected(),
             since_written: entry.written.map(|written| written.elapsed()),
         }
     }
@@ -199,6 +221,7 @@ impl Tracker {
     pub fn restarted(&self, key: &ResourceKey) {
         if let Some(entry) = self.lock().get_mut(key) {
             entry.report = None;
+            entry.reporter = None;
             entry.reported = None;
             entry.silent_from = Instant::now();
         }
@@ -218,18 +241,23 @@ impl Tracker {
 
     /// A runtime has connected; what it is to be told. None for a resource that no controller has seen, or that was created
     /// again since.
-    pub(super) fn connect(&self, key: &ResourceKey, uid: &str) -> Option<watch::Receiver<Option<Directive>>> {
+    pub(super) fn connect(
+        &self,
+        key: &ResourceKey,
+        uid: &str,
+    ) -> Option<(StreamId, watch::Receiver<Option<Directive>>)> {
         let mut entries = self.lock();
         let entry = entries.get_mut(key).filter(|entry| entry.uid == uid)?;
-        entry.streams += 1;
-        Some(entry.directive.subscribe())
+        let stream = StreamId(self.next_stream.fetch_add(1, Ordering::Relaxed));
+        entry.streams.insert(stream);
+        Some((stream, entry.directive.subscribe()))
     }
 
     /// A runtime has gone. What it measured is not true any more, so the resource is reconciled.
-    pub(super) fn disconnect(&self, key: &ResourceKey, uid: &str) {
+    pub(super) fn disconnect(&self, key: &ResourceKey, uid: &str, stream: StreamId) {
         if let Some(entry) = self.lock().get_mut(key).filter(|entry| entry.uid == uid) {
-            entry.streams = entry.streams.saturating_sub(1);
-            if entry.streams == 0 {
+            entry.streams.remove(&stream);
+            if !entry.connected() {
                 self.poke(key);
             }
         }
@@ -254,12 +282,16 @@ impl Tracker {
         self.lock().get(key).map(|entry| entry.shown.subscribe())
     }
 
-    /// Keeps a report, and has the resource reconciled if that is due. False for a resource that is gone.
-    pub(super) fn accept(&self, key: &ResourceKey, uid: &str, update: ProgressUpdate) -> bool {
+    /// Keeps a report, and has the resource reconciled if that is due. False for a resource that is gone. What a runtime that stands by
+    /// says is of no interest while another one is there that does the work.
+    pub(super) fn accept(&self, key: &ResourceKey, uid: &str, stream: StreamId, update: ProgressUpdate) -> bool {
         let mut entries = self.lock();
         let Some(entry) = entries.get_mut(key).filter(|entry| entry.uid == uid) else {
             return false;
         };
+        if stands_by(&update) && entry.reporter != Some(stream) && entry.report.is_some() && entry.connected() {
+            return true;
+        }
         let now = Instant::now();
         let news = entry
             .report
@@ -272,6 +304,7 @@ impl Tracker {
             !shown.last
         });
         entry.report = Some(update);
+        entry.reporter = Some(stream);
         entry.reported = Some(now);
         // One that found no room is made up for by the next report.
         if (news || entry.poked.is_none_or(|poked| now - poked >= POKE_INTERVAL)) && self.poke(key) {
@@ -292,6 +325,12 @@ fn retire(key: &ResourceKey, entry: Option<Entry>) {
             directive.get_or_insert_default().cancel = true;
         });
     }
+}
+
+/// Whether the report is that of a capture that waits for another one to end.
+fn stands_by(update: &ProgressUpdate) -> bool {
+    let mut conditions = update.conditions.iter();
+    conditions.any(|condition| condition.r#type == PROGRESSING && condition.reason == "Standby")
 }
 
 /// What of a report must be in the status at once.
@@ -333,10 +372,11 @@ mod tests {
             namespace: "ns".into(),
             name: "p".into(),
         };
-        assert!(!tracker.accept(&key, "uid", report("A")), "no controller has seen it");
+        assert!(tracker.connect(&key, "uid").is_none(), "no controller has seen it");
         tracker.observe(&key, "uid");
+        let (stream, _) = tracker.connect(&key, "uid").unwrap();
         let mut poked = |reason| {
-            assert!(tracker.accept(&key, "uid", report(reason)));
+            assert!(tracker.accept(&key, "uid", stream, report(reason)));
             pokes.pipelines.try_recv().is_ok()
         };
         assert!(poked("A"));
@@ -357,12 +397,14 @@ mod tests {
         tracker.observe(&key, "uid");
         tokio::time::advance(Duration::from_secs(40)).await;
         assert_eq!(tracker.observe(&key, "uid").silence, Duration::from_secs(40));
-        tracker.accept(&key, "uid", report("A"));
+        let (stream, _) = tracker.connect(&key, "uid").unwrap();
+        tracker.accept(&key, "uid", stream, report("A"));
         let seen = tracker.observe(&key, "uid");
         assert_eq!(seen.silence, Duration::ZERO);
         assert!(seen.report.is_some());
         assert!(tracker.observe(&key, "another").report.is_none());
-        assert!(!tracker.accept(&key, "uid", report("A")), "it speaks of the one before");
+        let late = tracker.accept(&key, "uid", stream, report("A"));
+        assert!(!late, "it speaks of the one before");
     }
 
     #[tokio::test(start_paused = true)]
@@ -374,11 +416,55 @@ mod tests {
             name: "p".into(),
         };
         tracker.observe(&key, "uid");
-        tracker.accept(&key, "uid", report("A"));
+        let (stream, _) = tracker.connect(&key, "uid").unwrap();
+        tracker.accept(&key, "uid", stream, report("A"));
         tokio::time::advance(Duration::from_secs(40)).await;
         tracker.restarted(&key);
         let seen = tracker.observe(&key, "uid");
         assert_eq!((seen.silence, seen.report), (Duration::ZERO, None));
+    }
+
+    #[tokio::test]
+    async fn who_stands_by_is_heard_when_nobody_else_captures() {
+        let (tracker, mut pokes) = Tracker::new();
+        let key = ResourceKey {
+            kind: Kind::CdcPipeline,
+            namespace: "ns".into(),
+            name: "p".into(),
+        };
+        let saying = |reason: &str| {
+            let mut report = report(reason);
+            report.conditions[0].r#type = PROGRESSING.to_owned();
+            report
+        };
+        tracker.observe(&key, "uid");
+        let (owner, _) = tracker.connect(&key, "uid").unwrap();
+        let (standby, _) = tracker.connect(&key, "uid").unwrap();
+        let shown = || {
+            let seen = tracker.observe(&key, "uid");
+            (seen.report.unwrap().conditions[0].reason.clone(), seen.connected)
+        };
+        assert!(tracker.accept(&key, "uid", standby, saying("Standby")));
+        assert_eq!(
+            shown(),
+            ("Standby".to_owned(), true),
+            "as long as nobody else has spoken"
+        );
+        assert!(tracker.accept(&key, "uid", owner, saying("Streaming")));
+        assert!(tracker.accept(&key, "uid", standby, saying("Standby")));
+        assert_eq!(shown(), ("Streaming".to_owned(), true));
+        while pokes.pipelines.try_recv().is_ok() {}
+        tracker.disconnect(&key, "uid", owner);
+        assert_eq!(
+            shown(),
+            ("Streaming".to_owned(), false),
+            "nobody vouches for it any more"
+        );
+        assert!(pokes.pipelines.try_recv().is_ok());
+        assert!(tracker.accept(&key, "uid", standby, saying("Streaming")));
+        assert_eq!(shown(), ("Streaming".to_owned(), true));
+        tracker.disconnect(&key, "uid", standby);
+        assert_eq!(shown(), ("Streaming".to_owned(), false));
     }
 
     #[tokio::test]
@@ -390,7 +476,7 @@ mod tests {
             name: "r".into(),
         };
         tracker.observe(&key, "uid");
-        let mut told = tracker.connect(&key, "uid").unwrap();
+        let (stream, mut told) = tracker.connect(&key, "uid").unwrap();
         let directive = Directive {
             speed: "10".into(),
             ..Directive::default()
@@ -406,7 +492,7 @@ mod tests {
         tracker.direct(&key, "another", Directive::default());
         assert!(!told.has_changed().unwrap());
         assert!(tracker.observe(&key, "uid").connected);
-        tracker.disconnect(&key, "uid");
+        tracker.disconnect(&key, "uid", stream);
         assert!(!tracker.observe(&key, "uid").connected);
         assert!(pokes.replays.try_recv().is_ok(), "a runtime that hangs up is news");
         tracker.forget(&key);
@@ -437,11 +523,12 @@ mod tests {
         assert_eq!(seen(), (None, false));
         tracker.show(&key, report("Waiting"));
         assert_eq!(seen(), (Some(report("Waiting")), false));
-        tracker.accept(&key, "uid", report("Replaying"));
+        let (stream, _) = tracker.connect(&key, "uid").unwrap();
+        tracker.accept(&key, "uid", stream, report("Replaying"));
         tracker.show(&key, report("Waiting"));
         assert_eq!(seen(), (Some(report("Replaying")), false));
         tracker.conclude(&key, report("Delivered"));
-        tracker.accept(&key, "uid", report("Replaying"));
+        tracker.accept(&key, "uid", stream, report("Replaying"));
         assert_eq!(seen(), (Some(report("Delivered")), true));
     }
 }

@@ -36,6 +36,9 @@ pub struct CaptureConfig {
     /// The fast path.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub redis: Option<RedisSink>,
+    /// Whether another process may have the same part: this one is ready while that one reads the slot, and takes over when it is gone.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub standby: bool,
     /// Where progress goes; without it the runtime keeps it to its metrics.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub operator: Option<OperatorLink>,
@@ -52,6 +55,10 @@ pub enum OnSourceGap {
     Stop,
     /// It is accepted, where a new start can follow it, and every captured table is read anew.
     Resnapshot,
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 impl OnSourceGap {

@@ -86,6 +86,8 @@ const SHORTEST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(15);
 /// A session that lived this long was a success, after which the pauses start short again.
 const HEALTHY_SESSION: Duration = Duration::from_secs(30);
+/// Why a standby does not go on: there is nothing wrong with it.
+const STANDBY: &str = "Standby";
 /// A runtime that waits for the slot asks often, because it is the one that takes over.
 const STANDBY_PAUSE: Duration = Duration::from_secs(1);
 
@@ -119,6 +121,24 @@ impl Context {
             "Ready",
             "Every sink takes what it is given.",
         );
+    }
+}
+
+impl Context {
+    /// Another process of the pipeline reads the slot, and this one is ready to do so after it.
+    fn stands_by(&self) {
+        let slot = &self.config.source.slot_name;
+        tracing::info!(slot, "another process reads the slot: standing by");
+        self.ready.send_replace(true);
+        self.reporter.update(|state| {
+            // Who captures says how source and sinks are.
+            state.conditions.unset(ConditionType::SourceReady);
+            state.conditions.unset(ConditionType::SinksReady);
+        });
+        let message = format!(
+            "Replication slot {slot:?} is read by another process; this one stands by, and takes over when the slot is free."
+        );
+        self.set(ConditionType::Progressing, false, STANDBY, message);
     }
 }
 

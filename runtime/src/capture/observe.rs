@@ -50,6 +50,7 @@ impl Inflight {
 #[derive(Clone)]
 pub(super) struct Metrics {
     pub(super) failures: IntCounterVec,
+    pub(super) owns_slot: IntGauge,
     events: IntGauge,
     lag_bytes: IntGauge,
     lag_millis: IntGauge,
@@ -76,6 +77,10 @@ impl Metrics {
                         "Sessions that ended with an error, by reason.",
                     ),
                     &["reason"],
+                )?,
+                owns_slot: gauge(
+                    "meander_capture_owns_slot",
+                    "1 while this process captures, 0 while it stands by or cannot.",
                 )?,
                 events: gauge(
                     "meander_capture_events",
@@ -132,8 +137,9 @@ impl Metrics {
         };
         match made() {
             Ok(metrics) => {
-                let collectors: [Box<dyn Collector>; 14] = [
+                let collectors: [Box<dyn Collector>; 15] = [
                     Box::new(metrics.failures.clone()),
+                    Box::new(metrics.owns_slot.clone()),
                     Box::new(metrics.events.clone()),
                     Box::new(metrics.lag_bytes.clone()),
                     Box::new(metrics.lag_millis.clone()),

@@ -9,7 +9,11 @@ use std::{collections::HashSet, sync::Arc, time::Duration};
 use meander_config::KafkaCluster;
 use meander_config::{OnSourceGap, PostgresSource};
 use rdkafka::{Message as _, message::Headers as _};
-use tokio::{sync::watch, task::spawn_blocking, time::timeout};
+use tokio::{
+    sync::watch,
+    task::spawn_blocking,
+    time::{interval, timeout},
+};
 
 use crate::{
     batch::{Batch, Destination},
@@ -43,6 +47,8 @@ use crate::{
 
 /// How long reading the end of a partition may take.
 const TAIL_DEADLINE: Duration = Duration::from_secs(15);
+/// How often a standby looks whether the slot is free: what it takes to notice is part of every take-over.
+const STANDBY_LOOK: Duration = Duration::from_millis(250);
 /// How long Redis may take to say whose the streams are.
 const REDIS_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -71,14 +77,15 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
     let credentials = Credentials::read(&source.server())?;
     let catalog = Catalog::connect(source, &credentials).await?;
     let selection = Selection::new(&source.tables)?;
-    let slot = catalog.slot(source).await?;
+    let mut slot = catalog.slot(source).await?;
     // Whoever does not own the slot has no business with anything else either.
     monitor::report(context, slot.as_ref(), None);
-    if slot.as_ref().is_some_and(|slot| slot.active_pid.is_some()) {
-        return Err(SourceError::SlotActive {
-            slot: source.slot_name.clone(),
+    if is_read(slot.as_ref()) {
+        if !config.standby {
+            let slot = source.slot_name.clone();
+            return Err(SourceError::SlotActive { slot }.into());
         }
-        .into());
+        slot = stand_by(context, &catalog).await?;
     }
     let wire = |error| wire_failure(source, &credentials.user, error);
     let connected = ReplicationConnection::connect(source, &credentials).await.map_err(wire);
@@ -203,6 +210,25 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
         owner: Owner { process, known },
         schemas,
     })
+}
+
+fn is_read(slot: Option<&SlotState>) -> bool {
+    slot.is_some_and(|slot| slot.active_pid.is_some())
+}
+
+/// Waits until nobody reads the slot, doing nothing that would disturb whoever does. To stand by is this process's part, so it is ready
+/// meanwhile. The connection is kept: who takes over has no time to open one first.
+async fn stand_by(context: &Context, catalog: &Catalog) -> Result<Option<SlotState>, SourceError> {
+    context.stands_by();
+    let mut looks = interval(STANDBY_LOOK);
+    loop {
+        looks.tick().await;
+        let slot = catalog.slot(&context.config.source).await?;
+        if !is_read(slot.as_ref()) {
+            tracing::info!("nobody reads the slot any more: taking over");
+            return Ok(slot);
+        }
+    }
 }
 
 /// Makes the slot, in bounded time: the server waits for every transaction that is older, and would do so for ever.

@@ -166,6 +166,7 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
         "Changes are captured as they are committed.",
     );
     context.ready.send_replace(true);
+    context.metrics.owns_slot.set(1);
     let encoder = encoder(context);
     let mut stream = Stream::new(
         config,
@@ -200,6 +201,7 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
     };
     // The queues are closed now: the sinks take what is left, and the last checkpoint acknowledges it.
     context.ready.send_replace(false);
+    context.metrics.owns_slot.set(0);
     let kafka_result = match kafka_result {
         Some(result) => result,
         None => kafka_task.await,

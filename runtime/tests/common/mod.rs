@@ -74,6 +74,7 @@ pub fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> Capt
         }),
         accept_source_gap: None,
         on_source_gap: Default::default(),
+        standby: false,
         operator: None,
         admin_address: free_address(),
     }
