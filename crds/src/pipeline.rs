@@ -584,7 +584,7 @@ pub struct CdcPipelineStatus {
     /// One word for people; programs read the conditions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub phase: Option<PipelinePhase>,
-    /// Ready, SpecValid, SourceReady, SinksReady, RuntimeAvailable and Progressing; SourceGap, RedisGap and Degraded while there is one.
+    /// Ready, SpecValid, SourceReady, SinksReady, RuntimeAvailable and Progressing; SourceGap, RedisGap, Degraded and ReconciliationPaused while there is one.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(schema_with = "conditions")]
     pub conditions: Vec<Condition>,

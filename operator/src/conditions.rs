@@ -21,6 +21,8 @@ pub const SOURCE_GAP: &str = "SourceGap";
 pub const REDIS_GAP: &str = "RedisGap";
 /// Changes flow, and something needs a look.
 pub const DEGRADED: &str = "Degraded";
+/// The operator changes nothing, because somebody asked for that.
+pub const RECONCILIATION_PAUSED: &str = "ReconciliationPaused";
 /// The replay can be run.
 pub const ACCEPTED: &str = "Accepted";
 /// The replay has ended well.
@@ -159,7 +161,7 @@ pub fn conditions(old: &[Condition], judgements: Vec<Judgement>, generation: i64
 
 /// Leaves out the conditions that others keep in the same list.
 pub fn keep_ours(conditions: &mut Vec<Condition>) {
-    const OURS: [&str; 16] = [
+    const OURS: [&str; 17] = [
         READY,
         SPEC_VALID,
         SOURCE_READY,
@@ -169,6 +171,7 @@ pub fn keep_ours(conditions: &mut Vec<Condition>) {
         SOURCE_GAP,
         REDIS_GAP,
         DEGRADED,
+        RECONCILIATION_PAUSED,
         ACCEPTED,
         COMPLETE,
         FAILED,

@@ -29,6 +29,7 @@ use k8s_openapi::{
         coordination::v1::Lease,
         core::v1::{ConfigMap, Namespace, Pod, Secret, Service, ServiceAccount},
         events::v1::Event,
+        policy::v1::PodDisruptionBudget,
     },
     apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition,
 };
@@ -1069,6 +1070,51 @@ async fn a_second_reconcile_writes_nothing_and_others_keep_their_fields() {
         .unwrap();
     assert_eq!(state(&status.conditions, "Theirs"), Some(("True", "Kept")));
     assert_eq!(state(&status.conditions, "SpecValid"), Some(("True", "Valid")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_standby_comes_and_goes_with_the_spec_unless_reconciliation_is_paused() {
+    let cluster = Cluster::new().await;
+    cluster.secrets().await;
+    let pipeline: CdcPipeline = cluster.create(pipeline_json("trades")).await;
+    let events = Events::new(cluster.client.clone(), "test");
+    let context = Arc::new(Context::new(
+        cluster.client.clone(),
+        support::settings(),
+        Arc::new(Tracker::new().0),
+        Claim::forever(),
+        events,
+        Arc::new(Metrics::new().unwrap()),
+        reflector::store().0,
+    ));
+    let name = "trades-capture";
+    let pipeline = Arc::new(pipeline);
+    let pipelines = cluster.api::<CdcPipeline>();
+    // What the Deployment is like, whether a drain is held up, and what the status says of it.
+    let reconciled = async |patch: Value| {
+        pipelines
+            .patch("trades", &PatchParams::default(), &Patch::Merge(&patch))
+            .await
+            .unwrap();
+        pipeline::reconcile(pipeline.clone(), context.clone()).await.unwrap();
+        let spec = cluster.api::<Deployment>().get(name).await.unwrap().spec.unwrap();
+        let budget = cluster.api::<PodDisruptionBudget>().get_opt(name).await.unwrap();
+        let pipeline = pipelines.get("trades").await.unwrap();
+        let status = pipeline.status.unwrap();
+        let paused = state(&status.conditions, "ReconciliationPaused").is_some();
+        let seen = status.observed_generation == pipeline.metadata.generation;
+        let strategy = spec.strategy.unwrap().type_.unwrap();
+        (spec.replicas.unwrap(), strategy, budget.is_some(), paused, seen)
+    };
+    let alone = |paused, seen| (1, "Recreate".to_owned(), false, paused, seen);
+    let standby = |value: &str| json!({"spec": {"runtime": {"standby": value}}});
+    let paused = |value: Value| json!({"metadata": {"annotations": {"meander.dev/paused": value}}});
+    assert_eq!(reconciled(json!({})).await, alone(false, true));
+    assert_eq!(reconciled(paused(json!("true"))).await, alone(true, true));
+    assert_eq!(reconciled(standby("Hot")).await, alone(true, false));
+    let two = (2, "RollingUpdate".to_owned(), true, false, true);
+    assert_eq!(reconciled(paused(Value::Null)).await, two);
+    assert_eq!(reconciled(standby("None")).await, alone(false, true));
 }
 
 #[tokio::test(flavor = "multi_thread")]

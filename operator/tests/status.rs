@@ -7,7 +7,11 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use k8s_openapi::{
-    api::{apps::v1::Deployment, batch::v1::Job, core::v1::Pod},
+    api::{
+        apps::v1::{Deployment, DeploymentSpec},
+        batch::v1::Job,
+        core::v1::Pod,
+    },
     apimachinery::pkg::apis::meta::v1::Time,
 };
 use meander_crds::{
@@ -248,6 +252,16 @@ fn what_needs_a_look_while_changes_flow_is_degraded_and_ready() {
     let status = compute(&pipeline, Some(&facts(true)), Ok(&valid), &observation, at(0));
     assert_eq!(ready(&status), (Some(PipelinePhase::Degraded), "True", "Streaming"));
     assert_eq!(state(&status.conditions, "Degraded"), Some(("True", "WalBudgetLow")));
+
+    // One of two pods is enough for changes to flow, and not for taking over.
+    let mut one_of_two = facts(true);
+    one_of_two.deployment.as_mut().unwrap().spec = Some(DeploymentSpec {
+        replicas: Some(2),
+        ..DeploymentSpec::default()
+    });
+    let lonely = compute(&pipeline, Some(&one_of_two), Ok(&valid), &healthy(), at(0));
+    assert_eq!(ready(&lonely), (Some(PipelinePhase::Degraded), "True", "Streaming"));
+    assert_eq!(state(&lonely.conditions, "Degraded"), Some(("True", "StandbyNotReady")));
 
     // While capture stands still nobody looks, also by what a new operator remembers.
     let mut stopped = observation.clone();

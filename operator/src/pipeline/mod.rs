@@ -53,6 +53,15 @@ use crate::{
 /// Keeps a deleted pipeline until its slot is cleaned up.
 pub const FINALIZER: &str = "meander.dev/slot-cleanup";
 
+/// The annotation by which somebody who looks into a pipeline has the operator leave its objects as they are; `true` is its one value.
+pub const PAUSED: &str = "meander.dev/paused";
+
+/// Whether what the pipeline needs is to be left as it is. A deletion goes on: what waits for it would wait for ever.
+pub fn is_paused(pipeline: &CdcPipeline) -> bool {
+    pipeline.metadata.deletion_timestamp.is_none()
+        && pipeline.annotations().get(PAUSED).is_some_and(|value| value == "true")
+}
+
 /// Reconciles pipelines until `shutdown`, and says when all of them are known.
 pub async fn run(
     context: Arc<Context>,
@@ -128,7 +137,9 @@ async fn reconcile_key(key: &ResourceKey, context: &Context) -> Result<Action, E
 
     let mut facts = None;
     let mut ending = None;
-    let outcome = if pipeline.metadata.deletion_timestamp.is_none() {
+    let outcome = if is_paused(&pipeline) {
+        look(context, &pipeline, &mut facts).await
+    } else if pipeline.metadata.deletion_timestamp.is_none() {
         stages(context, &mut pipeline, key, &mut facts).await
     } else if pipeline.finalizers().iter().any(|finalizer| finalizer == FINALIZER) {
         last_stages(context, &pipeline, &mut facts, &mut ending).await
@@ -172,6 +183,12 @@ async fn reconcile_key(key: &ResourceKey, context: &Context) -> Result<Action, E
     Ok(Action::requeue(deferred.unwrap_or(next).min(next)))
 }
 
+/// What there is, and whether the spec is fit, with nothing done about either.
+async fn look(context: &Context, pipeline: &CdcPipeline, facts: &mut Option<Facts>) -> Result<ValidPipeline, Error> {
+    let facts = facts.insert(dereference::dereference(context, pipeline).await?);
+    validate::validate(pipeline, facts, &context.settings)
+}
+
 /// From the spec to objects.
 async fn stages(
     context: &Context,
@@ -179,8 +196,7 @@ async fn stages(
     key: &ResourceKey,
     facts: &mut Option<Facts>,
 ) -> Result<ValidPipeline, Error> {
-    let facts = facts.insert(dereference::dereference(context, pipeline).await?);
-    let valid = validate::validate(pipeline, facts, &context.settings)?;
+    let valid = look(context, pipeline, facts).await?;
     let objects = build::build(pipeline, &valid, &context.settings);
     // Before there can be a slot.
     if !pipeline.finalizers().iter().any(|finalizer| finalizer == FINALIZER) {
@@ -192,7 +208,9 @@ async fn stages(
         }
     }
     let (deployment, changed) = Box::pin(apply::apply(context, pipeline, objects)).await?;
-    facts.deployment = Some(deployment);
+    if let Some(facts) = facts {
+        facts.deployment = Some(deployment);
+    }
     if changed {
         context.tracker.restarted(key);
     }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use kube::ResourceExt as _;
 use meander_crds::{
     AcceptedGap, CdcPipeline, CdcPipelineStatus, PipelinePhase, RedisState, RedisStatus, RefusedTable, Replication,
     SchemaVersion, SinkPosition, SinkPositions, SlotStatus, SnapshotStatus, TableSnapshot, TableSnapshotState,
@@ -15,13 +16,15 @@ use meander_proto::v1::{
 };
 
 use super::{
+    PAUSED,
     dereference::{Facts, is_available, lacks_standby},
+    is_paused,
     validate::{ValidPipeline, slot_of},
 };
 use crate::{
     conditions::{
-        DEGRADED, Judgement, PROGRESSING, READY, REDIS_GAP, RUNTIME_AVAILABLE, SINKS_READY, SOURCE_GAP, SOURCE_READY,
-        SPEC_VALID, Status, conditions,
+        DEGRADED, Judgement, PROGRESSING, READY, RECONCILIATION_PAUSED, REDIS_GAP, RUNTIME_AVAILABLE, SINKS_READY,
+        SOURCE_GAP, SOURCE_READY, SPEC_VALID, Status, conditions,
     },
     error::{Error, Reason},
     format,
@@ -50,7 +53,13 @@ pub struct Inputs<'a> {
 /// The status.
 pub fn status(inputs: &Inputs<'_>) -> CdcPipelineStatus {
     let old = inputs.pipeline.status.clone().unwrap_or_default();
-    let generation = inputs.pipeline.metadata.generation.unwrap_or(0);
+    let paused = is_paused(inputs.pipeline);
+    // What somebody holds back was looked at, and not acted on.
+    let generation = if paused {
+        old.observed_generation
+    } else {
+        inputs.pipeline.metadata.generation
+    };
     let mut judgements = judge(inputs, &old.conditions);
     judgements.insert(0, ready(inputs, &judgements));
     let phase = phase(inputs, &judgements, old.phase);
@@ -72,9 +81,9 @@ pub fn status(inputs: &Inputs<'_>) -> CdcPipelineStatus {
         replication.lag = Some("unknown".to_owned());
     }
     CdcPipelineStatus {
-        observed_generation: Some(generation),
+        observed_generation: generation,
         phase: Some(phase),
-        conditions: conditions(&old.conditions, judgements, generation, inputs.now),
+        conditions: conditions(&old.conditions, judgements, generation.unwrap_or(0), inputs.now),
         replication,
         slot: Some(slot(inputs.pipeline, report, old.slot)),
         tables: report.and_then(tables).or(old.tables),
@@ -87,6 +96,7 @@ pub fn status(inputs: &Inputs<'_>) -> CdcPipelineStatus {
         config_hash: inputs
             .outcome
             .ok()
+            .filter(|_| !paused)
             .map(|valid| valid.config_hash.clone())
             .or(old.config_hash),
     }
@@ -136,6 +146,18 @@ fn judge(inputs: &Inputs<'_>, old: &[Condition]) -> Vec<Judgement> {
     } else {
         judgements.extend(Judgement::remembered(PROGRESSING, old));
     }
+    if is_paused(inputs.pipeline) {
+        let message = format!(
+            "The annotation {PAUSED} is set, so what the pipeline needs is left as it is; to go on: kubectl annotate cdcp {} {PAUSED}-",
+            inputs.pipeline.name_any()
+        );
+        judgements.push(Judgement::new(
+            RECONCILIATION_PAUSED,
+            Status::True,
+            "Annotated",
+            message,
+        ));
+    }
     let stopped = is_stopped(&judgements);
     for type_ in [SOURCE_GAP, REDIS_GAP, DEGRADED] {
         let gap = match &inputs.observation.report {
@@ -144,7 +166,7 @@ fn judge(inputs: &Inputs<'_>, old: &[Condition]) -> Vec<Judgement> {
             None => Judgement::remembered(type_, old),
         };
         let gap = gap.filter(|gap| gap.status == Status::True);
-        let gap = gap.or_else(|| standby_is_missing(inputs).filter(|_| type_ == DEGRADED));
+        let gap = gap.or_else(|| standby_is_missing(inputs).filter(|_| type_ == DEGRADED && !stopped));
         // What stopped the capture is looked at each time that it tries to go on; the others are not.
         judgements.extend(if stopped && type_ != SOURCE_GAP {
             gap.map(as_last_seen)
@@ -268,7 +290,7 @@ fn available(inputs: &Inputs<'_>, old: &[Condition]) -> Judgement {
         });
     };
     match &facts.deployment {
-        None if inputs.outcome.is_err() => Judgement::new(
+        None if inputs.outcome.is_err() || is_paused(inputs.pipeline) => Judgement::new(
             RUNTIME_AVAILABLE,
             Status::False,
             "NotStarted",
