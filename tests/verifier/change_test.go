@@ -3,9 +3,12 @@ package main
 import (
 	"context"
 	"math"
+	"path/filepath"
 	"reflect"
+	"strings"
 	"testing"
 
+	"github.com/bufbuild/protocompile"
 	"google.golang.org/protobuf/encoding/prototext"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/dynamicpb"
@@ -134,5 +137,19 @@ func TestPositionsAndEntryIDs(t *testing.T) {
 func TestSinkName(t *testing.T) {
 	if got := sinkName("shop", Table{"public", "Odd näme"}); got != "shop.public.Odd_n_me" {
 		t.Error(got)
+	}
+}
+
+// Programs in every language are made from these files, by compilers that are stricter than ours.
+func TestEveryProtoFileCompilesForClients(t *testing.T) {
+	files, err := filepath.Glob("../../proto/meander/v1/*.proto")
+	if err != nil || len(files) < 3 {
+		t.Fatalf("found %v: %v", files, err)
+	}
+	compiler := protocompile.Compiler{Resolver: &protocompile.SourceResolver{ImportPaths: []string{"../../proto"}}}
+	for _, file := range files {
+		if _, err := compiler.Compile(t.Context(), strings.TrimPrefix(file, "../../proto/")); err != nil {
+			t.Error(err)
+		}
 	}
 }
