@@ -286,7 +286,7 @@ const GLOBS: &str = r#"self.all(glob, glob.matches('^("([^"]|"")+"|[^".]+)[.]("(
 #[x_kube(validation = Rule::new("self.management != 'External' || has(self.name)").message("publication.name is required when management is External: write the name of the publication that you created"))]
 #[serde(rename_all = "camelCase")]
 pub struct Publication {
-    /// Name of the publication; `meander_<namespace>_<name>` where it is left out.
+    /// Name of the publication; the slot's default name where it is left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 63))]
     #[x_kube(validation = Rule::new("self.matches('^[a-z_][a-z0-9_]*$')").message("publication.name has lower-case letters, digits and underscores only, and does not start with a digit"))]
@@ -326,7 +326,8 @@ pub enum PublicationManagement {
 #[x_kube(validation = Rule::new("has(self.name) == has(oldSelf.name) && (!has(self.name) || self.name == oldSelf.name)").message("slot.name is immutable: create another CdcPipeline"))]
 #[serde(rename_all = "camelCase")]
 pub struct Slot {
-    /// Name of the slot; `meander_<namespace>_<name>` where it is left out. Immutable.
+    /// Name of the slot; `meander_<namespace>_<name>` where it is left out, with `_` for what PostgreSQL does not take; where that changes a
+    /// name, or makes it longer than 63 bytes, eight digits follow that tell such names apart. `status.slot.name` has it. Immutable.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 63))]
     #[x_kube(validation = Rule::new("self.matches('^[a-z0-9_]+$')").message("slot.name has lower-case letters, digits and underscores only"))]
@@ -495,7 +496,8 @@ pub struct RedisSink {
     /// that starts with `rediss://`; those of Mozilla's list where it is left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ca_secret_ref: Option<SecretKeyReference>,
-    /// Streams are named `<streamPrefix>.<schema>.<table>`. The prefix belongs to this pipeline alone: keep other keys out of it.
+    /// Streams are named `<streamPrefix>.<schema>.<table>`. The prefix belongs to this pipeline alone, and another one may
+    /// have a prefix that begins with it and a dot; keep all other keys out of it.
     /// Immutable.
     #[schemars(length(min = 1, max = 100))]
     #[x_kube(

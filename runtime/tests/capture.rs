@@ -388,17 +388,28 @@ async fn what_is_wrong_with_a_topic_is_said_before_there_is_a_slot() {
         ("retention.ms", "3600000"),
     ];
     config.kafka.topic_config = settings.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
-    let mut runtime = Runtime::capture(&config);
+    let refused = async |config: &CaptureConfig, named: &str| {
+        let mut runtime = Runtime::capture(config);
+        eventually(named, LIMIT, async || {
+            let log = std::fs::read_to_string(runtime.process().log()).unwrap();
+            if log.contains(named) { Ok(()) } else { Err(log) }
+        })
+        .await;
+        assert!(runtime.terminate(LIMIT).success());
+    };
     let named = "Kafka has no such setting or value: retention.mss=1, segment.bytes=many; correct topics.config";
-    eventually(named, LIMIT, async || {
-        let log = std::fs::read_to_string(runtime.process().log()).unwrap();
-        if log.contains(named) { Ok(()) } else { Err(log) }
-    })
+    refused(&config, named).await;
+    config.kafka.topic_config.clear();
+    config.kafka.replication_factor = Some(3);
+    config.kafka.topic_prefix = unique_name("shop");
+    refused(
+        &config,
+        "with 3 replicas: Kafka has fewer brokers; set topics.replicationFactor",
+    )
     .await;
-    assert!(runtime.terminate(LIMIT).success());
+    config.kafka.replication_factor = None;
 
     // Nor is a topic that no table has a surprise of the stream.
-    config.kafka.topic_config.clear();
     config.format = Format::DebeziumJson {
         schemas: false,
         transaction_metadata: true,

@@ -192,6 +192,16 @@ impl Topics {
                 let cause = self.refused_setting(new).await?;
                 Err(self.unusable(&topic, &format!("cannot be made: {cause}")))
             }
+            Some(Err((topic, RDKafkaErrorCode::InvalidReplicationFactor))) => {
+                let replicas = self
+                    .config
+                    .replication_factor
+                    .map_or_else(|| "the default number of".to_owned(), |factor| factor.to_string());
+                Err(self.unusable(
+                    &topic,
+                    &format!("cannot be made with {replicas} replicas: Kafka has fewer brokers; set topics.replicationFactor to no more than it has"),
+                ))
+            }
             Some(Err((topic, code))) => Err(self.unusable(&topic, &format!("cannot be made: {code}"))),
             Some(Ok(_)) | None => Ok(Creation::Made),
         }
