@@ -73,6 +73,8 @@ pub struct Batch {
     pub heartbeat: Option<Heartbeat>,
     /// What of the snapshot is done once this batch is in Kafka, if it says anything of that.
     pub snapshot: Option<SnapshotState>,
+    /// Where the server's WAL ends, if it was shut down in good order after this batch.
+    pub ended_at: Option<Lsn>,
     /// Schemas of tables that the log knows once this batch is in Kafka.
     pub schemas: Vec<Note>,
 }

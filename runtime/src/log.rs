@@ -218,6 +218,13 @@ pub struct Checkpoint {
     pub system_identifier: String,
     /// The server's timeline that the epoch stands for.
     pub timeline: u32,
+    /// The server's major version.
+    pub major_version: u32,
+    /// OID of the database. An upgrade keeps it.
+    pub database_oid: u32,
+    /// Where the server's WAL ended, if it was shut down in good order and the capture read to that end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended_at: Option<Lsn>,
     /// Grows by one with each owner of the slot, and fences the owners before it out of Redis.
     pub owner_generation: u64,
     /// The last change in Kafka; all before it are there too.

@@ -105,9 +105,16 @@ impl Schemas {
     }
 
     /// These tables are there from the beginning: the schema that each is seen with at first is no change. Every other table is a new one.
-    pub fn begin(&mut self, tables: &[u32]) -> Vec<Note> {
-        self.known = tables.iter().map(|oid| (*oid, None)).collect();
-        tables.iter().map(|oid| self.note(*oid, None)).collect()
+    pub fn begin(&mut self, tables: impl IntoIterator<Item = u32>) -> Vec<Note> {
+        self.known = tables.into_iter().map(|oid| (oid, None)).collect();
+        self.known.keys().map(|oid| self.note(*oid, None)).collect()
+    }
+
+    /// The server was upgraded: it has another identifier, and its tables the OIDs that they had.
+    pub fn moved_to(&mut self, system_identifier: &str) -> Vec<Note> {
+        system_identifier.clone_into(&mut self.system_identifier);
+        let known = self.known.iter();
+        known.map(|(oid, schema)| self.note(*oid, schema.clone())).collect()
     }
 
     /// The source describes a table: its next change may have another schema.
@@ -279,7 +286,7 @@ mod tests {
     #[test]
     fn a_table_that_is_there_from_the_beginning_is_no_change_and_another_one_is() {
         let mut schemas = Schemas::new(Vec::new(), "server");
-        let mut notes = schemas.begin(&[1]);
+        let mut notes = schemas.begin([1]);
         for oid in [1, 2] {
             schemas.described(oid, b'd');
         }

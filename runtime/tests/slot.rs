@@ -301,6 +301,91 @@ async fn the_slot_is_looked_at_on_every_version_and_kept_on_standbys_where_that_
     }
 }
 
+/// `pg_upgrade` itself is no part of the servers that the tests have, so its steps are made here: a new cluster with the same tables under
+/// the same OIDs, new WAL past that of the old one, and then, before anybody else writes, the slot.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upgrade_loses_nothing_if_the_slot_came_along_and_is_said_if_that_is_not_certain() {
+    const TABLE: &str = "CREATE TABLE t (id int PRIMARY KEY)";
+    let (mut old, kafka) = (Postgres::start_version(17, &[]).await, Kafka::shared().await);
+    execute(&old, TABLE).await;
+    execute(&old, "INSERT INTO t VALUES (1), (2)").await;
+    let mut config = config(&old, kafka, None);
+    config.source.snapshot.mode = SnapshotMode::Incremental;
+    let topic = format!("{}.public.t", config.kafka.topic_prefix);
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    wait_for_records(kafka, &topic, 4).await;
+    execute(&old, "INSERT INTO t VALUES (3)").await;
+    // It ends when the capture has told it that everything is in Kafka, which knows that from then on.
+    old.stop();
+    let ended = eventually("the end of the server is noted", LIMIT, async || {
+        let checkpoint = checkpoint(&config).unwrap();
+        checkpoint.ended_at.map(|_| checkpoint).ok_or("not yet".to_owned())
+    })
+    .await;
+    runtime.terminate(LIMIT);
+
+    let mut new = Postgres::start_version(18, &[]).await;
+    let name = config.source.slot_name.clone();
+    let publication = quote(&config.source.publication.name);
+    execute(&new, TABLE).await;
+    execute(&new, "INSERT INTO t VALUES (1), (2), (3)").await;
+    execute(&new, &format!("CREATE PUBLICATION {publication} FOR TABLE t")).await;
+    new.stop();
+    new.begin_wal_after(&old);
+    new.start_again().await;
+    config.source.port = new.port();
+    let make = format!("SELECT pg_create_logical_replication_slot('{name}', 'pgoutput')");
+    let refused = async |why: &str| {
+        let mut runtime = Runtime::capture(&config);
+        let said = wait_for_log(&mut runtime, "ServerUpgraded").await;
+        assert!(
+            said.contains("from PostgreSQL 17 to 18") && said.contains(why),
+            "{said}"
+        );
+        runtime.terminate(LIMIT);
+    };
+    refused("was not brought along").await;
+    // Somebody was faster than who made it.
+    execute(&new, "SELECT txid_current()").await;
+    execute(&new, &make).await;
+    refused("make none by hand").await;
+    execute(&new, &format!("SELECT pg_drop_replication_slot('{name}')")).await;
+    assert_eq!(checkpoint(&config).unwrap(), ended);
+
+    new.stop();
+    new.begin_wal_after(&old);
+    new.start_again().await;
+    execute(&new, &make).await;
+    new.restart().await;
+    execute(&new, "INSERT INTO t VALUES (4)").await;
+    for (row, count) in [(5, 7), (6, 8)] {
+        let mut runtime = Runtime::capture(&config);
+        runtime.ready(LIMIT).await;
+        execute(&new, &format!("INSERT INTO t VALUES ({row})")).await;
+        wait_for_records(kafka, &topic, count).await;
+        runtime.terminate(LIMIT);
+    }
+    let records = read_topic(kafka, &topic);
+    let told: Vec<_> = records.iter().map(|(_, _, record)| record.operation()).collect();
+    let read = [
+        Operation::SnapshotBegin,
+        Operation::Read,
+        Operation::Read,
+        Operation::SnapshotEnd,
+    ];
+    assert_eq!(
+        told,
+        [&read[..], &[Operation::Insert; 4]].concat(),
+        "no row is read again"
+    );
+    let epochs = records.iter().map(|(_, _, record)| record.coordinate.unwrap().epoch);
+    assert!(epochs.eq([1; 8]));
+    let now = checkpoint(&config).unwrap();
+    assert_eq!((now.epoch, now.major_version, now.ended_at), (1, 18, None));
+    assert_ne!(now.system_identifier, ended.system_identifier);
+}
+
 /// Waits until a slot of the primary is fit for use on its standby.
 async fn slot_is_synced(primary: &Postgres, standby: &Postgres) {
     let (primary, standby) = (primary.client().await, standby.client().await);

@@ -43,7 +43,7 @@ use self::{
     validate::ValidPipeline,
 };
 use crate::{
-    conditions::{self, READY, RUNTIME_AVAILABLE},
+    conditions::{self, READY, RUNTIME_AVAILABLE, SOURCE_READY},
     context::{CONCURRENCY, Context, api_of},
     error::Error,
     naming::{FIELD_MANAGER, MANAGED_SELECTOR},
@@ -164,6 +164,13 @@ async fn reconcile_key(key: &ResourceKey, context: &Context) -> Result<Action, E
             .events
             .transition(&pipeline, READY, &old.conditions, &new.conditions)
             .await;
+        // Once the server is there again, all is as before: nothing else would tell of it later.
+        if conditions::state(&new.conditions, SOURCE_READY) == Some(("True", "Upgraded")) {
+            context
+                .events
+                .transition(&pipeline, SOURCE_READY, &old.conditions, &new.conditions)
+                .await;
+        }
     }
     // Whether its last status could be written or not: it goes.
     if let Some(ending) = ending {

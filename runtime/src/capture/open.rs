@@ -40,6 +40,7 @@ use crate::{
             details::TableDetails,
             preflight::{Catalog, Credentials, Selection, SourceError, Table, wire_failure},
             start::{Loss, Pipeline, ServerIdentity, SlotState, SourceGap, Start, decide, timeline_history},
+            upgrade::untouched_to,
             wire::{FrameReader, ReplicationConnection, WireError, quote_identifier},
         },
     },
@@ -177,7 +178,8 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
         &catalog,
         (&tables, &refused),
         &checkpoint_topic,
-        &server,
+        server,
+        &credentials,
         accepted_loss,
     )
     .await?;
@@ -278,12 +280,16 @@ async fn identify(
         }
     };
     let (position, standby) = catalog.wal_position().await?;
+    let (major_version, database_oid) = catalog.version_and_database().await?;
     Ok(ServerIdentity {
         system_identifier: field(0),
         timeline,
         position,
         standby,
         history,
+        major_version,
+        database_oid,
+        untouched_to: None,
     })
 }
 
@@ -366,7 +372,8 @@ async fn open_kafka(
     catalog: &Catalog,
     (tables, refused): (&[Table], &[Table]),
     checkpoint_topic: &str,
-    server: &ServerIdentity,
+    mut server: ServerIdentity,
+    credentials: &Credentials,
     accepted_loss: Option<Loss>,
 ) -> Result<(KafkaSink, Checkpoint, Schemas, HashSet<Table>), CaptureError> {
     let config = context.config.clone();
@@ -374,18 +381,23 @@ async fn open_kafka(
     let before = read_own_checkpoint(context, checkpoint_topic, true).await?;
     // Only now: while the slot is ours nobody else can move it, and what is published cannot be newer than the server.
     let slot = catalog.slot(&context.config.source).await?;
-    let (position, standby) = catalog.wal_position().await?;
-    let server = &ServerIdentity {
-        position,
-        standby,
-        ..server.clone()
-    };
+    (server.position, server.standby) = catalog.wal_position().await?;
+    if let (Some(before), Some(slot)) = (&before, &slot)
+        && before.system_identifier != server.system_identifier
+        && before.ended_at.is_some()
+    {
+        server.untouched_to = untouched_to(&context.config.source, credentials, catalog, slot).await?;
+    }
+    let server = &server;
     let decision = start(before.as_ref(), context, slot.as_ref(), server)?;
     let mut checkpoint = before.unwrap_or(Checkpoint {
         epoch: Epoch::FIRST.0,
         partings: vec![],
         system_identifier: String::new(),
         timeline: 0,
+        major_version: 0,
+        database_oid: 0,
+        ended_at: None,
         owner_generation: 0,
         published: None,
         complete: None,
@@ -401,10 +413,21 @@ async fn open_kafka(
     let selected = [tables, refused].concat();
     let known = check_log(context, &selected, checkpoint.published, checkpoint_topic).await?;
     let mut records = Batch::default();
+    let before = checkpoint.system_identifier.clone();
+    let mut upgrade = None;
     let stands_at = slot.and_then(|slot| slot.confirmed_flush);
     match (decision, stands_at) {
         (Start::Resume, _) => {}
         (Start::Follow(left), _) => follow(&mut checkpoint, left, server.timeline, context.config.redis.is_some())?,
+        (Start::GoOver(at), _) => {
+            let (from, to) = (checkpoint.major_version, server.major_version);
+            tracing::warn!(from, to, %at, "the server was upgraded, and nothing is lost");
+            let members = catalog
+                .published_tables(&context.config.source.publication.name)
+                .await?;
+            checkpoint.go_over(at, server, &members);
+            upgrade = Some((from, to));
+        }
         (Start::Adopt(epoch, at), _) => {
             checkpoint.redis = None;
             checkpoint.begin_epoch(epoch, at, server);
@@ -429,19 +452,30 @@ async fn open_kafka(
         }
     }
     checkpoint.released = false;
+    checkpoint.ended_at = None;
     checkpoint.owner_generation += 1;
-    let mut schemas = Schemas::new(read_own_schemas(context).await?, &checkpoint.system_identifier);
+    let kept = read_own_schemas(context).await?;
+    let mut schemas = match upgrade {
+        Some(_) => Schemas::new(kept, &before),
+        None => Schemas::new(kept, &checkpoint.system_identifier),
+    };
+    if upgrade.is_some() {
+        records.schemas = schemas.moved_to(&checkpoint.system_identifier);
+    }
     if schemas.is_empty() {
-        records.schemas = schemas.begin(
-            &catalog
-                .published_tables(&context.config.source.publication.name)
-                .await?,
-        );
+        let tables = catalog
+            .published_tables(&context.config.source.publication.name)
+            .await?;
+        records.schemas = schemas.begin(tables.into_keys());
     }
     let kafka = {
         let checkpoint = checkpoint.clone();
         spawn_blocking(move || kafka.commit_batch(&records, &checkpoint).map(|()| kafka)).await??
     };
+    if let Some((from, to)) = upgrade {
+        let message = format!("The server was upgraded from PostgreSQL {from} to {to}, and nothing is lost.");
+        context.set(ConditionType::SourceReady, true, "Upgraded", message);
+    }
     Ok((kafka, checkpoint, schemas, known))
 }
 

@@ -45,7 +45,7 @@ use crate::{
                 overlap::Again,
                 shape::Shape,
             },
-            wire::{Frame, FrameReader},
+            wire::{Frame, FrameReader, WireError},
         },
     },
 };
@@ -180,9 +180,17 @@ impl<'a> Stream<'a> {
         let source = &self.config.source;
         let wire = |error| stream_failure(source, error);
         loop {
-            while !self.held()
-                && let Some(frame) = reader.next_frame().map_err(wire)?
-            {
+            while !self.held() {
+                let frame = match reader.next_frame() {
+                    Ok(Some(frame)) => frame,
+                    Ok(None) => break,
+                    Err(error) => {
+                        if matches!(error, WireError::ShutDown) {
+                            self.ended(&queues).await;
+                        }
+                        return Err(wire(error).into());
+                    }
+                };
                 if let Some(bulk) = &mut self.bulk
                     && bulk.comes_before(&frame, self.assembler.in_transaction())
                 {
@@ -241,6 +249,14 @@ impl<'a> Stream<'a> {
                     }
                 }
             }
+        }
+    }
+
+    /// The server was shut down, and has nothing that was not sent. Noted in the log, for what comes in its place may be an upgraded one.
+    async fn ended(&mut self, queues: &Queues) {
+        self.batch.ended_at = Some(self.received.server());
+        if let Some(place) = queues.reserve().await {
+            self.hand_on(place);
         }
     }
 

@@ -291,6 +291,7 @@ struct Transaction {
     safe: Lsn,
     high_time_micros: i64,
     snapshot: Option<SnapshotState>,
+    ended_at: Option<Lsn>,
 }
 
 impl Transaction {
@@ -333,6 +334,10 @@ impl Transaction {
             self.begin(sink)?;
             self.snapshot.clone_from(&batch.snapshot);
         }
+        if batch.ended_at.is_some() {
+            self.begin(sink)?;
+            self.ended_at = batch.ended_at;
+        }
         // Serves delivery reports, which would pile up otherwise.
         sink.producer.serve();
         self.bytes += batch.size();
@@ -348,6 +353,7 @@ impl Transaction {
         if let Some(snapshot) = &self.snapshot {
             checkpoint.snapshot.clone_from(snapshot);
         }
+        checkpoint.ended_at = self.ended_at.or(checkpoint.ended_at);
         durable.position = self.last.max(durable.position);
         durable.safe = self.safe.max(durable.safe);
         durable.batches += self.batches;

@@ -165,6 +165,15 @@ impl Postgres {
         self.process.wait(LIMIT);
     }
 
+    /// Begins new WAL, past that of another server, as `pg_resetwal -l` does at the end of `pg_upgrade`. Both servers are stopped.
+    pub fn begin_wal_after(&self, other: &Self) {
+        let data = self.folder.path().join("data");
+        let control = Control::read(&data.join("global/pg_control"));
+        let end = Control::read(&other.folder.path().join("data/global/pg_control")).checkpoint();
+        let segment = end.max(control.checkpoint()) / SEGMENT + 2;
+        control.begin_wal(&data, segment);
+    }
+
     /// Kills the server and all its backends; the next start recovers from WAL.
     pub fn kill9(&mut self) {
         self.process.kill9();
@@ -298,6 +307,93 @@ fn fetched_programs(major: u32, folder: &Path) -> PathBuf {
         run(Command::new("cp").arg("-a").arg(&fetched).arg(&here));
     }
     here.join("bin")
+}
+
+/// Bytes of WAL in a file.
+const SEGMENT: u64 = 16 << 20;
+
+/// The file that says where a stopped server goes on, of versions 17 and 18.
+struct Control {
+    path: PathBuf,
+    bytes: Vec<u8>,
+}
+
+impl Control {
+    /// Where its fields are, see `src/include/catalog/pg_control.h`: the place of the last checkpoint, and that checkpoint itself.
+    const CHECKPOINT: usize = 32;
+    const COPY: std::ops::Range<usize> = 40..128;
+
+    fn read(path: &Path) -> Self {
+        let bytes = fs::read(path).unwrap();
+        let control = Self {
+            path: path.to_owned(),
+            bytes,
+        };
+        let redo = control.number(Self::COPY.start);
+        assert_eq!(
+            control.checkpoint(),
+            redo,
+            "the server was not shut down, or is of another version"
+        );
+        control
+    }
+
+    fn number(&self, at: usize) -> u64 {
+        u64::from_le_bytes(self.bytes[at..at + 8].try_into().unwrap())
+    }
+
+    fn checkpoint(&self) -> u64 {
+        self.number(Self::CHECKPOINT)
+    }
+
+    /// Replaces all WAL by a segment that holds a checkpoint and nothing else.
+    fn begin_wal(mut self, data: &Path, segment: u64) {
+        const PAGE_HEADER: usize = 40;
+        let folder = data.join("pg_wal");
+        let name = |segment: u64| format!("00000001{:08X}{:08X}", segment / 256, segment % 256);
+        let last = fs::read(folder.join(name(self.checkpoint() / SEGMENT))).unwrap();
+        for file in fs::read_dir(&folder).unwrap().map(Result::unwrap) {
+            if file.file_type().unwrap().is_file() {
+                fs::remove_file(file.path()).unwrap();
+            }
+        }
+        let crc_at = (Self::COPY.end..512)
+            .find(|at| crc32c(&self.bytes[..*at]).to_le_bytes() == self.bytes[*at..*at + 4])
+            .unwrap();
+        let place = (segment * SEGMENT + PAGE_HEADER as u64).to_le_bytes();
+        self.bytes[Self::CHECKPOINT..][..8].copy_from_slice(&place);
+        self.bytes[Self::COPY.start..][..8].copy_from_slice(&place);
+        let crc = crc32c(&self.bytes[..crc_at]);
+        self.bytes[crc_at..][..4].copy_from_slice(&crc.to_le_bytes());
+
+        let mut body = vec![0xff, u8::try_from(Self::COPY.len()).unwrap()];
+        body.extend(&self.bytes[Self::COPY]);
+        let mut header = vec![0; 20];
+        header[..4].copy_from_slice(&u32::try_from(24 + body.len()).unwrap().to_le_bytes());
+        let crc = crc32c(&[&body[..], &header[..]].concat());
+        let mut wal = last[..PAGE_HEADER].to_vec();
+        // No record goes on from the segment before.
+        wal[2..4].copy_from_slice(&2_u16.to_le_bytes());
+        wal[8..16].copy_from_slice(&(segment * SEGMENT).to_le_bytes());
+        wal[16..20].fill(0);
+        wal.extend([&header[..], &crc.to_le_bytes(), &body].concat());
+        wal.resize(usize::try_from(SEGMENT).unwrap(), 0);
+
+        let file = folder.join(name(segment));
+        fs::write(&file, wal).unwrap();
+        let owner = fs::metadata(&self.path).unwrap();
+        std::os::unix::fs::chown(&file, Some(owner.uid()), Some(owner.gid())).unwrap();
+        fs::write(&self.path, self.bytes).unwrap();
+    }
+}
+
+/// The check that PostgreSQL gives its records and files.
+fn crc32c(bytes: &[u8]) -> u32 {
+    !bytes.iter().fold(!0_u32, |crc, byte| {
+        (0..8).fold(crc ^ u32::from(*byte), |crc, _| {
+            (crc >> 1) ^ (0x82F6_3B78 & 0_u32.wrapping_sub(crc & 1))
+        })
+    })
 }
 
 /// PostgreSQL refuses to run as root.

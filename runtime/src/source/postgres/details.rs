@@ -1,7 +1,7 @@
 //! What the catalog knows of a table and the log does not say. The catalog is that of now, and the log may be behind it: what it does
 //! not know any more is simply not told.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use super::preflight::{Catalog, SourceError};
 use crate::source::Relation;
@@ -69,11 +69,13 @@ const KEY: &str = "
     ORDER BY k.place";
 
 const PUBLISHED: &str = "
-    SELECT c.oid
-    FROM pg_catalog.pg_publication_tables p
+    SELECT c.oid, coalesce(r.oid, 0)
+    FROM pg_catalog.pg_publication b
+    JOIN pg_catalog.pg_publication_tables p ON p.pubname = b.pubname
     JOIN pg_catalog.pg_namespace n ON n.nspname = p.schemaname
     JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = p.tablename
-    WHERE p.pubname = $1";
+    LEFT JOIN pg_catalog.pg_publication_rel r ON r.prpubid = b.oid AND r.prrelid = c.oid
+    WHERE b.pubname = $1";
 
 const TYPES: &str = "
     WITH RECURSIVE base AS (
@@ -95,13 +97,14 @@ const TYPES: &str = "
 const FIRST_OWN_OID: u32 = 16_384;
 
 impl Catalog {
-    /// OIDs of the tables whose changes a publication tells: partitions or their roots, as it says.
+    /// OIDs of the tables whose changes a publication tells, partitions or their roots, as it says, each with that of its membership; 0
+    /// where it is a member by its schema, or all are.
     ///
     /// # Errors
     /// When the server does not answer.
-    pub async fn published_tables(&self, publication: &str) -> Result<Vec<u32>, SourceError> {
+    pub async fn published_tables(&self, publication: &str) -> Result<BTreeMap<u32, u32>, SourceError> {
         let rows = self.query(PUBLISHED, &[&publication]).await?;
-        Ok(rows.iter().map(|row| row.get(0)).collect())
+        Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
     }
 
     /// What there is to know of a table beyond its relation.

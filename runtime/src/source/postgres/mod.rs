@@ -11,4 +11,5 @@ pub mod publication;
 pub mod snapshot;
 pub mod socket;
 pub mod start;
+pub mod upgrade;
 pub mod wire;

@@ -755,6 +755,38 @@ impl Catalog {
         Ok((position, standby))
     }
 
+    /// The server's major version, and the OID of the database.
+    ///
+    /// # Errors
+    /// When the server does not answer.
+    pub async fn version_and_database(&self) -> Result<(u32, u32), SourceError> {
+        let rows = self
+            .query(
+                "SELECT current_setting('server_version_num')::int4 / 10000, oid
+                 FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database()",
+                &[],
+            )
+            .await?;
+        let row = rows
+            .first()
+            .ok_or_else(|| self.confused("it does not know its database"))?;
+        Ok((row.get::<_, i32>(0).cast_unsigned(), row.get(1)))
+    }
+
+    /// How many bytes of WAL are in one file.
+    ///
+    /// # Errors
+    /// When the server does not answer.
+    pub async fn wal_segment_size(&self) -> Result<u64, SourceError> {
+        let sql = "SELECT pg_catalog.pg_size_bytes(pg_catalog.current_setting('wal_segment_size'))";
+        let rows = self.query(sql, &[]).await?;
+        let size = rows.first().map_or(0, |row| row.get::<_, i64>(0));
+        match size.cast_unsigned() {
+            0 => Err(self.confused("its WAL has no segments")),
+            size => Ok(size),
+        }
+    }
+
     /// The server answered what makes no sense.
     #[must_use]
     pub fn confused(&self, cause: &str) -> SourceError {

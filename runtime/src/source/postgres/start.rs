@@ -3,6 +3,8 @@
 //! Invariant kept everywhere else: a position is in the checkpoint before PostgreSQL hears of it. So the slot is never ahead of the
 //! checkpoint, unless somebody else moved it, and then changes are lost.
 
+use std::collections::BTreeMap;
+
 use crate::{
     log::{Checkpoint, Parting, SnapshotState},
     position::{Epoch, Lsn},
@@ -21,6 +23,12 @@ pub struct ServerIdentity {
     pub standby: bool,
     /// The timelines that this one descends from, each with the place where it was left.
     pub history: Vec<(u32, Lsn)>,
+    /// Its major version.
+    pub major_version: u32,
+    /// OID of the database.
+    pub database_oid: u32,
+    /// Up to here nobody has written anything since its WAL was made anew. None where that was not looked at, or is not certain.
+    pub untouched_to: Option<Lsn>,
 }
 
 /// Reads the file that TIMELINE_HISTORY sends: a line for each ancestor, with its number and the place where it was left. What is no
@@ -78,6 +86,8 @@ pub enum Start {
     /// Go on after the checkpoint, on the timeline of a promoted server: what was published came before the place where the timelines
     /// parted. What was acknowledged past that place means nothing on the new one.
     Follow(Lsn),
+    /// Go on from here on the server that `pg_upgrade` made of the one that was captured, which had nothing more to tell.
+    GoOver(Lsn),
     /// The loss is accepted: go on where the slot stands, or where a new one will, in the next epoch.
     Accept {
         /// The name of the gap.
@@ -155,9 +165,23 @@ pub enum Loss {
         /// What was acknowledged.
         after: Lsn,
     },
+    /// The server was upgraded, and it is not certain that nothing was lost.
+    #[error(
+        "the server was upgraded from PostgreSQL {from} to {to}, and {doubt}: changes committed after {after} may be lost to this pipeline; docs/slot.md says how the next upgrade loses nothing"
+    )]
+    Upgraded {
+        /// Major version of the checkpoint.
+        from: u32,
+        /// Of the server.
+        to: u32,
+        /// What was acknowledged.
+        after: Lsn,
+        /// Why it is not certain.
+        doubt: Doubt,
+    },
     /// The host name leads to another cluster than before.
     #[error(
-        "the server is not the one this pipeline captured (system identifier {now}, was {before}): it was made anew, upgraded or replaced, and changes of the old one may be lost"
+        "the server is not the one this pipeline captured (system identifier {now}, was {before}): it was made anew or replaced, and changes of the old one may be lost"
     )]
     OtherServer {
         /// Of the server.
@@ -191,6 +215,32 @@ pub enum Loss {
     },
 }
 
+/// Why an upgrade may have lost changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Doubt {
+    /// `pg_upgrade` takes slots along from version 17 on.
+    #[error("pg_upgrade leaves the replication slots of a version before 17 behind")]
+    OldVersion,
+    /// There is no slot, or none that can be used.
+    #[error(
+        "the replication slot was not brought along, as pg_upgrade does if the slot is there: do not drop it before"
+    )]
+    NoSlot,
+    /// Something may have been written that was never captured, if the slot was dropped before the upgrade.
+    #[error(
+        "the old server was shut down while nobody read the replication slot: let the capture run until it is down"
+    )]
+    EndNotSeen,
+    /// It was made by hand, or moved.
+    #[error(
+        "that pg_upgrade made the replication slot before anything was written is not certain: make none by hand, and move none"
+    )]
+    SlotNotOriginal,
+}
+
+/// The first version whose slots `pg_upgrade` takes along.
+const SLOTS_ARE_UPGRADED: u32 = 17;
+
 impl Loss {
     /// True if the tables of this server, read anew, are what the log should lead to.
     ///
@@ -203,7 +253,7 @@ impl Loss {
             | Self::SlotAhead { .. }
             | Self::PublicationMissing { .. }
             | Self::OtherTimeline { .. } => true,
-            Self::OtherServer { .. } | Self::ServerBehind { .. } => false,
+            Self::Upgraded { .. } | Self::OtherServer { .. } | Self::ServerBehind { .. } => false,
         };
         same_server && !server.standby
     }
@@ -216,6 +266,7 @@ impl Loss {
             Self::SlotLost { .. } => "SlotLost",
             Self::SlotAhead { .. } => "SlotAhead",
             Self::PublicationMissing { .. } => "PublicationMissing",
+            Self::Upgraded { .. } => "ServerUpgraded",
             Self::OtherServer { .. } => "OtherServer",
             Self::OtherTimeline { .. } => "OtherTimeline",
             Self::ServerBehind { .. } => "ServerBehind",
@@ -228,9 +279,7 @@ impl Checkpoint {
     pub fn begin_epoch(&mut self, epoch: Epoch, at: Lsn, server: &ServerIdentity) {
         self.epoch = epoch.0;
         self.partings.clear();
-        self.acknowledged = at;
-        self.system_identifier.clone_from(&server.system_identifier);
-        self.timeline = server.timeline;
+        self.stand_on(server, at);
         // What was read before says nothing of what changed in between. A request that was done is not made again by that.
         let mut requests = std::mem::take(&mut self.snapshot.requests);
         requests.retain(|_, tables| tables.is_empty());
@@ -241,6 +290,24 @@ impl Checkpoint {
         if let Some(gap) = &mut self.accepted_gap {
             gap.read_anew = false;
         }
+    }
+
+    /// Goes on in this epoch on an upgraded server, from a place at which it has told all that the old one had. `members` are the tables of
+    /// its publication, with their membership of it, which has another OID now.
+    pub fn go_over(&mut self, at: Lsn, server: &ServerIdentity, members: &BTreeMap<u32, u32>) {
+        self.stand_on(server, at);
+        self.snapshot.done.retain(|table, member| {
+            let now = members.get(table);
+            now.map(|now| *member = *now).is_some()
+        });
+    }
+
+    fn stand_on(&mut self, server: &ServerIdentity, at: Lsn) {
+        self.acknowledged = at;
+        self.system_identifier.clone_from(&server.system_identifier);
+        self.timeline = server.timeline;
+        self.major_version = server.major_version;
+        self.database_oid = server.database_oid;
     }
 
     /// Ends the epoch at a place in the WAL, and not before: what commits up to there is the same on the new timeline, may be in a sink
@@ -353,10 +420,7 @@ fn resume(
     server: &ServerIdentity,
 ) -> Result<Start, Loss> {
     if server.system_identifier != checkpoint.system_identifier {
-        return Err(Loss::OtherServer {
-            now: server.system_identifier.clone(),
-            before: checkpoint.system_identifier.clone(),
-        });
+        return other_server(checkpoint, slot, server);
     }
     // What was published in an epoch before says nothing of where this server is.
     let published = checkpoint
@@ -414,6 +478,34 @@ fn resume(
     }
 }
 
+/// Another cluster is a loss, unless `pg_upgrade` made it, and it is certain that nothing lies between the end of the old one and the
+/// slot.
+///
+/// `pg_upgrade` keeps the OID of the database, has WAL go on past that of the old server, and takes a slot along only after it has made
+/// sure that it had nothing more to tell. But that it was `pg_upgrade` that made the slot cannot be seen in the slot. So two things are
+/// asked for besides: that the capture had read up to the end of the old server through the slot, which was there then; and that nobody
+/// had written anything on the new one when the slot was made.
+fn other_server(checkpoint: &Checkpoint, slot: Option<&SlotState>, server: &ServerIdentity) -> Result<Start, Loss> {
+    let (from, to, after) = (checkpoint.major_version, server.major_version, checkpoint.acknowledged);
+    if to <= from || server.database_oid != checkpoint.database_oid || server.position < after {
+        return Err(Loss::OtherServer {
+            now: server.system_identifier.clone(),
+            before: checkpoint.system_identifier.clone(),
+        });
+    }
+    let place = slot
+        .filter(|slot| !slot.lost && !slot.unpublished)
+        .and_then(|slot| slot.confirmed_flush);
+    let doubt = match place {
+        _ if from < SLOTS_ARE_UPGRADED => Doubt::OldVersion,
+        None => Doubt::NoSlot,
+        Some(_) if checkpoint.ended_at.is_none_or(|end| after < end) => Doubt::EndNotSeen,
+        Some(at) if at < after || server.standby || server.untouched_to != Some(at) => Doubt::SlotNotOriginal,
+        Some(at) => return Ok(Start::GoOver(at)),
+    };
+    Err(Loss::Upgraded { from, to, after, doubt })
+}
+
 /// True when the slot of a released checkpoint was not dropped after all.
 fn continues(released: &Checkpoint, slot: Option<&SlotState>, server: &ServerIdentity) -> bool {
     released.system_identifier == server.system_identifier
@@ -435,6 +527,9 @@ mod tests {
             partings: vec![],
             system_identifier: "7".to_owned(),
             timeline: 1,
+            major_version: 17,
+            database_oid: 5,
+            ended_at: None,
             owner_generation: 4,
             published: None,
             complete: None,
@@ -479,6 +574,9 @@ mod tests {
             position: Lsn(1000),
             standby: false,
             history: vec![],
+            major_version: 17,
+            database_oid: 5,
+            untouched_to: None,
         }
     }
 
@@ -556,6 +654,94 @@ mod tests {
         };
         assert_eq!(start(Some(&published_in(1)), Some(slot(50))), Ok(Start::Resume));
         assert_eq!(start(Some(&published_in(2)), Some(slot(50))), Err("ServerBehind"));
+    }
+
+    #[test]
+    fn an_upgraded_server_is_gone_over_to_only_if_it_is_certain_that_nothing_lies_in_between() {
+        let before = Checkpoint {
+            ended_at: Some(Lsn(100)),
+            ..checkpoint()
+        };
+        let upgraded = ServerIdentity {
+            system_identifier: "8".to_owned(),
+            major_version: 18,
+            untouched_to: Some(Lsn(500)),
+            ..server()
+        };
+        type Given = (Checkpoint, ServerIdentity, Option<SlotState>);
+        let on = |change: fn(&mut Given)| {
+            let mut given = (before.clone(), upgraded.clone(), Some(slot(500)));
+            change(&mut given);
+            match start_on(&given.1, None, Some(&given.0), given.2) {
+                Ok(start) => Ok(start),
+                Err(SourceGap::Lost {
+                    loss: Loss::Upgraded { doubt, .. },
+                    ..
+                }) => Err(Some(doubt)),
+                Err(gap) => {
+                    assert_eq!(gap.reason(), "OtherServer");
+                    Err(None)
+                }
+            }
+        };
+        assert_eq!(on(|_| ()), Ok(Start::GoOver(Lsn(500))));
+        let not_certain: [(fn(&mut Given), _); 15] = [
+            (|(_, server, _)| server.major_version = 17, None),
+            (|(_, server, _)| server.database_oid = 6, None),
+            (|(_, server, _)| server.position = Lsn(99), None),
+            (
+                |(checkpoint, ..)| checkpoint.major_version = 16,
+                Some(Doubt::OldVersion),
+            ),
+            (|(.., slot)| *slot = None, Some(Doubt::NoSlot)),
+            (|(.., slot)| slot.as_mut().unwrap().lost = true, Some(Doubt::NoSlot)),
+            (
+                |(.., slot)| slot.as_mut().unwrap().unpublished = true,
+                Some(Doubt::NoSlot),
+            ),
+            (
+                |(.., slot)| slot.as_mut().unwrap().confirmed_flush = None,
+                Some(Doubt::NoSlot),
+            ),
+            (|(checkpoint, ..)| checkpoint.ended_at = None, Some(Doubt::EndNotSeen)),
+            (
+                |(checkpoint, ..)| checkpoint.ended_at = Some(Lsn(101)),
+                Some(Doubt::EndNotSeen),
+            ),
+            (
+                |(_, server, _)| server.untouched_to = None,
+                Some(Doubt::SlotNotOriginal),
+            ),
+            (
+                |(_, server, _)| server.untouched_to = Some(Lsn(400)),
+                Some(Doubt::SlotNotOriginal),
+            ),
+            (
+                |(.., slot)| slot.as_mut().unwrap().confirmed_flush = Some(Lsn(600)),
+                Some(Doubt::SlotNotOriginal),
+            ),
+            (
+                |(_, server, slot)| {
+                    server.untouched_to = Some(Lsn(50));
+                    slot.as_mut().unwrap().confirmed_flush = Some(Lsn(50));
+                },
+                Some(Doubt::SlotNotOriginal),
+            ),
+            (|(_, server, _)| server.standby = true, Some(Doubt::SlotNotOriginal)),
+        ];
+        for (index, (change, doubt)) in not_certain.into_iter().enumerate() {
+            assert_eq!(on(change), Err(doubt), "{index}");
+        }
+
+        let mut checkpoint = before;
+        checkpoint.snapshot.done.extend([(16_384, 1), (16_385, 2)]);
+        checkpoint.go_over(Lsn(500), &upgraded, &BTreeMap::from([(16_384, 7), (16_386, 8)]));
+        assert_eq!(checkpoint.snapshot.done, BTreeMap::from([(16_384, 7)]));
+        // From here on it is resumed as any other.
+        assert_eq!(
+            start_on(&upgraded, None, Some(&checkpoint), Some(slot(500))).unwrap(),
+            Start::Resume
+        );
     }
 
     #[test]

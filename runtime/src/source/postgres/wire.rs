@@ -68,6 +68,9 @@ pub enum WireError {
     /// The server signs in without SCRAM bound to the TLS session, which was asked for.
     #[error("the server does not prove that it knows the password")]
     Unbound,
+    /// The server was shut down in good order: it has sent all that it had, and was told that all of it is safe.
+    #[error("the server was shut down")]
+    ShutDown,
     /// The server broke the protocol.
     #[error("protocol violation: {0}")]
     Protocol(String),
@@ -230,7 +233,7 @@ impl ReplicationConnection {
     /// # Errors
     /// When the server refuses, above all with SQLSTATE 55006 while another owner holds the slot.
     pub async fn start_replication(
-        mut self,
+        self,
         slot: &str,
         publication: &str,
         origin: Origin,
@@ -248,8 +251,38 @@ impl ReplicationConnection {
                 Origin::None => ", origin 'none'",
             },
         );
+        self.copy_both(&command).await
+    }
+
+    /// Reads the server's WAL as it is, between two places.
+    ///
+    /// # Errors
+    /// When the server refuses, above all because it does not have it any more.
+    pub async fn read_wal(self, from: Lsn, to: Lsn) -> Result<Vec<u8>, WireError> {
+        let length = usize::try_from(to.0.saturating_sub(from.0)).unwrap_or(usize::MAX);
+        // The writing half stays open, and says nothing: this is over before the server asks.
+        let (mut reader, _writer) = self
+            .copy_both(&format!("START_REPLICATION PHYSICAL {from} TIMELINE 1"))
+            .await?;
         within_deadline(async {
-            self.send_query(&command).await?;
+            let mut wal = Vec::new();
+            while wal.len() < length {
+                match reader.next_frame()? {
+                    Some(Frame::Data { message, .. }) => wal.extend_from_slice(message),
+                    Some(Frame::Keepalive { .. }) => {}
+                    None => reader.fill().await?,
+                }
+            }
+            wal.truncate(length);
+            Ok(wal)
+        })
+        .await
+    }
+
+    /// Runs a command that begins a stream.
+    async fn copy_both(mut self, command: &str) -> Result<(FrameReader, StatusWriter), WireError> {
+        within_deadline(async {
+            self.send_query(command).await?;
             loop {
                 while self.buffer.len() < 5 {
                     self.fill().await?;
@@ -432,6 +465,7 @@ impl FrameReader {
                     );
                 }
                 b'c' => return Err(WireError::Protocol("the server ended the stream".to_owned())),
+                b'C' => return Err(WireError::ShutDown),
                 // NoticeResponse and ParameterStatus may come at any time.
                 b'N' | b'S' => {}
                 other => {
