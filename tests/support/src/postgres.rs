@@ -368,7 +368,7 @@ impl Control {
 
         let mut body = vec![0xff, u8::try_from(Self::COPY.len()).unwrap()];
         body.extend(&self.bytes[Self::COPY]);
-        let mut header = vec![0; 20];
+        let mut header = [0; 20];
         header[..4].copy_from_slice(&u32::try_from(24 + body.len()).unwrap().to_le_bytes());
         let crc = crc32c(&[&body[..], &header[..]].concat());
         let mut wal = last[..PAGE_HEADER].to_vec();
