@@ -794,7 +794,9 @@ fn an_attempt_that_failed_is_told_until_the_next_one_delivers() {
         ..Default::default()
     };
     // The last that was heard of it is that it delivers: it was killed without a word to the operator.
-    let delivering = replay_report(Phase::Running, 5, 1.0);
+    let mut delivering = replay_report(Phase::Running, 5, 1.0);
+    let truncated = said("TruncatedRange", true, "RetentionPassed");
+    delivering.report.as_mut().unwrap().conditions.push(truncated);
     let waiting = compute_replay(&replay, &facts, Ok(Outcome::Started), &delivering);
     assert_eq!(waiting.phase, Some(ReplayPhase::Pending));
     assert_eq!(
@@ -823,11 +825,17 @@ fn an_attempt_that_failed_is_told_until_the_next_one_delivers() {
     // It has begun, and the receiver goes again.
     let mut stuck = delivering;
     stuck.report.as_mut().unwrap().conditions = vec![said("Progressing", false, "ReceiverUnreachable")];
+    replay.status = Some(again);
     let stuck = compute_replay(&replay, &facts, Ok(Outcome::Started), &stuck);
     assert_eq!(stuck.phase, Some(ReplayPhase::Pending));
     assert_eq!(
         state(&stuck.conditions, "Progressing"),
         Some(("False", "ReceiverUnreachable"))
+    );
+    assert_eq!(
+        state(&stuck.conditions, "TruncatedRange"),
+        Some(("True", "RetentionPassed")),
+        "what was deleted does not come back"
     );
 }
 

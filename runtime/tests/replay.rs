@@ -5,6 +5,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
+    num::NonZeroU32,
     path::{Path, PathBuf},
     process::{Child, Command},
     sync::{
@@ -38,7 +39,7 @@ use meander_runtime::{
     position::{Epoch, Lsn, Position},
     replay::{self, End, error::ReplayError},
 };
-use meander_test_support::{Authority, Kafka, Runtime, eventually, free_address, unique_name};
+use meander_test_support::{Authority, Kafka, Runtime, Signal, eventually, free_address, unique_name};
 use meander_workload::subscribe::Line;
 use prost::Message as _;
 use rdkafka::{
@@ -600,6 +601,9 @@ async fn the_whole_log_comes_once_in_commit_order_and_its_end_is_told() {
     let config = ReplayConfig {
         operator: operator.link(&folder),
         termination_message_file: Some(word.clone()),
+        // Without the cut of silences, half an hour would take longer than anybody waits here.
+        speed: Speed::Factor(20.0),
+        max_gap_seconds: NonZeroU32::new(1),
         ..log.config(receiver.target())
     };
     assert_eq!(replay(config).await.unwrap(), End::Complete);
@@ -1009,13 +1013,22 @@ async fn a_start_that_kafka_no_longer_holds_is_said() {
         operator: operator.link(&folder),
         ..log.config(receiver.target())
     };
-    assert_eq!(replay(config).await.unwrap(), End::Complete);
-    operator.reported(|progress| progress.phase() == Phase::Succeeded).await;
-    assert!(
-        operator.conditions().contains_key("TruncatedRange"),
-        "{:?}",
-        operator.conditions()
-    );
+    // A process that finds nothing left to do says it as well.
+    for _ in 0..2 {
+        operator.update.send_replace(ProgressUpdate::default());
+        assert_eq!(replay(config.clone()).await.unwrap(), End::Complete);
+        operator.reported(|progress| progress.phase() == Phase::Succeeded).await;
+        let truncated = operator.condition("TruncatedRange", "RetentionPassed").await;
+        let kept = |change: &&Change| change.table == "orders" && change.commit_time > START + 4 * 60 * SECOND;
+        let earliest = time(changes.iter().find(kept).unwrap().commit_time / 1000 * 1000);
+        assert!(
+            truncated.message.contains(&earliest),
+            "{} {earliest}",
+            truncated.message
+        );
+        let complete = operator.condition("Complete", "Delivered").await;
+        assert!(complete.message.contains("TruncatedRange"), "{}", complete.message);
+    }
     // The first transactions take one offset of the orders for each change and one for each end.
     let kept = |change: &&Change| change.table != "orders" || change.commit_time > START + 4 * 60 * SECOND;
     assert_eq!(receiver.changes(), expected(changes.iter().filter(kept)));
@@ -1512,19 +1525,34 @@ async fn a_replay_that_is_killed_goes_on_after_what_was_answered_and_in_the_same
     runtime.kill9();
     let second = receiver.take();
     assert_eq!(second, expected(&changes[begin..begin + second.len()]));
+    let known = kept(&config).await;
+    assert!(
+        (answered..=*receiver.answered.borrow()).contains(&known),
+        "{known} of {answered}"
+    );
+
+    // One that is asked to end waits for the answers to what it has handed over, so that none of it comes again.
+    runtime.start_again();
+    receiver.until(1).await;
+    runtime.process().signal(Signal::TERM);
+    eventually("it is told to stop", LIMIT, async || {
+        let log = runtime.process().log_tail();
+        log.contains("told to stop").then_some(()).ok_or(log)
+    })
+    .await;
+    receiver.answers.add_permits(16);
+    assert!(!runtime.process().wait(LIMIT).success());
+    let third = receiver.take();
+    let begin = usize::try_from(known).unwrap();
+    let end = begin + third.len();
+    assert_eq!(third, expected(&changes[begin..end]));
+    assert_eq!(kept(&config).await, u64::try_from(end).unwrap());
 
     runtime.start_again();
     receiver.answers.add_permits(1000);
     let status = runtime.process().wait(LIMIT);
     assert!(status.success(), "{}", runtime.process().log_tail());
-    let third = receiver.take();
-    let begin = changes.len() - third.len();
-    let all_answered = *receiver.answered.borrow() - u64::try_from(third.len()).unwrap();
-    assert!(
-        (answered..=all_answered).contains(&u64::try_from(begin).unwrap()),
-        "{begin} of {all_answered}"
-    );
-    assert_eq!(third, expected(&changes[begin..]));
+    assert_eq!(receiver.take(), expected(&changes[end..]));
     assert_eq!(kept(&config).await, 20_000);
 
     // A pod that is started again after the end has nothing left to do; another job has.
@@ -1692,6 +1720,74 @@ async fn a_subscriber_that_is_killed_misses_nothing_in_history_nor_live_nor_in_b
     });
     let end = timeout(LIMIT, replay).await.unwrap().unwrap();
     assert_eq!(end.unwrap(), End::Cancelled);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_that_takes_over_serves_the_same_range_and_says_what_retention_took_of_it() {
+    let mut served = Served::new(3_000, ReplayEnd::Now).await;
+    let run = |config: &ReplayConfig| {
+        let shutdown = CancellationToken::new();
+        (tokio::spawn(replay::run(config.clone(), shutdown.clone())), shutdown)
+    };
+    let address = served.address;
+    let subscribe = async |resume_token: &str| {
+        until_served(address).await;
+        let (requests, sent) = mpsc::channel(16);
+        let (resume_token, credit) = (resume_token.to_owned(), 1000);
+        requests.send(ReplayRequest { resume_token, credit }).await.unwrap();
+        let mut request = Request::new(ReceiverStream::new(sent));
+        let token = "Bearer let-me-in".parse().unwrap();
+        request.metadata_mut().insert("authorization", token);
+        let mut client = ReplayerClient::connect(format!("http://{address}")).await.unwrap();
+        let answer = client.replay_event(request).await;
+        answer.map(|answer| (requests, answer.into_inner()))
+    };
+    let (first, shutdown) = run(&served.config);
+    let (_requests, mut events) = subscribe("").await.unwrap();
+    let mut messages = Vec::new();
+    let count = |messages: &[ReplayEvent]| messages.iter().map(|event| event.records.len()).sum::<usize>();
+    while count(&messages) < 3_000 {
+        messages.push(timeout(LIMIT, events.message()).await.unwrap().unwrap().unwrap());
+    }
+    let is_resolved = |progress: &ReplayProgress| progress.resolved_range.is_some();
+    let frozen = |progress: ReplayProgress| {
+        let range = progress.resolved_range.unwrap();
+        (range.to_time_micros, range.to_position, range.offsets)
+    };
+    let range = frozen(served.operator.reported(is_resolved).await);
+    shutdown.cancel();
+    let end = timeout(LIMIT, first).await.unwrap().unwrap();
+    assert!(matches!(end, Err(ReplayError::Interrupted)), "{end:?}");
+
+    // The next pod knows nothing of what is written from now on, and retention takes some of what the subscriber's first messages held.
+    served.capture(20);
+    served.log.truncate("orders", 0, 300).await;
+    served.operator.update.send_replace(ProgressUpdate::default());
+    let (second, _shutdown) = run(&served.config);
+    let (_requests, mut events) = subscribe(&messages[0].resume_token).await.unwrap();
+    let status = timeout(LIMIT, events.message()).await.unwrap().unwrap_err();
+    assert_eq!(status.code(), tonic::Code::OutOfRange, "{status}");
+    // A token of somewhere else is not taken for the end.
+    let elsewhere = subscribe("1:0/FFFFFFF:0#0@1").await.unwrap_err();
+    assert_eq!(elsewhere.code(), tonic::Code::InvalidArgument, "{elsewhere}");
+    // Whoever has taken more misses nothing.
+    let taken = &messages[..messages.len() - 1];
+    let mut taken: Vec<_> = taken
+        .iter()
+        .flat_map(|event| event.records.iter().map(change_of))
+        .collect();
+    assert!(taken.len() > 2_000);
+    let (requests, mut events) = subscribe(&messages[messages.len() - 2].resume_token).await.unwrap();
+    while let Some(event) = timeout(LIMIT, events.message()).await.unwrap().unwrap() {
+        taken.extend(event.records.iter().map(change_of));
+        let (resume_token, credit) = (event.resume_token, 0);
+        requests.send(ReplayRequest { resume_token, credit }).await.unwrap();
+    }
+    assert_eq!(taken, expected(&served.changes[..3_000]));
+    let end = timeout(LIMIT, second).await.unwrap().unwrap();
+    assert_eq!(end.unwrap(), End::Complete);
+    let succeeded = |progress: &ReplayProgress| progress.phase() == Phase::Succeeded;
+    assert_eq!(frozen(served.operator.reported(succeeded).await), range);
 }
 
 /// What is there without waiting.

@@ -60,6 +60,7 @@ struct Endpoint {
 struct Seen {
     posts: usize,
     keys: Vec<String>,
+    attempts: Vec<usize>,
     /// Those that were taken, in the order in which they came.
     events: Vec<Value>,
 }
@@ -98,6 +99,8 @@ async fn take(State(endpoint): State<Arc<Endpoint>>, headers: HeaderMap, body: B
     let mut seen = endpoint.seen.lock().unwrap();
     seen.posts += 1;
     seen.keys.push(headers["idempotency-key"].to_str().unwrap().to_owned());
+    let attempt = headers["meander-replay-attempt"].to_str().unwrap();
+    seen.attempts.push(attempt.parse().unwrap());
     if let Some(answer) = (endpoint.decide)(seen.posts, &headers, &events) {
         return answer;
     }
@@ -204,6 +207,12 @@ async fn a_replay_over_http_delivers_everything_in_order_through_three_kills_and
         .collect();
     assert_eq!(first, ids(kafka, &topics(&pipeline)));
     assert!(seen.events.len() < 2 * records, "each process began at the beginning");
+    assert!(
+        seen.attempts.is_sorted() && seen.attempts[0] == 1,
+        "{:?}",
+        seen.attempts
+    );
+    assert!(seen.attempts.last() > Some(&KILLS), "{:?}", seen.attempts);
     let event = &seen.events[0];
     let (name, topic) = (&pipeline.pipeline.name, event["subject"].as_str().unwrap());
     assert!(topics(&pipeline).iter().any(|known| known == topic), "{event}");

@@ -229,10 +229,10 @@ fn judge(inputs: &Inputs<'_>, phase: ReplayPhase, end: Option<&End>) -> Vec<Judg
     if phase == ReplayPhase::Paused {
         judgements.push(Judgement::new(SUSPENDED, Status::True, "Suspended", HELD));
     }
-    if let Some(report) = &inputs.observation.report {
-        let truncated = said(report, TRUNCATED_RANGE).filter(|truncated| truncated.status == Status::True);
-        judgements.extend(truncated);
-    }
+    let report = inputs.observation.report.as_ref();
+    let truncated = report.and_then(|report| said(report, TRUNCATED_RANGE));
+    // What was deleted does not come back.
+    judgements.extend(truncated.or_else(|| Judgement::remembered(TRUNCATED_RANGE, old)));
     judgements.push(progressing(inputs, end, old));
     let invalid = match inputs.outcome {
         Err(Error::Invalid(problem)) => Some(problem),

@@ -7,7 +7,7 @@ use meander_proto::v1::{ReplayProgress, replay_progress::Phase};
 use tokio::{
     sync::mpsc,
     task::JoinHandle,
-    time::{Instant, MissedTickBehavior, interval, sleep_until},
+    time::{Instant, MissedTickBehavior, interval, sleep_until, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -26,6 +26,8 @@ use super::{
 const BATCH_RECORDS: usize = 512;
 const BATCH_BYTES: usize = 1 << 20;
 const REPORT_INTERVAL: Duration = Duration::from_millis(250);
+/// How long a target may take to finish what it has when the process is asked to end: well below the 30 s that Kubernetes gives a pod.
+const PARTING: Duration = Duration::from_secs(10);
 
 /// Who hears how a delivery goes.
 pub trait Report {
@@ -34,9 +36,6 @@ pub trait Report {
 
     /// How far it is, while nothing gets into the target.
     fn troubled(&self, progress: ReplayProgress, trouble: &Trouble);
-
-    /// The start of the range is gone; from this timestamp on, in milliseconds, it is whole.
-    fn truncated(&self, earliest: i64);
 }
 
 /// What the loop waits for.
@@ -111,7 +110,7 @@ pub async fn drive<T: Target>(
         };
         tokio::select! {
             biased;
-            () = shutdown.cancelled() => return Err(ReplayError::Interrupted),
+            () = shutdown.cancelled() => break,
             order = orders.changed() => {
                 if order.cancel {
                     return Ok(End::Cancelled);
@@ -150,7 +149,6 @@ pub async fn drive<T: Target>(
             read = reads.recv(), if matches!(waiting, Waiting::Read) => match read {
                 Some(Ok(Read::Records(records))) => queue.extend(records),
                 Some(Ok(Read::LeftOut(passed))) => queue.passed += passed,
-                Some(Ok(Read::Truncated(earliest))) => report.truncated(earliest),
                 // What comes from now on was captured after the range was resolved, and is due as it comes.
                 Some(Ok(Read::Live)) => {
                     live = true;
@@ -170,6 +168,15 @@ pub async fn drive<T: Target>(
             }
         }
     }
+
+    if T::FINISHES {
+        drop(batches);
+        // What came of it is found out by whoever goes on.
+        let _ = timeout(PARTING, &mut running.0).await;
+        let phase = if paused { Phase::Paused } else { Phase::Pending };
+        report.progress(meter.report(phase, Duration::ZERO, &clock, queue.passed, Instant::now()));
+    }
+    Err(ReplayError::Interrupted)
 }
 
 async fn until(waiting: &Waiting) {

@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     error::ReplayError,
     filter::Filter,
-    range::{self, Ends, Range},
+    range::{self, Range},
     reader::{self, Read, Reading},
     record::{Coordinate, ResumeToken},
 };
@@ -46,8 +46,6 @@ struct End {
 pub struct Live {
     kafka: KafkaLog,
     checkpoints: String,
-    /// Where the partitions ended before the range was resolved.
-    known: Ends,
     end: watch::Receiver<Result<Option<End>, Arc<TailError>>>,
     /// The follower ends with the last of these.
     _end: Arc<tokio_util::sync::DropGuard>,
@@ -70,7 +68,7 @@ pub struct Following {
 impl Live {
     /// Begins to follow the log of a replay's pipeline.
     #[must_use]
-    pub fn start(config: &ReplayConfig, known: Ends) -> Self {
+    pub fn start(config: &ReplayConfig) -> Self {
         let pipeline = &config.pipeline;
         let checkpoints = checkpoint_topic(&pipeline.namespace, &pipeline.name);
         let key = checkpoint_key(&pipeline.namespace, &pipeline.name, &config.slot_name);
@@ -84,7 +82,6 @@ impl Live {
         Self {
             kafka: config.kafka.clone(),
             checkpoints,
-            known,
             end,
             _end: Arc::new(stop.drop_guard()),
         }
@@ -116,14 +113,14 @@ impl Live {
             group,
             prefetch,
         } = following;
+        let mut known = range.ends();
         let mut reached = range.end.map(|position| End {
             position,
             time: range.high_time / 1000,
         });
         let mut after = token.map(|token| token.coordinate);
-        // One who is past the range already goes on from where he is, and nobody knows what was deleted since.
+        // One who is past the range goes on from where he is, and has everything before `known`, as one who has just taken the range.
         if let Some(token) = token.filter(|token| reached.is_none_or(|end| token.coordinate.position > end.position)) {
-            self.known.clear();
             reached = Some(End {
                 position: token.coordinate.position,
                 time: token.timestamp,
@@ -151,15 +148,15 @@ impl Live {
                 return Ok(());
             };
             let (kafka, checkpoints, stop) = (self.kafka.clone(), self.checkpoints.clone(), stop.clone());
-            let (from, mut known) = (reached.map_or(0, |end| end.time), std::mem::take(&mut self.known));
+            let from = reached.map_or(0, |end| end.time);
             let resolving = spawn_blocking(move || {
                 let range = range::following(&kafka, &checkpoints, from, end.position, &mut known, &stop)?;
                 Ok::<_, ReplayError>((range, known))
             });
-            let (range, known) = resolving
+            let range;
+            (range, known) = resolving
                 .await
                 .map_err(|_| ReplayError::TaskStopped("following the log"))??;
-            self.known = known;
             let reading = Reading {
                 range,
                 after,

@@ -9,6 +9,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
+    convert::Infallible,
     future::pending,
     pin::pin,
     sync::Arc,
@@ -27,6 +28,7 @@ use tokio::{
     task::{JoinHandle, spawn_blocking},
     time::{Instant, MissedTickBehavior, interval},
 };
+use tokio_util::sync::CancellationToken;
 
 use super::{
     checkpoint::{Checkpoint, Done},
@@ -42,6 +44,8 @@ use crate::{
 
 /// How often it is noted what was taken.
 const INTERVAL: Duration = Duration::from_secs(1);
+/// How often it is looked, once the process is asked to end, whether everything that was handed over is taken.
+const ENDING_INTERVAL: Duration = Duration::from_millis(20);
 /// Brokers forget offsets that nobody has committed for `offsets.retention.minutes`, a week unless changed: so those of a replay that is
 /// paused, or whose next change is far away, are committed again.
 const RENEWAL: Duration = Duration::from_secs(3600);
@@ -53,8 +57,8 @@ pub trait AtLeastOnce: Target {
     /// Where it goes.
     type Settings: Sync;
 
-    /// A target that has been given nothing.
-    fn new(settings: &Self::Settings) -> Self;
+    /// A target that has been given nothing. `attempt` says how many times the replay has begun or gone on.
+    fn new(settings: &Self::Settings, attempt: u32) -> Self;
 }
 
 /// Where the place of a replay is kept, and where it goes.
@@ -66,6 +70,8 @@ pub struct Keeping<S> {
     pub pipeline: ResourceIdentity,
     /// Where it goes.
     pub target: S,
+    /// The process is asked to end.
+    pub ending: CancellationToken,
 }
 
 /// A target whose place is kept for it.
@@ -73,6 +79,7 @@ pub struct Kept<T> {
     target: T,
     keeper: Keeper,
     place: Option<Place>,
+    ending: CancellationToken,
 }
 
 impl<T: AtLeastOnce> Resumable for Kept<T> {
@@ -82,29 +89,24 @@ impl<T: AtLeastOnce> Resumable for Kept<T> {
         keeping: &Keeping<T::Settings>,
         job: &ResourceIdentity,
     ) -> Result<(Self, Option<Checkpoint>), TargetError> {
-        let group = format!("meander-replay.{}.{}.{}", job.namespace, job.name, job.uid);
-        let checkpoints = checkpoint_topic(&keeping.pipeline.namespace, &keeping.pipeline.name);
-        let (kafka, name) = (keeping.kafka.clone(), group.clone());
-        let opened = spawn_blocking(move || {
-            let keeper = Keeper::connect(&kafka, name, checkpoints)?;
-            let place = keeper.load(&kafka)?;
-            Ok::<_, TargetError>((keeper, place))
-        });
-        let (keeper, place) = opened.await.map_err(|error| not_kept(&group, error))??;
+        let (keeper, place) = Keeper::open(&keeping.kafka, &keeping.pipeline, job).await?;
         let checkpoint = place.as_ref().map(|place| Checkpoint {
             range: Range::clone(&place.range),
             done: place.done,
         });
-        let target = T::new(&keeping.target);
-        Ok((Self { target, keeper, place }, checkpoint))
+        let attempt = place.as_ref().map_or(1, |place| place.attempt);
+        let kept = Self {
+            target: T::new(&keeping.target, attempt),
+            keeper,
+            place,
+            ending: keeping.ending.clone(),
+        };
+        Ok((kept, checkpoint))
     }
 
     async fn begin(&mut self, range: &Range) -> Result<(), TargetError> {
-        let (keeper, place) = (self.keeper.clone(), Place::at_the_start_of(range.clone()));
-        self.place = Some(place.clone());
-        spawn_blocking(move || keeper.begin(&place))
-            .await
-            .map_err(|error| not_kept(&self.keeper.group, error))?
+        self.place = Some(self.keeper.begin(range).await?);
+        Ok(())
     }
 
     fn rest(&self) -> Option<Range> {
@@ -115,6 +117,7 @@ impl<T: AtLeastOnce> Resumable for Kept<T> {
 impl<T: Target> Target for Kept<T> {
     const WHOLE_TRANSACTIONS: bool = T::WHOLE_TRANSACTIONS;
     const PACED: bool = T::PACED;
+    const FINISHES: bool = true;
 
     async fn run(self, mut batches: mpsc::Receiver<Batch>, tally: Tally) -> Result<(), TargetError> {
         let Some(place) = self.place else {
@@ -124,16 +127,22 @@ impl<T: Target> Target for Kept<T> {
         let mut saves = Saves::new(self.keeper);
         let (handing, handed) = mpsc::channel(1);
         let mut handing = Some(handing);
+        // No more batches come, though the range has not ended: the target must not take the one for the other.
+        let mut interrupted = false;
         let mut looks = interval(INTERVAL);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut running = pin!(self.target.run(handed, tally.clone()));
         let end = loop {
             tokio::select! {
                 end = &mut running => break end,
-                passed = pass(handing.as_ref(), &mut batches) => match passed {
+                passed = pass(handing.as_ref(), &mut batches), if !interrupted => match passed {
                     Some((permit, batch)) => {
                         diary.hand(&batch);
                         permit.send(batch);
+                    }
+                    None if self.ending.is_cancelled() => {
+                        interrupted = true;
+                        looks = interval(ENDING_INTERVAL);
                     }
                     None => handing = None,
                 },
@@ -141,6 +150,9 @@ impl<T: Target> Target for Kept<T> {
                 _ = looks.tick() => {
                     let moved = diary.take(tally.counts().delivered);
                     saves.start(&diary.place, moved);
+                    if interrupted && diary.batches.is_empty() {
+                        break Ok(());
+                    }
                 }
             }
         };
@@ -151,6 +163,57 @@ impl<T: Target> Target for Kept<T> {
             saves.ended_or_none().await;
         }
         end
+    }
+}
+
+/// Keeps the range of a replay whose subscribers keep their own places.
+pub struct RangeKeeper {
+    keeper: Keeper,
+    place: Option<Place>,
+}
+
+impl RangeKeeper {
+    /// Finds what an earlier process of the job has left.
+    ///
+    /// # Errors
+    /// When Kafka does not tell.
+    pub async fn open(
+        kafka: &KafkaLog,
+        pipeline: &ResourceIdentity,
+        job: &ResourceIdentity,
+    ) -> Result<Self, TargetError> {
+        let (keeper, place) = Keeper::open(kafka, pipeline, job).await?;
+        Ok(Self { keeper, place })
+    }
+
+    /// The range, once it was resolved.
+    #[must_use]
+    pub fn range(&self) -> Option<&Range> {
+        self.place.as_ref().map(|place| &*place.range)
+    }
+
+    /// Keeps the range of a replay that begins.
+    ///
+    /// # Errors
+    /// When Kafka does not take it.
+    pub async fn begin(&mut self, range: &Range) -> Result<(), TargetError> {
+        self.place = Some(self.keeper.begin(range).await?);
+        Ok(())
+    }
+
+    /// Sees for ever that Kafka does not forget it.
+    pub async fn renew(self) -> Infallible {
+        let Some(place) = self.place else {
+            return pending().await;
+        };
+        let mut saves = Saves::new(self.keeper);
+        let mut looks = interval(INTERVAL);
+        loop {
+            tokio::select! {
+                () = saves.ended() => {}
+                _ = looks.tick() => saves.start(&place, false),
+            }
+        }
     }
 }
 
@@ -177,6 +240,8 @@ struct Place {
     /// The offset at which each partition goes on, in the order of the range.
     next: Vec<i64>,
     done: Option<Done>,
+    /// How many times the replay has begun or gone on.
+    attempt: u32,
 }
 
 impl Place {
@@ -185,6 +250,7 @@ impl Place {
             next: range.partitions.iter().map(|stretch| stretch.start).collect(),
             range: Arc::new(range),
             done: None,
+            attempt: 1,
         }
     }
 
@@ -327,27 +393,23 @@ impl Saves {
 struct Common {
     /// Without the partitions.
     range: Range,
-    /// How many partitions there are, so that one that was deleted is missed.
+    /// How many partitions hold something of it, so that one that was deleted is missed.
     partitions: usize,
     done: Option<Done>,
+    /// See [`Place::attempt`].
+    attempt: u32,
 }
 
 /// A partition's own part of the range.
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-enum Part {
-    /// Its stretch.
-    #[serde(rename_all = "camelCase")]
-    Stretch {
-        /// See [`Stretch::start`].
-        start: i64,
-        /// See [`Stretch::end`].
-        end: i64,
-        /// See [`Stretch::truncated`].
-        truncated: bool,
-    },
-    /// See [`Range::emptied`].
-    Emptied,
+struct Part {
+    /// See [`Stretch::start`].
+    start: i64,
+    /// See [`Stretch::end`].
+    end: i64,
+    /// See [`Stretch::truncated`].
+    truncated: bool,
 }
 
 /// Commits the offsets of the job's group. Everything blocks.
@@ -359,6 +421,34 @@ struct Keeper {
 }
 
 impl Keeper {
+    /// Opens the group of a job. With it comes what an earlier process has left, if there was one, as another attempt.
+    async fn open(
+        kafka: &KafkaLog,
+        pipeline: &ResourceIdentity,
+        job: &ResourceIdentity,
+    ) -> Result<(Self, Option<Place>), TargetError> {
+        let group = format!("meander-replay.{}.{}.{}", job.namespace, job.name, job.uid);
+        let checkpoints = checkpoint_topic(&pipeline.namespace, &pipeline.name);
+        let (kafka, name) = (kafka.clone(), group.clone());
+        let opened = spawn_blocking(move || {
+            let keeper = Self::connect(&kafka, name, checkpoints)?;
+            let mut place = keeper.load(&kafka)?;
+            if let Some(place) = &mut place {
+                place.attempt += 1;
+                keeper.save(place).map_err(|error| keeper.failed(&error))?;
+            }
+            Ok((keeper, place))
+        });
+        opened.await.map_err(|error| not_kept(&group, error))?
+    }
+
+    /// Saves the place of a replay that begins.
+    async fn begin(&self, range: &Range) -> Result<Place, TargetError> {
+        let (keeper, place) = (self.clone(), Place::at_the_start_of(range.clone()));
+        let begun = spawn_blocking(move || keeper.create(&place).map(|()| place));
+        begun.await.map_err(|error| not_kept(&self.group, error))?
+    }
+
     fn connect(kafka: &KafkaLog, group: String, checkpoints: String) -> Result<Self, TargetError> {
         require_admission(&kafka.cluster(), &checkpoints).map_err(TargetError::NotAdmitted)?;
         let deadline = DEADLINE.as_millis().to_string();
@@ -399,7 +489,7 @@ impl Keeper {
             cause,
         };
         let mut common = None;
-        let (mut partitions, mut next, mut emptied) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut partitions, mut next) = (Vec::new(), Vec::new());
         for element in committed.elements() {
             element.error().map_err(|error| self.failed(&error))?;
             let Offset::Offset(offset) = element.offset() else {
@@ -412,43 +502,39 @@ impl Keeper {
             }
             let topic: Arc<str> = element.topic().into();
             let partition = element.partition();
-            match serde_json::from_str(note).map_err(|error| unreadable(error.to_string()))? {
-                Part::Stretch { start, end, truncated } => {
-                    next.push(offset);
-                    partitions.push(Stretch {
-                        topic,
-                        partition,
-                        start,
-                        end,
-                        truncated,
-                    });
-                }
-                Part::Emptied => emptied.push((topic, partition)),
-            }
+            let Part { start, end, truncated } =
+                serde_json::from_str(note).map_err(|error| unreadable(error.to_string()))?;
+            next.push(offset);
+            partitions.push(Stretch {
+                topic,
+                partition,
+                start,
+                end,
+                truncated,
+            });
         }
         let Some(common) = common else { return Ok(None) };
-        if common.partitions != partitions.len() + emptied.len() {
+        let range = Range {
+            partitions,
+            ..common.range
+        };
+        if common.partitions != filled(&range) {
             return Err(unreadable(format!(
                 "the range has {} partitions, and {} are left: a topic was deleted",
                 common.partitions,
-                partitions.len() + emptied.len()
+                filled(&range)
             )));
         }
-        let range = Range {
-            partitions,
-            emptied,
-            ..common.range
-        };
         Ok(Some(Place {
             range: Arc::new(range),
             next,
             done: common.done,
+            attempt: common.attempt,
         }))
     }
 
-    /// Saves the place of a replay that begins, and sees that it can be read again: an answer to a commit is an error only if it failed for
-    /// every partition.
-    fn begin(&self, place: &Place) -> Result<(), TargetError> {
+    /// Saves a first place, and sees that it can be read again: an answer to a commit is an error only if it failed for every partition.
+    fn create(&self, place: &Place) -> Result<(), TargetError> {
         let offsets = self.offsets(place).map_err(|error| self.failed(&error))?;
         self.commit(&offsets).map_err(|error| self.failed(&error))?;
         let mut wanted = TopicPartitionList::with_capacity(offsets.count());
@@ -478,7 +564,7 @@ impl Keeper {
 
     fn offsets(&self, place: &Place) -> Result<TopicPartitionList, KafkaError> {
         let range = &place.range;
-        let mut offsets = TopicPartitionList::with_capacity(range.partitions.len() + range.emptied.len() + 1);
+        let mut offsets = TopicPartitionList::with_capacity(range.partitions.len() + 1);
         let mut add = |topic: &str, partition, offset, note: serde_json::Result<String>| {
             let mut element = offsets.add_partition(topic, partition);
             element.set_offset(Offset::Offset(offset))?;
@@ -489,23 +575,20 @@ impl Keeper {
         let common = Common {
             range: Range {
                 partitions: Vec::new(),
-                emptied: Vec::new(),
                 ..Range::clone(range)
             },
-            partitions: range.partitions.len() + range.emptied.len(),
+            partitions: filled(range),
             done: place.done,
+            attempt: place.attempt,
         };
         add(&self.checkpoints, 0, 0, serde_json::to_string(&common))?;
         for (stretch, next) in range.partitions.iter().zip(&place.next) {
-            let part = Part::Stretch {
+            let part = Part {
                 start: stretch.start,
                 end: stretch.end,
                 truncated: stretch.truncated,
             };
             add(&stretch.topic, stretch.partition, *next, serde_json::to_string(&part))?;
-        }
-        for (topic, partition) in &range.emptied {
-            add(topic, *partition, 0, serde_json::to_string(&Part::Emptied))?;
         }
         Ok(offsets)
     }
@@ -518,6 +601,10 @@ impl Keeper {
             _ => not_kept(&self.group, error),
         }
     }
+}
+
+fn filled(range: &Range) -> usize {
+    range.partitions.iter().filter(|stretch| !stretch.is_empty()).count()
 }
 
 fn not_kept(group: &str, cause: impl std::fmt::Display) -> TargetError {
@@ -549,7 +636,7 @@ mod tests {
             end: Some("1:0/50:9".parse().unwrap()),
             high_time: 0,
             partitions: vec![stretch(0), stretch(1)],
-            emptied: Vec::new(),
+            missing: None,
         })
     }
 

@@ -21,7 +21,7 @@ pub mod seek;
 pub mod tally;
 pub mod target;
 
-use std::{path::Path, pin::pin, sync::Arc, time::Duration};
+use std::{future::pending, path::Path, pin::pin, sync::Arc, time::Duration};
 
 use backon::{BackoffBuilder as _, ExponentialBuilder};
 use jiff::Timestamp;
@@ -42,10 +42,10 @@ use self::{
     error::ReplayError,
     filter::Filter,
     follow::Live,
-    keeper::{AtLeastOnce, Keeping, Kept},
+    keeper::{AtLeastOnce, Keeping, Kept, RangeKeeper},
     meter::Meter,
     orders::Orders,
-    range::Range,
+    range::{Missing, Range},
     reader::Reading,
     record::Coordinate,
     tally::Tally,
@@ -63,7 +63,7 @@ use self::{
 };
 use crate::{
     admin::Admin,
-    log::checkpoint_topic,
+    position::Position,
     progress::{self, ConditionType, ProgressReporter},
 };
 
@@ -249,12 +249,7 @@ impl Job<'_> {
 
     /// Serves the range to subscribers.
     async fn serve(mut self, place: grpc_serve::Place) -> Result<End, ReplayError> {
-        let follows = self.config.to == ReplayEnd::Live;
-        let known = match follows {
-            true => Some(self.partition_ends().await?),
-            false => None,
-        };
-        let Some(range) = self.resolve().await? else {
+        let Some((range, keeper)) = self.frozen().await? else {
             return Ok(End::Cancelled);
         };
         self.report
@@ -267,30 +262,54 @@ impl Job<'_> {
             plan: self.plan,
             orders: self.orders,
             report: self.report.clone(),
-            live: known.map(|known| Live::start(self.config, known)),
+            live: (self.config.to == ReplayEnd::Live).then(|| Live::start(self.config)),
+            frozen: keeper.is_some(),
         };
-        grpc_serve::serve(offer, place, self.shutdown).await
+        let renewing = async {
+            match keeper {
+                Some(keeper) => keeper.renew().await,
+                None => pending().await,
+            }
+        };
+        tokio::select! {
+            end = grpc_serve::serve(offer, place, self.shutdown) => end,
+            never = renewing => match never {},
+        }
     }
 
-    /// Where each partition of the log ends by now.
-    async fn partition_ends(&self) -> Result<range::Ends, ReplayError> {
-        let (kafka, pipeline) = (self.config.kafka.clone(), &self.config.pipeline);
-        let checkpoints = checkpoint_topic(&pipeline.namespace, &pipeline.name);
-        spawn_blocking(move || range::ends(&kafka, &checkpoints))
-            .await
-            .map_err(|_| ReplayError::TaskStopped("asking for the ends of the log"))?
+    /// The range of a replay that is served, and who keeps it for the processes that follow; none if the replay is cancelled meanwhile.
+    async fn frozen(&mut self) -> Result<Option<(Range, Option<RangeKeeper>)>, ReplayError> {
+        // As in `deliver_kept`.
+        if self.config.job.uid.is_empty() {
+            return Ok(self.resolve().await?.map(|range| (range, None)));
+        }
+        let config = self.config;
+        let open = RangeKeeper::open(&config.kafka, &config.pipeline, &config.job);
+        let Some(keeper) = self.unless_told(open).await? else {
+            return Ok(None);
+        };
+        let mut keeper = keeper?;
+        if let Some(range) = keeper.range() {
+            return Ok(Some((range.clone(), Some(keeper))));
+        }
+        let Some(range) = self.resolve().await? else {
+            return Ok(None);
+        };
+        keeper.begin(&range).await?;
+        Ok(Some((range, Some(keeper))))
     }
 
     /// Delivers the range to a target for which it is kept how far it is.
     async fn deliver_kept<T: AtLeastOnce<Settings: Clone>>(self, settings: &T::Settings) -> Result<End, ReplayError> {
         // Without a UID nobody can tell this replay from an earlier one of its name, which it must not go on with.
         if self.config.job.uid.is_empty() {
-            return self.deliver(T::new(settings)).await;
+            return self.deliver(T::new(settings, 1)).await;
         }
         let keeping = Keeping {
             kafka: self.config.kafka.clone(),
             pipeline: self.config.pipeline.clone(),
             target: settings.clone(),
+            ending: self.shutdown.clone(),
         };
         self.deliver_resumably::<Kept<T>>(&keeping).await
     }
@@ -300,8 +319,8 @@ impl Job<'_> {
     async fn deliver_resumably<T: Resumable>(mut self, settings: &T::Settings) -> Result<End, ReplayError> {
         let mut delays = backoff();
         let mut failing: Option<(Instant, Option<Coordinate>)> = None;
+        let tally = Tally::default();
         loop {
-            let tally = Tally::default();
             let error = match self.session::<T>(settings, &tally).await {
                 Err(ReplayError::Target(error)) if error.is_passing() => error,
                 ended => return ended,
@@ -349,7 +368,7 @@ impl Job<'_> {
                     Some(rest) => rest,
                     None => {
                         let (range, kafka) = (range.clone(), self.config.kafka.clone());
-                        spawn_blocking(move || range::resume(&range, &kafka, done.resume))
+                        spawn_blocking(move || range::resume(&range, &kafka, done.resume, true))
                             .await
                             .map_err(|_| ReplayError::TaskStopped("finding the place to go on from"))??
                     }
@@ -455,19 +474,33 @@ impl JobReport {
             first = range.first.map(|first| first.to_string()),
             to = micros(range.end_time()),
             end = range.end.map(|end| end.to_string()),
-            partitions = range.partitions.len(),
+            partitions = range.partitions.iter().filter(|stretch| !stretch.is_empty()).count(),
             offsets = range.offsets(),
             "the range is resolved"
         );
         let progress = meter.at_the_start(self.reporter.state().progress.phase());
         self.reporter.update(|state| state.progress = progress);
-        if let Some((topic, partition)) = range.emptied.first().filter(|_| range.has_start()) {
-            let others = range.emptied.len() - 1;
-            self.set_truncated(format!(
-                "Kafka has deleted everything in partition {partition} of {topic} (and {others} more like it), so nobody can say \
-                 whether some of it was in the range; give the topics a longer retention."
-            ));
-        }
+        let missing = match &range.missing {
+            None => return,
+            Some(Missing::Before(timestamp)) => format!(
+                "Kafka has deleted the start of the range; it is whole from {} on. Give the topics a longer retention, or replay from there.",
+                micros(timestamp.saturating_mul(1000))
+            ),
+            Some(Missing::Unknown {
+                topic,
+                partition,
+                others,
+            }) => format!(
+                "Kafka has deleted everything in partition {partition} of {topic} (and {others} more like it), so nobody can say whether \
+                 some of it was in the range; give the topics a longer retention."
+            ),
+        };
+        tracing::warn!(message = missing, "the range is truncated");
+        self.reporter.update(|state| {
+            state
+                .conditions
+                .set(ConditionType::TruncatedRange, true, "RetentionPassed", missing)
+        });
     }
 
     fn measure(&self, progress: &ReplayProgress) {
@@ -476,20 +509,13 @@ impl JobReport {
         }
     }
 
-    fn set_truncated(&self, message: String) {
-        tracing::warn!(message, "the range is truncated");
-        self.reporter.update(|state| {
-            state
-                .conditions
-                .set(ConditionType::TruncatedRange, true, "RetentionPassed", message)
-        });
-    }
-
     /// Sets the last state, and says it.
     fn conclude(&self, config: &ReplayConfig, result: &Result<End, ReplayError>) -> FinalWord {
         let (phase, reason, message) = match result {
             Ok(End::Complete) => {
-                let (reason, message) = completion(config, &self.reporter.state().progress);
+                let state = self.reporter.state();
+                let truncated = state.conditions.get(ConditionType::TruncatedRange);
+                let (reason, message) = completion(config, &state.progress, truncated.is_some());
                 (Some(Phase::Succeeded), reason, message)
             }
             Ok(End::Cancelled) => (
@@ -586,21 +612,16 @@ impl Report for JobReport {
     fn troubled(&self, progress: ReplayProgress, trouble: &Trouble) {
         self.tell(progress, Some(trouble));
     }
-
-    fn truncated(&self, earliest: i64) {
-        let earliest = micros(earliest.saturating_mul(1000));
-        self.set_truncated(format!(
-            "Kafka has deleted the start of the range; it is whole from {earliest} on. Give the topics a longer retention, or \
-             replay from there."
-        ));
-    }
 }
 
 /// What is said of a replay that came to its end: also that there was nothing, or less than was asked for.
-fn completion(config: &ReplayConfig, progress: &ReplayProgress) -> (&'static str, String) {
-    let end = progress.resolved_range.as_ref().map_or(0, |range| range.to_time_micros);
+fn completion(config: &ReplayConfig, progress: &ReplayProgress, truncated: bool) -> (&'static str, String) {
+    let range = progress.resolved_range.as_ref();
+    let end = range.map_or(0, |range| range.to_time_micros);
+    let last: Option<Position> = range.and_then(|range| range.to_position.parse().ok());
     let asked_for_more = match &config.to {
         ReplayEnd::Time(to) => to.parse::<Timestamp>().is_ok_and(|to| to.as_microsecond() > end),
+        ReplayEnd::Position(to) => to.parse::<Position>().is_ok_and(|to| last < Some(to)),
         _ => false,
     };
     let (reason, delivered) = match progress.delivered {
@@ -615,6 +636,10 @@ fn completion(config: &ReplayConfig, progress: &ReplayProgress) -> (&'static str
         _ if config.target == ReplayTarget::DryRun => (
             "DryRun",
             "Nothing was delivered: the progress says what would have been.",
+        ),
+        _ if truncated => (
+            "Delivered",
+            "What Kafka still holds of the range was delivered; the condition TruncatedRange says what it does not.",
         ),
         _ => ("Delivered", "The whole range was delivered."),
     };

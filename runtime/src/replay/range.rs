@@ -54,10 +54,27 @@ pub struct Range {
     pub end: Option<Position>,
     /// The greatest commit time up to `end`, in microseconds.
     pub high_time: i64,
-    /// The partitions that may hold something of it.
+    /// Every partition of the log, whether it holds something of the range or not.
     pub partitions: Vec<Stretch>,
-    /// Partitions of which everything was deleted, so that nobody can say whether some of it was in the range.
-    pub emptied: Vec<(Arc<str>, i32)>,
+    /// What of its start Kafka has deleted.
+    pub missing: Option<Missing>,
+}
+
+/// What is known of the start of a range that Kafka no longer holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Missing {
+    /// From this timestamp on it is whole.
+    Before(i64),
+    /// Nothing is left of this partition, or nothing that can be read, and of so many more: nobody can say whether some of it was in the range.
+    Unknown {
+        /// The topic.
+        topic: Arc<str>,
+        /// The partition.
+        partition: i32,
+        /// How many others.
+        others: usize,
+    },
 }
 
 /// A stretch of a partition.
@@ -70,10 +87,25 @@ pub struct Stretch {
     pub partition: i32,
     /// No record of the range is before this offset.
     pub start: i64,
-    /// The high watermark when the range was resolved: no record of the range is at or after it.
+    /// The high watermark when the range was resolved: no record of the range is at or after it. Where it is `start`, there is none.
     pub end: i64,
     /// Something before `start` was deleted, and the range would start there.
     pub truncated: bool,
+}
+
+impl Stretch {
+    /// Whether no record of the range is in it.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.start >= self.end
+    }
+
+    fn is_truncated(&self) -> ReplayError {
+        ReplayError::LogTruncated {
+            topic: self.topic.to_string(),
+            partition: self.partition,
+        }
+    }
 }
 
 /// Where a record is with regard to a range.
@@ -121,6 +153,14 @@ impl Range {
             .iter()
             .map(|stretch| u64::try_from(stretch.end - stretch.start).unwrap_or(0))
             .sum()
+    }
+
+    /// Where each partition ended when it was resolved.
+    #[must_use]
+    pub fn ends(&self) -> Ends {
+        let ends = self.partitions.iter();
+        ends.map(|stretch| ((Arc::clone(&stretch.topic), stretch.partition), stretch.end))
+            .collect()
     }
 
     /// The event time that it ends at, in microseconds.
@@ -171,7 +211,7 @@ pub fn resolve(config: &ReplayConfig, stop: &CancellationToken) -> Result<Range,
         end: checkpoint.complete,
         high_time: checkpoint.high_time_micros,
         partitions: Vec::new(),
-        emptied: Vec::new(),
+        missing: None,
     };
     if let Some(end) = range.end {
         let kafka = &config.kafka;
@@ -198,8 +238,41 @@ pub fn resolve(config: &ReplayConfig, stop: &CancellationToken) -> Result<Range,
         range.end = last.or(range.end);
         locate(&mut range, kafka, &checkpoint_topic, stop)?;
         narrow(&mut range, kafka, last, stop)?;
+        range.missing = missing(&range, kafka)?;
     }
     Ok(range)
+}
+
+/// What of the start of a range is gone, by the first records of the partitions that have lost something.
+fn missing(range: &Range, kafka: &KafkaLog) -> Result<Option<Missing>, ReplayError> {
+    let suspects: Vec<_> = range.partitions.iter().filter(|stretch| stretch.truncated).collect();
+    if !range.has_start() || suspects.is_empty() {
+        return Ok(None);
+    }
+    let tail = Tail::new(&kafka.cluster(), TIMEOUT).map_err(ReplayError::TailUnreadable)?;
+    let mut whole_from = None;
+    let mut unknown = Vec::new();
+    for stretch in suspects {
+        let seek = Seek {
+            tail: &tail,
+            topic: &stretch.topic,
+            partition: stretch.partition,
+            stretch: stretch.start..stretch.end,
+        };
+        match seek.first_from(stretch.start)? {
+            Some(first) if range.begins_before(first.timestamp, first.coordinate.position) => {
+                whole_from = whole_from.max(Some(first.timestamp));
+            }
+            Some(_) => {}
+            None => unknown.push(stretch),
+        }
+    }
+    let unknown = unknown.split_first().map(|(first, others)| Missing::Unknown {
+        topic: Arc::clone(&first.topic),
+        partition: first.partition,
+        others: others.len(),
+    });
+    Ok(whole_from.map(Missing::Before).or(unknown))
 }
 
 /// Where the transaction of a change begins.
@@ -285,7 +358,6 @@ fn narrow(
             .map_or(0, |time| time.saturating_mul(1000).saturating_add(999))
             .min(range.high_time);
     }
-    range.partitions.retain(|stretch| stretch.start < stretch.end);
     Ok(())
 }
 
@@ -327,14 +399,12 @@ pub fn following(
         // Then it starts with the oldest offset there is.
         stretch.truncated &= stretch.start > end_of(&stretch.topic, stretch.partition);
     }
-    for (topic, partition) in std::mem::take(&mut range.emptied) {
-        let newest = newer.get(&(Arc::clone(&topic), partition)).copied().unwrap_or(0);
-        if newest > end_of(&topic, partition) {
-            return Err(ReplayError::LogTruncated {
-                topic: topic.to_string(),
-                partition,
-            });
-        }
+    if let Some(gone) = range
+        .partitions
+        .iter()
+        .find(|stretch| stretch.truncated && stretch.is_empty())
+    {
+        return Err(gone.is_truncated());
     }
     *known = newer;
     Ok(range)
@@ -359,7 +429,7 @@ pub fn up_to(
         end: Some(end),
         high_time: 0,
         partitions: Vec::new(),
-        emptied: Vec::new(),
+        missing: None,
     };
     locate(&mut range, kafka, checkpoint_topic, stop)?;
     Ok(range)
@@ -387,12 +457,9 @@ fn locate(
     let tail = Tail::new(&kafka.cluster(), TIMEOUT).map_err(ReplayError::TailUnreadable)?;
     for (index, (topic, partition)) in partitions.into_iter().enumerate() {
         let (low, end) = (lows[index].unwrap_or(0), ends[index].unwrap_or(0));
-        if low > 0 && low >= end {
-            range.emptied.push((topic, partition));
-            continue;
-        }
         let start = match (starts[index], from) {
-            (Some(start), _) => start.max(low),
+            _ if low >= end => end,
+            (Some(start), _) => start.clamp(low, end),
             // Brokers also say that there is nothing from a timestamp on when the first such record was deleted, whatever
             // comes after it. Only the last record tells the two apart.
             (None, Some(from)) if low > 0 => {
@@ -404,24 +471,24 @@ fn locate(
             }
             (None, _) => end,
         };
-        if start < end {
-            range.partitions.push(Stretch {
-                topic,
-                partition,
-                start,
-                end,
-                truncated: low > 0 && start == low,
-            });
-        }
+        range.partitions.push(Stretch {
+            topic,
+            partition,
+            start,
+            end,
+            // Also where nothing is left.
+            truncated: low > 0 && start <= low,
+        });
     }
     Ok(())
 }
 
-/// The range as somebody takes it who goes on after `token`. Blocks.
+/// The range as somebody takes it who goes on after `token`. Whether it is the same one that the token is of, or was resolved again since,
+/// is `frozen`. Blocks.
 ///
 /// # Errors
-/// When Kafka cannot say where that is.
-pub fn resume(range: &Range, kafka: &KafkaLog, token: ResumeToken) -> Result<Range, ReplayError> {
+/// When something is missing that may not have been taken, or Kafka cannot say where it is.
+pub fn resume(range: &Range, kafka: &KafkaLog, token: ResumeToken, frozen: bool) -> Result<Range, ReplayError> {
     let partitions: Vec<_> = range
         .partitions
         .iter()
@@ -434,15 +501,17 @@ pub fn resume(range: &Range, kafka: &KafkaLog, token: ResumeToken) -> Result<Ran
     for (stretch, (low, start)) in rest.partitions.iter_mut().zip(lows.into_iter().zip(starts)) {
         let low = low.unwrap_or(0);
         let begun = stretch.start;
+        // What was deleted before a range began is no part of it.
+        let deleted = match frozen {
+            true => low > begun && !stretch.is_empty(),
+            false => stretch.truncated || low > begun,
+        };
         // An answer of nothing can be wrong (see `resolve`); then what was taken is read again and passed over.
         stretch.start = begun.max(low).max(start.unwrap_or(begun));
         // Something was deleted since, and it may not have been taken: the first record that is left tells.
-        stretch.truncated = low > begun && stretch.start == low;
-        if low > begun && low >= stretch.end {
-            return Err(ReplayError::LogTruncated {
-                topic: stretch.topic.to_string(),
-                partition: stretch.partition,
-            });
+        stretch.truncated = deleted && stretch.start == low;
+        if deleted && low >= stretch.end {
+            return Err(stretch.is_truncated());
         }
     }
     Ok(rest)
@@ -593,7 +662,7 @@ mod tests {
             end: Some(end.parse().unwrap()),
             high_time: 0,
             partitions: Vec::new(),
-            emptied: Vec::new(),
+            missing: None,
         }
     }
 

@@ -47,8 +47,6 @@ pub enum Read {
     Records(Vec<Record>),
     /// What comes after them, and is not delivered.
     LeftOut(Passed),
-    /// The range starts before what Kafka still holds; from this timestamp on it is whole.
-    Truncated(i64),
     /// The range is at its end, and what was captured later follows ([`super::follow`]).
     Live,
     /// The range is at its end. Without this the reader broke off.
@@ -133,9 +131,6 @@ struct Reader {
     sources: Vec<Source>,
     /// With each record, the source that it is from.
     merge: Merge<Coordinate, (usize, Record)>,
-    /// The greatest timestamp of the first records of partitions whose start was deleted, and the one that was announced.
-    truncated: Option<i64>,
-    announced: Option<i64>,
     chunk: Vec<Record>,
     chunk_bytes: usize,
     /// What is behind since the last record of the chunk.
@@ -171,7 +166,8 @@ impl Reader {
             doing: "starting to read the log",
             source,
         };
-        let share = (prefetch / range.partitions.len().max(1)).clamp(*PARTITION_BYTES.start(), *PARTITION_BYTES.end());
+        let stretches = || range.partitions.iter().filter(|stretch| !stretch.is_empty());
+        let share = (prefetch / stretches().count().max(1)).clamp(*PARTITION_BYTES.start(), *PARTITION_BYTES.end());
         let consumer: Arc<BaseConsumer<Hearing>> = Arc::new(
             client_config(&kafka.cluster(), group)
                 .map_err(no_client)?
@@ -182,9 +178,9 @@ impl Reader {
                 .create_with_context(Hearing::default())
                 .map_err(unreachable)?,
         );
-        let mut assignment = TopicPartitionList::with_capacity(range.partitions.len());
-        let mut sources = Vec::with_capacity(range.partitions.len());
-        for stretch in &range.partitions {
+        let mut assignment = TopicPartitionList::new();
+        let mut sources = Vec::new();
+        for stretch in stretches() {
             assignment
                 .add_partition_offset(&stretch.topic, stretch.partition, Offset::Offset(stretch.start))
                 .map_err(unreachable)?;
@@ -208,8 +204,6 @@ impl Reader {
             filter,
             side_by_side,
             sources,
-            truncated: None,
-            announced: None,
             chunk: Vec::new(),
             chunk_bytes: 0,
             passed: Passed::default(),
@@ -223,7 +217,6 @@ impl Reader {
         } else {
             self.read_merged()?;
         }
-        self.announce_truncation()?;
         for source in &self.sources {
             self.passed.offsets += between(source.position, source.stretch.end);
         }
@@ -303,8 +296,10 @@ impl Reader {
                 polled => polled,
             };
             match polled {
-                Some(Ok(message)) if message.offset() >= stretch.end => return Ok(None),
+                Some(Ok(message)) if message.offset() >= stretch.end => return self.at_end(source),
                 Some(Ok(message)) => {
+                    // What is passed over is no silence either.
+                    asked = Instant::now();
                     let record =
                         Record::read(&stretch.topic, &message).map_err(|error| ReplayError::ForeignRecord {
                             topic: stretch.topic.to_string(),
@@ -316,9 +311,6 @@ impl Reader {
                     let (timestamp, position) = (record.timestamp, record.coordinate.position);
                     if first_of_truncated && self.after.is_some_and(|after| record.coordinate > after) {
                         return Err(truncated(stretch).into());
-                    }
-                    if first_of_truncated && self.after.is_none() && self.range.begins_before(timestamp, position) {
-                        self.truncated = self.truncated.max(Some(record.timestamp));
                     }
                     if let Some(filter) = &self.filter
                         && self.after == Some(record.coordinate)
@@ -334,7 +326,7 @@ impl Reader {
                         Place::Inside | Place::Before => {}
                     }
                 }
-                Some(Err(KafkaError::PartitionEOF(_))) => return Ok(None),
+                Some(Err(KafkaError::PartitionEOF(_))) => return self.at_end(source),
                 Some(Err(error)) => {
                     if let Some(error) = fatal(&error, stretch) {
                         return Err(error.into());
@@ -368,6 +360,15 @@ impl Reader {
         }
     }
 
+    /// The end of a stretch. If its start was deleted and no record is left to tell how much, something may be missing.
+    fn at_end(&self, source: usize) -> Result<Option<Record>, Stop> {
+        let stretch = &self.sources[source].stretch;
+        if stretch.truncated && self.after.is_some() {
+            return Err(truncated(stretch).into());
+        }
+        Ok(None)
+    }
+
     /// Stops fetching a partition: at its end, its requests would be the ones that brokers hold back, and the others with them.
     fn release(&mut self, source: usize) {
         let stretch = &self.sources[source].stretch;
@@ -379,7 +380,6 @@ impl Reader {
     }
 
     fn give(&mut self, source: usize, mut record: Record) -> Result<(), Stop> {
-        self.announce_truncation()?;
         let source = &mut self.sources[source];
         self.passed.offsets += between(source.position, record.offset + 1);
         source.position = record.offset + 1;
@@ -400,18 +400,6 @@ impl Reader {
             self.flush()?;
         }
         Ok(())
-    }
-
-    /// Says that the start of the range is gone. In commit order every partition has shown its own by the time that the first record is
-    /// given; side by side it may be said more than once.
-    fn announce_truncation(&mut self) -> Result<(), Stop> {
-        match self.truncated {
-            Some(earliest) if self.announced < Some(earliest) => {
-                self.announced = Some(earliest);
-                self.send(Read::Truncated(earliest))
-            }
-            _ => Ok(()),
-        }
     }
 
     fn flush(&mut self) -> Result<(), Stop> {

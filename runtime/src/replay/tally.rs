@@ -117,6 +117,8 @@ impl Tally {
     /// will be handed over again.
     pub fn begin(&self, done: Option<&Done>, offsets: u64) {
         let now = Instant::now();
+        self.open.send_replace(false);
+        self.set_trouble(None);
         let mut ledger = self.lock();
         ledger.handed.clear();
         let bytes = ledger.counts.bytes;
@@ -132,7 +134,11 @@ impl Tally {
                 last: Some((done.resume.timestamp.saturating_mul(1000), now)),
                 coordinate: Some(done.resume.coordinate),
             },
-            None => Counts::default(),
+            None => Counts {
+                bytes,
+                passed: Passed { offsets, filtered: 0 },
+                ..Counts::default()
+            },
         };
     }
 

@@ -12,11 +12,13 @@ use tokio::{
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{
     Code, Request, Status, Streaming,
+    metadata::MetadataValue,
     transport::{Certificate, ClientTlsConfig, Endpoint, Identity},
 };
 
 use super::{Batch, Mark, Tally, Target, TargetError, Trouble, chain};
 use crate::{
+    log::REPLAY_ATTEMPT_HEADER,
     replay::keeper::AtLeastOnce,
     tls::{authorities, client_pem},
 };
@@ -37,6 +39,7 @@ const PARTING: Duration = Duration::from_secs(5);
 /// Delivers to a server of the user, at least once: a message that was not answered when a stream broke is sent again.
 pub struct GrpcCall {
     receiver: GrpcReceiver,
+    attempt: u32,
     unanswered: VecDeque<(ReplayEvent, Mark)>,
     /// The batches have not ended.
     more: bool,
@@ -54,9 +57,10 @@ enum Broken {
 impl AtLeastOnce for GrpcCall {
     type Settings = GrpcReceiver;
 
-    fn new(receiver: &GrpcReceiver) -> Self {
+    fn new(receiver: &GrpcReceiver, attempt: u32) -> Self {
         Self {
             receiver: receiver.clone(),
+            attempt,
             unanswered: VecDeque::with_capacity(WINDOW),
             more: true,
             failing_since: None,
@@ -144,6 +148,9 @@ impl GrpcCall {
         // A receiver may begin its answer only with its first message, so the call is not waited for before sending.
         let mut request = Request::new(ReceiverStream::new(sent));
         self.show_token(&mut request).map_err(Broken::Retry)?;
+        request
+            .metadata_mut()
+            .insert(REPLAY_ATTEMPT_HEADER, MetadataValue::from(self.attempt));
         let mut call = pin!(client.deliver(request));
         let mut answers: Option<Streaming<DeliverAck>> = None;
         let mut progress = Instant::now();

@@ -82,6 +82,8 @@ pub struct Offer {
     pub orders: Orders,
     /// Where progress goes.
     pub report: JobReport,
+    /// The range is the same as that of the processes before: tokens are of this one.
+    pub frozen: bool,
     /// What is captured after the range, where it is followed.
     pub live: Option<Live>,
 }
@@ -317,10 +319,15 @@ impl Replayer for Subscriptions {
         let range = match token {
             Some(token) if offer.range.end.is_some_and(|end| token.coordinate.position <= end) => {
                 let offer = Arc::clone(&offer);
-                tokio::task::spawn_blocking(move || range::resume(&offer.range, &offer.kafka, token))
+                tokio::task::spawn_blocking(move || range::resume(&offer.range, &offer.kafka, token, offer.frozen))
                     .await
                     .map_err(|error| Status::internal(error.to_string()))?
-                    .map_err(|error| Status::unavailable(error.to_string()))?
+                    .map_err(|error| told(&error))?
+            }
+            Some(_) if offer.live.is_none() => {
+                return Err(Status::invalid_argument(
+                    "the resume token is of another replay: it is past the end of this one",
+                ));
             }
             _ => offer.range.clone(),
         };
@@ -341,7 +348,11 @@ impl Replayer for Subscriptions {
         let results = self.results.clone();
         let shutdown = self.shutdown.clone();
         tokio::spawn(async move {
-            let meter = Meter::new(&range, Tally::default(), &offer.plan);
+            let tally = Tally::default();
+            let is_past = token.is_some_and(|token| offer.range.end < Some(token.coordinate.position));
+            let ahead = if is_past { 0 } else { range.offsets() };
+            tally.begin(None, offer.range.offsets().saturating_sub(ahead));
+            let meter = Meter::new(&offer.range, tally, &offer.plan);
             let group = format!("meander-replay.{}.{}", offer.job.namespace, offer.job.name);
             let filter = offer.plan.filter.clone();
             let reads = match &offer.live {
@@ -377,8 +388,13 @@ impl Replayer for Subscriptions {
                     None
                 }
                 Err(error) => {
-                    let status = Status::unavailable(format!("{error}; resume with your last token"));
-                    let _ = results.try_send(Err(error));
+                    let status = told(&error);
+                    // What is gone of the rest of this one may not be missed by another.
+                    if matches!(error, ReplayError::LogTruncated { .. }) && (token.is_some() || offer.live.is_some()) {
+                        tracing::warn!(subscriber = id, %error, "a subscriber cannot go on");
+                    } else {
+                        let _ = results.try_send(Err(error));
+                    }
                     Some(status)
                 }
             };
@@ -392,6 +408,14 @@ impl Replayer for Subscriptions {
             sent,
             taken: Some(taken),
         }))
+    }
+}
+
+/// Why a subscriber cannot go on, or not now.
+fn told(error: &ReplayError) -> Status {
+    match error {
+        ReplayError::LogTruncated { .. } => Status::out_of_range(error.to_string()),
+        _ => Status::unavailable(format!("{error}; resume with your last token")),
     }
 }
 
@@ -625,10 +649,6 @@ impl Report for SubscriberReport {
     /// A subscriber takes what it takes; one that takes nothing is let go.
     fn troubled(&self, progress: ReplayProgress, _: &Trouble) {
         self.progress(progress);
-    }
-
-    fn truncated(&self, earliest: i64) {
-        self.lead.report.truncated(earliest);
     }
 }
 

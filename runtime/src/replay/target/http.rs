@@ -31,6 +31,7 @@ use tokio::{
 use self::dead_letters::DeadLetters;
 use super::{Batch, Tally, Target, TargetError, Trouble, chain, job_id, log::line};
 use crate::{
+    log::REPLAY_ATTEMPT_HEADER,
     replay::{keeper::AtLeastOnce, record::Record},
     tls::root_store,
 };
@@ -49,6 +50,7 @@ const TOLD_CHARACTERS: usize = 200;
 
 const MEDIA_TYPE: HeaderValue = HeaderValue::from_static("application/cloudevents-batch+json; charset=utf-8");
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
+const ATTEMPT: HeaderName = HeaderName::from_static(REPLAY_ATTEMPT_HEADER);
 const TYPE: &str = "dev.meander.change";
 
 /// Where the changes go.
@@ -68,6 +70,7 @@ pub struct Settings {
 pub struct Http {
     settings: Settings,
     job: String,
+    attempt: u32,
     dead_letters: DeadLetters,
 }
 
@@ -88,12 +91,13 @@ enum Answer {
 impl AtLeastOnce for Http {
     type Settings = Settings;
 
-    fn new(settings: &Settings) -> Self {
+    fn new(settings: &Settings, attempt: u32) -> Self {
         let job = job_id(&settings.job);
         Self {
             dead_letters: DeadLetters::new(settings.log.clone(), &settings.job, job.clone()),
             settings: settings.clone(),
             job,
+            attempt,
         }
     }
 }
@@ -235,6 +239,7 @@ impl Http {
             IDEMPOTENCY_KEY,
             HeaderValue::from_str(key).map_err(|error| self.unusable(&error))?,
         );
+        headers.insert(ATTEMPT, HeaderValue::from(self.attempt));
         if let Some(file) = &endpoint.token_file {
             headers.insert(AUTHORIZATION, bearer(file)?);
         }

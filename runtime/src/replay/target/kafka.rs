@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use tokio::{
     runtime::Handle,
     sync::mpsc::{self, error::TryRecvError},
-    task::spawn_blocking,
+    task::{block_in_place, spawn_blocking},
 };
 
 use super::{Batch, Mark, Resumable, Tally, Target, TargetError, job_id, marks};
@@ -64,8 +64,6 @@ pub struct Kafka {
     job: String,
     attempt: u32,
     done: Option<Done>,
-    /// The range, as JSON, until it is written with the first records.
-    range: Option<Vec<u8>>,
     /// The topic of each topic of the log that was met, which is there and fits.
     ensured: HashMap<Arc<str>, String>,
 }
@@ -118,12 +116,11 @@ impl Resumable for Kafka {
                 job,
                 attempt: place.attempt + 1,
                 done: checkpoint.as_ref().and_then(|checkpoint| checkpoint.done),
-                range: None,
                 ensured: HashMap::new(),
             };
             if checkpoint.is_some() {
                 let deadline = kafka.producer.begin()?;
-                kafka.commit(deadline)?;
+                kafka.commit(None, deadline)?;
             }
             Ok((kafka, checkpoint))
         })
@@ -131,13 +128,17 @@ impl Resumable for Kafka {
     }
 
     async fn begin(&mut self, range: &Range) -> Result<(), TargetError> {
-        // Whoever comes before there is a record finds nothing that was delivered, and resolves it anew.
-        self.range = Some(json(range)?);
-        Ok(())
+        let range = json(range)?;
+        block_in_place(|| {
+            let deadline = self.producer.begin()?;
+            self.commit(Some(&range), deadline)
+        })
     }
 }
 
 impl Target for Kafka {
+    const FINISHES: bool = true;
+
     async fn run(self, batches: mpsc::Receiver<Batch>, tally: Tally) -> Result<(), TargetError> {
         tally.open();
         let runtime = Handle::current();
@@ -171,8 +172,7 @@ impl Kafka {
                 marks.push(batch.mark);
             }
             self.done = marks.iter().fold(self.done, |done, mark| Some(Done::and(done, mark)));
-            self.commit(deadline)?;
-            self.range = None;
+            self.commit(None, deadline)?;
             last_commit = Some(Instant::now());
             marks.iter().for_each(|mark: &Mark| tally.credit(mark));
         }
@@ -210,13 +210,13 @@ impl Kafka {
         self.producer.send(base, deadline)
     }
 
-    /// Commits the transaction with the place after it.
-    fn commit(&self, deadline: Instant) -> Result<(), TargetError> {
+    /// Commits the transaction with the place after it, and with the range where the replay begins.
+    fn commit(&self, range: Option<&[u8]>, deadline: Instant) -> Result<(), TargetError> {
         let note = |key: &str, value: &[u8]| {
             let record = BaseRecord::to(&self.place_topic).partition(0).key(key.as_bytes());
             self.producer.send(record.payload(value), deadline)
         };
-        if let Some(range) = &self.range {
+        if let Some(range) = range {
             note(&range_key(&self.job), range)?;
         }
         let place = json(&Place {

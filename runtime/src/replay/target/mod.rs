@@ -31,6 +31,9 @@ pub trait Target: Send + 'static {
     const WHOLE_TRANSACTIONS: bool = false;
     /// Whether changes are delivered when they are due, and not all at once.
     const PACED: bool = true;
+    /// Whether it keeps how far the replay is. Then, when the process is asked to end, its batches end before the range does, and it is
+    /// given time to finish those that it has, so that whoever goes on repeats none of them.
+    const FINISHES: bool = false;
 
     /// Opens the destination, says so by [`Tally::open`], takes every batch in order, and credits each to the tally once the
     /// destination has it. Returns when the batches have ended and all are credited, or when it cannot go on.

@@ -309,6 +309,8 @@ async fn mark(client: &Client) -> Result<bool, Error> {
 
 impl Target for Postgres {
     const WHOLE_TRANSACTIONS: bool = true;
+    /// A transaction that has come in part is not committed.
+    const FINISHES: bool = true;
 
     async fn run(mut self, mut batches: mpsc::Receiver<Batch>, tally: Tally) -> Result<(), TargetError> {
         tally.open();
@@ -322,8 +324,8 @@ impl Target for Postgres {
                 answer = self.sent.next(), if !self.sent.is_empty() => self.answered(answer, &tally)?,
             }
         }
-        // Waits for the disk, and so for everything before it.
-        let last = "SET synchronous_commit = local; UPDATE meander.replays SET updated_at = now() WHERE job = ";
+        // Waits for the disk, and for a standby where the server has a synchronous one, and so for everything before it.
+        let last = "SET synchronous_commit = on; UPDATE meander.replays SET updated_at = now() WHERE job = ";
         let job = crate::source::postgres::wire::quote_literal(&self.job);
         (self.client.batch_execute(&format!("{last}{job}")).await).map_err(|error| failure(&error, PLACE, &self.user))
     }

@@ -17,7 +17,7 @@ use crate::{
     replay::{
         checkpoint::{Checkpoint, Done},
         range::Range,
-        record::{InvalidResumeToken, ResumeToken},
+        record::{InvalidResumeToken, Record, ResumeToken},
     },
     sink::{
         SinkError,
@@ -44,8 +44,6 @@ pub struct Redis {
     mark: String,
     attempt: u64,
     done: Option<Done>,
-    /// The range, as JSON, until it is written with the first records.
-    range: String,
 }
 
 /// Name of the hash that holds how far a replay is. `job` is `namespace/name/UID`.
@@ -107,18 +105,16 @@ impl Resumable for Redis {
             mark,
             attempt,
             done: checkpoint.as_ref().and_then(|checkpoint| checkpoint.done),
-            range: String::new(),
         };
         Ok((redis, checkpoint))
     }
 
     async fn begin(&mut self, range: &Range) -> Result<(), TargetError> {
-        // Whoever comes before there is a record finds nothing that was delivered, and resolves it anew.
-        self.range = serde_json::to_string(range).map_err(|error| TargetError::CheckpointUnreadable {
+        let range = serde_json::to_string(range).map_err(|error| TargetError::CheckpointUnreadable {
             place: "this replay".to_owned(),
             cause: error.to_string(),
         })?;
-        Ok(())
+        self.append(&[], None, &range).await
     }
 }
 
@@ -131,6 +127,9 @@ fn read_checkpoint(
         return Ok(None);
     }
     let range = serde_json::from_str(range).map_err(|error| error.to_string())?;
+    if resume.is_empty() {
+        return Ok(Some(Checkpoint { range, done: None }));
+    }
     let resume: ResumeToken = resume.parse().map_err(|error: InvalidResumeToken| error.to_string())?;
     let number = |name: &str, text: &str| text.parse::<i64>().map_err(|_| format!("{name} is {text:?}"));
     let done = Done {
@@ -146,10 +145,13 @@ fn read_checkpoint(
 }
 
 impl Target for Redis {
+    const FINISHES: bool = true;
+
     async fn run(mut self, mut batches: mpsc::Receiver<Batch>, tally: Tally) -> Result<(), TargetError> {
         tally.open();
         while let Some(batch) = batches.recv().await {
-            self.append(&batch).await?;
+            let done = Done::and(self.done, &batch.mark);
+            self.append(&batch.records, Some(done), "").await?;
             tally.credit(&batch.mark);
         }
         Ok(())
@@ -157,21 +159,21 @@ impl Target for Redis {
 }
 
 impl Redis {
-    /// Appends a batch, which is small enough for one script, and moves the mark to its end.
-    async fn append(&mut self, batch: &Batch) -> Result<(), TargetError> {
-        let done = Done::and(self.done, &batch.mark);
+    /// Appends the records of a batch, which is small enough for one script, and moves the mark to where `done` says. The range is given once,
+    /// where the replay begins.
+    async fn append(&mut self, records: &[Record], done: Option<Done>, range: &str) -> Result<(), TargetError> {
         let mut call = self.append.prepare_invoke();
         call.key(&self.mark)
             .arg(self.attempt)
             .arg(token(self.done))
-            .arg(token(Some(done)))
-            .arg(done.delivered)
-            .arg(done.filtered)
-            .arg(done.first_time)
-            .arg(&self.range)
+            .arg(token(done))
+            .arg(done.map_or(0, |done| done.delivered))
+            .arg(done.map_or(0, |done| done.filtered))
+            .arg(done.map_or(0, |done| done.first_time))
+            .arg(range)
             .arg(&self.job);
         let mut topics = Vec::new();
-        for record in &batch.records {
+        for record in records {
             let known = topics.iter().position(|topic| *topic == &record.topic);
             let index = known.unwrap_or_else(|| {
                 topics.push(&record.topic);
@@ -208,8 +210,7 @@ impl Redis {
             .map_err(|error| refused(failed(&self.address, &error)))?;
         match texts(&answer)[..] {
             ["ok"] => {
-                self.done = Some(done);
-                self.range = String::new();
+                self.done = done;
                 Ok(())
             }
             ["mark", attempt, _] if attempt.parse::<u64>().is_ok_and(|attempt| attempt > self.attempt) => {

@@ -86,10 +86,15 @@ impl Source {
         let _stop_on_return = stop.clone().drop_guard();
         let source = self.clone();
         let from = from.map(|from| from.saturating_sub(CLOCK_DIFFERENCE_MILLIS).max(0));
-        spawn_blocking(move || range::up_to(&source.kafka, &source.checkpoint_topic, from, end, &stop))
+        let mut range = spawn_blocking(move || range::up_to(&source.kafka, &source.checkpoint_topic, from, end, &stop))
             .await
             .map_err(|error| SinkError::Refill(error.to_string()))?
-            .map_err(|error| failed(&error))
+            .map_err(|error| failed(&error))?;
+        // What is missing is found out by counting.
+        for stretch in &mut range.partitions {
+            stretch.truncated = false;
+        }
+        Ok(range)
     }
 
     fn read(&self, range: Range, after: Option<Position>) -> mpsc::Receiver<Result<Read, ReplayError>> {
@@ -204,7 +209,7 @@ async fn next(reads: &mut mpsc::Receiver<Result<Read, ReplayError>>) -> Result<O
         match reads.recv().await {
             Some(Ok(Read::Records(records))) => return Ok(Some(records)),
             // What that means is judged by the count of records.
-            Some(Ok(Read::LeftOut(_) | Read::Truncated(_) | Read::Live)) => {}
+            Some(Ok(Read::LeftOut(_) | Read::Live)) => {}
             Some(Ok(Read::End)) => return Ok(None),
             Some(Err(error)) => return Err(failed(&error)),
             None => return Err(failed(&ReplayError::TaskStopped("the reader"))),
