@@ -315,6 +315,12 @@ async fn a_redis_that_hangs_is_detached_once_the_buffer_is_full() {
     rig.in_kafka(2000 + 2 * rows.unsigned_abs()).await;
     let () = ask(&mut connection, &["CLIENT", "UNPAUSE"]).await;
     rig.agrees().await;
+    // And one that hangs while there is nothing to write is noticed too.
+    rig.attached().await;
+    let () = ask(&mut connection, &["CLIENT", "PAUSE", "600000", "WRITE"]).await;
+    rig.detached("RedisUnreachable").await;
+    let () = ask(&mut connection, &["CLIENT", "UNPAUSE"]).await;
+    rig.attached().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -22,6 +22,7 @@ use redis::{
     AsyncConnectionConfig, Client, ConnectionAddr, ErrorKind, RedisError, Script, TlsCertificates,
     aio::MultiplexedConnection,
 };
+use tokio::time::timeout;
 
 use self::durability::Durable;
 use crate::{position::Position, sink::SinkError, tls::authorities};
@@ -32,6 +33,8 @@ pub const BUFFER_BYTES: usize = 32 << 20;
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 /// How long one script may take. Redis answers nobody else meanwhile, so scripts are kept small.
 const RESPONSE_DEADLINE: Duration = Duration::from_secs(20);
+/// How long Redis may take to say that it is there, while there is nothing to write: nothing is waiting for it then but the truth.
+const CHECK_DEADLINE: Duration = Duration::from_secs(5);
 /// Records per script.
 const SCRIPT_RECORDS: usize = 512;
 /// Bytes per script, beyond one record.
@@ -233,7 +236,11 @@ impl Writer {
 
     /// Looks whether Redis is there, and everything in it as this writer left it, while there is nothing to write.
     async fn check(&mut self) -> Result<(), SinkError> {
-        let found = self.claim(false).await?;
+        let found = timeout(CHECK_DEADLINE, self.claim(false)).await;
+        let found = found.map_err(|_| SinkError::Redis {
+            address: self.address.clone(),
+            cause: format!("it has not answered for {} s", CHECK_DEADLINE.as_secs()),
+        })??;
         self.expect(found.position)
     }
 
