@@ -30,7 +30,7 @@ use crate::common::{LogLevel, Resources, SecretKeyReference, SecretReference, co
     printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].status"),
     printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),
     printcolumn(name = "Lag", type_ = "string", json_path = ".status.replication.lag", description = "Age of the oldest change that is not yet in Kafka, or in Redis while that is attached"),
-    printcolumn(name = "Events", type_ = "integer", json_path = ".status.replication.eventsTotal", description = "Changes published since the pipeline was created"),
+    printcolumn(name = "Events", type_ = "integer", json_path = ".status.replication.eventsTotal", description = "Changes published, as the checkpoint counts them"),
     printcolumn(name = "Slot", type_ = "string", json_path = ".status.slot.name", priority = 1),
     printcolumn(name = "Confirmed LSN", type_ = "string", json_path = ".status.replication.confirmedFlushLsn", priority = 1),
     printcolumn(name = "Reason", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].reason", priority = 1),
@@ -663,7 +663,7 @@ pub struct Replication {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("format" = "date-time"))]
     pub last_event_time: Option<String>,
-    /// Changes published since the pipeline was created.
+    /// Changes published, as the checkpoint counts them: a pipeline that is created again under its name goes on counting.
     #[serde(default)]
     pub events_total: u64,
     /// Grows whenever WAL positions stop being comparable with those before.

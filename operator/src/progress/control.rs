@@ -57,9 +57,11 @@ pub async fn control(
     context.tracker.direct(key, &uid, directive(&replay));
     let note = format!("{user} asked over gRPC for {}", words.join(", "));
     tracing::info!(namespace = key.namespace, name = key.name, note, "controlled");
+    // Events of the same action are counted as one, with the words of the first: each that was asked is one of its own.
+    let action: String = note.chars().take(128).collect();
     context
         .events
-        .publish(&replay, EventType::Normal, "Control", "Controlled", &note)
+        .publish(&replay, EventType::Normal, &action, "Controlled", &note)
         .await;
     Ok(replay.metadata.generation.unwrap_or(0))
 }
