@@ -303,6 +303,11 @@ impl Table {
             },
             " AND ",
         );
+        // Found once and gone to by its place: as a condition on each row of the table, it would be looked for as often.
+        let first = format!(
+            "CROSS JOIN LATERAL (SELECT o.tableoid AS part, o.ctid AS place FROM {table} o WHERE {like} LIMIT 1) first
+             WHERE t.tableoid = first.part AND t.ctid = first.place"
+        );
         let mut rows = String::from("unnest(");
         let places: Vec<String> = (found.iter().map(|index| format!("f{index}")))
             .chain(shape.written.iter().map(|index| format!("w{index}")))
@@ -356,13 +361,8 @@ impl Table {
                 set(&shape.written),
                 by_key("t", 'f')
             ),
-            Verb::DeleteOne => format!(
-                "DELETE FROM {table} t WHERE (t.tableoid, t.ctid) = (SELECT o.tableoid, o.ctid FROM {table} o, {rows} WHERE {like} LIMIT 1)"
-            ),
-            Verb::UpdateOne => format!(
-                "UPDATE {table} t SET {} FROM {rows} WHERE (t.tableoid, t.ctid) = (SELECT o.tableoid, o.ctid FROM {table} o WHERE {like} LIMIT 1)",
-                set(&shape.written)
-            ),
+            Verb::DeleteOne => format!("DELETE FROM {table} t USING {rows} {first}"),
+            Verb::UpdateOne => format!("UPDATE {table} t SET {} FROM {rows} {first}", set(&shape.written)),
         }
     }
 }
