@@ -37,7 +37,6 @@ use crate::common::{LogLevel, Resources, SecretKeyReference, SecretReference, co
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[x_kube(
-    validation = Rule::new("!has(self.source.postgres.messagePrefixes) || self.format == 'Protobuf'").message("messagePrefixes is for the format Protobuf only: remove it, or set format"),
     validation = Rule::new("!has(self.debezium) || self.format == 'DebeziumJson'").message("debezium is for the format DebeziumJson only: remove it, or set format"),
     validation = Rule::new("has(self.debezium) == has(oldSelf.debezium) && (!has(self.debezium) || self.debezium == oldSelf.debezium)").message("debezium is immutable: create another CdcPipeline, with another topicPrefix")
 )]

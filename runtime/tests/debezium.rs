@@ -123,6 +123,7 @@ async fn the_events_are_those_of_debezium() {
     config.source.publication.name = "everything".to_owned();
     config.source.publication.management = PublicationManagement::External;
     config.source.heartbeat_interval_seconds = Some(1.try_into().unwrap());
+    config.source.message_prefixes = vec!["*".to_owned()];
     config.format = Format::DebeziumJson {
         schemas: true,
         transaction_metadata: true,
@@ -432,6 +433,10 @@ const QUOTED_ENUM: &str = "name, and quoted enums";
 const BIT_ARRAY: &str = "bit(n)[]";
 const EMPTY: &str = "transactions without events";
 const COLLECTIONS: &str = "order of data_collections";
+const MESSAGES: &str = "messages are one collection";
+const LEFT_OVER: &str = "time and origin of a message outside of transactions";
+/// The message after a transaction from upstream: its number in the topic.
+const AFTER_UPSTREAM: usize = 4;
 
 fn all_reasons() -> BTreeSet<String> {
     let rules = [
@@ -445,6 +450,8 @@ fn all_reasons() -> BTreeSet<String> {
         BIT_ARRAY,
         EMPTY,
         COLLECTIONS,
+        MESSAGES,
+        LEFT_OVER,
     ];
     let values = VALUES.iter().map(|(.., reason)| *reason);
     rules.into_iter().chain(values).map(str::to_owned).collect()
@@ -459,6 +466,18 @@ fn same_items(one: &Value, other: &Value) -> bool {
     items(one) == items(other)
 }
 
+/// Their `data_collections` with all messages as one: each is a collection of its own there, by what Java calls an object without a name.
+fn messages_as_one(theirs: &Value) -> Value {
+    let theirs = theirs.as_array().into_iter().flatten();
+    let (messages, mut tables): (Vec<&Value>, Vec<&Value>) = theirs.partition(|collection| {
+        let name = collection["data_collection"].as_str().unwrap();
+        name.contains("$LogicalDecodingMessageId@")
+    });
+    let all = json!({"data_collection": "LOGICAL_DECODING_MESSAGE", "event_count": messages.len()});
+    tables.extend((!messages.is_empty()).then_some(&all));
+    json!(tables)
+}
+
 /// Why it differs, if it may.
 fn reason(topic: &str, number: usize, theirs: &Event, difference: &Difference) -> Option<String> {
     let Difference {
@@ -471,6 +490,18 @@ fn reason(topic: &str, number: usize, theirs: &Event, difference: &Difference) -
         ["value", "payload", "source", "version"] => Some(VERSION),
         ["value", "payload", "ts_ms" | "ts_us" | "ts_ns"] if our.is_i64() && topic != "transaction" => Some(CLOCK),
         ["value", "payload", "data_collections"] if same_items(their, our) => Some(COLLECTIONS),
+        ["value", "payload", "data_collections"] if same_items(&messages_as_one(their), our) => Some(MESSAGES),
+        ["value", "payload", "transaction", "data_collection_order"] if topic == "message" && *their == json!(1) => {
+            Some(MESSAGES)
+        }
+        ["value", "payload", "source", "origin" | "origin_lsn"] if topic == "message" && number == AFTER_UPSTREAM => {
+            our.is_null().then_some(LEFT_OVER)
+        }
+        ["value", "payload", "source", "ts_ms" | "ts_us" | "ts_ns"]
+            if topic == "message" && number == AFTER_UPSTREAM =>
+        {
+            (our.as_i64() > their.as_i64()).then_some(LEFT_OVER)
+        }
         ["value", "schema", .., "items", "optional"] if *our == json!(true) => Some(ELEMENTS),
         ["value", "schema", .., "n5_m2", "parameters", "scale"] if *our == json!("-2") => Some(SCALE),
         ["value", "schema", .., "em", "default"] if *our == json!("a") => Some(QUOTED_ENUM),
@@ -513,7 +544,8 @@ async fn without_schemas_a_record_is_the_payload_and_a_tombstone_survives_a_cras
         .batch_execute("CREATE TABLE trades (id int PRIMARY KEY, price numeric(8, 2) NOT NULL, note text)")
         .await
         .unwrap();
-    let config = debezium_config(&postgres, kafka, Some(&redis), false);
+    let mut config = debezium_config(&postgres, kafka, Some(&redis), false);
+    config.source.message_prefixes = vec!["app.*".to_owned()];
     let prefix = &config.kafka.topic_prefix;
     let mut runtime = Runtime::capture(&config);
     runtime.ready(LIMIT).await;
@@ -527,10 +559,16 @@ async fn without_schemas_a_record_is_the_payload_and_a_tombstone_survives_a_cras
     runtime.kill9();
     runtime.start_again();
     client
-        .batch_execute("INSERT INTO trades VALUES (3, 2, NULL)")
+        .batch_execute(
+            "SELECT pg_logical_emit_message(false, 'app.note', 'hello'); INSERT INTO trades VALUES (3, 2, NULL)",
+        )
         .await
         .unwrap();
     let events = wait_for_events(kafka, prefix, "public.trades", 7).await;
+    let messages = wait_for_events(kafka, prefix, "message", 1).await;
+    assert_eq!(messages[0].key, Some(json!({"prefix": "app.note"})));
+    let message = messages[0].value.as_ref().unwrap();
+    assert_eq!(message["message"], json!({"prefix": "app.note", "content": "aGVsbG8="}));
 
     let seen: Vec<Value> = events
         .iter()
@@ -607,13 +645,14 @@ async fn without_schemas_a_record_is_the_payload_and_a_tombstone_survives_a_cras
         .filter(|line| line["commitTime"].is_string())
         .map(|line| json!([line["key"], line["value"]["op"], line["part"]]))
         .collect();
-    let stored: Vec<Value> = seen
+    let mut stored: Vec<Value> = seen
         .iter()
         .map(|event| {
             let part = event[2].as_str().map_or(0, |part| part.parse::<u32>().unwrap());
             json!([event[0], event[1][0], part])
         })
         .collect();
+    stored.insert(6, json!([{"prefix": "app.note"}, "m", 0]));
     assert_eq!(replayed, stored);
 }
 
@@ -715,18 +754,19 @@ async fn a_transaction_is_told_of_once_and_counted_right_though_the_capture_died
         schemas: false,
         transaction_metadata: true,
     };
+    config.source.message_prefixes = vec!["app".to_owned()];
     let prefix = &config.kafka.topic_prefix;
     let mut runtime = Runtime::capture(&config);
     runtime.ready(LIMIT).await;
     client
         .batch_execute(&format!(
-            "BEGIN; INSERT INTO few VALUES (1); INSERT INTO many SELECT i, repeat('x', 200) FROM generate_series(1, {ROWS}) i;
+            "BEGIN; INSERT INTO few VALUES (1); SELECT pg_logical_emit_message(true, 'app', ''); INSERT INTO many SELECT i, repeat('x', 200) FROM generate_series(1, {ROWS}) i;
              UPDATE few SET id = 2; COMMIT"
         ))
         .await
         .unwrap();
-    // The beginning, the rows of both tables, and the end take an ordinal each.
-    let last = ROWS + 3;
+    // The beginning, the rows of both tables, the message, and the end take an ordinal each.
+    let last = ROWS + 4;
     let mut reached = 0;
     for _ in 0..2 {
         eventually("the capture is further in the transaction", LIMIT, async || {
@@ -742,7 +782,12 @@ async fn a_transaction_is_told_of_once_and_counted_right_though_the_capture_died
     }
     let told = wait_for_events(kafka, prefix, "transaction", 2).await;
     let mut connection = redis.connection().await;
-    for (stream, entries) in [("transaction", 2), ("public.few", 4), ("public.many", ROWS)] {
+    for (stream, entries) in [
+        ("transaction", 2),
+        ("message", 1),
+        ("public.few", 4),
+        ("public.many", ROWS),
+    ] {
         eventually("Redis has everything once", LIMIT, async || {
             let length: redis::RedisResult<u64> = redis::cmd("XLEN")
                 .arg(format!("{prefix}.{stream}"))
@@ -757,7 +802,7 @@ async fn a_transaction_is_told_of_once_and_counted_right_though_the_capture_died
         .await;
     }
     runtime.terminate(LIMIT);
-    let events = ROWS + 3;
+    let events = ROWS + 4;
     let told: Vec<Value> = told
         .iter()
         .map(|event| {
@@ -770,6 +815,7 @@ async fn a_transaction_is_told_of_once_and_counted_right_though_the_capture_died
         [
             json!(["BEGIN", null, null]),
             json!(["END", events, [
+                {"data_collection": "LOGICAL_DECODING_MESSAGE", "event_count": 1},
                 {"data_collection": "public.few", "event_count": 3},
                 {"data_collection": "public.many", "event_count": ROWS},
             ]]),
@@ -777,7 +823,7 @@ async fn a_transaction_is_told_of_once_and_counted_right_though_the_capture_died
     );
     let mut all = tokio::task::block_in_place(|| read_all(kafka, prefix));
     let mut orders = Vec::new();
-    for (topic, count) in [("public.few", 3), ("public.many", ROWS)] {
+    for (topic, count) in [("message", 1), ("public.few", 3), ("public.many", ROWS)] {
         let blocks: Vec<Value> = all
             .remove(topic)
             .unwrap()
@@ -794,6 +840,10 @@ async fn a_transaction_is_told_of_once_and_counted_right_though_the_capture_died
     orders.sort_unstable();
     assert_eq!(orders, (1..=events).collect::<Vec<_>>());
     let state = checkpoint(&config).unwrap();
-    assert_eq!(state.events_total, ROWS + 2, "changes, and neither beginning nor end");
+    assert_eq!(
+        state.events_total,
+        ROWS + 3,
+        "changes and the message, and neither beginning nor end"
+    );
     assert_eq!(state.published.unwrap().ordinal, last);
 }

@@ -62,9 +62,10 @@ fn run(stream: &[Vec<u8>]) -> usize {
             Ok(Assembled::Changes(changes)) => {
                 changes.for_each(|change| encoder.encode(&change, &mut batch).map_err(Failed::from))
             }
-            Ok(Assembled::Message(message)) => encoder
-                .encode_message(&message, 0, &destination, &mut batch)
-                .map_err(Failed::from),
+            Ok(Assembled::Message(message)) => {
+                encoder.encode_message(&message, 0, &destination, &mut batch);
+                Ok(())
+            }
             Ok(_) => Ok(()),
             Err(error) => Err(error.into()),
         };

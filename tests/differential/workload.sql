@@ -128,6 +128,9 @@ INSERT INTO whole_row VALUES (10, 'again', 1);
 COMMIT;
 BEGIN; INSERT INTO whole_row VALUES (99, 'never', 1); ROLLBACK;
 TRUNCATE whole_row;
+SELECT pg_logical_emit_message(true, 'app', 'alone in its transaction');
+BEGIN; SELECT pg_logical_emit_message(true, 'app', '\x00ff'::bytea); INSERT INTO text_key VALUES ('between messages', 1); SELECT pg_logical_emit_message(true, 'app "2"', ''); COMMIT;
+SELECT pg_logical_emit_message(false, 'app', 'outside of transactions');
 
 SELECT pg_replication_origin_create('upstream "1"');
 SELECT pg_replication_origin_session_setup('upstream "1"');
@@ -135,6 +138,7 @@ BEGIN; SELECT pg_replication_origin_xact_setup('1/16B3748', '2020-01-01'); INSER
 SELECT pg_replication_origin_xact_reset();
 INSERT INTO text_key VALUES ('of an unknown place', 1);
 SELECT pg_replication_origin_session_reset();
+SELECT pg_logical_emit_message(false, 'app', 'after a transaction from upstream');
 INSERT INTO text_key VALUES ('made here', 1);
 
 INSERT INTO changing VALUES (1, 1, 'a');

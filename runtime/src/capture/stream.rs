@@ -378,16 +378,26 @@ impl<'a> Stream<'a> {
                 Ok::<_, CaptureError>(())
             })?,
             Assembled::Message(message) => {
-                if Some(message.position) > *published && messages.hold(&message) {
+                if messages.hold(&message) {
+                    if Some(message.position) <= *published {
+                        encoder.pass_message(&message);
+                        return Ok(());
+                    }
                     let topic = &messages.destination.topic;
                     topics.ensure_data(topic, "logical messages").await?;
+                    let time = match &message.transaction {
+                        Some(transaction) => transaction.commit_time_micros,
+                        None => {
+                            if *high_time_micros == 0 {
+                                // The log is empty. A record from 1970 would be gone at once, and our clock says another time when this is made again.
+                                *high_time_micros = now_micros();
+                                batch.kafka_first = true;
+                            }
+                            *high_time_micros
+                        }
+                    };
                     batch.high_time_micros = *high_time_micros;
-                    let time = message
-                        .transaction
-                        .as_ref()
-                        .map(|transaction| transaction.commit_time_micros);
-                    let time = time.unwrap_or(*high_time_micros);
-                    encoder.encode_message(&message, time, &messages.destination, batch)?;
+                    encoder.encode_message(&message, time, &messages.destination, batch);
                     *news = true;
                     if message.transaction.is_none() {
                         // It is complete in itself. Its position is that of the last byte of its record.

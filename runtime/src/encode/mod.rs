@@ -31,19 +31,17 @@ pub trait Encoder: Send {
     fn encode(&mut self, change: &Change<'_>, batch: &mut Batch) -> Result<(), EncodeError>;
 
     /// Appends the record of a logical message. `commit_time_micros` is its transaction's, or the log's for one that has none.
-    ///
-    /// # Errors
-    /// When the format cannot carry it.
     fn encode_message(
         &mut self,
         message: &Message<'_>,
         commit_time_micros: i64,
         destination: &Arc<Destination>,
         batch: &mut Batch,
-    ) -> Result<(), EncodeError>;
+    );
 
     /// The topic and stream of what is told of transactions, if the format tells of them. Then [`begin`](Self::begin) and
-    /// [`end`](Self::end) enclose the changes of each, and [`pass`](Self::pass) gets those that are not encoded.
+    /// [`end`](Self::end) enclose the changes of each, and [`pass`](Self::pass) and [`pass_message`](Self::pass_message) get what is not
+    /// encoded.
     fn transactions(&self) -> Option<&Destination>;
 
     /// A transaction begins. `known` says that its beginning is in the log already, since it is sent again.
@@ -51,6 +49,9 @@ pub trait Encoder: Send {
 
     /// A change that is in the log already. What is said of its transaction counts it.
     fn pass(&mut self, change: &Change<'_>);
+
+    /// A logical message that is in the log already, likewise.
+    fn pass_message(&mut self, message: &Message<'_>);
 
     /// The transaction is complete. `known` says that its end is in the log already.
     fn end(&mut self, mark: &TransactionMark, known: bool, batch: &mut Batch);
@@ -80,9 +81,6 @@ pub enum EncodeError {
         /// The column.
         column: String,
     },
-    /// The format has no form for it.
-    #[error("the format does not carry logical messages: leave messagePrefixes out")]
-    Message,
     /// The table was never prepared.
     #[error("a change of relation {0}, which was not prepared; please report it")]
     Unprepared(u32),

@@ -3,7 +3,7 @@
 //! Written field by field straight from PostgreSQL's text. The table's description is encoded once and copied into each record.
 //! The tests read everything back with the generated types.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, convert::Infallible, sync::Arc};
 
 use meander_proto::v1;
 use prost::{
@@ -245,6 +245,8 @@ impl Encoder for ProtobufEncoder {
 
     fn pass(&mut self, _change: &Change<'_>) {}
 
+    fn pass_message(&mut self, _message: &Message<'_>) {}
+
     fn end(&mut self, _mark: &TransactionMark, _known: bool, _batch: &mut Batch) {}
 
     fn heartbeat(&self, _time_micros: i64) -> Option<Heartbeat> {
@@ -257,14 +259,15 @@ impl Encoder for ProtobufEncoder {
         commit_time_micros: i64,
         destination: &Arc<Destination>,
         batch: &mut Batch,
-    ) -> Result<(), EncodeError> {
+    ) {
         let Message {
             prefix,
             content,
             position,
             transaction,
+            ..
         } = message;
-        batch.push(
+        let written = batch.push::<Infallible>(
             *position,
             0,
             commit_time_micros,
@@ -301,7 +304,8 @@ impl Encoder for ProtobufEncoder {
                 record.encode_raw(out);
                 Ok(true)
             },
-        )
+        );
+        let Ok(()) = written;
     }
 }
 

@@ -78,6 +78,10 @@ pub struct Message<'a> {
     pub content: &'a [u8],
     /// Identity and order.
     pub position: Position,
+    /// Where the message itself is in the source's log.
+    pub lsn: Lsn,
+    /// Where the transaction before it ended, if this session has seen that; or the message itself, if it stands for itself.
+    pub previous_end: Option<Lsn>,
     /// The transaction that it is part of. None for one that stands for itself, whatever became of the transaction that wrote it.
     pub transaction: Option<MessageTransaction>,
 }

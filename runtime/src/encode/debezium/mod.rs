@@ -8,6 +8,8 @@ mod decimal;
 mod default;
 mod geometry;
 mod literal;
+mod message;
+mod source;
 mod time;
 mod transaction;
 mod value;
@@ -15,7 +17,7 @@ mod value;
 use std::{
     collections::{BTreeMap, HashMap, btree_map::Entry},
     sync::Arc,
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use tokio::sync::watch;
@@ -25,6 +27,8 @@ use self::{
         EncodeError, Encoder,
         json::{self, write_string},
     },
+    message::Messages,
+    source::{Place, Source},
     transaction::{Order, Transactions},
     value::{Kind, Unfit},
 };
@@ -55,6 +59,7 @@ pub struct DebeziumEncoder {
     database: String,
     schemas: bool,
     prepared: HashMap<u32, Prepared>,
+    messages: Messages,
     transactions: Option<Transactions>,
     keyless: Keyless,
 }
@@ -121,6 +126,7 @@ impl DebeziumEncoder {
             database: database.to_owned(),
             schemas,
             prepared: HashMap::new(),
+            messages: Messages::new(topic_prefix, database, schemas),
             transactions: None,
             keyless: Keyless::default(),
         }
@@ -175,12 +181,7 @@ struct Prepared {
     keyless: Keyless,
     key_head: Vec<u8>,
     value_head: Vec<u8>,
-    /// From `"source"` up to its first number.
-    source_head: Vec<u8>,
-    /// From the name of the database up to the sequence.
-    source_middle: Vec<u8>,
-    /// From the name of the schema up to the transaction's id.
-    source_tail: Vec<u8>,
+    source: Source,
 }
 
 /// One record of a change.
@@ -282,19 +283,6 @@ impl Encoder for DebeziumEncoder {
         if let Some(index) = columns.iter().find(|index| field_of(index).is_none()) {
             self.keyless.note(relation, *index);
         }
-        let mut source_head = b"\"source\":{\"version\":".to_vec();
-        write_string(env!("CARGO_PKG_VERSION"), &mut source_head);
-        source_head.extend_from_slice(b",\"connector\":\"postgresql\",\"name\":");
-        write_string(&self.topic_prefix, &mut source_head);
-        source_head.extend_from_slice(b",\"ts_ms\":");
-        let mut source_middle = b",\"db\":".to_vec();
-        write_string(&self.database, &mut source_middle);
-        source_middle.extend_from_slice(b",\"sequence\":\"[");
-        let mut source_tail = b",\"schema\":".to_vec();
-        write_string(&relation.schema, &mut source_tail);
-        source_tail.extend_from_slice(b",\"table\":");
-        write_string(&relation.table, &mut source_tail);
-        source_tail.extend_from_slice(b",\"txId\":");
         let mut prepared = Prepared {
             destination,
             table: format!("{}.{}", relation.schema, relation.table).into(),
@@ -304,9 +292,7 @@ impl Encoder for DebeziumEncoder {
             keyless: self.keyless.clone(),
             key_head: Vec::new(),
             value_head: Vec::new(),
-            source_head,
-            source_middle,
-            source_tail,
+            source: Source::new(&self.topic_prefix, &self.database, &relation.schema, &relation.table),
         };
         prepared.write_heads();
         self.prepared.insert(relation.oid, prepared);
@@ -399,12 +385,22 @@ impl Encoder for DebeziumEncoder {
 
     fn encode_message(
         &mut self,
-        _message: &Message<'_>,
-        _commit_time_micros: i64,
-        _destination: &Arc<Destination>,
-        _batch: &mut Batch,
-    ) -> Result<(), EncodeError> {
-        Err(EncodeError::Message)
+        message: &Message<'_>,
+        commit_time_micros: i64,
+        destination: &Arc<Destination>,
+        batch: &mut Batch,
+    ) {
+        let order = self
+            .transactions
+            .as_mut()
+            .filter(|_| message.transaction.is_some())
+            .and_then(|transactions| {
+                let order = transactions.count_message()?;
+                transactions.announce(batch);
+                Some(order)
+            });
+        self.messages
+            .record(message, commit_time_micros, order, destination, batch);
     }
 
     fn transactions(&self) -> Option<&Destination> {
@@ -423,6 +419,12 @@ impl Encoder for DebeziumEncoder {
         if let (Some(transactions), Some(prepared)) = (&mut self.transactions, self.prepared.get(&change.relation.oid))
         {
             prepared.count(change, transactions);
+        }
+    }
+
+    fn pass_message(&mut self, message: &Message<'_>) {
+        if let Some(transactions) = self.transactions.as_mut().filter(|_| message.transaction.is_some()) {
+            transactions.count_message();
         }
     }
 
@@ -450,6 +452,11 @@ impl Encoder for DebeziumEncoder {
             timestamp_millis,
         })
     }
+}
+
+/// Our clock, since the Unix epoch: the time at which an event is made.
+fn now() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
 /// Writes a payload, with its schema if there is one.
@@ -602,59 +609,31 @@ impl Prepared {
         out.extend_from_slice(b",\"after\":");
         self.write_row(change.relation, part.after, &mut unavailable.after, out)?;
         out.push(b',');
-        self.write_source(change, out);
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        self.source.write(
+            &Place {
+                commit_time_micros: change.commit_time_micros,
+                snapshot: match change.operation {
+                    Operation::Read { snapshot, .. } if snapshot.incremental => "incremental",
+                    Operation::Read { .. } => "true",
+                    _ => "false",
+                },
+                previous_end: change.previous_end,
+                lsn: change.lsn,
+                transaction_id: change.transaction_id,
+                origin: change.origin,
+            },
+            out,
+        );
+        let now = now();
         let (millis, micros, nanos) = (now.as_millis(), now.as_micros(), now.as_nanos());
         out.extend_from_slice(b",\"transaction\":");
-        match part.order {
-            Some(order) => order.write(change.transaction_id, change.lsn, out),
-            None => out.extend_from_slice(b"null"),
-        }
+        transaction::write_block(part.order, change.transaction_id, change.lsn, out);
         json::write(
             out,
             format_args!(",\"op\":\"{operation}\",\"ts_ms\":{millis},\"ts_us\":{micros},\"ts_ns\":{nanos}}}"),
         );
         self.end(out);
         Ok(())
-    }
-
-    fn write_source(&self, change: &Change<'_>, out: &mut Vec<u8>) {
-        let micros = change.commit_time_micros;
-        let millis = micros.div_euclid(1000);
-        let snapshot = match change.operation {
-            Operation::Read { snapshot, .. } if snapshot.incremental => "incremental",
-            Operation::Read { .. } => "true",
-            _ => "false",
-        };
-        let lsn = change.lsn.0;
-        out.extend_from_slice(&self.source_head);
-        json::write(out, format_args!("{millis},\"snapshot\":\"{snapshot}\""));
-        out.extend_from_slice(&self.source_middle);
-        match change.previous_end {
-            Some(end) => json::write(out, format_args!("\\\"{}\\\"", end.0)),
-            None => out.extend_from_slice(b"null"),
-        }
-        json::write(
-            out,
-            format_args!(
-                ",\\\"{lsn}\\\"]\",\"ts_us\":{micros},\"ts_ns\":{}",
-                micros.saturating_mul(1000)
-            ),
-        );
-        out.extend_from_slice(&self.source_tail);
-        match change.transaction_id {
-            // A snapshot is of no transaction.
-            0 => out.extend_from_slice(b"null"),
-            id => json::write(out, format_args!("{id}")),
-        }
-        json::write(out, format_args!(",\"lsn\":{lsn},\"xmin\":null,\"origin\":"));
-        match change.origin {
-            Some(origin) => {
-                write_string(&origin.name, out);
-                json::write(out, format_args!(",\"origin_lsn\":{}}}", origin.lsn.0));
-            }
-            None => out.extend_from_slice(b"null,\"origin_lsn\":null}"),
-        }
     }
 
     fn write_row(
@@ -853,10 +832,13 @@ impl Prepared {
                 format_args!("],\"optional\":true,\"name\":\"{topic}.Value\",\"field\":\"{name}\"}},"),
             );
         }
-        value_head.extend_from_slice(ENVELOPE.as_bytes());
         json::write(
             &mut value_head,
-            format_args!("],\"optional\":false,\"name\":\"{topic}.Envelope\",\"version\":2}},\"payload\":"),
+            format_args!(
+                "{},{},{OPERATION_AND_TIMES}],\"optional\":false,\"name\":\"{topic}.Envelope\",\"version\":2}},\"payload\":",
+                source::SCHEMA,
+                transaction::BLOCK,
+            ),
         );
         (self.key_head, self.value_head) = (key_head, value_head);
     }
@@ -915,8 +897,8 @@ impl Unavailable {
     }
 }
 
-/// What the schema of every table has after the rows.
-const ENVELOPE: &str = r#"{"type":"struct","fields":[{"type":"string","optional":false,"field":"version"},{"type":"string","optional":false,"field":"connector"},{"type":"string","optional":false,"field":"name"},{"type":"int64","optional":false,"field":"ts_ms"},{"type":"string","optional":true,"name":"io.debezium.data.Enum","version":1,"parameters":{"allowed":"true,first,first_in_data_collection,last_in_data_collection,last,false,incremental"},"default":"false","field":"snapshot"},{"type":"string","optional":false,"field":"db"},{"type":"string","optional":true,"field":"sequence"},{"type":"int64","optional":true,"field":"ts_us"},{"type":"int64","optional":true,"field":"ts_ns"},{"type":"string","optional":false,"field":"schema"},{"type":"string","optional":false,"field":"table"},{"type":"int64","optional":true,"field":"txId"},{"type":"int64","optional":true,"field":"lsn"},{"type":"int64","optional":true,"field":"xmin"},{"type":"string","optional":true,"field":"origin"},{"type":"int64","optional":true,"field":"origin_lsn"}],"optional":false,"name":"io.debezium.connector.postgresql.Source","version":1,"field":"source"},{"type":"struct","fields":[{"type":"string","optional":false,"field":"id"},{"type":"int64","optional":false,"field":"total_order"},{"type":"int64","optional":false,"field":"data_collection_order"}],"optional":true,"name":"event.block","version":1,"field":"transaction"},{"type":"string","optional":false,"field":"op"},{"type":"int64","optional":true,"field":"ts_ms"},{"type":"int64","optional":true,"field":"ts_us"},{"type":"int64","optional":true,"field":"ts_ns"}"#;
+/// What the schema of every table has last.
+const OPERATION_AND_TIMES: &str = r#"{"type":"string","optional":false,"field":"op"},{"type":"int64","optional":true,"field":"ts_ms"},{"type":"int64","optional":true,"field":"ts_us"},{"type":"int64","optional":true,"field":"ts_ns"}"#;
 
 #[cfg(test)]
 mod tests {

@@ -13,11 +13,16 @@ use crate::{
     source::TransactionMark,
 };
 
+/// What Debezium calls the collection that logical messages are of. No table is called so: their names have a dot.
+const MESSAGES: &str = "LOGICAL_DECODING_MESSAGE";
+
 /// The transactions of a pipeline.
 pub(super) struct Transactions {
     pub(super) destination: Arc<Destination>,
     schemas: bool,
     open: Option<Open>,
+    /// The name under which logical messages are counted.
+    messages: Arc<str>,
 }
 
 /// A transaction that has not ended.
@@ -26,7 +31,7 @@ struct Open {
     /// Its beginning is in the log.
     known: bool,
     events: u64,
-    /// Events of each table.
+    /// Events of each table, and messages.
     tables: BTreeMap<Arc<str>, u64>,
 }
 
@@ -45,16 +50,19 @@ impl Order {
             table: self.table + 1,
         }
     }
+}
 
-    /// Writes the block that an event has. Debezium's id of the transaction holds the place of the event, too.
-    pub(super) fn write(self, transaction_id: u32, lsn: Lsn, out: &mut Vec<u8>) {
-        json::write(
+/// Writes the block that an event has. Debezium's id of the transaction holds the place of the event, too.
+pub(super) fn write_block(order: Option<Order>, transaction_id: u32, lsn: Lsn, out: &mut Vec<u8>) {
+    match order {
+        Some(Order { total, table }) => json::write(
             out,
             format_args!(
-                "{{\"id\":\"{transaction_id}:{}\",\"total_order\":{},\"data_collection_order\":{}}}",
-                lsn.0, self.total, self.table
+                "{{\"id\":\"{transaction_id}:{}\",\"total_order\":{total},\"data_collection_order\":{table}}}",
+                lsn.0
             ),
-        );
+        ),
+        None => out.extend_from_slice(b"null"),
     }
 }
 
@@ -64,6 +72,7 @@ impl Transactions {
             destination: Arc::new(destination),
             schemas,
             open: None,
+            messages: MESSAGES.into(),
         }
     }
 
@@ -87,6 +96,12 @@ impl Transactions {
         open.events += events;
         *of_table += events;
         Some(first)
+    }
+
+    /// Counts a logical message, and says its place. None outside of a transaction.
+    pub(super) fn count_message(&mut self) -> Option<Order> {
+        let messages = Arc::clone(&self.messages);
+        self.count(&messages, 1)
     }
 
     /// Writes the record of the beginning, before the first event that the log does not have.
@@ -155,6 +170,8 @@ fn record(
     batch.markers += 1;
 }
 
+/// Schema of the block that an event has, as a field.
+pub(super) const BLOCK: &str = r#"{"type":"struct","fields":[{"type":"string","optional":false,"field":"id"},{"type":"int64","optional":false,"field":"total_order"},{"type":"int64","optional":false,"field":"data_collection_order"}],"optional":true,"name":"event.block","version":1,"field":"transaction"}"#;
 /// Schemas of the records.
 const KEY: &str = r#"{"type":"struct","fields":[{"type":"string","optional":false,"field":"id"}],"optional":false,"name":"io.debezium.connector.common.TransactionMetadataKey","version":1}"#;
 const VALUE: &str = r#"{"type":"struct","fields":[{"type":"string","optional":false,"field":"status"},{"type":"string","optional":false,"field":"id"},{"type":"int64","optional":true,"field":"event_count"},{"type":"array","items":{"type":"struct","fields":[{"type":"string","optional":false,"field":"data_collection"},{"type":"int64","optional":false,"field":"event_count"}],"optional":true,"name":"event.collection","version":1},"optional":true,"field":"data_collections"},{"type":"int64","optional":false,"field":"ts_ms"}],"optional":false,"name":"io.debezium.connector.common.TransactionMetadataValue","version":1}"#;

@@ -338,14 +338,16 @@ impl Assembler {
                         commit_lsn,
                         ordinal: 0,
                     },
+                    lsn: end_lsn,
+                    previous_end: self.last_end,
                     transaction: None,
                 }))
             }
             LogicalMessage::Message {
                 transactional: true,
+                end_lsn,
                 prefix,
                 content,
-                ..
             } => {
                 let (transaction, position) = self.take_ordinals(1)?;
                 if let (Some(moves_rows), Some(open)) = (moves_rows(prefix), &mut self.transaction) {
@@ -355,6 +357,8 @@ impl Assembler {
                     prefix,
                     content,
                     position,
+                    lsn: end_lsn,
+                    previous_end: self.last_end,
                     transaction: Some(MessageTransaction {
                         commit_time_micros: transaction.commit_time_micros,
                         id: transaction.xid,
