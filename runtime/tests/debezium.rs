@@ -536,16 +536,36 @@ fn reason(topic: &str, number: usize, theirs: &Event, difference: &Difference) -
     found.map(str::to_owned)
 }
 
+/// The entries of the streams of two tables and of messages: the id of each, and names and values of its fields.
+async fn entries(redis: &Redis, prefix: &str) -> [Vec<(String, Vec<String>)>; 3] {
+    let mut connection = redis.connection().await;
+    let mut all = ["public.trades", "public.odd", "message"].map(|name| (name, Vec::new()));
+    for (name, entries) in &mut all {
+        *entries = redis::cmd("XRANGE")
+            .arg(&[&format!("{prefix}.{name}"), "-", "+"])
+            .query_async(&mut connection)
+            .await
+            .unwrap();
+    }
+    all.map(|(_, entries)| entries)
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn without_schemas_a_record_is_the_payload_and_a_tombstone_survives_a_crash_and_reaches_redis_and_a_replay() {
     let (postgres, redis, kafka) = (Postgres::start(&[]).await, Redis::start().await, Kafka::shared().await);
     let client = postgres.client().await;
     client
-        .batch_execute("CREATE TABLE trades (id int PRIMARY KEY, price numeric(8, 2) NOT NULL, note text)")
+        .batch_execute(
+            "CREATE TABLE trades (id int PRIMARY KEY, price numeric(8, 2) NOT NULL, note text);
+             CREATE TABLE odd (n numeric PRIMARY KEY)",
+        )
         .await
         .unwrap();
     let mut config = debezium_config(&postgres, kafka, Some(&redis), false);
     config.source.message_prefixes = vec!["app.*".to_owned()];
+    if let Some(redis) = &mut config.redis {
+        redis.max_length = Some(1000);
+    }
     let prefix = &config.kafka.topic_prefix;
     let mut runtime = Runtime::capture(&config);
     runtime.ready(LIMIT).await;
@@ -560,7 +580,7 @@ async fn without_schemas_a_record_is_the_payload_and_a_tombstone_survives_a_cras
     runtime.start_again();
     client
         .batch_execute(
-            "SELECT pg_logical_emit_message(false, 'app.note', 'hello'); INSERT INTO trades VALUES (3, 2, NULL)",
+            "SELECT pg_logical_emit_message(false, 'app.note', 'hello'); INSERT INTO trades VALUES (3, 2, NULL); INSERT INTO odd VALUES ('NaN')",
         )
         .await
         .unwrap();
@@ -598,24 +618,46 @@ async fn without_schemas_a_record_is_the_payload_and_a_tombstone_survives_a_cras
     assert_eq!(value["source"]["table"], "trades");
     assert_eq!(value["source"]["snapshot"], "false");
 
-    let stream = format!("{prefix}.public.trades");
-    let values = eventually("all entries are in Redis", LIMIT, async || {
-        let entries: redis::streams::StreamRangeReply = redis::cmd("XRANGE")
-            .arg(&[&stream, "-", "+"])
-            .query_async(&mut redis.connection().await)
-            .await
-            .map_err(|error| error.to_string())?;
-        let values: Vec<String> = entries.ids.iter().map(|entry| entry.get("value").unwrap()).collect();
-        if values.len() == 7 {
-            Ok(values)
+    let entries = eventually("all entries are in Redis", LIMIT, async || {
+        let entries = entries(&redis, prefix).await;
+        let counts = entries.each_ref().map(Vec::len);
+        if counts == [7, 1, 1] {
+            Ok(entries)
         } else {
-            Err(format!("{}", values.len()))
+            Err(format!("{counts:?}"))
         }
     })
     .await;
-    let tombstones: Vec<usize> = (0..7).filter(|at| values[*at] == "default").collect();
+    let [trades, odd, _] = entries.each_ref().map(|stream| {
+        let fields = stream
+            .iter()
+            .map(|(_, fields)| fields.iter().map(String::as_str).collect());
+        fields.collect::<Vec<Vec<&str>>>()
+    });
+    let tombstones: Vec<usize> = (0..7).filter(|at| trades[*at][5] == "default").collect();
     assert_eq!(tombstones, [2, 5]);
-    assert_eq!(serde_json::from_str::<Value>(&values[0]).unwrap()["op"], "c");
+    let created = ["position", trades[0][1], "key", r#"{"id":1}"#, "value", trades[0][5]];
+    assert_eq!(trades[0], created);
+    assert_eq!(serde_json::from_str::<Value>(trades[0][5]).unwrap()["op"], "c");
+    assert_eq!(trades[1][6..], ["__DEBEZIUM.NEWKEY", r#"{"id":2}"#]);
+    assert_eq!(trades[3][6..], ["__DEBEZIUM.OLDKEY", r#"{"id":1}"#]);
+    assert_eq!(odd[0][2..4], ["key", "default"]);
+    assert_eq!(odd[0][6..], ["MEANDER-UNAVAILABLE", r#"{"key":["n"],"after":["n"]}"#]);
+
+    // What is filled again from Kafka is the same to the last field.
+    redis::cmd("FLUSHALL")
+        .exec_async(&mut redis.connection().await)
+        .await
+        .unwrap();
+    eventually("the entries are there again", LIMIT, async || {
+        let again = self::entries(&redis, prefix).await;
+        if again == entries {
+            Ok(())
+        } else {
+            Err(format!("{again:?}"))
+        }
+    })
+    .await;
 
     // A replay carries what is stored, tombstones too.
     let mut replay = Runtime::replay(&ReplayConfig {
@@ -653,6 +695,7 @@ async fn without_schemas_a_record_is_the_payload_and_a_tombstone_survives_a_cras
         })
         .collect();
     stored.insert(6, json!([{"prefix": "app.note"}, "m", 0]));
+    stored.push(json!([null, "c", 0]));
     assert_eq!(replayed, stored);
 }
 

@@ -79,7 +79,12 @@ async fn delivered(redis: &Redis, config: &ReplayConfig, prefix: &str) -> Option
 #[tokio::test(flavor = "multi_thread")]
 async fn a_replay_into_redis_is_the_streams_again_each_entry_once_through_kills_of_both_and_a_second_process() {
     let (kafka, mut redis) = (Kafka::shared().await, Redis::start_with(&["--appendonly", "yes"]).await);
-    let (pipeline, records) = recorded(kafka, Some(&redis), Format::Protobuf).await;
+    // It has headers, which are fields of the entries.
+    let format = Format::DebeziumJson {
+        schemas: false,
+        transaction_metadata: false,
+    };
+    let (pipeline, records) = recorded(kafka, Some(&redis), format).await;
     let prefix = unique_name("copy");
     let mut config = into_streams(&pipeline, &redis, &prefix);
     config.speed = Speed::Factor(0.5);
@@ -116,7 +121,7 @@ async fn a_replay_into_redis_is_the_streams_again_each_entry_once_through_kills_
     assert_eq!(delivered(&redis, &config, &prefix).await, Some(records));
 
     let live = &pipeline.kafka.topic_prefix;
-    let (mut attempts, mut offsets) = (0, HashMap::<(String, String), i64>::new());
+    let (mut attempts, mut headers, mut offsets) = (0, 0, HashMap::<(String, String), i64>::new());
     for table in TABLES {
         let (there, here) = (
             read(&redis, &format!("{live}.{table}")).await,
@@ -133,9 +138,11 @@ async fn a_replay_into_redis_is_the_streams_again_each_entry_once_through_kills_
             assert_eq!(topic, format!("{live}.{table}"));
             let before = offsets.insert((topic, partition), offset);
             assert!(before < Some(offset), "{before:?} {offset}");
+            headers += usize::from(here.1.contains_key("__DEBEZIUM.NEWKEY"));
             assert_eq!(here, there, "{table}");
         }
     }
+    assert!(headers > 0);
     assert!(attempts >= KILLS + 2, "{attempts}");
     // One that is over has nothing more to do.
     assert_eq!(replay(&config).await.unwrap(), End::Complete);

@@ -80,6 +80,11 @@ func (l *RedisLog) decode(stream string, entry redis.XMessage) (Record, error) {
 	if position.Part = coordinate.Part; position != coordinate {
 		return Record{}, fmt.Errorf("the id says %s, the field position %s", coordinate, position)
 	}
+	key := field("key")
+	// What stands for none.
+	if key == "default" {
+		key = ""
+	}
 	value := []byte(field("value"))
 	change, err := l.decoder.Decode(value)
 	if err != nil {
@@ -89,7 +94,7 @@ func (l *RedisLog) decode(stream string, entry redis.XMessage) (Record, error) {
 		Place:      stream + " " + entry.ID,
 		Lane:       stream,
 		Coordinate: coordinate,
-		Key:        field("key"),
+		Key:        key,
 		Value:      value,
 		Change:     change,
 	}, nil

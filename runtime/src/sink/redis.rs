@@ -19,7 +19,7 @@ use std::{cmp::Ordering, fs, path::Path, time::Duration};
 
 use meander_config::{Durability, RedisSink as Config};
 use redis::{
-    AsyncConnectionConfig, Client, ConnectionAddr, ErrorKind, RedisError, Script, TlsCertificates,
+    AsyncConnectionConfig, Client, ConnectionAddr, ErrorKind, RedisError, Script, ScriptInvocation, TlsCertificates,
     aio::MultiplexedConnection,
 };
 use tokio::time::timeout;
@@ -42,23 +42,25 @@ const SCRIPT_BYTES: usize = 1024 * 1024;
 /// What is written before the server is asked whether it is durable, while more is waiting.
 const CONFIRM_BYTES: usize = 8 << 20;
 
-/// The value of an entry for a record that has none. No format has a value like it, and consumers of Debezium Server know it.
-pub(crate) const NO_VALUE: &[u8] = b"default";
+/// What an entry has for a key or a value that its record has not. No format has one like it, and consumers of Debezium Server know it.
+const ABSENT: &[u8] = b"default";
 
 /// The field of the claim that names the pipeline.
 const CLAIM_FIELD: &str = "pipeline";
 
 /// One record as it goes into its stream.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Entry<'a> {
     stream: &'a str,
     position: Position,
     part: u8,
     /// The record's timestamp in Kafka, by which the place in the log is found again.
     timestamp_millis: i64,
-    key: &'a [u8],
+    key: Option<&'a [u8]>,
     /// None for a tombstone.
     value: Option<&'a [u8]>,
+    /// What the format has beside key and value.
+    headers: Vec<(&'a str, &'a [u8])>,
 }
 
 /// The owner of the mark.
@@ -100,7 +102,29 @@ struct Place {
 
 impl Entry<'_> {
     fn size(&self) -> usize {
-        self.key.len() + self.value.unwrap_or(NO_VALUE).len()
+        let headers = self.headers.iter().map(|(name, value)| name.len() + value.len());
+        self.key.unwrap_or(ABSENT).len() + self.value.unwrap_or(ABSENT).len() + headers.sum::<usize>()
+    }
+}
+
+/// A script that looks at streams, or appends to them.
+pub(crate) fn streams_script(script: &str) -> Script {
+    Script::new(&[include_str!("redis/streams.lua"), script].concat())
+}
+
+/// Adds what an entry holds of a record, in the order of the scripts, without its headers.
+pub(crate) fn arg_content(call: &mut ScriptInvocation<'_>, key: Option<&[u8]>, value: Option<&[u8]>) {
+    call.arg(key.unwrap_or(ABSENT)).arg(value.unwrap_or(ABSENT));
+}
+
+/// Adds the fields that an entry has for its record's headers: by their names in upper case, as Debezium Server has them.
+pub(crate) fn arg_headers<'a>(
+    call: &mut ScriptInvocation<'_>,
+    headers: impl ExactSizeIterator<Item = (&'a str, &'a [u8])>,
+) {
+    call.arg(headers.len() * 2);
+    for (name, value) in headers {
+        call.arg(name.to_uppercase()).arg(value);
     }
 }
 
@@ -185,8 +209,8 @@ impl Writer {
         let durable = check_server(&mut connection, config.durability, &address).await?;
         let mut writer = Self {
             connection,
-            claim: Script::new(include_str!("redis/claim.lua")),
-            append: Script::new(include_str!("redis/append.lua")),
+            claim: streams_script(include_str!("redis/claim.lua")),
+            append: streams_script(include_str!("redis/append.lua")),
             address,
             stream_prefix: config.stream_prefix.clone(),
             pipeline: pipeline.to_owned(),
@@ -300,9 +324,9 @@ impl Writer {
             // Lua counts from 1, and the first two keys are the mark and the claim.
             call.arg(index + 3)
                 .arg(entry_id(entry.position, entry.part))
-                .arg(entry.position.to_string())
-                .arg(entry.key)
-                .arg(entry.value.unwrap_or(NO_VALUE));
+                .arg(entry.position.to_string());
+            arg_content(&mut call, entry.key, entry.value);
+            arg_headers(&mut call, entry.headers.iter().copied());
         }
         let answer: Vec<String> = call
             .invoke_async(&mut self.connection)

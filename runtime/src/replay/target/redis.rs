@@ -21,7 +21,7 @@ use crate::{
     },
     sink::{
         SinkError,
-        redis::{NO_VALUE, check_server, claim_key, connect, entry_id, failed, texts},
+        redis::{arg_content, arg_headers, check_server, claim_key, connect, entry_id, failed, streams_script, texts},
     },
 };
 
@@ -99,7 +99,7 @@ impl Resumable for Redis {
         let redis = Self {
             connection,
             address,
-            append: Script::new(include_str!("redis/append.lua")),
+            append: streams_script(include_str!("redis/append.lua")),
             settings: settings.clone(),
             job,
             mark,
@@ -188,21 +188,18 @@ impl Redis {
                 offset: record.offset,
                 cause: error.to_string(),
             })?;
-            // No format has an empty value.
-            let value = if record.value.is_empty() {
-                NO_VALUE
-            } else {
-                &record.value
-            };
+            // No format has an empty key or value.
+            let [key, value] = [&record.key, &record.value].map(|bytes| (!bytes.is_empty()).then_some(&**bytes));
             // Lua counts from 1, and the mark is the first key.
             call.arg(index + 2)
                 .arg(entry_id(coordinate.position, part))
-                .arg(coordinate.position.to_string())
-                .arg(&record.key[..])
-                .arg(value)
-                .arg(&*record.topic)
-                .arg(record.partition)
-                .arg(record.offset);
+                .arg(coordinate.position.to_string());
+            arg_content(&mut call, key, value);
+            call.arg(&*record.topic).arg(record.partition).arg(record.offset);
+            arg_headers(
+                &mut call,
+                record.headers.iter().map(|(name, value)| (&**name, &**value)),
+            );
         }
         let answer: Vec<String> = call
             .invoke_async(&mut self.connection)

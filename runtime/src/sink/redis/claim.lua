@@ -2,7 +2,7 @@
 -- the mark says.
 -- KEYS: the mark, the claim. ARGV: generation, pipeline, 1 to write in any case or 0.
 -- Returns {'ok', position, timestamp, records, accept, phantoms}, each '' where the mark does not say it, {'claimed', pipeline} when the
--- prefix is another's, {'taken', generation}, or what append.lua says of a stream that is not as it was left.
+-- prefix is another's, {'taken', generation}, or what streams.lua says of a stream that is not as it was left.
 local holder = redis.call('HGET', KEYS[2], 'pipeline')
 if holder and holder ~= ARGV[2] then
   return {'claimed', holder}
@@ -26,16 +26,8 @@ for f = 1, #fields, 2 do
   local name, value = fields[f], fields[f + 1]
   if place[name] then answer[place[name]] = value end
   if string.sub(name, 1, 5) == 'last:' then
-    local stream = string.sub(name, 6)
-    if redis.call('EXISTS', stream) == 0 then
-      return {'lost', stream}
-    end
-    local info = redis.call('XINFO', 'STREAM', stream)
-    for i = 1, #info, 2 do
-      if info[i] == 'last-generated-id' and info[i + 1] ~= value then
-        return {'foreign', stream, info[i + 1], value}
-      end
-    end
+    local wrong = disturbed(string.sub(name, 6), value)
+    if wrong then return wrong end
   end
 end
 return answer

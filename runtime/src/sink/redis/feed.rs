@@ -357,8 +357,9 @@ fn entries(batch: &Batch, after: Option<Position>) -> Vec<Entry<'_>> {
         position: record.position,
         part: record.part,
         timestamp_millis: record.timestamp_millis,
-        key: batch.key(record).unwrap_or_default(),
+        key: batch.key(record),
         value: batch.value(record),
+        headers: batch.headers(record).collect(),
     })
     .collect()
 }

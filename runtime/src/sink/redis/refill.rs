@@ -149,9 +149,10 @@ impl Source {
                     position: record.coordinate.position,
                     part: u8::try_from(record.coordinate.part).map_err(|_| stranger(record))?,
                     timestamp_millis: record.timestamp,
-                    key: &record.key,
-                    // No format has an empty value.
+                    // No format has an empty key or value.
+                    key: (!record.key.is_empty()).then_some(&record.key),
                     value: (!record.value.is_empty()).then_some(&record.value),
+                    headers: record.headers.iter().map(|(name, value)| (&**name, &**value)).collect(),
                 })
             })
             .collect::<Result<_, SinkError>>()?;
