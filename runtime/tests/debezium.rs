@@ -12,12 +12,7 @@ use meander_config::{
     ResourceIdentity, SnapshotMode, Speed,
 };
 use meander_test_support::{Debezium, Kafka, Postgres, Redis, Runtime, eventually, free_address, unique_name};
-use rdkafka::{
-    Message as _, Offset, TopicPartitionList,
-    consumer::{BaseConsumer, Consumer as _},
-    error::KafkaError,
-    message::Headers as _,
-};
+use rdkafka::{Message as _, message::Headers as _};
 use serde_json::{Value, json};
 
 const SCHEMA: &str = include_str!("../../tests/differential/schema.sql");
@@ -35,49 +30,25 @@ struct Event {
 
 /// Every topic of a prefix, by its name after the prefix.
 fn read_all(kafka: &Kafka, prefix: &str) -> BTreeMap<String, Vec<Event>> {
-    let consumer: BaseConsumer = kafka
-        .client_config()
-        .set("group.id", "test")
-        .set("isolation.level", "read_committed")
-        .set("enable.partition.eof", "true")
-        .set("enable.auto.commit", "false")
-        .create()
-        .unwrap();
-    let metadata = consumer.fetch_metadata(None, LIMIT).unwrap();
-    let topics: Vec<&str> = metadata
-        .topics()
-        .iter()
-        .map(|topic| topic.name())
-        .filter(|name| name.starts_with(&format!("{prefix}.")))
-        .collect();
-    let mut assignment = TopicPartitionList::new();
-    for topic in &topics {
-        assignment.add_partition_offset(topic, 0, Offset::Beginning).unwrap();
-    }
-    consumer.assign(&assignment).unwrap();
     let mut events: BTreeMap<String, Vec<Event>> = BTreeMap::new();
-    let mut ends = 0;
-    while ends < topics.len() {
-        match consumer.poll(LIMIT).expect("Kafka answers in time") {
-            Ok(message) => {
-                let text = |bytes: &[u8]| std::str::from_utf8(bytes).unwrap().replace(prefix, "PREFIX");
-                let json = |bytes: &[u8]| serde_json::from_str(&text(bytes)).unwrap();
-                let headers = message.headers().into_iter().flat_map(|headers| headers.iter());
-                events
-                    .entry(message.topic()[prefix.len() + 1..].to_owned())
-                    .or_default()
-                    .push(Event {
-                        key: message.key().map(json),
-                        value: message.payload().map(json),
-                        headers: headers
-                            .map(|header| (header.key.to_owned(), text(header.value.unwrap_or_default())))
-                            .collect(),
-                    });
-            }
-            Err(KafkaError::PartitionEOF(_)) => ends += 1,
-            Err(error) => panic!("{error}"),
-        }
-    }
+    kafka.read(
+        |topic| topic.starts_with(&format!("{prefix}.")),
+        |message| {
+            let text = |bytes: &[u8]| std::str::from_utf8(bytes).unwrap().replace(prefix, "PREFIX");
+            let json = |bytes: &[u8]| serde_json::from_str(&text(bytes)).unwrap();
+            let headers = message.headers().into_iter().flat_map(|headers| headers.iter());
+            events
+                .entry(message.topic()[prefix.len() + 1..].to_owned())
+                .or_default()
+                .push(Event {
+                    key: message.key().map(json),
+                    value: message.payload().map(json),
+                    headers: headers
+                        .map(|header| (header.key.to_owned(), text(header.value.unwrap_or_default())))
+                        .collect(),
+                });
+        },
+    );
     events
 }
 

@@ -12,11 +12,7 @@ use log::wait_for_records;
 use meander_config::{CaptureConfig, Format};
 use meander_runtime::{checkpoint::Tail, log::message_topic};
 use meander_test_support::{Kafka, Postgres, Runtime, eventually};
-use rdkafka::{
-    Message as _, Offset, TopicPartitionList,
-    consumer::{BaseConsumer, Consumer as _},
-    error::KafkaError,
-};
+use rdkafka::Message as _;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
@@ -99,32 +95,18 @@ async fn a_heartbeat_that_cannot_be_written_is_said_and_ends_nothing() {
 
 /// Times in the heartbeat topic, and its first record.
 fn heartbeats(kafka: &Kafka, prefix: &str) -> (Vec<i64>, Option<(Value, Value)>) {
-    let consumer: BaseConsumer = kafka
-        .client_config()
-        .set("group.id", "test")
-        .set("isolation.level", "read_committed")
-        .set("enable.partition.eof", "true")
-        .set("enable.auto.commit", "false")
-        .create()
-        .unwrap();
     let topic = format!("__debezium-heartbeat.{prefix}");
-    let mut assignment = TopicPartitionList::new();
-    assignment.add_partition_offset(&topic, 0, Offset::Beginning).unwrap();
-    consumer.assign(&assignment).unwrap();
     let (mut times, mut first) = (Vec::new(), None);
-    loop {
-        match consumer.poll(LIMIT).expect("Kafka answers in time") {
-            Ok(message) => {
-                let json = |bytes: Option<&[u8]>| -> Value { serde_json::from_slice(bytes.unwrap()).unwrap() };
-                let (key, value) = (json(message.key()), json(message.payload()));
-                times.push(value["ts_ms"].as_i64().unwrap());
-                first.get_or_insert((key, value));
-            }
-            // Before the first session there is no topic.
-            Err(KafkaError::PartitionEOF(_) | KafkaError::MessageConsumption(_)) => return (times, first),
-            Err(error) => panic!("{error}"),
-        }
-    }
+    kafka.read(
+        |name| name == topic,
+        |message| {
+            let json = |bytes: Option<&[u8]>| -> Value { serde_json::from_slice(bytes.unwrap()).unwrap() };
+            let (key, value) = (json(message.key()), json(message.payload()));
+            times.push(value["ts_ms"].as_i64().unwrap());
+            first.get_or_insert((key, value));
+        },
+    );
+    (times, first)
 }
 
 #[tokio::test(flavor = "multi_thread")]

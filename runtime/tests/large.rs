@@ -5,15 +5,14 @@
 
 mod common;
 
-use std::{env, fs, time::Duration};
+use std::{collections::HashMap, env, fs, time::Duration};
 
-use common::{checkpoint, cluster, config};
-use meander_runtime::{checkpoint::Tail, log::POSITION_HEADER, position::Position};
+use common::{checkpoint, config};
+use meander_runtime::{log::POSITION_HEADER, position::Position};
 use meander_test_support::{Kafka, Postgres, Runtime, eventually};
 use rdkafka::{
-    Message as _, Offset, TopicPartitionList,
-    consumer::{BaseConsumer, Consumer as _},
-    message::Headers as _,
+    Message as _,
+    message::{BorrowedMessage, Headers as _},
 };
 
 const ROWS: u64 = 150_000;
@@ -44,47 +43,22 @@ async fn wait_until_published(config: &meander_config::CaptureConfig, ordinal: u
 
 /// Reads the topic and checks that each change of the one transaction is in it once, and in order in each partition.
 fn check(kafka: &Kafka, topic: &str, rows: u64) {
-    let consumer: BaseConsumer = kafka
-        .client_config()
-        .set("group.id", "test")
-        .set("isolation.level", "read_committed")
-        .set("enable.partition.eof", "true")
-        .set("enable.auto.commit", "false")
-        .create()
-        .unwrap();
-    let partitions = Tail::new(&cluster(kafka), LIMIT).unwrap().partitions(topic).unwrap();
-    let mut assignment = TopicPartitionList::new();
-    for partition in &partitions {
-        assignment
-            .add_partition_offset(topic, *partition, Offset::Beginning)
-            .unwrap();
-    }
-    consumer.assign(&assignment).unwrap();
     let mut seen = vec![false; usize::try_from(rows).unwrap()];
-    let mut last = vec![None; partitions.len()];
-    let mut ends = 0;
-    while ends < partitions.len() {
-        let message = match consumer.poll(Duration::from_secs(60)).expect("kafka answers in time") {
-            Ok(message) => message,
-            Err(rdkafka::error::KafkaError::PartitionEOF(_)) => {
-                ends += 1;
-                continue;
-            }
-            Err(error) => panic!("{error}"),
-        };
+    let mut last = HashMap::new();
+    let check = |message: &BorrowedMessage<'_>| {
         let headers = message.headers().unwrap();
         let header = headers.iter().find(|header| header.key == POSITION_HEADER).unwrap();
         let position: Position = std::str::from_utf8(header.value.unwrap()).unwrap().parse().unwrap();
-        let last = &mut last[usize::try_from(message.partition()).unwrap()];
-        assert!(*last < Some(position), "{position} comes after {last:?}");
-        *last = Some(position);
+        let last = last.insert(message.partition(), position);
+        assert!(last < Some(position), "{position} comes after {last:?}");
         // The rows were inserted in the order of their ids.
         let key = format!("{{\"id\":\"{}\"}}", position.ordinal + 1);
         assert_eq!(message.key().unwrap(), key.as_bytes());
         let place = &mut seen[usize::try_from(position.ordinal).unwrap()];
         assert!(!*place, "{position} is there twice");
         *place = true;
-    }
+    };
+    kafka.read(|name| name == topic, check);
     let missing = seen.iter().filter(|seen| !**seen).count();
     assert_eq!(missing, 0, "changes are missing");
 }

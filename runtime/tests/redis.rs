@@ -22,8 +22,6 @@ use rdkafka::{
     Message as _, Offset, TopicPartitionList,
     admin::{AdminClient, AdminOptions},
     client::DefaultClientContext,
-    consumer::{BaseConsumer, Consumer as _},
-    error::KafkaError,
     message::Headers as _,
 };
 use redis::aio::MultiplexedConnection;
@@ -627,37 +625,19 @@ async fn what_redis_alone_has_of_an_earlier_life_is_not_counted_in_the_next() {
 
 /// Position and part of every record that Kafka holds of the table, in order.
 fn positions_in_kafka(rig: &Rig) -> Vec<(Position, u64)> {
-    let consumer: BaseConsumer = rig
-        .kafka
-        .client_config()
-        .set("group.id", "test")
-        .set("isolation.level", "read_committed")
-        .set("enable.partition.eof", "true")
-        .create()
-        .unwrap();
-    let mut assignment = TopicPartitionList::new();
-    for partition in 0..rig.config.kafka.partitions {
-        assignment
-            .add_partition_offset(&rig.stream(), partition, Offset::Beginning)
-            .unwrap();
-    }
-    consumer.assign(&assignment).unwrap();
-    let (mut held, mut ends) = (Vec::new(), 0);
-    while ends < rig.config.kafka.partitions {
-        match consumer.poll(LIMIT).expect("kafka answers in time") {
-            Ok(message) => {
-                let header = |name: &str| {
-                    let headers = message.headers().unwrap();
-                    let found = headers.iter().find(|header| header.key == name)?;
-                    Some(std::str::from_utf8(found.value.unwrap()).unwrap().to_owned())
-                };
-                let part = header(PART_HEADER).map_or(0, |part| part.parse().unwrap());
-                held.push((header(POSITION_HEADER).unwrap().parse().unwrap(), part));
-            }
-            Err(KafkaError::PartitionEOF(_)) => ends += 1,
-            Err(error) => panic!("{error}"),
-        }
-    }
+    let (stream, mut held) = (rig.stream(), Vec::new());
+    rig.kafka.read(
+        |name| name == stream,
+        |message| {
+            let header = |name: &str| {
+                let headers = message.headers().unwrap();
+                let found = headers.iter().find(|header| header.key == name)?;
+                Some(std::str::from_utf8(found.value.unwrap()).unwrap().to_owned())
+            };
+            let part = header(PART_HEADER).map_or(0, |part| part.parse().unwrap());
+            held.push((header(POSITION_HEADER).unwrap().parse().unwrap(), part));
+        },
+    );
     held.sort_unstable();
     held
 }

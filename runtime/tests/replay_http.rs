@@ -22,20 +22,14 @@ use axum::{
     response::{IntoResponse, Response},
     routing::post,
 };
-use common::{LIMIT, cluster};
+use common::LIMIT;
 use meander_config::{CaptureConfig, Format, HttpEndpoint, ReplayConfig, ReplayTarget, Speed};
 use meander_runtime::{
-    checkpoint::Tail,
     log::{PART_HEADER, POSITION_HEADER, dead_letters_topic},
     replay::End,
 };
 use meander_test_support::{Authority, Identity, Kafka, Runtime, eventually, free_address};
-use rdkafka::{
-    Message as _, Offset, TopicPartitionList,
-    consumer::{BaseConsumer, Consumer as _},
-    error::KafkaError,
-    message::Headers as _,
-};
+use rdkafka::{Message as _, message::Headers as _};
 use replaying::{everything, recorded, replay};
 use rustls::{
     ServerConfig,
@@ -131,38 +125,19 @@ fn ids(kafka: &Kafka, topics: &[String]) -> Vec<String> {
 
 /// Position, part and headers of everything that a `read_committed` consumer sees of a topic.
 fn read(kafka: &Kafka, topic: &str) -> Vec<(String, u32, BTreeMap<String, String>)> {
-    let consumer: BaseConsumer = kafka
-        .client_config()
-        .set("group.id", "test")
-        .set("isolation.level", "read_committed")
-        .set("enable.partition.eof", "true")
-        .set("enable.auto.commit", "false")
-        .create()
-        .unwrap();
-    let partitions = Tail::new(&cluster(kafka), LIMIT).unwrap().partitions(topic).unwrap();
-    let mut assignment = TopicPartitionList::new();
-    for partition in &partitions {
-        assignment
-            .add_partition_offset(topic, *partition, Offset::Beginning)
-            .unwrap();
-    }
-    consumer.assign(&assignment).unwrap();
-    let (mut found, mut ends) = (Vec::new(), 0);
-    while ends < partitions.len() {
-        match consumer.poll(LIMIT).expect("kafka answers in time") {
-            Ok(message) => {
-                let headers = message.headers().unwrap().iter();
-                let text = |value: Option<&[u8]>| String::from_utf8(value.unwrap().to_vec()).unwrap();
-                let headers: BTreeMap<_, _> = headers
-                    .map(|header| (header.key.to_owned(), text(header.value)))
-                    .collect();
-                let part = headers.get(PART_HEADER).map_or(0, |part| part.parse().unwrap());
-                found.push((headers[POSITION_HEADER].clone(), part, headers));
-            }
-            Err(KafkaError::PartitionEOF(_)) => ends += 1,
-            Err(error) => panic!("{error}"),
-        }
-    }
+    let mut found = Vec::new();
+    kafka.read(
+        |name| name == topic,
+        |message| {
+            let headers = message.headers().unwrap().iter();
+            let text = |value: Option<&[u8]>| String::from_utf8(value.unwrap().to_vec()).unwrap();
+            let headers: BTreeMap<_, _> = headers
+                .map(|header| (header.key.to_owned(), text(header.value)))
+                .collect();
+            let part = headers.get(PART_HEADER).map_or(0, |part| part.parse().unwrap());
+            found.push((headers[POSITION_HEADER].clone(), part, headers));
+        },
+    );
     found
 }
 

@@ -20,11 +20,9 @@ use meander_runtime::{
 };
 use meander_test_support::{Kafka, Runtime, eventually, free_address, unique_name};
 use rdkafka::{
-    Message as _, Offset, TopicPartitionList,
+    Message as _,
     admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
     client::DefaultClientContext,
-    consumer::{BaseConsumer, Consumer as _},
-    error::KafkaError,
     message::Headers as _,
 };
 use replaying::{everything, recorded, replay};
@@ -42,46 +40,26 @@ struct Found {
 
 /// Everything that a `read_committed` consumer sees of a topic, by partition, with the offsets.
 fn read(kafka: &Kafka, topic: &str) -> BTreeMap<i32, Vec<(i64, Found)>> {
-    let consumer: BaseConsumer = kafka
-        .client_config()
-        .set("group.id", "test")
-        .set("isolation.level", "read_committed")
-        .set("enable.partition.eof", "true")
-        .set("enable.auto.commit", "false")
-        .create()
-        .unwrap();
-    let partitions = Tail::new(&cluster(kafka), LIMIT).unwrap().partitions(topic).unwrap();
-    let mut assignment = TopicPartitionList::new();
-    for partition in &partitions {
-        assignment
-            .add_partition_offset(topic, *partition, Offset::Beginning)
-            .unwrap();
-    }
-    consumer.assign(&assignment).unwrap();
-    let mut found: BTreeMap<i32, Vec<(i64, Found)>> = partitions.iter().map(|id| (*id, Vec::new())).collect();
-    let mut ends = 0;
-    while ends < partitions.len() {
-        match consumer.poll(LIMIT).expect("kafka answers in time") {
-            Ok(message) => {
-                let text = |value: Option<&[u8]>| String::from_utf8(value.unwrap().to_vec()).unwrap();
-                let headers = message.headers().into_iter().flat_map(|headers| headers.iter());
-                let record = Found {
-                    key: message.key().map(<[u8]>::to_vec),
-                    value: message.payload().map(<[u8]>::to_vec),
-                    timestamp: message.timestamp().to_millis(),
-                    headers: headers
-                        .map(|header| (header.key.to_owned(), text(header.value)))
-                        .collect(),
-                };
-                found
-                    .get_mut(&message.partition())
-                    .unwrap()
-                    .push((message.offset(), record));
-            }
-            Err(KafkaError::PartitionEOF(_)) => ends += 1,
-            Err(error) => panic!("{error}"),
-        }
-    }
+    let mut found: BTreeMap<i32, Vec<(i64, Found)>> = BTreeMap::new();
+    kafka.read(
+        |name| name == topic,
+        |message| {
+            let text = |value: Option<&[u8]>| String::from_utf8(value.unwrap().to_vec()).unwrap();
+            let headers = message.headers().into_iter().flat_map(|headers| headers.iter());
+            let record = Found {
+                key: message.key().map(<[u8]>::to_vec),
+                value: message.payload().map(<[u8]>::to_vec),
+                timestamp: message.timestamp().to_millis(),
+                headers: headers
+                    .map(|header| (header.key.to_owned(), text(header.value)))
+                    .collect(),
+            };
+            found
+                .entry(message.partition())
+                .or_default()
+                .push((message.offset(), record));
+        },
+    );
     found
 }
 
@@ -157,6 +135,7 @@ async fn a_replay_into_kafka_is_the_log_again_each_record_once_through_three_kil
     for table in ["public.trades", "public.orders", "public.last", "transaction"] {
         let topic = format!("{}.{table}", pipeline.kafka.topic_prefix);
         let (log, copy) = (read(kafka, &topic), read(kafka, &format!("{prefix}.{table}")));
+        assert!(log.keys().eq(copy.keys()), "{table}: {log:?} {copy:?}");
         for (partition, log) in log {
             let copy = &copy[&partition];
             println!("{table}/{partition}: {} records", log.len());

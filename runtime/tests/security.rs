@@ -22,12 +22,10 @@ use meander_runtime::{
         wire::ReplicationConnection,
     },
 };
-use meander_test_support::{Authority, Identity, Kafka, Postgres, Redis, Runtime, eventually, free_address};
-use rdkafka::{
-    ClientConfig, Offset, TopicPartitionList,
-    consumer::{BaseConsumer, Consumer as _},
-    error::KafkaError,
+use meander_test_support::{
+    Authority, Identity, Kafka, Postgres, Redis, Runtime, eventually, free_address, read_topics,
 };
+use rdkafka::ClientConfig;
 
 async fn execute(postgres: &Postgres, sql: &str) {
     postgres.client().await.batch_execute(sql).await.unwrap();
@@ -43,31 +41,8 @@ async fn wait_for_records(client: &ClientConfig, topic: &str, count: usize) -> u
 }
 
 fn count_records(client: &ClientConfig, topic: &str) -> usize {
-    let consumer: BaseConsumer = client
-        .clone()
-        .set("group.id", "meander-test")
-        .set("isolation.level", "read_committed")
-        .set("enable.partition.eof", "true")
-        .set("enable.auto.commit", "false")
-        .create()
-        .unwrap();
-    let metadata = consumer.fetch_metadata(Some(topic), LIMIT).unwrap();
-    let partitions: Vec<i32> = metadata.topics()[0].partitions().iter().map(|p| p.id()).collect();
-    let mut assignment = TopicPartitionList::new();
-    for partition in &partitions {
-        assignment
-            .add_partition_offset(topic, *partition, Offset::Beginning)
-            .unwrap();
-    }
-    consumer.assign(&assignment).unwrap();
-    let (mut records, mut ends) = (0, 0);
-    while ends < partitions.len() {
-        match consumer.poll(LIMIT).expect("kafka answers in time") {
-            Ok(_) => records += 1,
-            Err(KafkaError::PartitionEOF(_)) => ends += 1,
-            Err(error) => panic!("{error}"),
-        }
-    }
+    let mut records = 0;
+    read_topics(client, |name| name == topic, |_| records += 1);
     records
 }
 

@@ -1,56 +1,32 @@
 //! Reads what a capture wrote to Kafka.
 
 use meander_proto::v1::ChangeRecord;
-use meander_runtime::{checkpoint::Tail, log::POSITION_HEADER};
+use meander_runtime::log::POSITION_HEADER;
 use meander_test_support::{Kafka, eventually};
 use prost::Message as _;
-use rdkafka::{
-    Message as _, Offset, TopicPartitionList,
-    consumer::{BaseConsumer, Consumer as _},
-    message::Headers as _,
-};
+use rdkafka::{Message as _, message::Headers as _};
 
-use crate::common::{LIMIT, cluster};
+use crate::common::LIMIT;
 
 /// Everything that a `read_committed` consumer sees of a topic, in position order: position, key, record.
 pub fn read_topic(kafka: &Kafka, topic: &str) -> Vec<(String, Option<String>, ChangeRecord)> {
-    let consumer: BaseConsumer = kafka
-        .client_config()
-        .set("group.id", "test")
-        .set("isolation.level", "read_committed")
-        .set("enable.partition.eof", "true")
-        .set("enable.auto.commit", "false")
-        .create()
-        .unwrap();
-    let partitions = Tail::new(&cluster(kafka), LIMIT).unwrap().partitions(topic).unwrap();
-    let mut assignment = TopicPartitionList::new();
-    for partition in &partitions {
-        assignment
-            .add_partition_offset(topic, *partition, Offset::Beginning)
-            .unwrap();
-    }
-    consumer.assign(&assignment).unwrap();
     let mut records = Vec::new();
-    let mut ends = 0;
-    while ends < partitions.len() {
-        match consumer.poll(LIMIT).expect("kafka answers in time") {
-            Ok(message) => {
-                let header = message
-                    .headers()
-                    .unwrap()
-                    .iter()
-                    .find(|header| header.key == POSITION_HEADER)
-                    .unwrap();
-                records.push((
-                    String::from_utf8(header.value.unwrap().to_vec()).unwrap(),
-                    message.key().map(|key| String::from_utf8(key.to_vec()).unwrap()),
-                    ChangeRecord::decode(message.payload().unwrap()).unwrap(),
-                ));
-            }
-            Err(rdkafka::error::KafkaError::PartitionEOF(_)) => ends += 1,
-            Err(error) => panic!("{error}"),
-        }
-    }
+    kafka.read(
+        |name| name == topic,
+        |message| {
+            let header = message
+                .headers()
+                .unwrap()
+                .iter()
+                .find(|header| header.key == POSITION_HEADER)
+                .unwrap();
+            records.push((
+                String::from_utf8(header.value.unwrap().to_vec()).unwrap(),
+                message.key().map(|key| String::from_utf8(key.to_vec()).unwrap()),
+                ChangeRecord::decode(message.payload().unwrap()).unwrap(),
+            ));
+        },
+    );
     records.sort_by_key(|(_, _, record)| {
         let at = record.coordinate.unwrap();
         (at.epoch, at.commit_lsn, at.ordinal, at.part)

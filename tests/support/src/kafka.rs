@@ -9,8 +9,10 @@ use std::{
 };
 
 use rdkafka::{
-    ClientConfig,
+    ClientConfig, Offset, TopicPartitionList,
     consumer::{BaseConsumer, Consumer as _},
+    error::KafkaError,
+    message::BorrowedMessage,
     metadata::MetadataTopic,
 };
 use rustix::process::Signal;
@@ -132,6 +134,11 @@ impl Kafka {
         config
     }
 
+    /// Shows `take` everything that there is now in the topics that `wanted` holds of, as [`read_topics`] does.
+    pub fn read(&self, wanted: impl Fn(&str) -> bool, take: impl FnMut(&BorrowedMessage<'_>)) {
+        read_topics(&self.client_config(), wanted, take);
+    }
+
     /// Kills the broker.
     ///
     /// A single broker can lose the end of a transaction this way: if it dies after it promised a commit and before the markers
@@ -176,6 +183,42 @@ impl Kafka {
                 }
             })
             .await;
+    }
+}
+
+/// Shows `take` everything that a `read_committed` consumer sees of the topics that `wanted` holds of, up to their ends; the records of
+/// a partition in their order.
+///
+/// # Panics
+/// When Kafka does not answer.
+pub fn read_topics(client: &ClientConfig, wanted: impl Fn(&str) -> bool, mut take: impl FnMut(&BorrowedMessage<'_>)) {
+    let consumer: BaseConsumer = client
+        .clone()
+        .set("group.id", "test")
+        .set("isolation.level", "read_committed")
+        .set("enable.partition.eof", "true")
+        .set("enable.auto.commit", "false")
+        // The end is only told by an answer without records, for which the broker waits so long.
+        .set("fetch.wait.max.ms", "10")
+        .create()
+        .unwrap();
+    let metadata = consumer.fetch_metadata(None, LIMIT).unwrap();
+    let mut assignment = TopicPartitionList::new();
+    for topic in metadata.topics().iter().filter(|topic| wanted(topic.name())) {
+        for partition in topic.partitions() {
+            assignment
+                .add_partition_offset(topic.name(), partition.id(), Offset::Beginning)
+                .unwrap();
+        }
+    }
+    consumer.assign(&assignment).unwrap();
+    let mut open = assignment.count();
+    while open > 0 {
+        match consumer.poll(LIMIT).expect("Kafka answers in time") {
+            Ok(message) => take(&message),
+            Err(KafkaError::PartitionEOF(_)) => open -= 1,
+            Err(error) => panic!("{error}"),
+        }
     }
 }
 

@@ -40,7 +40,7 @@ pub use rustix::process::Signal;
 
 pub use crate::{
     debezium::Debezium,
-    kafka::Kafka,
+    kafka::{Kafka, read_topics},
     ports::free_address,
     postgres::Postgres,
     redis::Redis,
