@@ -11,11 +11,8 @@ mod process;
 mod throughput;
 
 use clap::{Parser, Subcommand};
-use meander_config::{
-    CaptureConfig, Format, KafkaSink, Origin, Partitions, PostgresSource, Publication, PublicationManagement,
-    RedisSink, ResourceIdentity, Snapshot, SnapshotMode, SslMode, TableSelection,
-};
-use meander_test_support::{Kafka, Postgres, Redis, free_address, unique_name};
+use meander_config::CaptureConfig;
+use meander_test_support::{Kafka, Postgres, Redis, capture_config};
 
 #[derive(Parser)]
 struct Arguments {
@@ -67,64 +64,8 @@ async fn main() -> anyhow::Result<()> {
 
 /// A capture of `public.trades` under names that nobody else uses.
 fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> CaptureConfig {
-    let name = unique_name("bench");
-    CaptureConfig {
-        pipeline: ResourceIdentity {
-            namespace: "bench".to_owned(),
-            name: name.clone(),
-            uid: String::new(),
-        },
-        source: PostgresSource {
-            host: "127.0.0.1".to_owned(),
-            port: postgres.port(),
-            database: postgres.database().to_owned(),
-            username_file: postgres.username_file(),
-            password_file: postgres.password_file(),
-            ssl_mode: SslMode::Disable,
-            ca_file: None,
-            client_certificate: None,
-            tables: TableSelection {
-                include: vec!["public.trades".to_owned()],
-                exclude: vec![],
-            },
-            message_prefixes: vec![],
-            origin: Origin::Any,
-            publication: Publication {
-                name: name.clone(),
-                management: PublicationManagement::Managed,
-                partitions: Partitions::Root,
-            },
-            slot_name: name.clone(),
-            slot_failover: None,
-            snapshot: Snapshot {
-                mode: SnapshotMode::Never,
-                ..Snapshot::default()
-            },
-            heartbeat_interval_seconds: None,
-        },
-        format: Format::Protobuf,
-        kafka: KafkaSink {
-            bootstrap_servers: vec![kafka.bootstrap()],
-            tls: None,
-            sasl: None,
-            topic_prefix: name.clone(),
-            partitions: 1,
-            replication_factor: None,
-            topic_config: Default::default(),
-            topic_management: Default::default(),
-        },
-        redis: redis.map(|redis| RedisSink {
-            url_file: redis.url_file(),
-            ca_file: None,
-            stream_prefix: name,
-            max_length: None,
-            durability: meander_config::Durability::None,
-            acknowledgement: meander_config::Acknowledgement::BestEffort,
-        }),
-        accept_source_gap: None,
-        on_source_gap: Default::default(),
-        standby: false,
-        operator: None,
-        admin_address: free_address(),
-    }
+    let mut config = capture_config(postgres, kafka, redis);
+    config.source.tables.include = vec!["public.trades".to_owned()];
+    config.kafka.partitions = 1;
+    config
 }

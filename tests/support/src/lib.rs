@@ -19,6 +19,7 @@
 // A failure here is the test's failure.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod config;
 mod debezium;
 mod kafka;
 mod ports;
@@ -39,6 +40,7 @@ use std::{
 pub use rustix::process::Signal;
 
 pub use crate::{
+    config::capture_config,
     debezium::Debezium,
     kafka::{Kafka, read_topics},
     ports::free_address,
