@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use common::LIMIT;
 use meander_config::{Acknowledgement, CaptureConfig, Durability, RedisSink};
 use meander_runtime::{
+    checkpoint::Tail,
     log::{PART_HEADER, POSITION_HEADER, checkpoint_key},
     position::Position,
     sink::redis::{claim_key, entry_id, mark_key},
@@ -688,6 +689,33 @@ async fn what_counts_as_being_in_redis_survives_its_crash_where_that_is_asked_fo
     rig.agrees().await;
     let (_, metrics) = rig.runtime.get("/metrics").await.unwrap();
     assert!(!metrics.contains("EntriesLost"), "{metrics}");
+
+    // What is trimmed is what the setting asks for, the oldest; Kafka has it.
+    assert!(rig.runtime.terminate(LIMIT).success());
+    rig.config.redis.as_mut().unwrap().max_length = Some(500);
+    rig.runtime = Runtime::capture(&rig.config);
+    rig.runtime.ready(LIMIT).await;
+    rig.load(300).await.unwrap();
+    rig.in_kafka(4300).await;
+    let newest = common::checkpoint(&rig.config).unwrap().published.unwrap().to_string();
+    eventually(
+        "the newest entries are there, and the oldest are not",
+        LIMIT,
+        async || {
+            let length: u64 = rig.redis(&["XLEN", &rig.stream()]).await;
+            let last: Vec<(String, BTreeMap<String, Vec<u8>>)> =
+                rig.redis(&["XREVRANGE", &rig.stream(), "+", "-", "COUNT", "1"]).await;
+            // In whole nodes of up to 100 entries.
+            let is_trimmed = (500..=600).contains(&length) && last[0].1["position"] == newest.as_bytes();
+            if is_trimmed { Ok(()) } else { Err(length) }
+        },
+    )
+    .await;
+    let kafka = Tail::new(&common::cluster(rig.kafka), LIMIT).unwrap();
+    let topic = rig.stream();
+    for partition in kafka.partitions(&topic).unwrap() {
+        assert_eq!(kafka.stretch(&topic, partition).unwrap().start, 0);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

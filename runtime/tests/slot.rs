@@ -276,6 +276,11 @@ async fn the_slot_is_looked_at_on_every_version_and_kept_on_standbys_where_that_
         execute(&postgres, "CREATE TABLE t (id int PRIMARY KEY)").await;
         let mut config = config(&postgres, kafka, None);
         config.source.slot_failover = Some(true);
+        if version == 18 {
+            execute(&postgres, "SELECT pg_create_physical_replication_slot('gone')").await;
+            execute(&postgres, "ALTER SYSTEM SET synchronized_standby_slots = 'gone'").await;
+            execute(&postgres, "SELECT pg_reload_conf()").await;
+        }
         let mut runtime = Runtime::capture(&config);
         if version < 17 {
             wait_for_log(&mut runtime, "FailoverUnsupported").await;
@@ -291,8 +296,18 @@ async fn the_slot_is_looked_at_on_every_version_and_kept_on_standbys_where_that_
         if version < 17 {
             continue;
         }
-        let failover = |is: bool| format!("SELECT failover = {is} FROM pg_replication_slots");
+        let failover =
+            |is: bool| format!("SELECT failover = {is} FROM pg_replication_slots WHERE slot_type = 'logical'");
         wait_for(&postgres, "a failover slot", &failover(true)).await;
+        if version == 18 {
+            // The standby that the slot waits for is not there.
+            let absent = "meander_capture_slot_absent_standbys";
+            wait_for_metric(&runtime, absent, |absent| absent == 1).await;
+            execute(&postgres, "ALTER SYSTEM SET synchronized_standby_slots = ''").await;
+            execute(&postgres, "SELECT pg_reload_conf()").await;
+            wait_for_metric(&runtime, absent, |absent| absent == 0).await;
+            execute(&postgres, "SELECT pg_drop_replication_slot('gone')").await;
+        }
         assert!(runtime.terminate(LIMIT).success());
         config.source.slot_failover = Some(false);
         runtime = Runtime::capture(&config);

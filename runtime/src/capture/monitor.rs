@@ -15,6 +15,7 @@ use crate::{
     source::postgres::{
         preflight::{Catalog, Credentials, Selection, SourceError, Table},
         prerequisites::{self, Tables},
+        standbys::Standbys,
         start::SlotState,
         wire::quote_identifier,
     },
@@ -80,7 +81,11 @@ async fn look(
     } else {
         vec![]
     };
-    report(context, slot.as_ref(), Some((&tables, &rejoined[..])));
+    let standbys = match slot.as_ref().and_then(|slot| slot.failover) {
+        Some(true) => catalog.standbys().await?,
+        _ => Standbys::default(),
+    };
+    report(context, slot.as_ref(), Some((&tables, &rejoined[..], &standbys)));
     if owns {
         dropped.look(&catalog).await?;
     }
@@ -89,13 +94,16 @@ async fn look(
 }
 
 /// Says what a look has shown.
-pub(super) fn report(context: &Context, slot: Option<&SlotState>, tables: Option<(&Tables, &[String])>) {
+pub(super) fn report(context: &Context, slot: Option<&SlotState>, seen: Option<(&Tables, &[String], &Standbys)>) {
     context.metrics.slot(slot);
     context.reporter.update(|state| {
         // Empty where there is none, which says something else than not to have looked.
         state.progress.slot = Some(slot.map(health).unwrap_or_default());
-        let Some((tables, rejoined)) = tables else { return };
+        let Some((tables, rejoined, standbys)) = seen else {
+            return;
+        };
         context.metrics.tables(tables);
+        context.metrics.standbys(standbys);
         state.progress.captured_tables = tables.captured.len() as u64;
         state.progress.refused_tables_total = tables.refused.len() as u64;
         state.progress.refused_tables = tables
@@ -110,6 +118,7 @@ pub(super) fn report(context: &Context, slot: Option<&SlotState>, tables: Option
         let problems: Vec<_> = slot
             .and_then(budget)
             .into_iter()
+            .chain(standbys.problem().map(|problem| ("StandbyMissing", problem)))
             .chain(came_back(context, rejoined))
             .chain(named("left out of the capture", &tables.refused))
             .chain(named("captured, but not in full", &tables.untold))

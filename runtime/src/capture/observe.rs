@@ -18,7 +18,7 @@ use crate::{
         Durable, SinkError,
         redis::feed::{self, Progress as RedisProgress, State},
     },
-    source::postgres::{prerequisites::Tables, start::SlotState},
+    source::postgres::{prerequisites::Tables, standbys::Standbys, start::SlotState},
 };
 
 const INTERVAL: Duration = Duration::from_millis(500);
@@ -59,6 +59,7 @@ pub(super) struct Metrics {
     pub(super) redis: feed::Metrics,
     slot_retained: IntGauge,
     slot_safe: IntGauge,
+    absent_standbys: IntGauge,
     tables: IntGauge,
     tables_refused: IntGauge,
     tables_untold: IntGauge,
@@ -124,6 +125,10 @@ impl Metrics {
                     "meander_capture_slot_safe_wal_bytes",
                     "WAL that can be written before the slot is in danger; -1 without a limit.",
                 )?,
+                absent_standbys: gauge(
+                    "meander_capture_slot_absent_standbys",
+                    "Slots that synchronized_standby_slots names and nobody confirms by: the capture stands still for them.",
+                )?,
                 tables: gauge("meander_capture_tables", "Tables that are captured.")?,
                 tables_refused: gauge(
                     "meander_capture_tables_refused",
@@ -137,7 +142,7 @@ impl Metrics {
         };
         match made() {
             Ok(metrics) => {
-                let collectors: [Box<dyn Collector>; 15] = [
+                let collectors: [Box<dyn Collector>; 16] = [
                     Box::new(metrics.failures.clone()),
                     Box::new(metrics.owns_slot.clone()),
                     Box::new(metrics.events.clone()),
@@ -150,6 +155,7 @@ impl Metrics {
                     Box::new(metrics.redis.detachments.clone()),
                     Box::new(metrics.slot_retained.clone()),
                     Box::new(metrics.slot_safe.clone()),
+                    Box::new(metrics.absent_standbys.clone()),
                     Box::new(metrics.tables.clone()),
                     Box::new(metrics.tables_refused.clone()),
                     Box::new(metrics.tables_untold.clone()),
@@ -169,6 +175,10 @@ impl Metrics {
         self.slot_retained
             .set(signed(slot.and_then(|slot| slot.retained).unwrap_or(0)));
         self.slot_safe.set(slot.and_then(|slot| slot.safe).map_or(-1, signed));
+    }
+
+    pub(super) fn standbys(&self, standbys: &Standbys) {
+        self.absent_standbys.set(signed(standbys.absent() as u64));
     }
 
     pub(super) fn tables(&self, tables: &Tables) {

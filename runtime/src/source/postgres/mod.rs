@@ -10,6 +10,7 @@ pub mod prerequisites;
 pub mod publication;
 pub mod snapshot;
 pub mod socket;
+pub mod standbys;
 pub mod start;
 pub mod upgrade;
 pub mod wire;
