@@ -57,6 +57,9 @@ pub struct Kept {
     /// None for a table that was there when the pipeline began, and has had no change since.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub schema: Option<TableSchema>,
+    /// What the names of its chunks begin with, if it is a hypertable of TimescaleDB. Once it is dropped, nothing else tells whose they were.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chunks: Option<String>,
 }
 
 /// What is to be kept of a table from now on.
@@ -73,6 +76,8 @@ pub struct Note {
 pub struct Schemas {
     system_identifier: String,
     known: HashMap<u32, Option<TableSchema>>,
+    /// What the names of the chunks of hypertables begin with, and whether that is kept.
+    chunks: HashMap<u32, (String, bool)>,
     /// Replica identities of the tables that were described, and not compared with what is known since.
     described: HashMap<u32, char>,
     /// OIDs of the tables with the newest schemas, the newest first.
@@ -91,7 +96,13 @@ impl Schemas {
         let ours = kept
             .into_iter()
             .filter(|kept| kept.system_identifier == system_identifier);
-        schemas.known = ours.map(|kept| (kept.oid, kept.schema)).collect();
+        for Kept {
+            oid, schema, chunks, ..
+        } in ours
+        {
+            schemas.known.insert(oid, schema);
+            schemas.chunks.extend(chunks.map(|prefix| (oid, (prefix, true))));
+        }
         let mut newest: Vec<&TableSchema> = schemas.known.values().flatten().collect();
         newest.sort_by_key(|schema| std::cmp::Reverse(schema.since));
         schemas.newest = newest.iter().take(SHOWN).map(|schema| schema.relation.oid).collect();
@@ -107,19 +118,34 @@ impl Schemas {
     /// These tables are there from the beginning: the schema that each is seen with at first is no change. Every other table is a new one.
     pub fn begin(&mut self, tables: impl IntoIterator<Item = u32>) -> Vec<Note> {
         self.known = tables.into_iter().map(|oid| (oid, None)).collect();
-        self.known.keys().map(|oid| self.note(*oid, None)).collect()
+        let tables: Vec<u32> = self.known.keys().copied().collect();
+        tables.into_iter().map(|oid| self.note(oid, None)).collect()
     }
 
     /// The server was upgraded: it has another identifier, and its tables the OIDs that they had.
     pub fn moved_to(&mut self, system_identifier: &str) -> Vec<Note> {
         system_identifier.clone_into(&mut self.system_identifier);
-        let known = self.known.iter();
-        known.map(|(oid, schema)| self.note(*oid, schema.clone())).collect()
+        let known: Vec<_> = self.known.clone().into_iter().collect();
+        known.into_iter().map(|(oid, schema)| self.note(oid, schema)).collect()
     }
 
     /// The source describes a table: its next change may have another schema.
     pub fn described(&mut self, oid: u32, replica_identity: u8) {
         self.described.insert(oid, char::from(replica_identity));
+    }
+
+    /// The names of a hypertable's chunks begin with this.
+    pub fn has_chunks(&mut self, oid: u32, prefix: String) {
+        if self.chunks.get(&oid).is_none_or(|(known, _)| *known != prefix) {
+            self.chunks.insert(oid, (prefix, false));
+        }
+    }
+
+    /// The hypertable that has a chunk of this name, if the log knows it.
+    #[must_use]
+    pub fn hypertable_of(&self, chunk: &str) -> Option<&TableSchema> {
+        let mut whose = self.chunks.iter().filter(|(_, (prefix, _))| is_chunk(chunk, prefix));
+        self.known.get(whose.next()?.0)?.as_ref()
     }
 
     /// To be called before a change is published. Where the table's schema is not the known one, it is from here on, and what is to be
@@ -136,6 +162,10 @@ impl Schemas {
         if before.is_some_and(|known| {
             known.replica_identity == replica_identity && same(&known.relation, relation, replica_identity)
         }) {
+            if self.chunks.get(&relation.oid).is_some_and(|(_, kept)| !kept) {
+                let known = before.cloned();
+                notes.push(self.note(relation.oid, known));
+            }
             return None;
         }
         let after = TableSchema {
@@ -160,6 +190,7 @@ impl Schemas {
     pub fn dropped(&mut self, oid: u32, notes: &mut Vec<Note>) -> Option<TableSchema> {
         let last = self.known.remove(&oid)?;
         self.described.remove(&oid);
+        self.chunks.remove(&oid);
         self.newest.retain(|newest| *newest != oid);
         notes.push(Note { oid, kept: None });
         last
@@ -182,14 +213,27 @@ impl Schemas {
         self.newest.iter().filter_map(|oid| self.known.get(oid)?.as_ref())
     }
 
-    fn note(&self, oid: u32, schema: Option<TableSchema>) -> Note {
+    fn note(&mut self, oid: u32, schema: Option<TableSchema>) -> Note {
+        let chunks = self.chunks.get_mut(&oid).map(|(prefix, kept)| {
+            *kept = true;
+            prefix.clone()
+        });
         let kept = Some(Kept {
             system_identifier: self.system_identifier.clone(),
             oid,
             schema,
+            chunks,
         });
         Note { oid, kept }
     }
+}
+
+/// True for a name that TimescaleDB gives to a chunk of the hypertable with this prefix.
+fn is_chunk(name: &str, prefix: &str) -> bool {
+    let number = name
+        .strip_prefix(prefix)
+        .and_then(|rest| rest.strip_prefix('_')?.strip_suffix("_chunk"));
+    number.is_some_and(|number| !number.is_empty() && number.bytes().all(|digit| digit.is_ascii_digit()))
 }
 
 /// True if the log tells the same of both, which have one replica identity. Names of types are not compared: a table whose type is

@@ -39,7 +39,10 @@ const HYPERTABLE: &str = "CREATE SCHEMA _timescaledb_catalog; CREATE SCHEMA _tim
     INSERT INTO _timescaledb_catalog.hypertable VALUES (1, 'public', 'm', '_timescaledb_internal', '_hyper_1', 1);
     CREATE TABLE _timescaledb_internal._hyper_1_1_chunk (CHECK (at < 10), PRIMARY KEY (at)) INHERITS (m);
     CREATE TABLE _timescaledb_internal.compress_hyper_2_2_chunk (at int PRIMARY KEY);
-    INSERT INTO _timescaledb_internal._hyper_1_1_chunk VALUES (0, 0)";
+    INSERT INTO _timescaledb_internal._hyper_1_1_chunk VALUES (0, 0);
+    CREATE TABLE k (at int PRIMARY KEY);
+    INSERT INTO _timescaledb_catalog.hypertable VALUES (3, 'public', 'k', '_timescaledb_internal', '_hyper_3', 0);
+    CREATE TABLE _timescaledb_internal._hyper_3_5_chunk (PRIMARY KEY (at)) INHERITS (k)";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hypertable_is_captured_under_its_own_name_and_moving_its_rows_is_no_change() {
@@ -120,7 +123,7 @@ async fn a_hypertable_is_captured_under_its_own_name_and_moving_its_rows_is_no_c
         })
         .await;
     };
-    degraded(&runtime, "meander_capture_tables_untold 1").await;
+    degraded(&runtime, "meander_capture_tables_untold 2").await;
     assert_eq!(client.query(member, &[]).await.unwrap().len(), 1);
     execute(
         &client,
@@ -149,7 +152,17 @@ async fn a_hypertable_is_captured_under_its_own_name_and_moving_its_rows_is_no_c
     .await;
     // Its rows are read anew.
     wait_for_records(kafka, &topic, 9).await;
+    execute(&client, "INSERT INTO _timescaledb_internal._hyper_3_5_chunk VALUES (1)").await;
+    let gone = format!("{}.public.k", config.kafka.topic_prefix);
+    wait_for_records(kafka, &gone, 3).await;
     runtime.kill9();
+    // A hypertable is gone when its last change is read.
+    execute(
+        &client,
+        "INSERT INTO _timescaledb_internal._hyper_3_5_chunk VALUES (2); DROP TABLE k CASCADE;
+         DELETE FROM _timescaledb_catalog.hypertable WHERE table_name = 'k'",
+    )
+    .await;
     // The chunk is gone when its changes are read.
     execute(
         &client,
@@ -157,6 +170,8 @@ async fn a_hypertable_is_captured_under_its_own_name_and_moving_its_rows_is_no_c
     )
     .await;
     runtime.start_again();
+    let of_the_gone = wait_for_records(kafka, &gone, 4).await;
+    assert_eq!(of_the_gone[3].2.operation(), Operation::Insert);
     let records = wait_for_records(kafka, &topic, 11).await;
     let seen: Vec<_> = records
         .iter()
@@ -195,6 +210,29 @@ async fn a_hypertable_is_captured_under_its_own_name_and_moving_its_rows_is_no_c
         let partitions = Tail::new(&cluster(kafka), LIMIT).unwrap().partitions(&topic).unwrap();
         assert!(partitions.is_empty(), "{topic}");
     }
+
+    // One that was attached with its columns in another order stops the capture, by its name.
+    execute(
+        &client,
+        "BEGIN; CREATE TABLE _timescaledb_internal._hyper_1_6_chunk (value int, at int PRIMARY KEY);
+         ALTER TABLE _timescaledb_internal._hyper_1_6_chunk INHERIT m",
+    )
+    .await;
+    execute(&client, &format!("{}; COMMIT", join(6))).await;
+    execute(
+        &client,
+        "INSERT INTO _timescaledb_internal._hyper_1_6_chunk VALUES (7, 20)",
+    )
+    .await;
+    eventually("the chunk to be named", LIMIT, async || {
+        let log = runtime.process().log_tail();
+        let says = log.contains("chunk _timescaledb_internal._hyper_1_6_chunk has its columns in another order");
+        if says { Ok(()) } else { Err(log) }
+    })
+    .await;
+    let leave = join(6).replace("ADD", "DROP");
+    let detach = "ALTER TABLE _timescaledb_internal._hyper_1_6_chunk NO INHERIT m";
+    execute(&client, &format!("{detach}; {leave}")).await;
 
     // Its chunks leave with it: without a key, the application's own UPDATE would fail for them.
     execute(&client, "ALTER TABLE m DROP CONSTRAINT m_pkey").await;

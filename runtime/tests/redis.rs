@@ -371,6 +371,17 @@ async fn a_stream_prefix_is_one_pipelines_until_that_is_deleted() {
     let slots = client.query("SELECT slot_name FROM pg_replication_slots", &[]).await;
     let slots: Vec<String> = slots.unwrap().iter().map(|row| row.get(0)).collect();
     assert_eq!(slots, [rig.config.source.slot_name.clone()]);
+    // A Redis that comes back empty is not whose claim comes first.
+    assert!(rig.runtime.terminate(LIMIT).success());
+    let () = rig.redis(&["FLUSHALL"]).await;
+    let refused = std::cell::OnceCell::new();
+    common::wait_for_metric(
+        &other,
+        "meander_capture_failures_total{reason=\"StreamPrefixTaken\"}",
+        |times| times > refused.get_or_init(|| times) + 1,
+    )
+    .await;
+    rig.runtime.start_again();
     rig.load(300).await.unwrap();
     rig.agrees().await;
     assert!(rig.runtime.terminate(LIMIT).success());

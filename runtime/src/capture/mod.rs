@@ -31,7 +31,7 @@ use crate::{
     admin::Admin,
     encode::{EncodeError, Keyless},
     progress::{self, ConditionType, ProgressReporter},
-    sink::SinkError,
+    sink::{SinkError, redis::Rival},
     source::postgres::{assemble::AssembleError, pgoutput::DecodeError, preflight::SourceError, start::SourceGap},
 };
 
@@ -105,6 +105,9 @@ struct Context {
     /// What a person has to know of rows that are published without their key.
     keyless: Keyless,
     heartbeats: heartbeat::Heartbeats,
+    rival: Rival,
+    /// The first chunk whose changes were left out, since nothing tells what hypertable it was of.
+    ownerless: watch::Sender<Option<String>>,
 }
 
 impl Context {
@@ -170,6 +173,8 @@ pub async fn run(config: CaptureConfig, shutdown: CancellationToken) -> Result<(
         snapshot_problems: snapshot::Problems::new(vec![]),
         keyless: Keyless::default(),
         heartbeats: heartbeat::Heartbeats::default(),
+        rival: Rival::default(),
+        ownerless: watch::Sender::new(None),
     };
 
     let new_pauses = || {

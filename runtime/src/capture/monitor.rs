@@ -129,6 +129,13 @@ pub(super) fn report(context: &Context, slot: Option<&SlotState>, seen: Option<(
                     .clone()
                     .map(|message| ("PhantomEntries", message)),
             )
+            .chain(
+                context
+                    .ownerless
+                    .borrow()
+                    .as_deref()
+                    .map(|chunk| ("ChunkLeftOut", without_hypertable(chunk))),
+            )
             .chain(context.snapshot_problems.borrow().clone())
             .chain(context.keyless.message().map(|message| ("KeyWithoutForm", message)))
             .chain(context.heartbeats.failure().map(|failure| ("HeartbeatFailed", failure)))
@@ -173,6 +180,12 @@ fn budget(slot: &SlotState) -> Option<(&'static str, String)> {
         );
         ("WalBudgetLow", message)
     })
+}
+
+fn without_hypertable(chunk: &str) -> String {
+    format!(
+        "changes of the chunk {chunk}, and perhaps of others, are not in the log: when they were read it was no hypertable's any more of which the log has changes; read its hypertable anew by an entry in snapshot.requests, if it is there; it is said until the pod is started again"
+    )
 }
 
 fn came_back(context: &Context, rejoined: &[String]) -> Option<(&'static str, String)> {

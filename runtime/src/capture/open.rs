@@ -327,7 +327,12 @@ async fn stream_prefix_is_free(context: &Context) -> Result<(), SinkError> {
     let Some(config) = &context.config.redis else {
         return Ok(());
     };
-    match timeout(REDIS_DEADLINE, redis::look_at_claim(config, &own_key(context))).await {
+    match timeout(
+        REDIS_DEADLINE,
+        redis::look_at_claim(config, &own_key(context), &context.rival),
+    )
+    .await
+    {
         Ok(Err(taken @ SinkError::StreamPrefixTaken { .. })) => Err(taken),
         _ => Ok(()),
     }

@@ -129,6 +129,7 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
             kafka_progress.clone(),
             checkpoints.subscribe(),
             context.metrics.redis.clone(),
+            context.rival.clone(),
         );
         redis_feed = Some(tokio::spawn(feed.run()));
         redis_progress = Some(progress);
@@ -179,6 +180,7 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
         received,
         inflight,
         context.heartbeats.clone(),
+        context.ownerless.clone(),
         snapshot,
         versions,
         bulk,

@@ -10,7 +10,7 @@ use std::{
 
 use meander_config::CaptureConfig;
 use tokio::{
-    sync::mpsc,
+    sync::{mpsc, watch},
     time::{Instant, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
@@ -30,7 +30,7 @@ use crate::{
     encode::Encoder,
     log::{Checkpoint, topic_name},
     position::{Lsn, Position},
-    schema::SchemaChange,
+    schema::{SchemaChange, TableSchema},
     sink::{SinkError, redis::live::Offers, topics::Topics},
     source::{
         Change, Operation, Relation, Snapshot,
@@ -38,8 +38,9 @@ use crate::{
             assemble::{Assembled, Assembler},
             details::TableDetails,
             dropped::{DROPPED_PREFIX, told},
+            hypertable::{Hypertable, is_chunk},
             pgoutput::{LogicalMessage, RelationMessage, decode},
-            preflight::{Catalog, Selection, stream_failure},
+            preflight::{Catalog, Selection, SourceError, stream_failure},
             snapshot::{
                 chunks::{Answer, Chunk},
                 overlap::Again,
@@ -110,6 +111,7 @@ pub(super) struct Stream<'a> {
     complete: Option<Position>,
     safe: Lsn,
     heartbeats: Heartbeats,
+    ownerless: watch::Sender<Option<String>>,
     /// The last thing that was complete when the session started: heartbeats up to there are known.
     known_complete: Option<Position>,
     /// When the heartbeat was written that the batch acknowledges.
@@ -133,6 +135,7 @@ impl<'a> Stream<'a> {
         received: Received,
         inflight: Inflight,
         heartbeats: Heartbeats,
+        ownerless: watch::Sender<Option<String>>,
         snapshot: Option<Incremental>,
         versions: Versions,
         bulk: Option<Bulk>,
@@ -155,6 +158,7 @@ impl<'a> Stream<'a> {
             complete: None,
             safe: Lsn::ZERO,
             heartbeats,
+            ownerless,
             known_complete: checkpoint.complete,
             heartbeat: None,
             news: false,
@@ -665,15 +669,47 @@ impl<'a> Stream<'a> {
 
     async fn relation(&mut self, message: &RelationMessage<'_>, catalog: &Catalog) -> Result<(), CaptureError> {
         let hypertable = catalog.hypertable_of(message).await?;
-        let primary_key = if message.replica_identity == b'f' {
-            let table = hypertable.as_ref().map_or(message.oid, |(oid, _)| *oid);
-            catalog.primary_key(table).await?
-        } else {
-            Vec::new()
+        // One that was dropped before its last changes were read is as the log knew it last.
+        let dropped = match hypertable {
+            None if is_chunk(message) => self.dropped_hypertable(message.table, catalog).await?,
+            _ => None,
+        };
+        let primary_key = match (&hypertable, &dropped) {
+            _ if message.replica_identity != b'f' => Vec::new(),
+            (Some(hypertable), _) => catalog.primary_key(hypertable.oid).await?,
+            (None, Some(dropped)) => {
+                let key = dropped.relation.columns.iter().filter(|column| column.key);
+                key.map(|column| column.name.clone()).collect()
+            }
+            (None, None) => catalog.primary_key(message.oid).await?,
         };
         let mut relation = self.assembler.describe(message, &primary_key);
-        if let Some((oid, table)) = hypertable {
+        if let Some(Hypertable {
+            oid,
+            table,
+            chunks,
+            differs,
+        }) = hypertable
+        {
+            if differs && self.selection.holds(&table.schema, &table.name) {
+                return Err(SourceError::ChunkDiffers {
+                    chunk: format!("{}.{}", relation.schema, relation.table),
+                    hypertable: format!("{}.{}", table.schema, table.name),
+                }
+                .into());
+            }
+            self.versions.has_chunks(oid, chunks);
             (relation.oid, relation.schema, relation.table) = (oid, table.schema, table.name);
+        } else if let Some(TableSchema { relation: known, .. }) = dropped {
+            (relation.oid, relation.schema, relation.table) = (known.oid, known.schema, known.table);
+        } else if is_chunk(message) {
+            tracing::warn!(
+                chunk = message.table,
+                "changes of a chunk that is no hypertable's are left out"
+            );
+            self.ownerless.send_modify(|first| {
+                first.get_or_insert_with(|| message.table.to_owned());
+            });
         }
         if let Some(snapshot) = &mut self.snapshot {
             snapshot.described(relation.oid);
@@ -697,6 +733,14 @@ impl<'a> Stream<'a> {
         self.encoder.prepare(&relation, &details, destination);
         self.assembler.learn(message.oid, relation);
         Ok(())
+    }
+
+    async fn dropped_hypertable(&self, chunk: &str, catalog: &Catalog) -> Result<Option<TableSchema>, SourceError> {
+        let Some(known) = self.versions.hypertable_of(chunk) else {
+            return Ok(None);
+        };
+        let missing = catalog.missing(&[known.relation.oid]).await?;
+        Ok((!missing.tables.is_empty()).then(|| known.clone()))
     }
 
     fn destination(&self, Relation { schema, table, .. }: &Relation) -> Arc<Destination> {

@@ -35,6 +35,16 @@ impl Versions {
         self.schemas.described(oid, replica_identity);
     }
 
+    /// See [`Schemas::has_chunks`].
+    pub(super) fn has_chunks(&mut self, oid: u32, prefix: String) {
+        self.schemas.has_chunks(oid, prefix);
+    }
+
+    /// See [`Schemas::hypertable_of`].
+    pub(super) fn hypertable_of(&self, chunk: &str) -> Option<&TableSchema> {
+        self.schemas.hypertable_of(chunk)
+    }
+
     /// See [`Schemas::next`].
     pub(super) fn next(
         &mut self,

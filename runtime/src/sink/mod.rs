@@ -180,7 +180,7 @@ pub enum SinkError {
     },
     /// The streams under the prefix are another pipeline's.
     #[error(
-        "streamPrefix {prefix:?} is not free: the streams under it are those of pipeline {owner}; create this pipeline with another streamPrefix, or delete that one with reclaimPolicy Delete; if it no longer exists, run DEL {claim}"
+        "streamPrefix {prefix:?} is not free: the streams under it are those of pipeline {owner}; create this pipeline with another streamPrefix, or delete that one with reclaimPolicy Delete; if it no longer exists, run HSET {claim} pipeline ''"
     )]
     StreamPrefixTaken {
         /// The prefix.

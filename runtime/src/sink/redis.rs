@@ -22,7 +22,7 @@ use redis::{
     AsyncConnectionConfig, Client, ConnectionAddr, ErrorKind, RedisError, Script, ScriptInvocation, TlsCertificates,
     aio::MultiplexedConnection,
 };
-use tokio::time::timeout;
+use tokio::{sync::watch, time::timeout};
 
 use self::durability::Durable;
 use crate::{position::Position, sink::SinkError, tls::authorities};
@@ -155,9 +155,11 @@ pub async fn release(config: &Config, pipeline: &str) -> Result<(), SinkError> {
         .as_deref()
         == Some(pipeline)
     {
-        redis::cmd("HDEL")
+        // It stays, and is nobody's: one that is gone may be one that Redis lost.
+        redis::cmd("HSET")
             .arg(claim)
             .arg(CLAIM_FIELD)
+            .arg("")
             .exec_async(&mut connection)
             .await
             .map_err(|error| failed(&address, &error))?;
@@ -165,27 +167,51 @@ pub async fn release(config: &Config, pipeline: &str) -> Result<(), SinkError> {
     Ok(())
 }
 
+/// The pipeline that was last seen to have the claim on our prefix, if one was. Where Redis comes back empty, the prefix is that one's to
+/// claim anew, whoever asks first. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct Rival(watch::Sender<String>);
+
+impl Rival {
+    /// Its name, or nothing.
+    fn name(&self) -> String {
+        self.0.borrow().clone()
+    }
+
+    fn note<T>(&self, claimed: &Result<T, SinkError>) {
+        match claimed {
+            Err(SinkError::StreamPrefixTaken { owner, .. }) => drop(self.0.send_replace(owner.clone())),
+            Ok(_) => drop(self.0.send_replace(String::new())),
+            Err(_) => {}
+        }
+    }
+}
+
 /// Looks whose the streams' prefix is, and claims nothing.
 ///
 /// # Errors
 /// When it is another pipeline's, or Redis does not answer.
-pub async fn look_at_claim(config: &Config, pipeline: &str) -> Result<(), SinkError> {
+pub async fn look_at_claim(config: &Config, pipeline: &str, rival: &Rival) -> Result<(), SinkError> {
     let (mut connection, address) = connect(&config.url_file, config.ca_file.as_deref()).await?;
     let claim = claim_key(&config.stream_prefix);
     let holder = holder(&mut connection, &claim)
         .await
-        .map_err(|error| failed(&address, &error))?;
-    match holder.filter(|holder| holder != pipeline) {
-        Some(owner) => Err(SinkError::StreamPrefixTaken {
+        .map_err(|error| failed(&address, &error))?
+        .unwrap_or_else(|| rival.name());
+    let looked = if holder.is_empty() || holder == pipeline {
+        Ok(())
+    } else {
+        Err(SinkError::StreamPrefixTaken {
             prefix: config.stream_prefix.clone(),
-            owner,
+            owner: holder,
             claim,
-        }),
-        None => Ok(()),
-    }
+        })
+    };
+    rival.note(&looked);
+    looked
 }
 
-/// The pipeline that has a claim.
+/// The pipeline that has a claim; empty where it was given up.
 async fn holder(connection: &mut MultiplexedConnection, claim: &str) -> redis::RedisResult<Option<String>> {
     redis::cmd("HGET")
         .arg(claim)
@@ -204,7 +230,7 @@ pub fn entry_id(position: Position, part: u8) -> String {
 
 impl Writer {
     /// Connects, checks the server, and takes claim and mark for an owner generation. `pipeline` is the key of its checkpoint.
-    async fn open(config: &Config, pipeline: &str, generation: u64) -> Result<Self, SinkError> {
+    async fn open(config: &Config, pipeline: &str, generation: u64, rival: &Rival) -> Result<Self, SinkError> {
         let (mut connection, address) = connect(&config.url_file, config.ca_file.as_deref()).await?;
         let durable = check_server(&mut connection, config.durability, &address).await?;
         let mut writer = Self {
@@ -225,14 +251,16 @@ impl Writer {
             phantoms: String::new(),
         };
         // A wait is for what the connection wrote, so it has to write in order to learn of what was there before.
-        writer.place = writer.claim(durable != Durable::OnAnswer).await?;
+        let claimed = writer.claim(durable != Durable::OnAnswer, &rival.name()).await;
+        rival.note(&claimed);
+        writer.place = claimed?;
         durable.confirm(&mut writer.connection, &writer.address).await?;
         writer.confirmed = writer.place.position;
         Ok(writer)
     }
 
     /// Takes claim and mark, and looks whether every stream ends as it says.
-    async fn claim(&mut self, write_in_any_case: bool) -> Result<Place, SinkError> {
+    async fn claim(&mut self, write_in_any_case: bool, rival: &str) -> Result<Place, SinkError> {
         let answer: Vec<String> = self
             .claim
             .key(&self.mark)
@@ -240,6 +268,7 @@ impl Writer {
             .arg(&self.generation)
             .arg(&self.pipeline)
             .arg(u8::from(write_in_any_case))
+            .arg(rival)
             .invoke_async(&mut self.connection)
             .await
             .map_err(|error| failed(&self.address, &error))?;
@@ -260,7 +289,7 @@ impl Writer {
 
     /// Looks whether Redis is there, and everything in it as this writer left it, while there is nothing to write.
     async fn check(&mut self) -> Result<(), SinkError> {
-        let found = timeout(CHECK_DEADLINE, self.claim(false)).await;
+        let found = timeout(CHECK_DEADLINE, self.claim(false, "")).await;
         let found = found.map_err(|_| SinkError::Redis {
             address: self.address.clone(),
             cause: format!("it has not answered for {} s", CHECK_DEADLINE.as_secs()),

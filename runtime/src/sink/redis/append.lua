@@ -9,7 +9,7 @@
 -- which a person allows a gap at this position, and `phantoms`, the ids of entries that stand for nothing, until a person removes it.
 local FIRST, STREAMS = 8, 3
 local holder = redis.call('HGET', KEYS[2], 'pipeline')
-if holder and holder ~= ARGV[2] then
+if holder and holder ~= '' and holder ~= ARGV[2] then
   return {'claimed', holder}
 end
 local mark = redis.call('HMGET', KEYS[1], 'generation', 'position', 'phantoms')
@@ -19,7 +19,7 @@ end
 local answer = any_disturbed(STREAMS)
 if answer then return answer end
 
-if not holder then
+if holder ~= ARGV[2] then
   redis.call('HSET', KEYS[2], 'pipeline', ARGV[2])
 end
 local last, i = {}, FIRST

@@ -22,7 +22,7 @@ use crate::{
     sink::{
         Durable, SinkError,
         redis::{
-            CONFIRM_BYTES, Entry, Writer,
+            CONFIRM_BYTES, Entry, Rival, Writer,
             live::{Live, Taken},
             refill::{Source, missing},
             said,
@@ -87,6 +87,7 @@ pub struct Feed {
     log: watch::Receiver<Checkpoint>,
     progress: watch::Sender<Progress>,
     metrics: Metrics,
+    rival: Rival,
     /// The last change that Redis is known to have had.
     acknowledged: Option<Position>,
     /// A gap that nobody has accepted yet, so that it is not counted again and again.
@@ -103,6 +104,7 @@ impl Feed {
         kafka: watch::Receiver<Durable>,
         log: watch::Receiver<Checkpoint>,
         metrics: Metrics,
+        rival: Rival,
     ) -> (Self, watch::Receiver<Progress>) {
         let (namespace, name) = (&capture.pipeline.namespace, &capture.pipeline.name);
         let checkpoint = log.borrow().clone();
@@ -133,6 +135,7 @@ impl Feed {
             log,
             progress,
             metrics,
+            rival,
             acknowledged,
             gap: None,
         };
@@ -173,7 +176,7 @@ impl Feed {
 
     /// Brings Redis to where the buffer begins, and goes on from the buffer, until nothing more is offered.
     async fn feed(&mut self) -> Result<(), SinkError> {
-        let mut writer = Writer::open(&self.config, &self.pipeline, self.generation).await?;
+        let mut writer = Writer::open(&self.config, &self.pipeline, self.generation, &self.rival).await?;
         self.check_gap(&writer)?;
         if writer.place.position < self.acknowledged {
             self.detached(SinkError::RedisLost {

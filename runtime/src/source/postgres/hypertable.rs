@@ -118,6 +118,19 @@ const IS_PUBLISHED: &str =
     "EXISTS (SELECT FROM pg_catalog.pg_publication_rel r JOIN pg_catalog.pg_publication p ON p.oid = r.prpubid
     WHERE p.pubname = $1 AND r.prrelid = c.oid)";
 
+/// What a chunk belongs to.
+#[derive(Clone, Debug)]
+pub struct Hypertable {
+    /// Its OID.
+    pub oid: u32,
+    /// Its name.
+    pub table: Table,
+    /// What the names of its chunks begin with.
+    pub chunks: String,
+    /// The chunk has its columns in another order, as one can that was made by hand and attached.
+    pub differs: bool,
+}
+
 /// Where a publication and the chunks of hypertables do not go together.
 #[derive(Debug, Default)]
 pub(super) struct Astray {
@@ -204,12 +217,12 @@ impl Catalog {
         Ok(astray)
     }
 
-    /// OID and name of the hypertable, if a relation of the WAL is a chunk. One that was dropped since is known by its name, which begins
-    /// with what is the hypertable's alone.
+    /// The hypertable, if a relation of the WAL is a chunk. A chunk that was dropped since is known by its name, which begins with what is
+    /// the hypertable's alone.
     ///
     /// # Errors
     /// When the server does not answer.
-    pub async fn hypertable_of(&self, chunk: &RelationMessage<'_>) -> Result<Option<(u32, Table)>, SourceError> {
+    pub async fn hypertable_of(&self, chunk: &RelationMessage<'_>) -> Result<Option<Hypertable>, SourceError> {
         if !chunk.schema.starts_with(OWN_SCHEMAS) {
             return Ok(None);
         }
@@ -219,7 +232,12 @@ impl Catalog {
         }
         let rows = self
             .query(
-                "SELECT c.oid, n.nspname, c.relname FROM _timescaledb_catalog.hypertable h
+                "SELECT c.oid, n.nspname, c.relname, h.associated_table_prefix::text,
+                        (SELECT array_agg(attname ORDER BY attnum) FROM pg_catalog.pg_attribute
+                         WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped)
+                        <> (SELECT array_agg(attname ORDER BY attnum) FROM pg_catalog.pg_attribute
+                            WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped)
+                 FROM _timescaledb_catalog.hypertable h
                  JOIN pg_catalog.pg_namespace n ON n.nspname = h.schema_name
                  JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = h.table_name
                  WHERE EXISTS (SELECT FROM pg_catalog.pg_inherits WHERE inhrelid = $1 AND inhparent = c.oid)
@@ -230,18 +248,22 @@ impl Catalog {
                 &[&chunk.oid, &chunk.schema, &chunk.table],
             )
             .await?;
-        if rows.is_empty() && chunk.table.ends_with("_chunk") && !chunk.table.starts_with("compress_") {
-            tracing::warn!(
-                chunk = chunk.table,
-                "changes are left out, since their hypertable was dropped before they were read"
-            );
-        }
-        Ok(rows.first().map(|row| {
-            let table = Table {
+        Ok(rows.first().map(|row| Hypertable {
+            oid: row.get(0),
+            table: Table {
                 schema: row.get(1),
                 name: row.get(2),
-            };
-            (row.get(0), table)
+            },
+            chunks: row.get(3),
+            differs: row.get::<_, Option<bool>>(4) == Some(true),
         }))
     }
+}
+
+/// True for a chunk with rows as they are, rather than compressed, by its name.
+#[must_use]
+pub fn is_chunk(relation: &RelationMessage<'_>) -> bool {
+    relation.schema.starts_with(OWN_SCHEMAS)
+        && relation.table.ends_with("_chunk")
+        && !relation.table.starts_with("compress_")
 }

@@ -268,6 +268,16 @@ pub enum SourceError {
         "PostgreSQL {0} has no failover slots, which came with version 17; leave source.postgres.slot.failover out"
     )]
     FailoverUnsupported(String),
+    /// What its values would be called is not what they are.
+    #[error(
+        "chunk {chunk} has its columns in another order than hypertable {hypertable}, and its changes would be told under wrong names; run SELECT detach_chunk('{chunk}'); and make it anew with the columns in the hypertable's order, or name the hypertable in tables.exclude"
+    )]
+    ChunkDiffers {
+        /// The chunk.
+        chunk: String,
+        /// The hypertable.
+        hypertable: String,
+    },
     /// Another process reads the slot.
     #[error("replication slot {slot:?} is read by another process; this one waits until it is free")]
     SlotActive {
@@ -334,6 +344,7 @@ impl SourceError {
             Self::SlotWaitsForPrimary => "SlotWaitsForPrimary",
             Self::StandbyBehind { .. } => "StandbyBehind",
             Self::FailoverUnsupported(_) => "FailoverUnsupported",
+            Self::ChunkDiffers { .. } => "ChunkDiffers",
             Self::SlotActive { .. } => "SlotActive",
             Self::Server { .. } => "DatabaseError",
         }

@@ -4,7 +4,7 @@
 -- pipeline}.
 for k = 2, #KEYS do
   local owner = redis.call('HGET', KEYS[k], 'pipeline')
-  if owner then
+  if owner and owner ~= '' then
     return {'claimed', tostring(k - 2), owner}
   end
 end
