@@ -297,6 +297,37 @@ mod tests {
     }
 
     #[test]
+    fn whose_a_chunk_was_is_known_from_its_name_for_as_long_as_the_log_knows_the_hypertable() {
+        let table = relation(1, &[("id", 23, -1, true)]);
+        let mut schemas = Schemas::new(vec![], "7");
+        let kept = |notes: &[Note]| notes.iter().filter_map(|note| note.kept.clone()).collect::<Vec<_>>();
+        let mut notes = vec![];
+        // Rows of a snapshot come before any chunk.
+        schemas.described(1, b'd');
+        schemas.next(&table, at(1), &mut notes);
+        assert!(schemas.hypertable_of("_hyper_1_2_chunk").is_none());
+        schemas.has_chunks(1, "_hyper_1".to_owned());
+        schemas.described(1, b'd');
+        assert_eq!(schemas.next(&table, at(2), &mut notes), None);
+        schemas.described(1, b'd');
+        schemas.next(&table, at(3), &mut notes);
+        assert_eq!(notes.len(), 2, "it is noted once");
+
+        let mut later = Schemas::new(kept(&notes[1..]), "7");
+        assert_eq!(later.hypertable_of("_hyper_1_2_chunk").unwrap().relation, table);
+        for other in [
+            "_hyper_11_2_chunk",
+            "_hyper_1__chunk",
+            "_hyper_1_2x_chunk",
+            "_hyper_1_2",
+        ] {
+            assert!(later.hypertable_of(other).is_none(), "{other}");
+        }
+        later.dropped(1, &mut notes);
+        assert!(later.hypertable_of("_hyper_1_2_chunk").is_none());
+    }
+
+    #[test]
     fn what_the_log_tells_of_a_table_makes_another_version_and_nothing_else_does() {
         let one = relation(1, &[("id", 23, -1, true), ("note", 25, -1, false)]);
         let other = |change: &dyn Fn(&mut Relation)| {

@@ -26,11 +26,19 @@ async fn an_owner_that_was_stopped_and_goes_on_finds_another_and_neither_loses_n
         standby: true,
         ..common::config(&postgres, kafka, Some(&redis))
     };
+    // The first one is of an earlier spec, which leaves a table out.
+    let client = postgres.client().await;
+    client
+        .batch_execute("CREATE TABLE late (id int PRIMARY KEY)")
+        .await
+        .unwrap();
+    let mut earlier = config.clone();
+    earlier.source.tables.exclude = vec!["public.late".to_owned()];
     let owns = async |runtime: &Runtime| {
         let (_, metrics) = runtime.get("/metrics").await.map_err(|error| error.to_string())?;
         Ok::<_, String>(metrics.lines().any(|line| line == "meander_capture_owns_slot 1"))
     };
-    let mut first = Runtime::capture(&config);
+    let mut first = Runtime::capture(&earlier);
     first.ready(LIMIT).await;
     let mut second = Runtime::capture(&CaptureConfig {
         admin_address: free_address(),
@@ -71,6 +79,7 @@ async fn an_owner_that_was_stopped_and_goes_on_finds_another_and_neither_loses_n
     })
     .await;
     flow(before).await;
+    common::wait_for_metric(&second, "meander_capture_tables ", |captured| captured == 2).await;
     println!(
         "the other one took over {:.1} s after the stop",
         stopped.elapsed().as_secs_f64()
@@ -88,6 +97,10 @@ async fn an_owner_that_was_stopped_and_goes_on_finds_another_and_neither_loses_n
     .await;
     load.await.unwrap();
     flow(CHANGES - 1).await;
+    // Of the publication it has left its hands off: a table that comes back to it is noted.
+    let untouched = "SELECT count(*) = 2 AND bool_and(obj_description(p.oid, 'pg_publication') IS NULL)
+         FROM pg_publication p JOIN pg_publication_rel ON prpubid = p.oid";
+    assert!(client.query_one(untouched, &[]).await.unwrap().get::<_, bool>(0));
 
     let verified = verify(&postgres, kafka, &redis, &config, "60s");
     let said = String::from_utf8_lossy(&verified.stdout);
