@@ -41,7 +41,7 @@ const HYPERTABLE: &str = "CREATE SCHEMA _timescaledb_catalog; CREATE SCHEMA _tim
     CREATE TABLE _timescaledb_internal.compress_hyper_2_2_chunk (at int PRIMARY KEY);
     INSERT INTO _timescaledb_internal._hyper_1_1_chunk VALUES (0, 0);
     CREATE TABLE k (at int PRIMARY KEY);
-    INSERT INTO _timescaledb_catalog.hypertable VALUES (3, 'public', 'k', '_timescaledb_internal', '_hyper_3', 0);
+    INSERT INTO _timescaledb_catalog.hypertable VALUES (3, 'public', 'k', '_timescaledb_internal', '_hyper_3', 1);
     CREATE TABLE _timescaledb_internal._hyper_3_5_chunk (PRIMARY KEY (at)) INHERITS (k)";
 
 #[tokio::test(flavor = "multi_thread")]
@@ -233,6 +233,7 @@ async fn a_hypertable_is_captured_under_its_own_name_and_moving_its_rows_is_no_c
     let leave = join(6).replace("ADD", "DROP");
     let detach = "ALTER TABLE _timescaledb_internal._hyper_1_6_chunk NO INHERIT m";
     execute(&client, &format!("{detach}; {leave}")).await;
+    runtime.ready(LIMIT).await;
 
     // Its chunks leave with it: without a key, the application's own UPDATE would fail for them.
     execute(&client, "ALTER TABLE m DROP CONSTRAINT m_pkey").await;
