@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     net::SocketAddr,
     num::NonZeroU32,
     path::{Path, PathBuf},
@@ -16,8 +16,8 @@ use std::{
 };
 
 use meander_config::{
-    ClientCertificate, GrpcReceiver, KafkaCluster, KafkaLog, OperatorLink, RecordOffset, ReplayConfig, ReplayEnd,
-    ReplayFilter, ReplayOrder, ReplayStart, ReplayTarget, ResourceIdentity, Speed, TableSelection,
+    ClientCertificate, GrpcReceiver, KafkaCluster, KafkaLog, OperatorLink, RecordOffset, RedisStreams, ReplayConfig,
+    ReplayEnd, ReplayFilter, ReplayOrder, ReplayStart, ReplayTarget, ResourceIdentity, Speed, TableSelection,
 };
 use meander_proto::v1::{
     ChangeRecord, Column, Condition, ControlReplayRequest, ControlReplayResponse, DeliverAck, Directive, Operation,
@@ -37,7 +37,7 @@ use meander_runtime::{
         topic_name,
     },
     position::{Epoch, Lsn, Position},
-    replay::{self, End, error::ReplayError},
+    replay::{self, End, error::ReplayError, record::ResumeToken},
 };
 use meander_test_support::{Authority, Kafka, Runtime, Signal, eventually, free_address, unique_name};
 use meander_workload::subscribe::Line;
@@ -109,6 +109,8 @@ struct Log {
     complete: Option<Position>,
     events: u64,
     value: fn(&Change) -> Vec<u8>,
+    /// What is about every row of its topic.
+    is_keyless: fn(&Change) -> bool,
 }
 
 /// Topics of every test's pipeline and their partitions. Nothing is ever written to `empty`.
@@ -149,6 +151,7 @@ impl Log {
             complete: None,
             events: 0,
             value: |change| format!("value of {}", change.position).into_bytes(),
+            is_keyless: |_| false,
         }
     }
 
@@ -202,12 +205,14 @@ impl Log {
             });
         }
         let (topic, payload) = (self.topic(change.table), (self.value)(change));
-        let record = BaseRecord::to(&topic)
+        let mut record = BaseRecord::<str, _>::to(&topic)
             .partition(change.partition)
-            .key("key")
             .payload(&payload)
             .timestamp(self.high_time.max(change.commit_time) / 1000)
             .headers(headers);
+        if !(self.is_keyless)(change) {
+            record = record.key("key");
+        }
         producer.send(record).map_err(|(error, _)| error).unwrap();
     }
 
@@ -275,10 +280,14 @@ impl Log {
 
     /// Deletes the records of a partition before an offset, as retention does.
     async fn truncate(&self, table: &str, partition: i32, before: i64) {
+        self.delete(table, partition, Offset::Offset(before)).await;
+    }
+
+    async fn delete(&self, table: &str, partition: i32, before: Offset) {
         let admin: AdminClient<DefaultClientContext> = self.kafka.client_config().create().unwrap();
         let mut offsets = TopicPartitionList::new();
         offsets
-            .add_partition_offset(&self.topic(table), partition, Offset::Offset(before))
+            .add_partition_offset(&self.topic(table), partition, before)
             .unwrap();
         admin.delete_records(&offsets, &AdminOptions::new()).await.unwrap();
     }
@@ -407,9 +416,13 @@ impl Receiver {
 
     /// What came since the last time, and forgets it.
     fn take(&self) -> Vec<(String, u32, i64)> {
+        self.take_records().iter().map(change_of).collect()
+    }
+
+    fn take_records(&self) -> Vec<ReplayedRecord> {
         let taken = std::mem::take(&mut *self.received.lock().unwrap());
         self.arrivals.send_replace(0);
-        taken.iter().map(change_of).collect()
+        taken
     }
 
     async fn until(&self, records: usize) {
@@ -985,6 +998,35 @@ async fn a_receiver_that_is_none_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_target_that_is_away_is_told_while_it_is_tried_again() {
+    let mut log = Log::new().await;
+    log.commit(&[change(0x100, 0, START, "orders", 0)]);
+    let operator = Operator::start(Directive::default()).await;
+    let folder = tempfile::tempdir().unwrap();
+    let url_file = folder.path().join("url");
+    std::fs::write(&url_file, format!("redis://{}/0", free_address())).unwrap();
+    let config = ReplayConfig {
+        operator: operator.link(&folder),
+        ..log.config(ReplayTarget::Redis(RedisStreams {
+            url_file,
+            ca_file: None,
+            stream_prefix: unique_name("copy"),
+        }))
+    };
+    let replay = start(config);
+    let trouble = operator.condition("Progressing", "RedisUnreachable").await;
+    assert!(
+        !trouble.status && trouble.message.contains("tried again"),
+        "{trouble:?}"
+    );
+    operator.directive.send_replace(Directive {
+        cancel: true,
+        ..Directive::default()
+    });
+    assert_eq!(replay.await.unwrap().unwrap(), End::Cancelled);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_pipeline_without_a_checkpoint_has_no_log() {
     let log = Log::new().await;
     let receiver = Receiver::start().await;
@@ -1195,17 +1237,32 @@ async fn side_by_side_each_partition_is_in_order_and_every_change_comes_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn side_by_side_each_partition_goes_on_at_its_own_place_after_a_kill() {
-    let mut log = Log::new().await;
+async fn side_by_side_each_partition_goes_on_at_its_own_place_after_a_kill_and_what_has_no_key_keeps_its_place() {
+    let mut log = Log {
+        value: row_of,
+        // TRUNCATE, for example, in partition 0 as all of them.
+        is_keyless: |change| change.partition == 0 && change.position.commit_lsn.0 % 0x1000 == 0x100,
+        ..Log::new().await
+    };
     let changes = long_history(20_000);
     for part in changes.chunks(500) {
         log.commit(part);
     }
     let receiver = Receiver::start().await;
     receiver.answers.forget_permits(Semaphore::MAX_PERMITS);
+    let folder = tempfile::tempdir().unwrap();
+    let word = folder.path().join("termination-log");
     let config = ReplayConfig {
         admin_address: free_address(),
         order: ReplayOrder::PerKey,
+        filter: Some(ReplayFilter {
+            tables: Some(TableSelection {
+                include: vec!["public.trades".to_owned()],
+                exclude: vec![],
+            }),
+            ..ReplayFilter::default()
+        }),
+        termination_message_file: Some(word.clone()),
         ..log.config(receiver.target())
     };
     let mut runtime = Runtime::replay(&config);
@@ -1220,18 +1277,53 @@ async fn side_by_side_each_partition_goes_on_at_its_own_place_after_a_kill() {
     })
     .await;
     runtime.kill9();
-    let mut received = receiver.take();
+    let mut received = receiver.take_records();
     received.truncate(usize::try_from(answered).unwrap());
-    assert_ne!(received, expected(&changes[..received.len()]), "it is not commit order");
 
     runtime.start_again();
     receiver.answers.add_permits(1000);
     let status = runtime.process().wait(LIMIT);
     assert!(status.success(), "{}", runtime.process().log_tail());
-    received.extend(receiver.take());
-    assert_eq!(received.len(), changes.len(), "what was kept is not delivered again");
-    let all = |changes: Vec<(String, u32, i64)>| changes.into_iter().collect::<BTreeSet<_>>();
-    assert!(all(received) == all(expected(&changes)));
+    received.extend(receiver.take_records());
+    let received: Vec<_> = (received.iter())
+        .map(|record| {
+            (
+                record.position.parse::<Position>().unwrap(),
+                record.partition,
+                record.key.is_empty(),
+            )
+        })
+        .collect();
+    let positions: Vec<Position> = received.iter().map(|(position, ..)| *position).collect();
+    let mut sorted = positions.clone();
+    sorted.sort_unstable();
+    assert_ne!(positions, sorted, "it is not commit order");
+    let kept: Vec<_> = changes.iter().filter(|change| change.table == "trades").collect();
+    assert_eq!(
+        sorted,
+        kept.iter().map(|change| change.position).collect::<Vec<_>>(),
+        "each comes once"
+    );
+    for partition in 0..3 {
+        let of_partition = received.iter().filter(|(_, at, _)| *at == partition);
+        assert!(
+            of_partition.is_sorted_by_key(|(position, ..)| *position),
+            "partition {partition}"
+        );
+    }
+    let keyless = (0..received.len()).filter(|at| received[*at].2);
+    assert_eq!(
+        keyless.clone().count(),
+        kept.iter().filter(|change| (log.is_keyless)(change)).count()
+    );
+    for at in keyless {
+        let (before, after) = (&positions[..at], &positions[at + 1..]);
+        assert!(before.iter().all(|before| *before < positions[at]), "{at}");
+        assert!(after.iter().all(|after| *after > positions[at]), "{at}");
+    }
+    // What the filter left out is not counted again after the crash.
+    let word: serde_json::Value = serde_json::from_slice(&std::fs::read(word).unwrap()).unwrap();
+    assert_eq!((&word["delivered"], &word["filtered"]), (&15_000.into(), &5_000.into()));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -1458,6 +1550,12 @@ fn long_history(transactions: u64) -> Vec<Change> {
 
 /// How many records are delivered, as the job's consumer group says it.
 async fn kept(config: &ReplayConfig) -> u64 {
+    let note = kept_note(config).await;
+    note["done"]["delivered"].as_u64().unwrap_or_default()
+}
+
+/// What the job's consumer group says of the replay.
+async fn kept_note(config: &ReplayConfig) -> serde_json::Value {
     let ResourceIdentity { namespace, name, uid } = &config.job;
     let consumer: BaseConsumer = Kafka::shared()
         .await
@@ -1472,8 +1570,7 @@ async fn kept(config: &ReplayConfig) -> u64 {
         consumer.committed_offsets(wanted, LIMIT).unwrap()
     });
     let note = committed.find_partition(&topic, 0).unwrap().metadata().to_owned();
-    let note: serde_json::Value = serde_json::from_str(&note).unwrap_or_default();
-    note["done"]["delivered"].as_u64().unwrap_or_default()
+    serde_json::from_str(&note).unwrap_or_default()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -1673,7 +1770,8 @@ impl Served {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_subscriber_that_is_killed_misses_nothing_in_history_nor_live_nor_in_between() {
     let mut served = Served::new(20_000, ReplayEnd::Live).await;
-    let replay = tokio::spawn(replay::run(served.config.clone(), CancellationToken::new()));
+    let shutdown = CancellationToken::new();
+    let replay = tokio::spawn(replay::run(served.config.clone(), shutdown.clone()));
     let (address, token_file) = (served.address, served.token_file.clone());
     let ledger = served.folder.path().join("ledger");
     until_served(address).await;
@@ -1701,19 +1799,40 @@ async fn a_subscriber_that_is_killed_misses_nothing_in_history_nor_live_nor_in_b
     until_noted(&ledger, served.changes.len()).await;
     // One that comes late takes all of it.
     let late = served.folder.path().join("late");
-    let _other = Subscriber::start(address, &token_file, &late);
+    let other = Subscriber::start(address, &token_file, &late);
     until_noted(&late, served.changes.len()).await;
+    // Another pod takes over; meanwhile retention takes all of a table that sleeps, which had been taken before.
+    let taken = served.changes.last().unwrap().position;
+    eventually("it is kept what was taken", LIMIT, async || {
+        let note = kept_note(&served.config).await;
+        let kept = note["taken"].as_str().and_then(|kept| kept.parse::<ResumeToken>().ok());
+        match kept {
+            Some(kept) if kept.coordinate.position >= taken => Ok(()),
+            _ => Err(note),
+        }
+    })
+    .await;
+    drop((subscriber, other));
+    shutdown.cancel();
+    let end = timeout(LIMIT, replay).await.unwrap().unwrap();
+    assert!(matches!(end, Err(ReplayError::Interrupted)), "{end:?}");
+    served.capture(5);
+    served.log.delete("orders", 0, Offset::End).await;
+    let replay = tokio::spawn(replay::run(served.config.clone(), CancellationToken::new()));
+    until_served(address).await;
+    let subscriber = Subscriber::start(address, &token_file, &ledger);
+    served.capture(5);
+    until_noted(&ledger, served.changes.len()).await;
 
     let changes = served.changes.iter();
     let whole: Vec<_> = changes
         .map(|change| (change.position.to_string(), change.part))
         .collect();
     assert_eq!(noted(&ledger), whole);
-    assert_eq!(noted(&late), whole);
+    assert_eq!(noted(&late), whole[..whole.len() - 10]);
     // What is acknowledged is delivered; one that went on by a token counts from there.
+    served.operator.reported(|progress| progress.delivered == 10).await;
     drop(subscriber);
-    let count = u64::try_from(whole.len()).unwrap();
-    served.operator.reported(|progress| progress.delivered == count).await;
     served.operator.directive.send_replace(Directive {
         cancel: true,
         ..Directive::default()
@@ -1770,20 +1889,32 @@ async fn a_pod_that_takes_over_serves_the_same_range_and_says_what_retention_too
     // A token of somewhere else is not taken for the end.
     let elsewhere = subscribe("1:0/FFFFFFF:0#0@1").await.unwrap_err();
     assert_eq!(elsewhere.code(), tonic::Code::InvalidArgument, "{elsewhere}");
-    // Whoever has taken more misses nothing.
+    // Whoever has taken more misses nothing, nor does one who breaks off and comes back when another has ended the job.
+    let token = |from_end: usize| messages[messages.len() - from_end].resume_token.clone();
+    let (requests, mut events) = subscribe(&token(2)).await.unwrap();
+    let (others_requests, mut others) = subscribe(&token(3)).await.unwrap();
+    timeout(LIMIT, others.message()).await.unwrap().unwrap().unwrap();
+    drop((others_requests, others));
     let taken = &messages[..messages.len() - 1];
     let mut taken: Vec<_> = taken
         .iter()
         .flat_map(|event| event.records.iter().map(change_of))
         .collect();
     assert!(taken.len() > 2_000);
-    let (requests, mut events) = subscribe(&messages[messages.len() - 2].resume_token).await.unwrap();
-    while let Some(event) = timeout(LIMIT, events.message()).await.unwrap().unwrap() {
-        taken.extend(event.records.iter().map(change_of));
-        let (resume_token, credit) = (event.resume_token, 0);
-        requests.send(ReplayRequest { resume_token, credit }).await.unwrap();
-    }
+    let take_rest = async |requests: mpsc::Sender<ReplayRequest>, events: &mut Streaming<ReplayEvent>| {
+        let mut taken = Vec::new();
+        while let Some(event) = timeout(LIMIT, events.message()).await.unwrap().unwrap() {
+            taken.extend(event.records.iter().map(change_of));
+            let (resume_token, credit) = (event.resume_token, 0);
+            requests.send(ReplayRequest { resume_token, credit }).await.unwrap();
+        }
+        taken
+    };
+    taken.extend(take_rest(requests, &mut events).await);
     assert_eq!(taken, expected(&served.changes[..3_000]));
+    let (requests, mut events) = subscribe(&token(3)).await.unwrap();
+    let rest = take_rest(requests, &mut events).await;
+    assert_eq!(rest, expected(&served.changes[3_000 - rest.len()..3_000]));
     let end = timeout(LIMIT, second).await.unwrap().unwrap();
     assert_eq!(end.unwrap(), End::Complete);
     let succeeded = |progress: &ReplayProgress| progress.phase() == Phase::Succeeded;

@@ -154,7 +154,7 @@ pub async fn drive<T: Target>(
                     live = true;
                     clock.set_speed(Speed::Max, queue.next(), Instant::now());
                 }
-                Some(Ok(Read::End)) => queue.ended = true,
+                Some(Ok(Read::End(_))) => queue.ended = true,
                 Some(Err(error)) => return Err(error),
                 None => return Err(ReplayError::TaskStopped("the reader")),
             },

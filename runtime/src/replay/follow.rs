@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     error::ReplayError,
     filter::Filter,
-    range::{self, Range},
+    range::{self, Brokers, Ends, Range},
     reader::{self, Read, Reading},
     record::{Coordinate, ResumeToken},
 };
@@ -47,8 +47,19 @@ pub struct Live {
     kafka: KafkaLog,
     checkpoints: String,
     end: watch::Receiver<Result<Option<End>, Arc<TailError>>>,
+    /// How far the first of the readers is.
+    taken: watch::Sender<Option<Taken>>,
     /// The follower ends with the last of these.
     _end: Arc<tokio_util::sync::DropGuard>,
+}
+
+/// How far a reader is in what follows the range. Whoever has this record has everything before these offsets.
+#[derive(Clone, Debug)]
+pub struct Taken {
+    /// The last record that it was given.
+    pub last: ResumeToken,
+    /// The offset at which each partition goes on.
+    pub ends: Ends,
 }
 
 /// What one reader takes.
@@ -66,9 +77,9 @@ pub struct Following {
 }
 
 impl Live {
-    /// Begins to follow the log of a replay's pipeline.
+    /// Begins to follow the log of a replay's pipeline. `taken` is what an earlier process has left of [`Live::taken`].
     #[must_use]
-    pub fn start(config: &ReplayConfig) -> Self {
+    pub fn start(config: &ReplayConfig, taken: Option<Taken>) -> Self {
         let pipeline = &config.pipeline;
         let checkpoints = checkpoint_topic(&pipeline.namespace, &pipeline.name);
         let key = checkpoint_key(&pipeline.namespace, &pipeline.name, &config.slot_name);
@@ -83,8 +94,15 @@ impl Live {
             kafka: config.kafka.clone(),
             checkpoints,
             end,
+            taken: watch::channel(taken).0,
             _end: Arc::new(stop.drop_guard()),
         }
+    }
+
+    /// How far the first of the readers is.
+    #[must_use]
+    pub fn taken(&self) -> watch::Receiver<Option<Taken>> {
+        self.taken.subscribe()
     }
 
     /// Reads a range and everything after it.
@@ -113,14 +131,21 @@ impl Live {
             group,
             prefetch,
         } = following;
-        let mut known = range.ends();
+        let before = range.clone();
         let mut reached = range.end.map(|position| End {
             position,
             time: range.high_time / 1000,
         });
         let mut after = token.map(|token| token.coordinate);
-        // One who is past the range goes on from where he is, and has everything before `known`, as one who has just taken the range.
+        let (mut ends, mut since, mut last) = (range.ends(), None, token);
+        // One who is past the range goes on from where he is.
         if let Some(token) = token.filter(|token| reached.is_none_or(|end| token.coordinate.position > end.position)) {
+            if let Some(taken) = &*self.taken.borrow()
+                && taken.last.coordinate <= token.coordinate
+            {
+                ends.extend(taken.ends.iter().map(|(partition, end)| (partition.clone(), *end)));
+            }
+            since = Some(token.timestamp);
             reached = Some(End {
                 position: token.coordinate.position,
                 time: token.timestamp,
@@ -133,28 +158,30 @@ impl Live {
                 side_by_side: false,
             };
             let reads = reader::start_with(&self.kafka, group.clone(), prefetch, reading);
-            if !pass_on(reads, out).await? {
-                return Ok(());
+            match pass_on(reads, out, &mut last).await? {
+                Some(reached) => ends = reached,
+                None => return Ok(()),
             }
             after = reached.map(|end| end.last()).max(after);
+            self.note(last, &ends);
         }
         if out.send(Ok(Read::Live)).await.is_err() {
             return Ok(());
         }
         let stop = CancellationToken::new();
         let _stop_on_return = stop.clone().drop_guard();
+        let mut brokers = Brokers::connect(&self.kafka, &self.checkpoints)?;
         loop {
             let Some(end) = self.newer(reached, out).await? else {
                 return Ok(());
             };
-            let (kafka, checkpoints, stop) = (self.kafka.clone(), self.checkpoints.clone(), stop.clone());
-            let from = reached.map_or(0, |end| end.time);
+            let (before, stop) = (before.clone(), stop.clone());
             let resolving = spawn_blocking(move || {
-                let range = range::following(&kafka, &checkpoints, from, end.position, &mut known, &stop)?;
-                Ok::<_, ReplayError>((range, known))
+                let range = range::following(&brokers, &before, &ends, since, end.position, &stop)?;
+                Ok::<_, ReplayError>((range, brokers))
             });
             let range;
-            (range, known) = resolving
+            (range, brokers) = resolving
                 .await
                 .map_err(|_| ReplayError::TaskStopped("following the log"))??;
             let reading = Reading {
@@ -164,12 +191,27 @@ impl Live {
                 side_by_side: false,
             };
             let reads = reader::start_with(&self.kafka, group.clone(), prefetch, reading);
-            if !pass_on(reads, out).await? {
-                return Ok(());
+            match pass_on(reads, out, &mut last).await? {
+                Some(reached) => ends = reached,
+                None => return Ok(()),
             }
-            reached = Some(end);
+            (reached, since) = (Some(end), None);
             after = Some(end.last());
+            self.note(last, &ends);
         }
+    }
+
+    /// Notes how far this reader is, if it is the first to be there.
+    fn note(&self, last: Option<ResumeToken>, ends: &Ends) {
+        let Some(last) = last else { return };
+        self.taken.send_if_modified(|taken| {
+            let is_first = (taken.as_ref()).is_none_or(|taken| taken.last.coordinate < last.coordinate);
+            if is_first {
+                let ends = ends.clone();
+                *taken = Some(Taken { last, ends });
+            }
+            is_first
+        });
     }
 
     /// An end of the log that is after this one; none when nobody listens any more.
@@ -204,17 +246,21 @@ impl End {
     }
 }
 
-/// Passes on what a reader gives, up to the end of its range; `false` if nobody listens any more.
+/// Passes on what a reader gives, up to the end of its range, and returns where its partitions go on; none if nobody listens any more.
 async fn pass_on(
     mut reads: mpsc::Receiver<Result<Read, ReplayError>>,
     out: &mpsc::Sender<Result<Read, ReplayError>>,
-) -> Result<bool, ReplayError> {
+    last: &mut Option<ResumeToken>,
+) -> Result<Option<Ends>, ReplayError> {
     loop {
         match reads.recv().await {
-            Some(Ok(Read::End)) => return Ok(true),
+            Some(Ok(Read::End(ends))) => return Ok(Some(ends)),
             Some(Ok(read)) => {
+                if let Read::Records(records) = &read {
+                    *last = records.last().map(Into::into).or(*last);
+                }
                 if out.send(Ok(read)).await.is_err() {
-                    return Ok(false);
+                    return Ok(None);
                 }
             }
             Some(Err(error)) => return Err(error),

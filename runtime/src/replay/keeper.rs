@@ -24,7 +24,7 @@ use rdkafka::{
 };
 use serde::{Deserialize, Serialize};
 use tokio::{
-    sync::mpsc,
+    sync::{mpsc, watch},
     task::{JoinHandle, spawn_blocking},
     time::{Instant, MissedTickBehavior, interval},
 };
@@ -32,8 +32,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     checkpoint::{Checkpoint, Done},
+    follow::Taken,
     range::{self, Range, Stretch},
-    record::Record,
+    record::{Record, ResumeToken},
     target::{Batch, Mark, Resumable, Tally, Target, TargetError},
 };
 use crate::{
@@ -201,9 +202,21 @@ impl RangeKeeper {
         Ok(())
     }
 
-    /// Sees for ever that Kafka does not forget it.
-    pub async fn renew(self) -> Infallible {
-        let Some(place) = self.place else {
+    /// How far an earlier process was in what follows the range.
+    #[must_use]
+    pub fn taken(&self) -> Option<Taken> {
+        let place = self.place.as_ref()?;
+        let partitions = place.range.partitions.iter().zip(&place.next);
+        let ends = partitions.map(|(stretch, next)| ((Arc::clone(&stretch.topic), stretch.partition), *next));
+        Some(Taken {
+            last: place.taken?,
+            ends: ends.collect(),
+        })
+    }
+
+    /// Keeps for ever what is `taken` after the range, and sees that Kafka does not forget it.
+    pub async fn keep(self, mut taken: Option<watch::Receiver<Option<Taken>>>) -> Infallible {
+        let Some(mut place) = self.place else {
             return pending().await;
         };
         let mut saves = Saves::new(self.keeper);
@@ -211,7 +224,19 @@ impl RangeKeeper {
         loop {
             tokio::select! {
                 () = saves.ended() => {}
-                _ = looks.tick() => saves.start(&place, false),
+                _ = looks.tick() => {
+                    let news = taken.as_mut().filter(|taken| taken.has_changed().unwrap_or(false));
+                    let moved = news.and_then(|taken| taken.borrow_and_update().clone());
+                    let has_moved = moved.is_some();
+                    if let Some(taken) = moved {
+                        for (stretch, next) in place.range.partitions.iter().zip(&mut place.next) {
+                            let end = taken.ends.get(&(Arc::clone(&stretch.topic), stretch.partition));
+                            *next = end.copied().unwrap_or(*next);
+                        }
+                        place.taken = Some(taken.last);
+                    }
+                    saves.start(&place, has_moved);
+                }
             }
         }
     }
@@ -240,6 +265,8 @@ struct Place {
     /// The offset at which each partition goes on, in the order of the range.
     next: Vec<i64>,
     done: Option<Done>,
+    /// Where subscribers keep their own places, and what follows the range is taken as well: how far that is, at `next`.
+    taken: Option<ResumeToken>,
     /// How many times the replay has begun or gone on.
     attempt: u32,
 }
@@ -250,6 +277,7 @@ impl Place {
             next: range.partitions.iter().map(|stretch| stretch.start).collect(),
             range: Arc::new(range),
             done: None,
+            taken: None,
             attempt: 1,
         }
     }
@@ -396,6 +424,8 @@ struct Common {
     /// How many partitions hold something of it, so that one that was deleted is missed.
     partitions: usize,
     done: Option<Done>,
+    /// See [`Place::taken`].
+    taken: Option<ResumeToken>,
     /// See [`Place::attempt`].
     attempt: u32,
 }
@@ -529,6 +559,7 @@ impl Keeper {
             range: Arc::new(range),
             next,
             done: common.done,
+            taken: common.taken,
             attempt: common.attempt,
         }))
     }
@@ -579,6 +610,7 @@ impl Keeper {
             },
             partitions: filled(range),
             done: place.done,
+            taken: place.taken,
             attempt: place.attempt,
         };
         add(&self.checkpoints, 0, 0, serde_json::to_string(&common))?;
@@ -619,7 +651,7 @@ mod tests {
     use bytes::Bytes;
 
     use super::*;
-    use crate::replay::record::{Coordinate, Passed, ResumeToken};
+    use crate::replay::record::{Coordinate, Passed};
 
     fn place() -> Place {
         let stretch = |partition| Stretch {

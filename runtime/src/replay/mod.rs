@@ -50,7 +50,7 @@ use self::{
     record::Coordinate,
     tally::Tally,
     target::{
-        Resumable, Target, Trouble,
+        Resumable, Target, TargetError, Trouble,
         dry_run::DryRun,
         grpc_call::GrpcCall,
         grpc_serve,
@@ -255,6 +255,8 @@ impl Job<'_> {
         self.report
             .resolved(&range, &Meter::new(&range, Tally::default(), &self.plan));
         self.ready.send_replace(true);
+        let taken = keeper.as_ref().and_then(RangeKeeper::taken);
+        let live = (self.config.to == ReplayEnd::Live).then(|| Live::start(self.config, taken));
         let offer = grpc_serve::Offer {
             kafka: self.config.kafka.clone(),
             job: self.config.job.clone(),
@@ -262,18 +264,18 @@ impl Job<'_> {
             plan: self.plan,
             orders: self.orders,
             report: self.report.clone(),
-            live: (self.config.to == ReplayEnd::Live).then(|| Live::start(self.config)),
+            live: live.clone(),
             frozen: keeper.is_some(),
         };
-        let renewing = async {
+        let keeping = async {
             match keeper {
-                Some(keeper) => keeper.renew().await,
+                Some(keeper) => keeper.keep(live.as_ref().map(Live::taken)).await,
                 None => pending().await,
             }
         };
         tokio::select! {
             end = grpc_serve::serve(offer, place, self.shutdown) => end,
-            never = renewing => match never {},
+            never = keeping => match never {},
         }
     }
 
@@ -338,6 +340,7 @@ impl Job<'_> {
                 return Err(error.into());
             }
             tracing::warn!(%error, "the target failed; going on from where it is");
+            self.report.failing(&error);
             let pause = sleep(delays.next().unwrap_or(LONGEST_BACKOFF));
             if self.unless_told(pause).await?.is_none() {
                 return Ok(End::Cancelled);
@@ -500,6 +503,19 @@ impl JobReport {
             state
                 .conditions
                 .set(ConditionType::TruncatedRange, true, "RetentionPassed", missing)
+        });
+    }
+
+    /// Nothing gets into the target, and it is tried again.
+    fn failing(&self, error: &TargetError) {
+        self.reporter.update(|state| {
+            state.progress.events_per_second = 0.0;
+            state.progress.actual_speed = 0.0;
+            state.progress.eta_seconds = 0;
+            let message = format!("Nothing is delivered: {error}. It is tried again.");
+            state
+                .conditions
+                .set(ConditionType::Progressing, false, error.reason(), message);
         });
     }
 

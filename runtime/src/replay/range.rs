@@ -364,49 +364,51 @@ fn narrow(
 /// Where each partition of the log ends.
 pub type Ends = HashMap<(Arc<str>, i32), i64>;
 
-/// Where each partition ends by now. Blocks.
-///
-/// # Errors
-/// When Kafka does not say.
-pub fn ends(kafka: &KafkaLog, checkpoint_topic: &str) -> Result<Ends, ReplayError> {
-    let partitions = partitions(kafka, checkpoint_topic)?;
-    let ends = Offsets::connect(kafka, "read_uncommitted")?.list(&partitions, Offset::End)?;
-    Ok(partitions
-        .into_iter()
-        .zip(ends)
-        .map(|(partition, end)| (partition, end.unwrap_or(0)))
-        .collect())
-}
-
-/// The range from a timestamp to the newer end of the log, for whoever has taken everything before. `known` is where the partitions ended
-/// when it was last looked, and becomes where they end now: only what is deleted from there on can be missing. Blocks; ends early when
-/// `stop` is cancelled.
+/// The range that follows one, up to the newer end of the log, for whoever has taken everything before the offsets in `reached`, or before a
+/// timestamp after them. Blocks; ends early when `stop` is cancelled.
 ///
 /// # Errors
 /// When something is missing, or Kafka cannot say where it is.
 pub fn following(
-    kafka: &KafkaLog,
-    checkpoint_topic: &str,
-    from: i64,
+    brokers: &Brokers,
+    before: &Range,
+    reached: &Ends,
+    since: Option<i64>,
     end: Position,
-    known: &mut Ends,
     stop: &CancellationToken,
 ) -> Result<Range, ReplayError> {
-    let newer = ends(kafka, checkpoint_topic)?;
-    let mut range = up_to(kafka, checkpoint_topic, Some(from), end, stop)?;
-    let end_of = |topic: &Arc<str>, partition| known.get(&(Arc::clone(topic), partition)).copied().unwrap_or(0);
-    for stretch in &mut range.partitions {
-        // Then it starts with the oldest offset there is.
-        stretch.truncated &= stretch.start > end_of(&stretch.topic, stretch.partition);
+    let (partitions, ends) = brokers.settled(stop)?;
+    let lows = brokers.committed.list(&partitions, Offset::Beginning)?;
+    let starts = match since {
+        Some(since) => brokers.committed.list(&partitions, Offset::Offset(since.max(0)))?,
+        None => vec![None; partitions.len()],
+    };
+    let mut range = Range {
+        from: before.from,
+        to: None,
+        first: before.first,
+        end: Some(end),
+        high_time: 0,
+        partitions: Vec::with_capacity(partitions.len()),
+        missing: None,
+    };
+    for (index, (topic, partition)) in partitions.into_iter().enumerate() {
+        let (low, end) = (lows[index].unwrap_or(0), ends[index].unwrap_or(0));
+        let reached = reached.get(&(Arc::clone(&topic), partition)).copied().unwrap_or(0);
+        // An answer of nothing can be wrong (see `locate`); then what was taken is read again and passed over.
+        let start = starts[index].unwrap_or(reached).max(reached).max(low);
+        let stretch = Stretch {
+            topic,
+            partition,
+            start,
+            end,
+            truncated: low > reached && start == low,
+        };
+        if stretch.truncated && stretch.is_empty() {
+            return Err(stretch.is_truncated());
+        }
+        range.partitions.push(stretch);
     }
-    if let Some(gone) = range
-        .partitions
-        .iter()
-        .find(|stretch| stretch.truncated && stretch.is_empty())
-    {
-        return Err(gone.is_truncated());
-    }
-    *known = newer;
     Ok(range)
 }
 
@@ -442,11 +444,9 @@ fn locate(
     checkpoint_topic: &str,
     stop: &CancellationToken,
 ) -> Result<(), ReplayError> {
-    let committed = Offsets::connect(kafka, "read_committed")?;
-    let partitions = committed.partitions(&kafka.topic_prefix, checkpoint_topic)?;
-    let ends = Offsets::connect(kafka, "read_uncommitted")?.list(&partitions, Offset::End)?;
-    settle(&committed, &partitions, &ends, stop)?;
-
+    let brokers = Brokers::connect(kafka, checkpoint_topic)?;
+    let (partitions, ends) = brokers.settled(stop)?;
+    let committed = &brokers.committed;
     // Only now, since neither question sees what is at or after the last stable offset.
     let lows = committed.list(&partitions, Offset::Beginning)?;
     let from = range.from;
@@ -557,6 +557,39 @@ fn settle(
         std::thread::sleep(SETTLE_PAUSE);
     }
 }
+
+/// Who is asked where the log is.
+pub struct Brokers {
+    committed: Offsets,
+    uncommitted: Offsets,
+    topic_prefix: String,
+    checkpoint_topic: String,
+}
+
+impl Brokers {
+    /// Clients of the log's cluster.
+    ///
+    /// # Errors
+    /// When they cannot be made from their settings.
+    pub fn connect(kafka: &KafkaLog, checkpoint_topic: &str) -> Result<Self, ReplayError> {
+        Ok(Self {
+            committed: Offsets::connect(kafka, "read_committed")?,
+            uncommitted: Offsets::connect(kafka, "read_uncommitted")?,
+            topic_prefix: kafka.topic_prefix.clone(),
+            checkpoint_topic: checkpoint_topic.to_owned(),
+        })
+    }
+
+    /// The partitions of the log, and where each ends, once everything before that is decided.
+    fn settled(&self, stop: &CancellationToken) -> Result<(Partitions, Vec<Option<i64>>), ReplayError> {
+        let partitions = self.committed.partitions(&self.topic_prefix, &self.checkpoint_topic)?;
+        let ends = self.uncommitted.list(&partitions, Offset::End)?;
+        settle(&self.committed, &partitions, &ends, stop)?;
+        Ok((partitions, ends))
+    }
+}
+
+type Partitions = Vec<(Arc<str>, i32)>;
 
 /// Asks brokers for offsets.
 struct Offsets(BaseConsumer<Hearing>);

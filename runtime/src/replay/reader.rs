@@ -20,7 +20,7 @@ use super::{
     error::{ReplayError, no_client},
     filter::{Filter, FilterError, Judge, STACK},
     merge::{Merge, Step},
-    range::{Place, Range, Stretch},
+    range::{Ends, Place, Range, Stretch},
     record::{Coordinate, Passed, Record},
 };
 use crate::{checkpoint::client_config, kafka_client::Hearing};
@@ -49,8 +49,8 @@ pub enum Read {
     LeftOut(Passed),
     /// The range is at its end, and what was captured later follows ([`super::follow`]).
     Live,
-    /// The range is at its end. Without this the reader broke off.
-    End,
+    /// The range is at its end, and each partition goes on at this offset. Without this the reader broke off.
+    End(Ends),
 }
 
 /// What is read, and how.
@@ -145,6 +145,10 @@ struct Source {
     queue: PartitionQueue<Hearing>,
     /// The offset after the last record that was merged.
     position: i64,
+    /// The first offset that was not looked at, once its stretch is at its end.
+    reached: i64,
+    /// Records that the filter left out since the last one that was given, where partitions are read side by side.
+    filtered: u64,
     judge: Judge,
 }
 
@@ -190,8 +194,10 @@ impl Reader {
                 .ok_or_else(|| unreachable(KafkaError::Subscription(stretch.topic.to_string())))?;
             sources.push(Source {
                 position: stretch.start,
+                reached: stretch.end,
                 stretch: stretch.clone(),
                 queue,
+                filtered: 0,
                 judge: Judge::default(),
             });
         }
@@ -217,39 +223,70 @@ impl Reader {
         } else {
             self.read_merged()?;
         }
+        let mut reached = self.range.ends();
         for source in &self.sources {
             self.passed.offsets += between(source.position, source.stretch.end);
+            self.passed.filtered += source.filtered;
+            let Stretch { topic, partition, .. } = &source.stretch;
+            reached.insert((Arc::clone(topic), *partition), source.reached);
         }
         self.flush()?;
-        self.send(Read::End)
+        self.send(Read::End(reached))
     }
 
-    /// A chunk of one partition after the other. The one that is furthest behind in time comes next, so that they stay close together.
+    /// A chunk of one partition after the other. The one whose next record is the earliest comes next, so that they stay close together.
+    ///
+    /// A record without a key (TRUNCATE, another schema, the markers of a snapshot) is about every row of its topic, and in partition 0. So no
+    /// other partition of the topic goes past the next record of that one, and a record without a key waits until none is before it.
     fn read_side_by_side(&mut self) -> Result<(), Stop> {
-        let mut open: BinaryHeap<_> = (0..self.sources.len())
-            .map(|source| Reverse((i64::MIN, source)))
+        let same_topic = |one: usize, other: &usize| {
+            one != *other && self.sources[one].stretch.topic == self.sources[*other].stretch.topic
+        };
+        let all = 0..self.sources.len();
+        let others: Vec<Vec<usize>> = (all.clone())
+            .map(|source| all.clone().filter(|other| same_topic(source, other)).collect())
+            .collect();
+        let is_first = |other: &usize| self.sources[*other].stretch.partition == 0;
+        let first: Vec<Option<usize>> = (others.iter())
+            .map(|others| others.iter().copied().find(is_first))
+            .collect();
+        let mut heads = (all.clone())
+            .map(|source| self.head(source))
+            .collect::<Result<Vec<Option<Record>>, Stop>>()?;
+        let coordinate = |head: &Option<Record>| head.as_ref().map(|head| head.coordinate);
+        let mut open: BinaryHeap<_> = all
+            .filter_map(|source| Some(Reverse((coordinate(&heads[source])?, source))))
             .collect();
         while let Some(Reverse((_, source))) = open.pop() {
-            let mut reached = None;
             for _ in 0..CHUNK_RECORDS {
-                reached = match self.next(source)? {
-                    Some(record) => {
-                        let timestamp = record.timestamp;
-                        self.give(source, record)?;
-                        Some(timestamp)
-                    }
-                    None => None,
+                let Some(record) = heads[source].take() else { break };
+                let bound = match record.key.is_empty() {
+                    true => (others[source].iter())
+                        .filter_map(|other| coordinate(&heads[*other]))
+                        .min(),
+                    false => first[source].and_then(|first| coordinate(&heads[first])),
                 };
-                if reached.is_none() {
+                if bound.is_some_and(|bound| bound < record.coordinate) {
+                    heads[source] = Some(record);
                     break;
                 }
+                self.give(source, record)?;
+                heads[source] = self.head(source)?;
             }
-            match reached {
-                Some(timestamp) => open.push(Reverse((timestamp, source))),
-                None => self.release(source),
+            if let Some(next) = coordinate(&heads[source]) {
+                open.push(Reverse((next, source)));
             }
         }
         Ok(())
+    }
+
+    /// The next record of a partition; none at its end, where it is released.
+    fn head(&mut self, source: usize) -> Result<Option<Record>, Stop> {
+        let head = self.next(source)?;
+        if head.is_none() {
+            self.release(source);
+        }
+        Ok(head)
     }
 
     fn read_merged(&mut self) -> Result<(), Stop> {
@@ -319,7 +356,10 @@ impl Reader {
                         self.sources[source].judge.keeps(filter, &record)?;
                     }
                     match self.range.place(timestamp, position) {
-                        Place::Beyond => return Ok(None),
+                        Place::Beyond => {
+                            self.sources[source].reached = record.offset;
+                            return Ok(None);
+                        }
                         Place::Inside if self.after.is_none_or(|after| record.coordinate > after) => {
                             return Ok(Some(record));
                         }
@@ -386,13 +426,18 @@ impl Reader {
         if let Some(filter) = &self.filter
             && !source.judge.keeps(filter, &record)?
         {
-            self.passed.filtered += 1;
-            return if self.passed.filtered >= LEFT_OUT {
+            // Side by side, what was left out of a partition is only behind once a later record of it is, where it goes on after a crash.
+            match self.side_by_side {
+                true => source.filtered += 1,
+                false => self.passed.filtered += 1,
+            }
+            return if self.passed.offsets >= LEFT_OUT {
                 self.flush()
             } else {
                 Ok(())
             };
         }
+        self.passed.filtered += std::mem::take(&mut source.filtered);
         record.passed = std::mem::take(&mut self.passed);
         self.chunk_bytes += record.size();
         self.chunk.push(record);

@@ -28,7 +28,7 @@ use rustls::{ServerConfig, crypto::ring};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{Semaphore, mpsc, oneshot},
-    time::{Instant, sleep_until, timeout},
+    time::{Instant, sleep, sleep_until, timeout},
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_stream::wrappers::TcpListenerStream;
@@ -63,6 +63,8 @@ const GREETING: Duration = Duration::from_secs(10);
 const HANDSHAKES: usize = 64;
 /// How long a subscriber may leave a message untaken.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// How often it is looked, at the end, whether those who broke off have come back.
+const COMEBACK: Duration = Duration::from_millis(500);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the server may take to send the rest of what it has.
@@ -98,7 +100,8 @@ pub struct Place {
     pub certificate: Option<ClientCertificate>,
 }
 
-/// Serves until a subscriber has taken the range to its end, and those who were under way by then are done too.
+/// Serves until a subscriber has taken the range to its end, and those who were under way by then are done too; whoever broke off and
+/// acknowledges what it takes has some time to come back.
 ///
 /// # Errors
 /// When it cannot be served, the log cannot be read, or the process is asked to end.
@@ -124,12 +127,14 @@ pub async fn serve(offer: Offer, place: Place, shutdown: &CancellationToken) -> 
     let (results, mut ended) = mpsc::channel(1);
     let slots = Arc::new(Semaphore::new(SUBSCRIBERS as usize));
     let closed = Arc::new(AtomicBool::new(false));
+    let missed = Arc::new(Missed::default());
     let stop = CancellationToken::new();
     let _stop_on_return = stop.clone().drop_guard();
     let subscriptions = Subscriptions {
         offer: Arc::new(offer),
         slots: Arc::clone(&slots),
         closed: Arc::clone(&closed),
+        missed: Arc::clone(&missed),
         lead: Arc::new(Lead {
             report: report.clone(),
             times: Mutex::default(),
@@ -194,10 +199,7 @@ pub async fn serve(offer: Offer, place: Place, shutdown: &CancellationToken) -> 
                 }
                 closed.store(true, Ordering::Relaxed);
             }
-            all = slots.acquire_many(SUBSCRIBERS), if closed.load(Ordering::Relaxed) => {
-                drop(all);
-                break Ok(End::Complete);
-            }
+            () = missed.wait(&slots), if closed.load(Ordering::Relaxed) => break Ok(End::Complete),
         }
     };
     stop.cancel();
@@ -282,8 +284,9 @@ fn same(shown: &[u8], expected: &[u8]) -> bool {
 struct Subscriptions {
     offer: Arc<Offer>,
     slots: Arc<Semaphore>,
-    /// Somebody was the first to take the range to its end; nobody starts any more.
+    /// Somebody was the first to take the range to its end; nobody starts any more, but who has begun may go on.
     closed: Arc<AtomicBool>,
+    missed: Arc<Missed>,
     lead: Arc<Lead>,
     next: AtomicU64,
     /// The first subscriber to end the job, for better or worse.
@@ -296,9 +299,6 @@ impl Replayer for Subscriptions {
     type ReplayEventStream = Events;
 
     async fn replay_event(&self, request: Request<Streaming<ReplayRequest>>) -> Result<Response<Events>, Status> {
-        if self.closed.load(Ordering::Relaxed) {
-            return Err(Status::unavailable("the replay is complete; its server ends"));
-        }
         let slot = Arc::clone(&self.slots).try_acquire_owned().map_err(|_| {
             Status::resource_exhausted(format!("all {SUBSCRIBERS} subscriptions are taken; try again later"))
         })?;
@@ -316,6 +316,10 @@ impl Replayer for Subscriptions {
                     .map_err(|error| Status::invalid_argument(error.to_string()))?,
             ),
         };
+        if token.is_none() && self.closed.load(Ordering::Relaxed) {
+            return Err(Status::unavailable("the replay is complete; its server ends"));
+        }
+        self.missed.come();
         let range = match token {
             Some(token) if offer.range.end.is_some_and(|end| token.coordinate.position <= end) => {
                 let offer = Arc::clone(&offer);
@@ -345,6 +349,8 @@ impl Replayer for Subscriptions {
             lead: Arc::clone(&self.lead),
             paused: offer.orders.clone(),
         };
+        let acknowledges = subscriber.acknowledging.is_some();
+        let missed = Arc::clone(&self.missed);
         let results = self.results.clone();
         let shutdown = self.shutdown.clone();
         tokio::spawn(async move {
@@ -385,6 +391,9 @@ impl Replayer for Subscriptions {
                 Ok(End::Cancelled) => Some(Status::cancelled("the replay was cancelled")),
                 Err(ReplayError::Target(error)) => {
                     tracing::info!(subscriber = id, %error, "a subscriber is gone");
+                    if acknowledges {
+                        missed.leave();
+                    }
                     None
                 }
                 Err(error) => {
@@ -408,6 +417,35 @@ impl Replayer for Subscriptions {
             sent,
             taken: Some(taken),
         }))
+    }
+}
+
+/// Subscribers that broke off and have not come back: how many, and when the last did.
+#[derive(Default)]
+struct Missed(Mutex<(usize, Option<Instant>)>);
+
+impl Missed {
+    fn leave(&self) {
+        let mut missed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *missed = (missed.0 + 1, Some(Instant::now()));
+    }
+
+    /// Somebody comes: one of them, for all that is known.
+    fn come(&self) {
+        let mut missed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        missed.0 = missed.0.saturating_sub(1);
+    }
+
+    /// Waits until everybody who is there is done, and those who broke off have had their time.
+    async fn wait(&self, slots: &Semaphore) {
+        loop {
+            drop(slots.acquire_many(SUBSCRIBERS).await);
+            let missed = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            match missed {
+                (1.., Some(last)) if last.elapsed() < PATIENCE => sleep(COMEBACK).await,
+                _ => return,
+            }
+        }
     }
 }
 

@@ -211,7 +211,7 @@ async fn next(reads: &mut mpsc::Receiver<Result<Read, ReplayError>>) -> Result<O
             Some(Ok(Read::Records(records))) => return Ok(Some(records)),
             // What that means is judged by the count of records.
             Some(Ok(Read::LeftOut(_) | Read::Live)) => {}
-            Some(Ok(Read::End)) => return Ok(None),
+            Some(Ok(Read::End(_))) => return Ok(None),
             Some(Err(error)) => return Err(failed(&error)),
             None => return Err(failed(&ReplayError::TaskStopped("the reader"))),
         }
