@@ -15,8 +15,16 @@ fn main() -> Result<(), Box<dyn Error>> {
     let descriptors = protox::compile(files, ["."])?;
     let out = PathBuf::from(env::var("OUT_DIR")?);
     fs::write(out.join("meander.v1.bin"), descriptors.encode_to_vec())?;
-    tonic_prost_build::configure()
-        .bytes(".meander.v1.ReplayedRecord")
+    let mut build = tonic_prost_build::configure().bytes(".meander.v1.ReplayedRecord");
+    // What a replay's last word holds, which is JSON; it says its phase by name.
+    for message in ["ReplayProgress", "ResolvedRange", "TopicProgress", "OtherTopics"] {
+        build = build.message_attribute(
+            format!(".meander.v1.{message}"),
+            "#[derive(serde::Serialize, serde::Deserialize)] #[serde(rename_all = \"camelCase\", default)]",
+        );
+    }
+    build
+        .field_attribute(".meander.v1.ReplayProgress.phase", "#[serde(skip)]")
         .compile_fds(descriptors)?;
     Ok(())
 }

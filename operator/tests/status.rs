@@ -675,9 +675,11 @@ fn job(condition: Option<&str>) -> Job {
 
 fn last_word(phase: &str, reason: &str) -> Pod {
     let word = json!({
-        "phase": phase, "delivered": 640, "filtered": 30, "currentPosition": "1:0/16B9999:0",
+        "phase": phase, "delivered": 640, "filtered": 30, "total": 670, "bytes": 4096, "currentPosition": "1:0/16B9999:0",
         "firstEventTimeMicros": 1_763_632_800_000_000_i64, "currentTimeMicros": 1_763_632_900_000_000_i64,
-        "deliveryMicros": 10_000_500, "reason": reason, "message": "the sentence",
+        "deliveryMicros": 10_000_500, "speed": "10", "reason": reason, "message": "the sentence",
+        "resolvedRange": {"fromTimeMicros": 1_763_632_800_000_000_i64, "toTimeMicros": 1_763_636_400_000_000_i64, "toPosition": "1:0/16B9999:0", "offsets": 1000},
+        "topics": [{"topic": "shop.public.trades", "delivered": 640, "bytes": 4096}],
     });
     let failed = !matches!(phase, "Succeeded" | "Cancelled");
     ended_pod(
@@ -735,6 +737,98 @@ fn a_replay_runs_and_ends() {
     facts.pods = vec![last_word("Succeeded", "Delivered")];
     let ended = compute_replay(&replay, &facts, Ok(Outcome::Started), &support::nothing_reported());
     insta::assert_yaml_snapshot!("replay_succeeded", ended);
+}
+
+#[test]
+fn who_follows_a_replay_sees_at_its_end_what_its_status_says() {
+    let mut replay = support::replay("replayjob.yaml");
+    let mut observation = replay_report(Phase::Running, 640, 64.0);
+    let Some(Progress::Replay(reported)) = &mut observation.report.as_mut().unwrap().progress else {
+        unreachable!()
+    };
+    // As the status has them.
+    (
+        reported.events_per_second,
+        reported.percent_by_events,
+        reported.actual_speed,
+    ) = (100.0, 71.0, 9.98);
+    let reported = reported.clone();
+    let facts = replay::dereference::Facts {
+        job: Some(job(None)),
+        ..Default::default()
+    };
+    let running = compute_replay(&replay, &facts, Ok(Outcome::Started), &observation);
+    let shown = replay::report::report(&replay, &running, at(0)).progress;
+    assert_eq!(shown, Some(Progress::Replay(reported)));
+
+    // With an operator that was away all the time, the last word has it all.
+    replay.status = None;
+    let facts = replay::dereference::Facts {
+        job: Some(job(Some("Complete"))),
+        pods: vec![last_word("Succeeded", "DryRun")],
+        ..Default::default()
+    };
+    let ended = compute_replay(&replay, &facts, Ok(Outcome::Started), &support::nothing_reported());
+    let Some(Progress::Replay(shown)) = replay::report::report(&replay, &ended, at(0)).progress else {
+        unreachable!()
+    };
+    assert_eq!((shown.phase(), shown.total, shown.bytes), (Phase::Succeeded, 670, 4096));
+    assert_eq!(shown.topics[0].delivered, 640);
+    assert_eq!(shown.resolved_range.unwrap().offsets, 1000);
+}
+
+#[test]
+fn a_range_that_is_truncated_is_so_for_good() {
+    let mut replay = support::replay("replayjob.yaml");
+    let mut facts = replay::dereference::Facts {
+        job: Some(job(None)),
+        ..Default::default()
+    };
+    let mut found = replay_report(Phase::Running, 5, 1.0);
+    (found.report.as_mut().unwrap().conditions).push(said("TruncatedRange", true, "RetentionPassed"));
+    let is_truncated = |status: &ReplayJobStatus| {
+        assert_eq!(
+            state(&status.conditions, "TruncatedRange"),
+            Some(("True", "RetentionPassed"))
+        );
+    };
+    let running = compute_replay(&replay, &facts, Ok(Outcome::Started), &found);
+    is_truncated(&running);
+    // The next pod goes on, and has nothing to say of it.
+    replay.status = Some(running);
+    let next = compute_replay(
+        &replay,
+        &facts,
+        Ok(Outcome::Started),
+        &replay_report(Phase::Running, 6, 1.0),
+    );
+    is_truncated(&next);
+    replay.status = Some(next);
+    facts.job = Some(job(Some("Complete")));
+    let ended = compute_replay(&replay, &facts, Ok(Outcome::Started), &support::nothing_reported());
+    is_truncated(&ended);
+    let complete = ended
+        .conditions
+        .iter()
+        .find(|condition| condition.type_ == "Complete")
+        .unwrap();
+    assert!(!complete.message.contains("whole"), "{}", complete.message);
+
+    // Nobody but the last word said it.
+    replay.status = None;
+    let mut word = last_word("Succeeded", "Delivered");
+    let statuses = word.status.as_mut().unwrap().container_statuses.as_mut().unwrap();
+    let message = &mut statuses[0].state.as_mut().unwrap().terminated.as_mut().unwrap().message;
+    let mut said: Value = serde_json::from_str(message.as_deref().unwrap()).unwrap();
+    said["truncated"] = json!("Kafka has deleted the start.");
+    *message = Some(said.to_string());
+    facts.pods = vec![word];
+    is_truncated(&compute_replay(
+        &replay,
+        &facts,
+        Ok(Outcome::Started),
+        &support::nothing_reported(),
+    ));
 }
 
 #[test]

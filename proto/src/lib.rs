@@ -1,6 +1,10 @@
 //! The Protobuf messages and gRPC services of Meander.
 //!
-//! Everything here is generated from `proto/meander/v1/*.proto`, which carry the documentation.
+//! They are generated from `proto/meander/v1/*.proto`, which carry the documentation. [`FinalWord`] is what of them goes another way.
+
+mod word;
+
+pub use word::FinalWord;
 
 /// Package `meander.v1`.
 #[allow(missing_docs, clippy::all, clippy::pedantic, unused_qualifications)]

@@ -334,7 +334,7 @@ impl<P: Progress> Link<P> {
                 directive = directives.message() => {
                     let directive = directive?.ok_or(LinkError::Closed)?;
                     tracing::info!(?directive, "the operator directs");
-                    self.directive.send_replace(Some(directive));
+                    self.directive.send_if_modified(|current| take(current, directive));
                 }
                 // Fails when nobody can change the state any more; the heartbeat goes on.
                 Ok(()) = self.states.changed() => dirty = true,
@@ -385,6 +385,16 @@ impl<P: Progress> Link<P> {
     }
 }
 
+/// Takes a directive, unless it stands for an older spec than the one before: operators that take turns need not know the same. What is
+/// cancelled is so for good.
+fn take(current: &mut Option<Directive>, directive: Directive) -> bool {
+    let news = (current.as_ref()).is_none_or(|current| directive.cancel || current.generation <= directive.generation);
+    if news {
+        *current = Some(directive);
+    }
+    news
+}
+
 /// The value of the `authorization` header. The file is read each time, since the kubelet replaces the token before it expires.
 async fn bearer(path: &Path) -> Result<MetadataValue<Ascii>, LinkError> {
     let token = tokio::fs::read_to_string(path)
@@ -401,4 +411,25 @@ fn now_micros() -> i64 {
         .duration_since(SystemTime::UNIX_EPOCH)
         .unwrap_or_default();
     i64::try_from(since_epoch.as_micros()).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_older_spec_asks_for_nothing_and_a_cancelled_replay_is_cancelled() {
+        let directive = |generation: i64, cancel: bool| Directive {
+            generation,
+            cancel,
+            ..Directive::default()
+        };
+        let mut current = None;
+        assert!(take(&mut current, directive(2, false)));
+        assert!(!take(&mut current, directive(1, false)));
+        assert_eq!(current, Some(directive(2, false)));
+        assert!(take(&mut current, directive(2, false)), "asked again");
+        // One that is deleted is cancelled by whoever knows no spec of it.
+        assert!(take(&mut current, directive(0, true)));
+    }
 }

@@ -5,7 +5,7 @@
 
 mod common;
 
-use std::{collections::HashMap, env, fs, time::Duration};
+use std::{collections::HashMap, env, time::Duration};
 
 use common::{checkpoint, config};
 use meander_runtime::{log::POSITION_HEADER, position::Position};
@@ -20,14 +20,6 @@ const ROWS: u64 = 150_000;
 const LIMIT: Duration = Duration::from_secs(3600);
 /// What the runtime may take, whatever the size of a transaction.
 const MEMORY_MIB: u64 = 192;
-
-/// The most memory that the process has had in use, in MiB.
-fn peak_memory(runtime: &mut Runtime) -> u64 {
-    let id = runtime.process().id().unwrap();
-    let status = fs::read_to_string(format!("/proc/{id}/status")).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
-    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() / 1024
-}
 
 /// Waits until Kafka has the transaction's changes before this ordinal.
 async fn wait_until_published(config: &meander_config::CaptureConfig, ordinal: u64) {
@@ -84,7 +76,7 @@ async fn a_transaction_far_larger_than_memory_is_captured_once_and_in_order_thro
         .unwrap();
 
     wait_until_published(&config, rows / 3).await;
-    let before_the_crash = peak_memory(&mut runtime);
+    let before_the_crash = runtime.peak_memory();
     runtime.kill9();
     runtime.start_again();
     wait_until_published(&config, rows * 2 / 3).await;
@@ -96,7 +88,7 @@ async fn a_transaction_far_larger_than_memory_is_captured_once_and_in_order_thro
         walsender_before, walsender_after,
         "the server was answered all the time"
     );
-    let peak = before_the_crash.max(peak_memory(&mut runtime));
+    let peak = before_the_crash.max(runtime.peak_memory());
     println!("{rows} rows in one transaction: the runtime took {peak} MiB of memory at most");
     assert!(peak < MEMORY_MIB, "{peak} MiB of memory");
 

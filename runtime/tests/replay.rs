@@ -2,6 +2,9 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "common/operator.rs"]
+mod operator;
+
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
@@ -20,11 +23,8 @@ use meander_config::{
     ReplayEnd, ReplayFilter, ReplayOrder, ReplayStart, ReplayTarget, ResourceIdentity, Speed, TableSelection,
 };
 use meander_proto::v1::{
-    ChangeRecord, Column, Condition, ControlReplayRequest, ControlReplayResponse, DeliverAck, Directive, Operation,
-    ProgressUpdate, Relation, ReplayEvent, ReplayProgress, ReplayRequest, ReplayedRecord, Row, StreamProgressRequest,
-    TopicProgress, Value,
-    progress_tracker_server::{ProgressTracker, ProgressTrackerServer},
-    progress_update,
+    ChangeRecord, Column, DeliverAck, Directive, Operation, ProgressUpdate, Relation, ReplayEvent, ReplayProgress,
+    ReplayRequest, ReplayedRecord, Row, TopicProgress, Value,
     replay_progress::Phase,
     replay_receiver_server::{ReplayReceiver, ReplayReceiverServer},
     replayer_client::ReplayerClient,
@@ -41,6 +41,7 @@ use meander_runtime::{
 };
 use meander_test_support::{Authority, Kafka, Runtime, Signal, eventually, free_address, unique_name};
 use meander_workload::subscribe::Line;
+use operator::Operator;
 use prost::Message as _;
 use rdkafka::{
     Message as _, Offset, TopicPartitionList,
@@ -470,126 +471,6 @@ impl ReplayReceiver for Receiver {
     }
 }
 
-/// An operator that shows what was reported and directs what it is told.
-#[derive(Clone)]
-struct Operator {
-    address: SocketAddr,
-    directive: watch::Sender<Directive>,
-    update: watch::Sender<ProgressUpdate>,
-}
-
-const OPERATOR_TOKEN: &str = "a-projected-token";
-
-impl Operator {
-    async fn start(directive: Directive) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let operator = Self {
-            address: listener.local_addr().unwrap(),
-            directive: watch::channel(directive).0,
-            update: watch::channel(ProgressUpdate::default()).0,
-        };
-        let server = Server::builder()
-            .add_service(ProgressTrackerServer::new(operator.clone()))
-            .serve_with_incoming(TcpListenerStream::new(listener));
-        tokio::spawn(server);
-        operator
-    }
-
-    fn link(&self, folder: &tempfile::TempDir) -> Option<OperatorLink> {
-        let token_file = folder.path().join("token");
-        std::fs::write(&token_file, format!("{OPERATOR_TOKEN}\n")).unwrap();
-        Some(OperatorLink {
-            endpoint: format!("http://{}", self.address),
-            token_file,
-        })
-    }
-
-    /// The first report, from now on, that is as wanted.
-    async fn reported(&self, wanted: impl Fn(&ReplayProgress) -> bool) -> ReplayProgress {
-        let mut updates = self.update.subscribe();
-        let update = timeout(
-            LIMIT,
-            updates.wait_for(|update| replay_progress(update).is_some_and(&wanted)),
-        )
-        .await;
-        replay_progress(&update.unwrap().unwrap()).unwrap().clone()
-    }
-
-    /// A condition, once it has this reason.
-    async fn condition(&self, kind: &str, reason: &str) -> Condition {
-        let is_it = |condition: &&Condition| condition.r#type == kind && condition.reason == reason;
-        let mut updates = self.update.subscribe();
-        let update = updates.wait_for(|update| update.conditions.iter().any(|condition| is_it(&condition)));
-        let update = timeout(LIMIT, update).await.unwrap().unwrap();
-        update.conditions.iter().find(is_it).unwrap().clone()
-    }
-
-    /// True conditions of the last report, with their reasons.
-    fn conditions(&self) -> BTreeMap<String, String> {
-        let update = self.update.borrow();
-        let set = update.conditions.iter().filter(|condition| condition.status);
-        set.map(|condition| (condition.r#type.clone(), condition.reason.clone()))
-            .collect()
-    }
-}
-
-fn replay_progress(update: &ProgressUpdate) -> Option<&ReplayProgress> {
-    match &update.progress {
-        Some(progress_update::Progress::Replay(progress)) => Some(progress),
-        _ => None,
-    }
-}
-
-#[tonic::async_trait]
-impl ProgressTracker for Operator {
-    type ReportProgressStream = ReceiverStream<Result<Directive, Status>>;
-    type StreamProgressStream = ReceiverStream<Result<ProgressUpdate, Status>>;
-
-    async fn report_progress(
-        &self,
-        request: Request<Streaming<ProgressUpdate>>,
-    ) -> Result<Response<Self::ReportProgressStream>, Status> {
-        let token = request.metadata().get("authorization").unwrap().to_str().unwrap();
-        assert_eq!(token, format!("Bearer {OPERATOR_TOKEN}"));
-        let mut updates = request.into_inner();
-        let (directives, answer) = mpsc::channel(1);
-        let operator = self.clone();
-        tokio::spawn(async move {
-            let mut directive = operator.directive.subscribe();
-            directive.mark_changed();
-            loop {
-                tokio::select! {
-                    update = updates.next() => match update {
-                        Some(Ok(update)) => {
-                            operator.update.send_replace(update);
-                        }
-                        _ => return,
-                    },
-                    _ = directive.changed() => {
-                        let newest = directive.borrow_and_update().clone();
-                        let _ = directives.send(Ok(newest)).await;
-                    }
-                }
-            }
-        });
-        Ok(Response::new(ReceiverStream::new(answer)))
-    }
-
-    async fn stream_progress(
-        &self,
-        _: Request<StreamProgressRequest>,
-    ) -> Result<Response<Self::StreamProgressStream>, Status> {
-        Err(Status::unimplemented("not here"))
-    }
-
-    async fn control_replay(
-        &self,
-        _: Request<ControlReplayRequest>,
-    ) -> Result<Response<ControlReplayResponse>, Status> {
-        Err(Status::unimplemented("not here"))
-    }
-}
-
 async fn replay(config: ReplayConfig) -> Result<End, ReplayError> {
     timeout(LIMIT, replay::run(config, CancellationToken::new()))
         .await
@@ -852,12 +733,26 @@ async fn what_is_written_after_the_start_and_what_is_not_decided_is_not_in_it() 
 
 #[tokio::test(flavor = "multi_thread")]
 async fn it_is_paused_let_go_and_hurried_while_it_runs() {
-    let (log, changes) = log_with_history().await;
+    let mut log = Log::new().await;
+    // A change every 10 ms.
+    let changes: Vec<Change> = (long_history(20_000).into_iter().zip(0..))
+        .map(|(change, number)| Change {
+            commit_time: START + number * SECOND / 100,
+            ..change
+        })
+        .collect();
+    for part in changes.chunks(500) {
+        log.commit(part);
+    }
     let receiver = Receiver::start().await;
     let held = Directive {
         paused: true,
         speed: "1".to_owned(),
         ..Directive::default()
+    };
+    let going = Directive {
+        paused: false,
+        ..held.clone()
     };
     let operator = Operator::start(held.clone()).await;
     let folder = tempfile::tempdir().unwrap();
@@ -873,25 +768,29 @@ async fn it_is_paused_let_go_and_hurried_while_it_runs() {
         .await;
     assert_eq!(progress.delivered, 0);
 
-    // At its original pace the second minute's changes are a minute away.
-    let first = changes
-        .iter()
-        .filter(|change| change.commit_time == START + 123)
-        .count();
-    operator.directive.send_replace(Directive {
-        paused: false,
-        ..held.clone()
-    });
+    operator.directive.send_replace(going.clone());
     let progress = operator
-        .reported(|progress| progress.phase() == Phase::Running && progress.delivered > 0)
+        .reported(|progress| progress.phase() == Phase::Running && progress.delivered > 20)
         .await;
-    assert_eq!(progress.delivered, u64::try_from(first).unwrap());
-    assert!(progress.percent < 1.0 && progress.eta_seconds > 20 * 60, "{progress:?}");
-
+    assert!(progress.percent < 90.0 && progress.eta_seconds > 10, "{progress:?}");
+    // In the middle of the flow nothing more comes, while as much as a second brings comes to somebody else.
     operator.directive.send_replace(held);
-    let progress = operator.reported(|progress| progress.phase() == Phase::Paused).await;
-    assert_eq!(progress.delivered, u64::try_from(first).unwrap());
+    operator.reported(|progress| progress.phase() == Phase::Paused).await;
+    let other = Receiver::start().await;
+    let beside = start(ReplayConfig {
+        speed: Speed::Original,
+        ..log.config(other.target())
+    });
+    // What was handed over before is answered by then.
+    other.until(1).await;
+    let before = receiver.changes().len();
+    other.until(100).await;
+    beside.abort();
+    assert_eq!(receiver.changes().len(), before);
+    assert_eq!(receiver.changes(), expected(&changes[..before]));
 
+    operator.directive.send_replace(going);
+    receiver.until(before + 20).await;
     operator.directive.send_replace(Directive {
         speed: "max".to_owned(),
         ..Directive::default()
@@ -973,6 +872,52 @@ async fn a_receiver_that_breaks_off_gets_everything_at_least_once_and_in_order()
     assert!(received.len() > all.len(), "nothing was sent again");
     assert_eq!(received.split_off(received.len() - all.len()), all);
     assert!(received.iter().all(|change| all.contains(change)));
+}
+
+/// What the runtime may take, whatever it has read and nobody takes.
+const MEMORY_MIB: u64 = 256;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_receiver_that_is_silent_and_then_slow_costs_no_more_memory() {
+    let mut log = Log {
+        value: |_| vec![b'x'; 100_000],
+        ..Log::new().await
+    };
+    // More than the runtime may take.
+    let changes = long_history(3_500);
+    for part in changes.chunks(50) {
+        log.commit(part);
+    }
+    let receiver = Receiver::start().await;
+    receiver.answers.forget_permits(Semaphore::MAX_PERMITS);
+    let operator = Operator::start(Directive::default()).await;
+    let folder = tempfile::tempdir().unwrap();
+    let runtime = Runtime::replay(&ReplayConfig {
+        operator: operator.link(&folder),
+        admin_address: free_address(),
+        ..log.config(receiver.target())
+    });
+    let silence = operator.condition("Progressing", "ReceiverSilent").await;
+    assert!(!silence.status, "{silence:?}");
+    let silent = runtime.peak_memory();
+    let mut answered = receiver.answered.subscribe();
+    for _ in 0..30 {
+        let before = *answered.borrow_and_update();
+        receiver.answers.add_permits(1);
+        timeout(LIMIT, answered.wait_for(|answered| *answered > before))
+            .await
+            .unwrap()
+            .unwrap();
+        // Nor does the test need it.
+        receiver.received.lock().unwrap().clear();
+    }
+    operator.condition("Progressing", "Replaying").await;
+    let slow = runtime.peak_memory();
+    println!("a silent receiver: {silent} MiB at most; then a slow one: {slow} MiB");
+    assert!(
+        slow < MEMORY_MIB,
+        "{slow} MiB of memory, {silent} of them for a silent receiver"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -1977,6 +1922,8 @@ async fn a_subscriber_is_sent_what_it_gives_credit_for_and_the_end_waits_for_its
         at_once(events.message()).await.is_none(),
         "a message came without credit"
     );
+    let waiting = operator.condition("Progressing", "WaitingForCredit").await;
+    assert!(!waiting.status, "{waiting:?}");
 
     requests.send(says("", 1000)).await.unwrap();
     while taken.len() < served.changes.len() {

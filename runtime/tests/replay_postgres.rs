@@ -2,6 +2,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
+#[path = "common/operator.rs"]
+mod operator;
 #[path = "common/replay.rs"]
 mod replaying;
 
@@ -11,8 +13,10 @@ use common::{LIMIT, checkpoint, config};
 use meander_config::{
     CaptureConfig, PostgresServer, ReplayConfig, ReplayTarget, ResourceIdentity, SnapshotMode, SslMode,
 };
+use meander_proto::v1::{Directive, replay_progress::Phase};
 use meander_runtime::replay::{End, error::ReplayError};
 use meander_test_support::{Kafka, Postgres, Runtime, eventually};
+use operator::Operator;
 use replaying::{everything, published, replay};
 use tempfile::TempDir;
 use tokio_postgres::Client;
@@ -127,7 +131,12 @@ async fn a_replay_into_an_empty_postgresql_equals_the_source_through_three_kills
     let mut target = Target::start(None).await;
     pgbench(&target.postgres, &["-i", "-q", "-I", "dtp"]);
     target.tables("CREATE TABLE last (id int PRIMARY KEY, n int)").await;
-    let config = target.config(&pipeline);
+    let operator = Operator::start(Directive::default()).await;
+    let folder = tempfile::tempdir().unwrap();
+    let config = ReplayConfig {
+        operator: operator.link(&folder),
+        ..target.config(&pipeline)
+    };
     let started = Instant::now();
     let mut runtime = Runtime::replay(&config);
     for kill in 1..=KILLS {
@@ -149,8 +158,32 @@ async fn a_replay_into_an_empty_postgresql_equals_the_source_through_three_kills
     })
     .await;
     target.postgres.kill9();
+    let away = operator.condition("Progressing", "DatabaseUnreachable").await;
+    assert!(!away.status, "{away:?}");
+    // It can be held meanwhile, and that is shown.
+    let held = Directive {
+        paused: true,
+        ..Directive::default()
+    };
+    operator.directive.send_replace(held);
+    let progress = operator.reported(|progress| progress.phase() == Phase::Paused).await;
+    assert_eq!((progress.events_per_second, progress.actual_speed), (0.0, 0.0));
+    operator.directive.send_replace(Directive::default());
     target.postgres.start_again().await;
     target.client = target.postgres.client().await;
+    // The end waits for a standby, where commits do. There is none, and that is said.
+    target
+        .run("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+        .await;
+    target.run("SELECT pg_reload_conf()").await;
+    let silent = operator.condition("Progressing", "TargetSilent").await;
+    assert!(
+        !silent.status && silent.message.contains("pg_stat_activity"),
+        "{silent:?}"
+    );
+    assert_eq!(target.delivered().await, Some(records));
+    target.run("ALTER SYSTEM RESET synchronous_standby_names").await;
+    target.run("SELECT pg_reload_conf()").await;
     let status = runtime.process().wait(LIMIT);
     assert!(status.success(), "{}", runtime.process().log_tail());
     println!(
@@ -199,11 +232,29 @@ const TABLES: &str = r#"
         numbers int[], words text[], moods mood[], during tstzrange, one "char", large text);
     CREATE TABLE parent (id int PRIMARY KEY, name text);
     CREATE TABLE child (parent int REFERENCES parent, n numeric, large text, PRIMARY KEY (n, parent));
+    ALTER TABLE child ALTER large SET STORAGE EXTERNAL;
+    CREATE TABLE numbered (code text, kind int, seq bigint GENERATED ALWAYS AS IDENTITY, note text, large text, PRIMARY KEY (code, kind));
+    ALTER TABLE numbered ALTER large SET STORAGE EXTERNAL;
+    CREATE TABLE ids (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY);
+    CREATE TABLE counted (a int, seq bigint GENERATED ALWAYS AS IDENTITY);
+    ALTER TABLE counted REPLICA IDENTITY FULL;
     CREATE TABLE keys_only (a text, b date, PRIMARY KEY (b, a));
     CREATE TABLE bag (a int, spot point, large text);
     ALTER TABLE bag REPLICA IDENTITY FULL;
     CREATE TABLE last (id int PRIMARY KEY, n int); INSERT INTO last VALUES (1, 0);
 "#;
+
+/// Those that are compared.
+const COMPARED: [&str; 8] = [
+    r#""Every ""kind""""#,
+    "parent",
+    "child",
+    "numbered",
+    "ids",
+    "counted",
+    "keys_only",
+    "bag",
+];
 
 /// What happens to them, each line a transaction of its own.
 const HISTORY: &[&str] = &[
@@ -224,6 +275,11 @@ const HISTORY: &[&str] = &[
     "BEGIN; UPDATE child SET n = -n; UPDATE child SET n = n - 1, parent = 3 WHERE n < -1; UPDATE child SET n = -n; COMMIT",
     "INSERT INTO keys_only VALUES ('a', '2026-01-01'), ('b', '2026-01-01'); UPDATE keys_only SET a = 'c' WHERE a = 'a'",
     "DELETE FROM keys_only; INSERT INTO keys_only VALUES ('b', '2026-01-01')",
+    // Values that nobody may set, which are not the key, or only a part of it.
+    "INSERT INTO numbered (code, kind, note, large) VALUES ('a', 1, 'x', repeat('y', 50000)), ('b', 1, 'x', NULL), ('c', 1, 'x', NULL)",
+    "UPDATE numbered SET note = 'z'; UPDATE numbered SET kind = 2 WHERE code = 'a'; UPDATE numbered SET code = 'd' WHERE code = 'b'",
+    "INSERT INTO ids SELECT FROM generate_series(1, 3); DELETE FROM ids WHERE id = 2",
+    "INSERT INTO counted (a) VALUES (1), (2), (3); UPDATE counted SET a = 7 WHERE a = 2; DELETE FROM counted WHERE a = 3",
     // The same row many times within a transaction.
     "BEGIN; INSERT INTO parent VALUES (9, 'a'); UPDATE parent SET name = 'b' WHERE id = 9; DELETE FROM parent WHERE id = 9;
      INSERT INTO parent VALUES (9, 'c'); UPDATE parent SET id = 10 WHERE id = 9; UPDATE parent SET name = 'd' WHERE id = 10; COMMIT",
@@ -252,7 +308,7 @@ async fn whatever_happens_to_rows_happens_to_them_in_the_target_and_values_are_t
     target.tables(TABLES).await;
     let config = target.config(&pipeline);
     assert_eq!(replay(&config).await.unwrap(), End::Complete);
-    for table in ["\"Every \"\"kind\"\"\"", "parent", "child", "keys_only", "bag"] {
+    for table in COMPARED {
         assert_eq!(
             digest(&target.client, table).await,
             digest(&client, table).await,
@@ -299,7 +355,7 @@ async fn whatever_happens_to_rows_happens_to_them_in_the_target_and_values_are_t
         ..target.config(&again)
     };
     assert_eq!(replay(&config).await.unwrap(), End::Complete);
-    for table in ["\"Every \"\"kind\"\"\"", "parent", "child", "keys_only", "bag"] {
+    for table in COMPARED {
         assert_eq!(
             digest(&target.client, table).await,
             digest(&client, table).await,

@@ -7,7 +7,7 @@ use k8s_openapi::api::{
 use kube::{Api, ResourceExt as _, api::ListParams};
 use meander_config::ReplayConfig;
 use meander_crds::{CdcPipeline, ReplayJob};
-use serde::Deserialize;
+use meander_proto::FinalWord;
 
 use super::build::{CONFIG_FILE, replay_name, selector};
 use crate::{
@@ -33,31 +33,6 @@ pub struct Facts {
     pub job: Option<Job>,
     /// Its pods.
     pub pods: Vec<Pod>,
-}
-
-/// The last word of the runtime, which Kubernetes keeps as the container's termination message: it survives an operator that
-/// was away.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-pub struct FinalWord {
-    /// `Succeeded`, `Failed` or `Cancelled`.
-    pub phase: String,
-    /// Changes handed over.
-    pub delivered: u64,
-    /// Changes that the filter left out.
-    pub filtered: u64,
-    /// Position of the last one.
-    pub current_position: String,
-    /// Commit time of the first one.
-    pub first_event_time_micros: i64,
-    /// Commit time of the last one.
-    pub current_time_micros: i64,
-    /// Time between delivering the first and the last one.
-    pub delivery_micros: i64,
-    /// Why it failed, in one word.
-    pub reason: String,
-    /// Why it failed, in one sentence.
-    pub message: String,
 }
 
 impl Facts {

@@ -8,7 +8,7 @@ pub mod build;
 pub mod dereference;
 pub mod failures;
 mod metrics;
-mod report;
+pub mod report;
 pub mod status;
 pub mod validate;
 

@@ -4,11 +4,11 @@ use jiff::Timestamp;
 use kube::{Resource as _, ResourceExt as _};
 use meander_crds::{ReplayJob, ReplayJobStatus, ReplayPhase};
 use meander_proto::v1::{
-    Condition, ProgressUpdate, ReplayProgress, ResolvedRange, ResourceReference, progress_update::Progress,
-    replay_progress::Phase,
+    Condition, OtherTopics, ProgressUpdate, ReplayProgress, ResolvedRange, ResourceReference, TopicProgress,
+    progress_update::Progress, replay_progress::Phase,
 };
 
-/// The status as a report. Numbers that only matter while changes are delivered are left out.
+/// The status as a report.
 pub fn report(replay: &ReplayJob, status: &ReplayJobStatus, now: Timestamp) -> ProgressUpdate {
     let conditions = status.conditions.iter().map(|condition| Condition {
         r#type: condition.type_.clone(),
@@ -23,16 +23,40 @@ pub fn report(replay: &ReplayJob, status: &ReplayJobStatus, now: Timestamp) -> P
         to_position: range.to_position.clone().unwrap_or_default(),
         offsets: range.offsets,
     });
+    let topics = progress.topics.into_iter().map(|topic| TopicProgress {
+        topic: topic.topic,
+        delivered: topic.delivered,
+        bytes: topic.bytes,
+        first_time_micros: micros(topic.first_time.as_deref()),
+        last_time_micros: micros(topic.last_time.as_deref()),
+    });
     let progress = ReplayProgress {
         phase: phase(status.phase).into(),
         delivered: progress.delivered,
         percent: f64::from(progress.percent),
         current_time_micros: micros(progress.current_time.as_deref()),
         current_position: progress.current_position.unwrap_or_default(),
+        events_per_second: progress.events_per_second as f64,
+        behind_millis: progress.behind_millis,
+        eta_seconds: progress.eta_seconds.unwrap_or_default(),
         resolved_range,
         first_event_time_micros: micros(progress.first_event_time.as_deref()),
         delivery_micros: i64::try_from(progress.delivery_millis.saturating_mul(1000)).unwrap_or(i64::MAX),
-        ..ReplayProgress::default()
+        filtered: progress.filtered,
+        total: progress.total,
+        percent_by_events: f64::from(progress.percent_by_events),
+        speed: progress.speed.unwrap_or_default(),
+        actual_speed: progress
+            .actual_speed
+            .and_then(|speed| speed.parse().ok())
+            .unwrap_or_default(),
+        bytes: progress.bytes,
+        topics: topics.collect(),
+        other_topics: progress.other_topics.map(|others| OtherTopics {
+            topics: others.topics,
+            delivered: others.delivered,
+            bytes: others.bytes,
+        }),
     };
     ProgressUpdate {
         resource: Some(ResourceReference {

@@ -5,10 +5,13 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use meander_crds::{
     OtherTopics, ReplayFailures, ReplayJob, ReplayJobStatus, ReplayPhase, ReplayProgress, ReplayRange, TopicProgress,
 };
-use meander_proto::v1::{self, progress_update::Progress, replay_progress::Phase};
+use meander_proto::{
+    FinalWord,
+    v1::{self, progress_update::Progress, replay_progress::Phase},
+};
 
 use super::{
-    dereference::{Facts, FinalWord},
+    dereference::Facts,
     failures::{self, Cause},
 };
 use crate::{
@@ -83,8 +86,12 @@ pub fn status(inputs: &Inputs<'_>) -> ReplayJobStatus {
         .as_ref()
         .map_or_else(|| phase(inputs, report, old.phase), |end| end.phase);
     let mut progress = report.map(progress_of_report).or(old.progress);
-    if let Some(word) = word.as_ref().filter(|_| end.is_some()) {
-        progress = Some(progress_of_word(word, progress.unwrap_or_default()));
+    // One that did not come so far as to know its range has nothing to add.
+    let last = (word.as_ref().filter(|_| end.is_some()))
+        .map(|word| &word.progress)
+        .filter(|last| last.resolved_range.is_some());
+    if let Some(last) = last {
+        progress = Some(progress_at_the_end(last, progress.unwrap_or_default()));
     }
     if let (Some(end), Some(progress)) = (&end, &mut progress) {
         conclude(end.phase, progress);
@@ -99,7 +106,7 @@ pub fn status(inputs: &Inputs<'_>) -> ReplayJobStatus {
     let completed = job_status
         .and_then(|status| status.completion_time.as_ref())
         .map(|time| format::time(time.0));
-    let judgements = judge(inputs, phase, end.as_ref());
+    let judgements = judge(inputs, phase, end.as_ref(), word.as_ref());
     ReplayJobStatus {
         observed_generation: Some(generation),
         phase: Some(phase),
@@ -109,6 +116,7 @@ pub fn status(inputs: &Inputs<'_>) -> ReplayJobStatus {
             .then(|| completed.unwrap_or_else(|| format::time(inputs.now))),
         resolved_range: report
             .and_then(|report| report.resolved_range.as_ref())
+            .or_else(|| last?.resolved_range.as_ref())
             .map(range)
             .or(old.resolved_range),
         progress,
@@ -172,6 +180,7 @@ fn end(inputs: &Inputs<'_>, report: Option<&v1::ReplayProgress>, word: Option<&F
         }
         let (reason, message) = match word {
             Some(word) if !word.reason.is_empty() => (word.reason.as_str(), word.message.as_str()),
+            _ if truncated(inputs, word).is_some() => ("Delivered", "What Kafka held of the range was delivered."),
             _ => ("Delivered", "The whole range was delivered."),
         };
         return Some(End {
@@ -215,13 +224,25 @@ fn phase(inputs: &Inputs<'_>, report: Option<&v1::ReplayProgress>, old: Option<R
     }
 }
 
-fn judge(inputs: &Inputs<'_>, phase: ReplayPhase, end: Option<&End>) -> Vec<Judgement> {
-    let old = inputs
-        .replay
-        .status
-        .as_ref()
-        .map(|status| status.conditions.as_slice())
-        .unwrap_or_default();
+fn old_conditions<'a>(inputs: &Inputs<'a>) -> &'a [Condition] {
+    let status = inputs.replay.status.as_ref();
+    status.map(|status| status.conditions.as_slice()).unwrap_or_default()
+}
+
+/// That something of the range is missing. The pod that found it out said it once; it is so for good.
+fn truncated(inputs: &Inputs<'_>, word: Option<&FinalWord>) -> Option<Judgement> {
+    let said_now = (inputs.observation.report.as_ref()).and_then(|report| said(report, TRUNCATED_RANGE));
+    let said_last = word.filter(|word| !word.truncated.is_empty()).map(|word| {
+        let message = word.truncated.as_str();
+        Judgement::new(TRUNCATED_RANGE, Status::True, "RetentionPassed", message)
+    });
+    (said_now.filter(|truncated| truncated.status == Status::True))
+        .or(said_last)
+        .or_else(|| Judgement::remembered(TRUNCATED_RANGE, old_conditions(inputs)))
+}
+
+fn judge(inputs: &Inputs<'_>, phase: ReplayPhase, end: Option<&End>, word: Option<&FinalWord>) -> Vec<Judgement> {
+    let old = old_conditions(inputs);
     let mut judgements = vec![accepted(inputs).unwrap_or_else(|| {
         Judgement::remembered(ACCEPTED, old)
             .unwrap_or_else(|| Judgement::new(ACCEPTED, Status::Unknown, "NotLooked", "The cluster could not be read."))
@@ -229,10 +250,7 @@ fn judge(inputs: &Inputs<'_>, phase: ReplayPhase, end: Option<&End>) -> Vec<Judg
     if phase == ReplayPhase::Paused {
         judgements.push(Judgement::new(SUSPENDED, Status::True, "Suspended", HELD));
     }
-    let report = inputs.observation.report.as_ref();
-    let truncated = report.and_then(|report| said(report, TRUNCATED_RANGE));
-    // What was deleted does not come back.
-    judgements.extend(truncated.or_else(|| Judgement::remembered(TRUNCATED_RANGE, old)));
+    judgements.extend(truncated(inputs, word));
     judgements.push(progressing(inputs, end, old));
     let invalid = match inputs.outcome {
         Err(Error::Invalid(problem)) => Some(problem),
@@ -379,14 +397,15 @@ fn topic(report: &v1::TopicProgress) -> TopicProgress {
     }
 }
 
-fn progress_of_word(word: &FinalWord, last: ReplayProgress) -> ReplayProgress {
+/// What the last word says, and of the topics what was reported of the same, which had more room for them.
+fn progress_at_the_end(word: &v1::ReplayProgress, reported: ReplayProgress) -> ReplayProgress {
+    let last = progress_of_report(word);
+    if (reported.delivered, reported.bytes) != (last.delivered, last.bytes) {
+        return last;
+    }
     ReplayProgress {
-        delivered: word.delivered,
-        filtered: word.filtered,
-        current_time: format::time_of_micros(word.current_time_micros).or(last.current_time),
-        current_position: text(&word.current_position).or(last.current_position),
-        first_event_time: format::time_of_micros(word.first_event_time_micros).or(last.first_event_time),
-        delivery_millis: millis(word.delivery_micros),
+        topics: reported.topics,
+        other_topics: reported.other_topics,
         ..last
     }
 }

@@ -17,6 +17,7 @@ use super::{
     meter::Meter,
     orders::Orders,
     pace::{Clock, Due, Timeline},
+    patience::NOTICE,
     reader::Read,
     record::{Passed, Record, Transaction},
     target::{Batch, Mark, Target, TargetError, Trouble},
@@ -32,10 +33,18 @@ const PARTING: Duration = Duration::from_secs(10);
 /// Who hears how a delivery goes.
 pub trait Report {
     /// How far it is.
-    fn progress(&self, progress: ReplayProgress);
+    fn progress(&self, progress: ReplayProgress, course: Course<'_>);
+}
 
-    /// How far it is, while nothing gets into the target.
-    fn troubled(&self, progress: ReplayProgress, trouble: &Trouble);
+/// How a delivery goes, where its phase does not say it.
+#[derive(Clone, Copy, Debug)]
+pub enum Course<'a> {
+    /// As it is meant to.
+    Normal,
+    /// A transaction is delivered to its end before delivery is held.
+    Pausing,
+    /// Nothing gets into the target.
+    Troubled(&'a Trouble),
 }
 
 /// What the loop waits for.
@@ -128,11 +137,13 @@ pub async fn drive<T: Target>(
                 if !matches!(waiting, Waiting::Finish) {
                     return Err(ReplayError::TaskStopped("the target"));
                 }
-                report.progress(meter.report(Phase::Succeeded, Duration::ZERO, &clock, queue.passed, Instant::now()));
+                let progress = meter.report(Phase::Succeeded, Duration::ZERO, &clock, queue.passed, Instant::now());
+                report.progress(progress, Course::Normal);
                 return Ok(End::Complete);
             }
             _ = reporting.tick() => {
-                let phase = match (paused, is_open) {
+                let pausing = paused && is_open && queue.open;
+                let phase = match (paused && !pausing, is_open) {
                     (true, _) => Phase::Paused,
                     (false, false) => Phase::Pending,
                     (false, true) => Phase::Running,
@@ -140,10 +151,14 @@ pub async fn drive<T: Target>(
                 let now = Instant::now();
                 let behind = queue.next().map_or(Duration::ZERO, |next| clock.behind(next, now));
                 let progress = meter.report(phase, behind, &clock, queue.passed, now);
-                match meter.tally.trouble().filter(|_| !paused) {
-                    Some(trouble) => report.troubled(progress, &trouble),
-                    None => report.progress(progress),
-                }
+                let silent = !T::TELLS_SILENCE && meter.tally.silence() > NOTICE;
+                let trouble = meter.tally.trouble().or_else(|| silent.then(Trouble::silence));
+                let course = match &trouble {
+                    Some(trouble) if phase != Phase::Paused => Course::Troubled(trouble),
+                    _ if pausing => Course::Pausing,
+                    _ => Course::Normal,
+                };
+                report.progress(progress, course);
             }
             _ = opened.changed(), if matches!(waiting, Waiting::Open) => reporting.reset_immediately(),
             read = reads.recv(), if matches!(waiting, Waiting::Read) => match read {
@@ -174,7 +189,8 @@ pub async fn drive<T: Target>(
         // What came of it is found out by whoever goes on.
         let _ = timeout(PARTING, &mut running.0).await;
         let phase = if paused { Phase::Paused } else { Phase::Pending };
-        report.progress(meter.report(phase, Duration::ZERO, &clock, queue.passed, Instant::now()));
+        let progress = meter.report(phase, Duration::ZERO, &clock, queue.passed, Instant::now());
+        report.progress(progress, Course::Normal);
     }
     Err(ReplayError::Interrupted)
 }
@@ -218,6 +234,8 @@ struct Queue {
     whole_transactions: bool,
     /// The transaction of the last record that was handed over.
     handed: Option<Transaction>,
+    /// More of it is to come.
+    open: bool,
 }
 
 struct Waiter {
@@ -283,6 +301,7 @@ impl Queue {
             handed: now,
         };
         let whole = !self.is_inside();
+        self.open = self.whole_transactions && !whole;
         Some(Batch { records, whole, mark })
     }
 }
@@ -336,7 +355,7 @@ mod tests {
             Some((2, false)),
             "more of the second may come"
         );
-        assert_eq!((queue.next(), queue.is_inside()), (None, true));
+        assert_eq!((queue.next(), queue.is_inside(), queue.open), (None, true, true));
 
         clock.hold(true, Instant::now());
         queue.extend(vec![record(2, 2), record(3, 0)]);
@@ -345,6 +364,7 @@ mod tests {
             Some((2, true)),
             "it is taken to its end"
         );
+        assert!(!queue.open);
         queue.ended = true;
         assert_eq!(handed(&mut queue, &mut clock), None, "the next one is held");
         clock.hold(false, Instant::now());

@@ -9,16 +9,17 @@ use meander_config::{KafkaLog, ReplayConfig};
 use tokio::{
     sync::{mpsc, watch},
     task::spawn_blocking,
-    time::Instant,
 };
 use tokio_util::sync::CancellationToken;
 
 use super::{
     error::ReplayError,
     filter::Filter,
+    patience::Patience,
     range::{self, Brokers, Ends, Range},
     reader::{self, Read, Reading},
     record::{Coordinate, ResumeToken},
+    tally::Trouble,
 };
 use crate::{
     checkpoint::{Tail, TailError, last_checkpoint},
@@ -30,8 +31,6 @@ use crate::{
 const INTERVAL: Duration = Duration::from_millis(100);
 /// How long Kafka may take to show one.
 const TIMEOUT: Duration = Duration::from_secs(10);
-/// How long it may fail to.
-const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The end of the log, as the newest checkpoint has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -278,7 +277,7 @@ fn look(
     stop: &CancellationToken,
 ) {
     let mut tail = None;
-    let mut failing: Option<Instant> = None;
+    let mut patience = Patience::default();
     while !stop.is_cancelled() {
         let read = match &tail {
             Some(tail) => last_checkpoint(tail, topic, key),
@@ -286,9 +285,9 @@ fn look(
                 Tail::new(&kafka.cluster(), TIMEOUT).and_then(|made| last_checkpoint(tail.insert(made), topic, key))
             }
         };
-        match read {
+        let pause = match read {
             Ok(checkpoint) => {
-                failing = None;
+                patience.renew();
                 let end = checkpoint.and_then(|checkpoint| {
                     Some(End {
                         position: checkpoint.complete?,
@@ -302,19 +301,21 @@ fn look(
                     }
                     is_newer
                 });
+                INTERVAL
             }
             Err(error) => {
                 tail = None;
-                let since = *failing.get_or_insert_with(|| {
-                    tracing::warn!(%error, "cannot look for what was captured since; trying again");
-                    Instant::now()
-                });
-                if since.elapsed() >= PATIENCE {
+                let trouble = Trouble {
+                    reason: "KafkaUnreachable",
+                    message: format!("it cannot be looked for what was captured since: {error}"),
+                };
+                let Some(pause) = patience.failed(trouble, drop) else {
                     newest.send_modify(|known| *known = Err(Arc::new(error)));
                     return;
-                }
+                };
+                pause
             }
-        }
-        std::thread::sleep(INTERVAL);
+        };
+        std::thread::sleep(pause);
     }
 }

@@ -119,6 +119,7 @@ impl<T: Target> Target for Kept<T> {
     const WHOLE_TRANSACTIONS: bool = T::WHOLE_TRANSACTIONS;
     const PACED: bool = T::PACED;
     const FINISHES: bool = true;
+    const TELLS_SILENCE: bool = T::TELLS_SILENCE;
 
     async fn run(self, mut batches: mpsc::Receiver<Batch>, tally: Tally) -> Result<(), TargetError> {
         let Some(place) = self.place else {

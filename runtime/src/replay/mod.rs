@@ -14,40 +14,43 @@ pub mod merge;
 pub mod meter;
 pub mod orders;
 pub mod pace;
+pub mod patience;
 pub mod range;
 pub mod reader;
 pub mod record;
 pub mod seek;
 pub mod tally;
 pub mod target;
+mod word;
 
-use std::{future::pending, path::Path, pin::pin, sync::Arc, time::Duration};
+use std::{future::pending, pin::pin, sync::Arc, time::Duration};
 
-use backon::{BackoffBuilder as _, ExponentialBuilder};
 use jiff::Timestamp;
 use meander_config::{ReplayConfig, ReplayEnd, ReplayOrder, ReplayTarget, Speed};
-use meander_proto::v1::{ReplayProgress, replay_progress::Phase};
+use meander_proto::{
+    FinalWord,
+    v1::{ReplayProgress, replay_progress::Phase},
+};
 use prometheus::{Gauge, IntCounter, IntGauge, Registry};
-use serde::Serialize;
 use tokio::{
     sync::{mpsc, watch},
     task::spawn_blocking,
-    time::{Instant, sleep},
+    time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
 use self::{
     checkpoint::{Checkpoint, Done},
-    drive::{Report, drive},
+    drive::{Course, Report, drive},
     error::ReplayError,
     filter::Filter,
     follow::Live,
     keeper::{AtLeastOnce, Keeping, Kept, RangeKeeper},
     meter::Meter,
     orders::Orders,
+    patience::{PATIENCE, Patience},
     range::{Missing, Range},
     reader::Reading,
-    record::Coordinate,
     tally::Tally,
     target::{
         Resumable, Target, TargetError, Trouble,
@@ -67,11 +70,7 @@ use crate::{
     progress::{self, ConditionType, ProgressReporter},
 };
 
-/// Kubernetes keeps 4096 bytes of a termination message.
-const LONGEST_MESSAGE: usize = 2048;
-/// How long a replay goes on trying while nothing more gets into its target.
-const PATIENCE: Duration = Duration::from_secs(120);
-const LONGEST_BACKOFF: Duration = Duration::from_secs(5);
+const PAUSING: &str = "Delivery is held as soon as the transaction that is open in the target has come to its end.";
 
 /// How a replay ended, if nothing went wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -130,7 +129,7 @@ pub async fn run(config: ReplayConfig, shutdown: CancellationToken) -> Result<En
     let result = replay(&config, orders, &report, &shutdown).await;
     let word = report.conclude(&config, &result);
     if let Some(path) = &config.termination_message_file {
-        write_word(path, &word).await;
+        word::write(path, word).await;
     }
     link.finish().await;
     result
@@ -138,7 +137,7 @@ pub async fn run(config: ReplayConfig, shutdown: CancellationToken) -> Result<En
 
 async fn replay(
     config: &ReplayConfig,
-    mut orders: Orders,
+    orders: Orders,
     report: &JobReport,
     shutdown: &CancellationToken,
 ) -> Result<End, ReplayError> {
@@ -162,7 +161,6 @@ async fn replay(
     if config.to == ReplayEnd::Live && !matches!(config.target, ReplayTarget::GrpcServe { .. }) {
         return Err(ReplayError::NobodyFollows);
     }
-    report.resolving(orders.current().paused);
     let job = Job {
         config,
         plan: Plan::new(config)?,
@@ -287,7 +285,7 @@ impl Job<'_> {
         }
         let config = self.config;
         let open = RangeKeeper::open(&config.kafka, &config.pipeline, &config.job);
-        let Some(keeper) = self.unless_told(open).await? else {
+        let Some(keeper) = self.unless_told(OPENING, open).await? else {
             return Ok(None);
         };
         let mut keeper = keeper?;
@@ -319,37 +317,40 @@ impl Job<'_> {
     /// Delivers the range to a target that knows how far it is, in sessions: whatever befalls the target ends one, and the next goes on
     /// from what the target has, as after a crash.
     async fn deliver_resumably<T: Resumable>(mut self, settings: &T::Settings) -> Result<End, ReplayError> {
-        let mut delays = backoff();
-        let mut failing: Option<(Instant, Option<Coordinate>)> = None;
+        let mut patience = Patience::default();
+        let mut reached = None;
         let tally = Tally::default();
         loop {
-            let error = match self.session::<T>(settings, &tally).await {
+            let error = match Box::pin(self.session::<T>(settings, &tally)).await {
                 Err(ReplayError::Target(error)) if error.is_passing() => error,
                 ended => return ended,
             };
-            let reached = tally.counts().coordinate;
-            let since = match failing {
-                Some((since, before)) if before == reached || reached.is_none() => since,
-                _ => {
-                    delays = backoff();
-                    Instant::now()
-                }
-            };
-            failing = Some((since, reached.or(failing.and_then(|(_, before)| before))));
-            if since.elapsed() >= PATIENCE {
-                return Err(error.into());
+            if let Some(now) = tally.counts().coordinate
+                && reached.replace(now) != Some(now)
+            {
+                patience.renew();
             }
-            tracing::warn!(%error, "the target failed; going on from where it is");
-            self.report.failing(&error);
-            let pause = sleep(delays.next().unwrap_or(LONGEST_BACKOFF));
-            if self.unless_told(pause).await?.is_none() {
+            let failed = Trouble {
+                reason: error.reason(),
+                message: format!("{error}. It is tried again."),
+            };
+            // It is over when something gets into the target.
+            let Some(pause) = patience.failed(failed, |failed| tally.set_trouble(Some(failed))) else {
+                return Err(error.into());
+            };
+            let trouble = tally.trouble();
+            let standing = trouble.as_ref().map_or(OPENING, Standing::because);
+            if self.unless_told(standing, sleep(pause)).await?.is_none() {
                 return Ok(End::Cancelled);
             }
         }
     }
 
     async fn session<T: Resumable>(&mut self, settings: &T::Settings, tally: &Tally) -> Result<End, ReplayError> {
-        let Some(opened) = self.unless_told(T::open(settings, &self.config.job)).await? else {
+        let trouble = tally.trouble();
+        let standing = trouble.as_ref().map_or(OPENING, Standing::because);
+        let opening = answered(T::open(settings, &self.config.job));
+        let Some(opened) = self.unless_told(standing, opening).await? else {
             return Ok(End::Cancelled);
         };
         let (mut target, checkpoint) = opened?;
@@ -359,7 +360,10 @@ impl Job<'_> {
                 let Some(range) = self.resolve().await? else {
                     return Ok(End::Cancelled);
                 };
-                target.begin(&range).await?;
+                let Some(begun) = self.unless_told(standing, answered(target.begin(&range))).await? else {
+                    return Ok(End::Cancelled);
+                };
+                begun?;
                 Checkpoint { range, done: None }
             }
         };
@@ -410,7 +414,7 @@ impl Job<'_> {
         let _stop_on_return = stop.clone().drop_guard();
         let config = self.config.clone();
         let resolving = spawn_blocking(move || range::resolve(&config, &stop));
-        match self.unless_told(resolving).await? {
+        match self.unless_told(RESOLVING, resolving).await? {
             Some(range) => range
                 .map_err(|_| ReplayError::TaskStopped("resolving the range"))?
                 .map(Some),
@@ -418,11 +422,16 @@ impl Job<'_> {
         }
     }
 
-    /// What comes of `doing`; none if the replay is cancelled meanwhile.
-    async fn unless_told<T>(&mut self, doing: impl Future<Output = T>) -> Result<Option<T>, ReplayError> {
+    /// What comes of `doing`, while which the state says how the replay stands; none if it is cancelled meanwhile.
+    async fn unless_told<T>(
+        &mut self,
+        standing: Standing<'_>,
+        doing: impl Future<Output = T>,
+    ) -> Result<Option<T>, ReplayError> {
         let mut doing = pin!(doing);
         let mut order = self.orders.current();
         while !order.cancel {
+            self.report.stands(order.paused, standing);
             tokio::select! {
                 done = &mut doing => return Ok(Some(done)),
                 changed = self.orders.changed() => order = changed,
@@ -433,13 +442,45 @@ impl Job<'_> {
     }
 }
 
-fn backoff() -> impl Iterator<Item = Duration> {
-    ExponentialBuilder::default()
-        .with_min_delay(Duration::from_millis(200))
-        .with_max_delay(LONGEST_BACKOFF)
-        .without_max_times()
-        .with_jitter()
-        .build()
+/// What a target says, if it does.
+async fn answered<T>(asked: impl Future<Output = Result<T, TargetError>>) -> Result<T, TargetError> {
+    let answer = timeout(PATIENCE, asked).await;
+    answer.unwrap_or(Err(TargetError::Silent { waited: PATIENCE }))
+}
+
+/// How a replay stands while nothing can be delivered.
+#[derive(Clone, Copy)]
+struct Standing<'a> {
+    /// Whether that is its course, and not for something that is wrong.
+    progressing: bool,
+    reason: &'static str,
+    message: &'a str,
+}
+
+const OPENING: Standing<'_> = Standing {
+    progressing: false,
+    reason: "Opening",
+    message: "The target is opened, and it is looked up how far the replay is.",
+};
+const RESOLVING: Standing<'_> = Standing {
+    progressing: true,
+    reason: "Resolving",
+    message: "Kafka is asked where the range begins and ends.",
+};
+const UNATTENDED: Standing<'_> = Standing {
+    progressing: true,
+    reason: "WaitingForSubscriber",
+    message: "No subscriber has come yet.",
+};
+
+impl<'a> Standing<'a> {
+    fn because(trouble: &'a Trouble) -> Self {
+        Self {
+            progressing: false,
+            reason: trouble.reason,
+            message: &trouble.message,
+        }
+    }
 }
 
 /// Where the state of the job is kept: for the operator, the metrics and the final word.
@@ -450,25 +491,30 @@ pub struct JobReport {
 }
 
 impl JobReport {
-    /// The range is being resolved.
-    fn resolving(&self, paused: bool) {
-        self.waiting(paused, "Resolving", "Kafka is asked where the range begins and ends.");
-    }
-
     /// Nobody is there to take it.
     pub fn unattended(&self, paused: bool) {
-        self.waiting(paused, "WaitingForSubscriber", "No subscriber has come yet.");
+        self.stands(paused, UNATTENDED);
     }
 
-    fn waiting(&self, paused: bool, reason: &'static str, message: &str) {
+    /// Nothing is delivered at the moment.
+    fn stands(&self, paused: bool, standing: Standing<'_>) {
+        let Standing {
+            progressing,
+            reason,
+            message,
+        } = standing;
         self.reporter.update(|state| {
-            state
-                .progress
-                .set_phase(if paused { Phase::Paused } else { Phase::Pending });
+            let progress = &mut state.progress;
+            progress.set_phase(if paused { Phase::Paused } else { Phase::Pending });
+            progress.events_per_second = 0.0;
+            progress.actual_speed = 0.0;
+            progress.behind_millis = 0;
+            progress.eta_seconds = 0;
             state
                 .conditions
-                .set(ConditionType::Progressing, !paused, reason, message.to_owned());
+                .set(ConditionType::Progressing, progressing && !paused, reason, message);
         });
+        self.measure(&self.reporter.state().progress);
     }
 
     fn resolved(&self, range: &Range, meter: &Meter) {
@@ -566,26 +612,24 @@ impl JobReport {
                 _ => {}
             }
         });
-        let progress = self.reporter.state().progress;
-        self.measure(&progress);
+        let state = self.reporter.state();
+        self.measure(&state.progress);
+        let truncated = state.conditions.get(ConditionType::TruncatedRange);
         let word = FinalWord {
-            phase: phase_name(progress.phase()),
-            delivered: progress.delivered,
-            filtered: progress.filtered,
-            current_position: progress.current_position,
-            first_event_time_micros: progress.first_event_time_micros,
-            current_time_micros: progress.current_time_micros,
-            delivery_micros: progress.delivery_micros,
-            reason,
-            message: shortened(message),
+            phase: phase_name(state.progress.phase()).to_owned(),
+            reason: reason.to_owned(),
+            message,
+            truncated: truncated.map(|truncated| truncated.message.clone()).unwrap_or_default(),
+            progress: state.progress,
         };
+        let progress = &word.progress;
         tracing::info!(
             phase = word.phase,
-            delivered = word.delivered,
-            position = word.current_position,
-            first_event_time = (word.delivered > 0).then(|| micros(word.first_event_time_micros)),
-            last_event_time = (word.delivered > 0).then(|| micros(word.current_time_micros)),
-            delivery_seconds = word.delivery_micros as f64 / 1e6,
+            delivered = progress.delivered,
+            position = progress.current_position,
+            first_event_time = (progress.delivered > 0).then(|| micros(progress.first_event_time_micros)),
+            last_event_time = (progress.delivered > 0).then(|| micros(progress.current_time_micros)),
+            delivery_seconds = progress.delivery_micros as f64 / 1e6,
             reason,
             "the replay ended"
         );
@@ -593,40 +637,24 @@ impl JobReport {
     }
 }
 
-impl JobReport {
-    fn tell(&self, progress: ReplayProgress, trouble: Option<&Trouble>) {
+impl Report for JobReport {
+    fn progress(&self, progress: ReplayProgress, course: Course<'_>) {
         self.measure(&progress);
+        let judged = match (course, progress.phase()) {
+            (Course::Troubled(trouble), _) => Some((false, trouble.reason, trouble.message.as_str())),
+            (Course::Pausing, _) => Some((true, "Pausing", PAUSING)),
+            (Course::Normal, Phase::Running) => Some((true, "Replaying", "Changes are delivered.")),
+            (Course::Normal, Phase::Paused) => Some((false, "Paused", "Delivery is held.")),
+            (Course::Normal, _) => None,
+        };
         self.reporter.update(|state| {
-            match (progress.phase(), trouble) {
-                (_, Some(Trouble { reason, message })) => {
-                    state
-                        .conditions
-                        .set(ConditionType::Progressing, false, reason, message.clone())
-                }
-                (Phase::Running, None) => {
-                    state
-                        .conditions
-                        .set(ConditionType::Progressing, true, "Replaying", "Changes are delivered.")
-                }
-                (Phase::Paused, None) => {
-                    state
-                        .conditions
-                        .set(ConditionType::Progressing, false, "Paused", "Delivery is held.")
-                }
-                _ => {}
+            if let Some((progressing, reason, message)) = judged {
+                state
+                    .conditions
+                    .set(ConditionType::Progressing, progressing, reason, message);
             }
             state.progress = progress;
         });
-    }
-}
-
-impl Report for JobReport {
-    fn progress(&self, progress: ReplayProgress) {
-        self.tell(progress, None);
-    }
-
-    fn troubled(&self, progress: ReplayProgress, trouble: &Trouble) {
-        self.tell(progress, Some(trouble));
     }
 }
 
@@ -665,39 +693,6 @@ fn completion(config: &ReplayConfig, progress: &ReplayProgress, truncated: bool)
         return (reason, last);
     }
     (reason, delivered.to_owned())
-}
-
-/// What a replay leaves behind, as JSON.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "camelCase")]
-struct FinalWord {
-    phase: &'static str,
-    delivered: u64,
-    filtered: u64,
-    current_position: String,
-    first_event_time_micros: i64,
-    current_time_micros: i64,
-    delivery_micros: i64,
-    reason: &'static str,
-    message: String,
-}
-
-async fn write_word(path: &Path, word: &FinalWord) {
-    let written = match serde_json::to_vec(word) {
-        Ok(json) => tokio::fs::write(path, json).await,
-        Err(error) => Err(error.into()),
-    };
-    if let Err(error) = written {
-        tracing::warn!(%error, path = %path.display(), "cannot write the termination message");
-    }
-}
-
-fn shortened(mut message: String) -> String {
-    if message.len() > LONGEST_MESSAGE {
-        message.truncate(message.floor_char_boundary(LONGEST_MESSAGE));
-        message.push('…');
-    }
-    message
 }
 
 /// As in `.status.phase`.

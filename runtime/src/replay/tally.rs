@@ -3,12 +3,14 @@
 use std::{
     collections::{HashMap, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use tokio::{sync::watch, time::Instant};
 
 use super::{
     checkpoint::Done,
+    patience::NOTICE,
     record::{Coordinate, Passed, Record},
     target::{Batch, Mark},
 };
@@ -28,6 +30,19 @@ pub struct Trouble {
     pub reason: &'static str,
     /// In one sentence.
     pub message: String,
+}
+
+impl Trouble {
+    /// The target was given something and has not answered.
+    #[must_use]
+    pub fn silence() -> Self {
+        Self {
+            reason: "TargetSilent",
+            message: format!(
+                "The target was given changes and has not answered for more than {NOTICE:?}; see what keeps it."
+            ),
+        }
+    }
 }
 
 /// What is delivered so far.
@@ -69,6 +84,8 @@ struct Ledger {
     topics: Vec<TopicCounts>,
     index: HashMap<Arc<str>, usize>,
     handed: VecDeque<Handed>,
+    /// When the first of them was handed over, or the one before it was credited.
+    waiting: Option<Instant>,
 }
 
 /// A record without what it holds.
@@ -96,7 +113,7 @@ impl Tally {
         self.open.send_replace(true);
     }
 
-    /// Says why nothing gets into the target, or that this is over.
+    /// Says why nothing gets into the target, or that this is over, as it is whenever something does.
     pub fn set_trouble(&self, trouble: Option<Trouble>) {
         *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = trouble;
     }
@@ -118,7 +135,6 @@ impl Tally {
     pub fn begin(&self, done: Option<&Done>, offsets: u64) {
         let now = Instant::now();
         self.open.send_replace(false);
-        self.set_trouble(None);
         let mut ledger = self.lock();
         ledger.handed.clear();
         let bytes = ledger.counts.bytes;
@@ -145,6 +161,9 @@ impl Tally {
     /// Notes what is handed over.
     pub fn hand(&self, batch: &Batch) {
         let mut ledger = self.lock();
+        if ledger.handed.is_empty() {
+            ledger.waiting = Some(Instant::now());
+        }
         for record in &batch.records {
             let handed = Handed {
                 topic: ledger.topic(record),
@@ -169,6 +188,16 @@ impl Tally {
         counts.first.get_or_insert((mark.first_time, mark.handed));
         counts.last = Some((mark.last_time, mark.handed));
         counts.coordinate = Some(mark.resume.coordinate);
+        ledger.waiting = Some(Instant::now());
+        drop(ledger);
+        self.set_trouble(None);
+    }
+
+    /// How long it is since the target was given something, or had taken something, of which more is to be taken.
+    #[must_use]
+    pub fn silence(&self) -> Duration {
+        let ledger = self.lock();
+        (ledger.waiting.filter(|_| !ledger.handed.is_empty())).map_or(Duration::ZERO, |since| since.elapsed())
     }
 
     /// What is delivered so far.

@@ -94,6 +94,18 @@ impl Runtime {
         self.process.stop(limit)
     }
 
+    /// The most memory that the process has had in use, in MiB.
+    ///
+    /// # Panics
+    /// When it has ended.
+    #[must_use]
+    pub fn peak_memory(&self) -> u64 {
+        let id = self.process.id().expect("it runs");
+        let status = fs::read_to_string(format!("/proc/{id}/status")).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() / 1024
+    }
+
     /// The process: its id, its log, other signals, its end.
     pub fn process(&mut self) -> &mut Process {
         &mut self.process

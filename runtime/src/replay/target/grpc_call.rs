@@ -2,12 +2,12 @@
 
 use std::{collections::VecDeque, fs, future::pending, pin::pin, time::Duration};
 
-use backon::{BackoffBuilder as _, ExponentialBuilder};
 use meander_config::GrpcReceiver;
 use meander_proto::v1::{DeliverAck, ReplayEvent, replay_receiver_client::ReplayReceiverClient};
+use prost::Message as _;
 use tokio::{
     sync::mpsc,
-    time::{Instant, sleep, sleep_until, timeout},
+    time::{sleep, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{
@@ -19,20 +19,18 @@ use tonic::{
 use super::{Batch, Mark, Tally, Target, TargetError, Trouble, chain};
 use crate::{
     log::REPLAY_ATTEMPT_HEADER,
-    replay::keeper::AtLeastOnce,
+    replay::{
+        keeper::AtLeastOnce,
+        patience::{NOTICE, PATIENCE, Patience, Silence, Silent},
+    },
     tls::{authorities, client_pem},
 };
 
 /// Messages that may be without an answer.
 const WINDOW: usize = 8;
-/// How long it is tried to deliver anything at all.
-const PATIENCE: Duration = Duration::from_secs(120);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
-const LONGEST_BACKOFF: Duration = Duration::from_secs(5);
-/// How long a message may be without an answer before that is said.
-const NOTICE: Duration = Duration::from_secs(10);
 /// How long the receiver may take to end its half of the stream after its last answer.
 const PARTING: Duration = Duration::from_secs(5);
 
@@ -43,8 +41,7 @@ pub struct GrpcCall {
     unanswered: VecDeque<(ReplayEvent, Mark)>,
     /// The batches have not ended.
     more: bool,
-    /// Since when nothing has succeeded.
-    failing_since: Option<Instant>,
+    patience: Patience,
 }
 
 /// Why a stream ended too early.
@@ -63,12 +60,14 @@ impl AtLeastOnce for GrpcCall {
             attempt,
             unanswered: VecDeque::with_capacity(WINDOW),
             more: true,
-            failing_since: None,
+            patience: Patience::default(),
         }
     }
 }
 
 impl Target for GrpcCall {
+    const TELLS_SILENCE: bool = true;
+
     async fn run(mut self, mut batches: mpsc::Receiver<Batch>, tally: Tally) -> Result<(), TargetError> {
         let endpoint = Endpoint::from_shared(self.receiver.endpoint.clone())
             .map_err(|source| TargetError::InvalidEndpoint {
@@ -80,45 +79,30 @@ impl Target for GrpcCall {
             .keep_alive_timeout(KEEPALIVE_TIMEOUT)
             .keep_alive_while_idle(true)
             .tcp_nodelay(true);
-        let backoff = ExponentialBuilder::default()
-            .with_min_delay(Duration::from_millis(200))
-            .with_max_delay(LONGEST_BACKOFF)
-            .without_max_times()
-            .with_jitter();
-        let mut delays = backoff.build();
         loop {
             let cause = match self.stream(&endpoint, &mut batches, &tally).await {
                 Ok(()) => return Ok(()),
                 Err(Broken::Fatal(error)) => return Err(error),
                 Err(Broken::Retry(cause)) => cause,
             };
-            let since = match self.failing_since {
-                Some(since) => since,
-                None => {
-                    delays = backoff.build();
-                    *self.failing_since.insert(Instant::now())
-                }
+            let receiver = &self.receiver.endpoint;
+            let trouble = Trouble {
+                reason: "ReceiverUnreachable",
+                message: format!(
+                    "Nothing is delivered to the receiver at {receiver}: {cause}; start it, or correct the endpoint. It is tried again."
+                ),
             };
-            if since.elapsed() >= PATIENCE {
+            let Some(pause) = self
+                .patience
+                .failed(trouble, |trouble| tally.set_trouble(Some(trouble)))
+            else {
                 return Err(TargetError::ReceiverUnreachable {
                     endpoint: self.receiver.endpoint,
                     tried: PATIENCE,
                     cause,
                 });
-            }
-            let endpoint = &self.receiver.endpoint;
-            tally.set_trouble(Some(Trouble {
-                reason: "ReceiverUnreachable",
-                message: format!(
-                    "Nothing is delivered to the receiver at {endpoint}: {cause}; start it, or correct the endpoint. It is tried again."
-                ),
-            }));
-            tracing::warn!(
-                cause,
-                unanswered = self.unanswered.len(),
-                "the stream to the receiver broke; opening another"
-            );
-            sleep(delays.next().unwrap_or(LONGEST_BACKOFF)).await;
+            };
+            sleep(pause).await;
         }
     }
 }
@@ -135,7 +119,7 @@ impl GrpcCall {
         let channel = endpoint.connect().await.map_err(|error| Broken::Retry(chain(&error)))?;
         tally.open();
         if self.unanswered.is_empty() {
-            self.failing_since = None;
+            self.patience.renew();
             tally.set_trouble(None);
         }
 
@@ -153,8 +137,7 @@ impl GrpcCall {
             .insert(REPLAY_ATTEMPT_HEADER, MetadataValue::from(self.attempt));
         let mut call = pin!(client.deliver(request));
         let mut answers: Option<Streaming<DeliverAck>> = None;
-        let mut progress = Instant::now();
-        let mut noticed = false;
+        let mut silence = Silence::default();
 
         while self.more || !self.unanswered.is_empty() {
             tokio::select! {
@@ -166,13 +149,12 @@ impl GrpcCall {
                         .map_err(|status| self.broken(status))?
                         .ok_or_else(|| Broken::Retry("it ended the stream before the replay was over".to_owned()))?;
                     self.answered(&answer, tally)?;
-                    progress = Instant::now();
-                    noticed = false;
+                    silence.end();
                 }
                 batch = batches.recv(), if self.more && self.unanswered.len() < WINDOW => match batch {
                     Some(batch) => {
                         if self.unanswered.is_empty() {
-                            progress = Instant::now();
+                            silence.end();
                         }
                         let mark = batch.mark;
                         let event = batch.into_event();
@@ -182,22 +164,21 @@ impl GrpcCall {
                     }
                     None => self.more = false,
                 },
-                () = sleep_until(progress + NOTICE), if !noticed && !self.unanswered.is_empty() => {
-                    noticed = true;
+                silent = silence.lasts(PATIENCE), if !self.unanswered.is_empty() => {
                     let endpoint = &self.receiver.endpoint;
-                    tally.set_trouble(Some(Trouble {
-                        reason: "ReceiverSilent",
-                        message: format!(
-                            "The receiver at {endpoint} has taken a message and not answered it for more than {NOTICE:?}; it must answer \
-                             each with its resume token."
-                        ),
-                    }));
-                }
-                () = sleep_until(progress + PATIENCE), if !self.unanswered.is_empty() => {
-                    return Err(Broken::Fatal(TargetError::ReceiverSilent {
-                        endpoint: self.receiver.endpoint.clone(),
-                        waited: PATIENCE,
-                    }));
+                    match silent {
+                        Silent::Noticed => tally.set_trouble(Some(Trouble {
+                            reason: "ReceiverSilent",
+                            message: format!(
+                                "The receiver at {endpoint} has taken a message and not answered it for more than {NOTICE:?}; it must \
+                                 answer each with its resume token."
+                            ),
+                        })),
+                        Silent::TooLong => return Err(Broken::Fatal(TargetError::ReceiverSilent {
+                            endpoint: endpoint.clone(),
+                            waited: PATIENCE,
+                        })),
+                    }
                 }
             }
         }
@@ -255,8 +236,7 @@ impl GrpcCall {
         if let Some((_, mark)) = self.unanswered.pop_front() {
             tally.credit(&mark);
         }
-        self.failing_since = None;
-        tally.set_trouble(None);
+        self.patience.renew();
         Ok(())
     }
 
@@ -267,6 +247,15 @@ impl GrpcCall {
                     endpoint: self.receiver.endpoint.clone(),
                     status: Box::new(status),
                 })
+            }
+            // What is too large stays so: until the receiver's limit is raised.
+            Code::ResourceExhausted | Code::OutOfRange => {
+                let sizes = self.unanswered.iter().map(|(event, _)| event.encoded_len());
+                let largest = sizes.max().unwrap_or_default();
+                let cause = chain(&status);
+                Broken::Retry(format!(
+                    "{cause} (the largest message that it has not answered has {largest} bytes)"
+                ))
             }
             _ => Broken::Retry(chain(&status)),
         }

@@ -39,7 +39,7 @@ use super::{Batch, Mark, Tally, Target, TargetError, Trouble};
 use crate::{
     replay::{
         End, JobReport, Plan,
-        drive::{Report, drive},
+        drive::{Course, Report, drive},
         error::ReplayError,
         follow::{Following, Live},
         meter::Meter,
@@ -470,6 +470,8 @@ struct Subscriber {
 }
 
 impl Target for Subscriber {
+    const TELLS_SILENCE: bool = true;
+
     async fn run(mut self, batches: mpsc::Receiver<Batch>, tally: Tally) -> Result<(), TargetError> {
         tally.open();
         match self.acknowledging.take() {
@@ -520,6 +522,10 @@ impl Subscriber {
             if !more && waiting.is_none() && acknowledging.unacknowledged.is_empty() {
                 return Ok(());
             }
+            tally.set_trouble(waiting.as_ref().filter(|_| acknowledging.credit == 0).map(|_| Trouble {
+                reason: "WaitingForCredit",
+                message: "The subscriber has given no credit for more messages; it does so in a request.".to_owned(),
+            }));
             tokio::select! {
                 batch = batches.recv(), if more && waiting.is_none() => match batch {
                     Some(batch) => waiting = Some(batch),
@@ -669,7 +675,7 @@ impl SubscriberReport {
 }
 
 impl Report for SubscriberReport {
-    fn progress(&self, mut progress: ReplayProgress) {
+    fn progress(&self, mut progress: ReplayProgress, course: Course<'_>) {
         let mut times = self.times();
         let own = progress.current_time_micros;
         times.insert(self.id, own);
@@ -680,13 +686,8 @@ impl Report for SubscriberReport {
             if progress.phase() == Phase::Succeeded {
                 progress.set_phase(Phase::Running);
             }
-            self.lead.report.progress(progress);
+            self.lead.report.progress(progress, course);
         }
-    }
-
-    /// A subscriber takes what it takes; one that takes nothing is let go.
-    fn troubled(&self, progress: ReplayProgress, _: &Trouble) {
-        self.progress(progress);
     }
 }
 

@@ -7,7 +7,6 @@ mod dead_letters;
 
 use std::{fs, path::PathBuf, sync::Arc, time::Duration};
 
-use backon::{BackoffBuilder as _, ExponentialBuilder};
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::{
@@ -25,23 +24,24 @@ use rustls::{ClientConfig, crypto::ring};
 use serde_json::{Value, json};
 use tokio::{
     sync::mpsc,
-    time::{Instant, sleep, timeout},
+    time::{sleep, timeout},
 };
 
 use self::dead_letters::DeadLetters;
 use super::{Batch, Tally, Target, TargetError, Trouble, chain, job_id, log::line};
 use crate::{
     log::REPLAY_ATTEMPT_HEADER,
-    replay::{keeper::AtLeastOnce, record::Record},
+    replay::{
+        keeper::AtLeastOnce,
+        patience::{PATIENCE, Patience},
+        record::Record,
+    },
     tls::root_store,
 };
 
-/// How long it is tried to deliver anything at all.
-const PATIENCE: Duration = Duration::from_secs(120);
 /// How long the endpoint may take for an answer.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(30);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-const LONGEST_BACKOFF: Duration = Duration::from_secs(5);
 /// The longest `Retry-After` that is kept to.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// How much of an answer is read, and how much of it is told.
@@ -179,13 +179,7 @@ impl Http {
         let events = Value::Array(events.collect::<Result<_, _>>()?);
         let body = Bytes::from(events.to_string());
         let key = format!("\"{}/{}/{}\"", self.job, first.coordinate, last.coordinate);
-        let mut delays = ExponentialBuilder::default()
-            .with_min_delay(Duration::from_millis(200))
-            .with_max_delay(LONGEST_BACKOFF)
-            .without_max_times()
-            .with_jitter()
-            .build();
-        let started = Instant::now();
+        let mut patience = Patience::default();
         loop {
             let (cause, after) = match self.ask(client, body.clone(), &key).await? {
                 Answer::Taken => {
@@ -205,24 +199,21 @@ impl Http {
                 }
                 Answer::Later { cause, after } => (cause, after),
             };
-            if started.elapsed() >= PATIENCE {
-                return Err(TargetError::ReceiverUnreachable {
-                    endpoint: self.settings.endpoint.url.clone(),
-                    tried: PATIENCE,
-                    cause,
-                });
-            }
-            let backoff = delays.next().unwrap_or(LONGEST_BACKOFF);
-            let pause = after.map_or(backoff, |after| after.min(LONGEST_PAUSE).max(backoff));
             let url = &self.settings.endpoint.url;
-            tally.set_trouble(Some(Trouble {
+            let trouble = Trouble {
                 reason: "ReceiverUnreachable",
                 message: format!(
                     "Nothing is delivered to {url}: {cause}; start it, or correct the URL. It is tried again."
                 ),
-            }));
-            tracing::warn!(cause, ?pause, "the endpoint did not take a batch; posting it again");
-            sleep(pause).await;
+            };
+            let Some(backoff) = patience.failed(trouble, |trouble| tally.set_trouble(Some(trouble))) else {
+                return Err(TargetError::ReceiverUnreachable {
+                    endpoint: url.clone(),
+                    tried: PATIENCE,
+                    cause,
+                });
+            };
+            sleep(after.map_or(backoff, |after| after.min(LONGEST_PAUSE).max(backoff))).await;
         }
     }
 

@@ -102,7 +102,8 @@ impl Resumable for Kafka {
         .await?;
         let mut topics = Topics::new(config)?;
         topics.ensure_compacted(&place_topic).await?;
-        let id = format!("meander-replay.{}.{}", job.namespace, job.name);
+        // With the UID: a job of the same name in another Kubernetes cluster is none of this one's.
+        let id = format!("meander-replay.{}.{}.{}", job.namespace, job.name, job.uid);
         let job = job_id(job);
         blocking(move || {
             let cluster = settings.cluster.cluster();

@@ -34,6 +34,8 @@ pub trait Target: Send + 'static {
     /// Whether it keeps how far the replay is. Then, when the process is asked to end, its batches end before the range does, and it is
     /// given time to finish those that it has, so that whoever goes on repeats none of them.
     const FINISHES: bool = false;
+    /// Whether it says by itself that the destination does not answer, because it knows more of it than when it was given something.
+    const TELLS_SILENCE: bool = false;
 
     /// Opens the destination, says so by [`Tally::open`], takes every batch in order, and credits each to the tally once the
     /// destination has it. Returns when the batches have ended and all are credited, or when it cannot go on.
@@ -241,6 +243,12 @@ pub enum TargetError {
     /// The target database cannot be signed in to.
     #[error("the target: {0}")]
     Database(#[from] SourceError),
+    /// The target does not answer.
+    #[error("the target has not answered for {waited:?}; see what keeps it, and replay again")]
+    Silent {
+        /// How long it was waited for.
+        waited: Duration,
+    },
     /// The target failed in a way that passes.
     #[error("the target: {0}; check that it runs, has room and can be written to")]
     Disturbed(String),
@@ -472,6 +480,7 @@ impl TargetError {
             | Self::NoBearerToken { .. }
             | Self::NoAuthorities(_)
             | Self::Database(_)
+            | Self::Silent { .. }
             | Self::Disturbed(_)
             | Self::TakenOver
             | Self::PlaceNotKept { .. }
@@ -497,6 +506,7 @@ impl TargetError {
             Self::TooManyDeadLetters { .. } => "TooManyDeadLetters",
             Self::Undecodable { .. } => "UndecodableRecord",
             Self::Database(error) => error.reason(),
+            Self::Silent { .. } => "TargetSilent",
             Self::Disturbed(_) => "TargetUnavailable",
             Self::TakenOver => "TakenOver",
             Self::PlaceNotKept { .. } => "PlaceNotKept",

@@ -15,8 +15,9 @@ mod table;
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
-    pin::Pin,
+    pin::{Pin, pin},
     sync::Arc,
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -30,16 +31,17 @@ use self::{
     rows::TextArray,
     table::{LookUp, Shape, Table, Verb, quoted},
 };
-use super::{Batch, Mark, Resumable, Tally, Target, TargetError, job_id};
+use super::{Batch, Mark, Resumable, Tally, Target, TargetError, Trouble, job_id};
 use crate::{
     replay::{
         checkpoint::{Checkpoint, Done},
+        patience::{NOTICE, Silence, Silent},
         range::Range,
         record::{InvalidResumeToken, Record, ResumeToken},
     },
     source::postgres::{
         preflight::{Credentials, connect, with_cause},
-        wire::quote_identifier,
+        wire::{quote_identifier, quote_literal},
     },
 };
 
@@ -53,10 +55,15 @@ const RUN_BYTES: usize = 1 << 20;
 /// Bounds of what is sent and not answered.
 const WINDOW_STATEMENTS: usize = 512;
 const WINDOW_BYTES: usize = 8 << 20;
+/// How long an answer may take: rows can have triggers, and keys that refer to others without an index.
+const LONGEST_ANSWER: Duration = Duration::from_secs(600);
+/// How long it may take where a whole table is read.
+const LONGEST_SCAN: Duration = Duration::from_secs(3600);
 /// Replays that can be marked at the same time; each has an origin of its own meanwhile.
 const ORIGINS: u32 = 16;
 
-/// A server that is gone is noticed by both sides, and what it held is given up.
+/// A server that is gone is noticed by both sides, and what it held is given up. One that is there and does not answer is given up by
+/// this side.
 const SETTINGS: &str = "SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 2; SET tcp_keepalives_count = 5; \
                         SET synchronous_commit = off";
 const SCHEMA: &str = "CREATE SCHEMA meander";
@@ -89,6 +96,8 @@ const SNAPSHOT_BEGUN: &str = "SELECT snapshots ->> $2 FROM meander.replays WHERE
 pub struct Postgres {
     client: Arc<Client>,
     driver: JoinHandle<()>,
+    /// The process that serves the connection.
+    backend: i32,
     user: String,
     job: String,
     marked: bool,
@@ -96,6 +105,8 @@ pub struct Postgres {
     moves: Statement,
     tables: HashMap<(String, String), Table>,
     sent: Sent,
+    /// Since when the first of them has been without an answer.
+    silence: Silence,
     /// A transaction is open in the target.
     open: bool,
     /// Rows that go into the next statement.
@@ -151,6 +162,11 @@ impl Resumable for Postgres {
             )
             .await
             .map_err(failed)?;
+        let backend = client
+            .query_one("SELECT pg_backend_pid()", &[])
+            .await
+            .map_err(failed)?
+            .get(0);
         let job = job_id(job);
         let checkpoint = match client.query_opt(LOAD, &[&job]).await.map_err(failed)? {
             None => None,
@@ -172,6 +188,7 @@ impl Resumable for Postgres {
         let postgres = Self {
             client: Arc::new(client),
             driver,
+            backend,
             user,
             job,
             marked,
@@ -179,6 +196,7 @@ impl Resumable for Postgres {
             moves,
             tables: HashMap::new(),
             sent: Sent::default(),
+            silence: Silence::default(),
             open: false,
             run: None,
             emptied: Vec::new(),
@@ -311,23 +329,28 @@ impl Target for Postgres {
     const WHOLE_TRANSACTIONS: bool = true;
     /// A transaction that has come in part is not committed.
     const FINISHES: bool = true;
+    /// A transaction that has come in part waits for its rest, and the destination for nothing.
+    const TELLS_SILENCE: bool = true;
 
     async fn run(mut self, mut batches: mpsc::Receiver<Batch>, tally: Tally) -> Result<(), TargetError> {
         tally.open();
-        let mut more = true;
-        while more || !self.sent.is_empty() {
+        loop {
             tokio::select! {
-                batch = batches.recv(), if more => match batch {
+                batch = batches.recv() => match batch {
                     Some(batch) => self.deliver(batch, &tally).await?,
-                    None => more = false,
+                    None => break,
                 },
-                answer = self.sent.next(), if !self.sent.is_empty() => self.answered(answer, &tally)?,
+                heard = self.hear(&tally), if !self.sent.is_empty() => heard?,
             }
         }
-        // Waits for the disk, and for a standby where the server has a synchronous one, and so for everything before it.
-        let last = "SET synchronous_commit = on; UPDATE meander.replays SET updated_at = now() WHERE job = ";
-        let job = crate::source::postgres::wire::quote_literal(&self.job);
-        (self.client.batch_execute(&format!("{last}{job}")).await).map_err(|error| failure(&error, PLACE, &self.user))
+        // Waits for the disk, and for a standby where commits wait for one, and so for everything before it.
+        let job = quote_literal(&self.job);
+        let last =
+            format!("SET synchronous_commit = on; UPDATE meander.replays SET updated_at = now() WHERE job = {job}");
+        let client = Arc::clone(&self.client);
+        let last = async move { client.batch_execute(&last).await.map(|()| 0) };
+        self.send(last, About::of(PLACE), &tally).await?;
+        self.settle(&tally).await
     }
 }
 
@@ -536,19 +559,16 @@ impl Postgres {
         self.renew(relation, tally).await?;
         self.flush(tally).await?;
         let table = self.table(relation, tally).await?;
-        let (name, sweep, keyless) = (table.name.clone(), table.sweep(), table.key.is_empty());
-        if keyless {
+        let name = table.name.clone();
+        let Some(sweep) = table.sweep().filter(|_| !table.key.is_empty()) else {
             return Ok(());
-        }
-        let begun = self
-            .client
-            .query_opt(SNAPSHOT_BEGUN, &[&self.job, &name])
-            .await
-            .map(|row| row.and_then(|row| row.get::<_, Option<String>>(0)));
-        let begun = match begun {
-            Ok(begun) => begun,
-            Err(error) => return Err(self.first_failure(&error, &name, tally).await),
         };
+        self.settle(tally).await?;
+        let asked: [&(dyn ToSql + Sync); 2] = [&self.job, &name];
+        let begun = answer(self.client.query_opt(SNAPSHOT_BEGUN, &asked), self.backend, tally)
+            .await?
+            .map_err(|error| failure(&error, &name, &self.user))?
+            .and_then(|row| row.get::<_, Option<String>>(0));
         // A range that starts in a snapshot does not know what came before.
         let Some(begun) = begun else { return Ok(()) };
         self.statement(sweep, vec![begun], name.clone(), tally).await?;
@@ -563,12 +583,12 @@ impl Postgres {
                 // What is waiting counts on the table as it was.
                 self.flush(tally).await?;
             }
-            let table = match Table::look_up(&self.client, relation, self.marked, &self.user).await {
+            self.settle(tally).await?;
+            let looked = Table::look_up(&self.client, relation, self.marked, &self.user);
+            let table = match answer(looked, self.backend, tally).await? {
                 Ok(table) => table,
                 Err(LookUp::Unfit(error)) => return Err(*error),
-                Err(LookUp::Failed(error)) => {
-                    return Err(self.first_failure(&error, &quoted(relation), tally).await);
-                }
+                Err(LookUp::Failed(error)) => return Err(failure(&error, &quoted(relation), &self.user)),
             };
             self.tables.insert(name.clone(), table);
         }
@@ -588,11 +608,27 @@ impl Postgres {
         tally: &Tally,
     ) -> Result<(), TargetError> {
         let table = self.table(relation, tally).await?;
-        let written = match verb {
+        let told = |index: &usize| !is_absent(&after[*index]);
+        // A fixed value has not changed, but in a row that is found by it: that is for the server to refuse.
+        let set = |index: &usize| {
+            let finds = verb == Verb::UpdateOne || table.key.contains(index);
+            !table.is_fixed(*index) || (finds && before[*index] != after[*index])
+        };
+        let written: Vec<usize> = match verb {
             Verb::Delete | Verb::DeleteOne => Vec::new(),
             Verb::MakeRoom => table.key.clone(),
-            _ => table.written().filter(|&index| !is_absent(&after[index])).collect(),
+            Verb::Rekey | Verb::UpdateOne => table.written().filter(told).filter(set).collect(),
+            _ => table.written().filter(told).collect(),
         };
+        let idle = match verb {
+            Verb::Update => table.set_in_place(&written).is_empty(),
+            Verb::UpdateOne => written.is_empty(),
+            _ => false,
+        };
+        if idle {
+            // Nothing of it can be another than it is.
+            return Ok(());
+        }
         let found = table.found_by(verb);
         let shape = Shape { verb, written };
         let name = (relation.schema.clone(), relation.table.clone());
@@ -634,18 +670,22 @@ impl Postgres {
             return self.statement(sql, Vec::new(), tables, tally).await;
         }
         let Some(run) = self.run.take() else { return Ok(()) };
+        let prepared = (self.tables.get(&run.table)).is_some_and(|table| table.is_prepared(&run.shape));
+        if !prepared {
+            self.settle(tally).await?;
+        }
         let Some(table) = self.tables.get_mut(&run.table) else {
             return Ok(());
         };
         let name = table.name.clone();
-        let statement = match table.statement(&self.client, &run.shape).await {
-            Ok(statement) => statement,
-            Err(error) => return Err(self.first_failure(&error, &name, tally).await),
-        };
+        let statement = answer(table.statement(&self.client, &run.shape), self.backend, tally)
+            .await?
+            .map_err(|error| failure(&error, &name, &self.user))?;
         let about = About {
             table: name,
             bytes: run.size(),
             mark: None,
+            limit: LONGEST_ANSWER,
         };
         let client = Arc::clone(&self.client);
         let execute = async move {
@@ -669,7 +709,11 @@ impl Postgres {
                 (parameters.iter().map(|text| (text as &(dyn ToSql + Sync), Type::TEXT))).collect();
             client.execute_typed(&sql, &parameters).await
         };
-        self.send(execute, About::of(&table), tally).await
+        let about = About {
+            limit: LONGEST_SCAN,
+            ..About::of(&table)
+        };
+        self.send(execute, about, tally).await
     }
 
     async fn send(
@@ -678,10 +722,37 @@ impl Postgres {
         about: About,
         tally: &Tally,
     ) -> Result<(), TargetError> {
+        if self.sent.is_empty() {
+            self.silence.end();
+        }
         self.sent.push(Box::pin(request), about).await;
         while self.sent.is_full() {
-            let answer = self.sent.next().await;
-            self.answered(answer, tally)?;
+            self.hear(tally).await?;
+        }
+        Ok(())
+    }
+
+    /// Hears the next answer to what was sent. Cancel safe.
+    async fn hear(&mut self, tally: &Tally) -> Result<(), TargetError> {
+        let limit = self.sent.limit();
+        loop {
+            tokio::select! {
+                answer = self.sent.next() => {
+                    if self.silence.end() {
+                        tally.set_trouble(None);
+                    }
+                    return self.answered(answer, tally);
+                }
+                silent = self.silence.lasts(limit) => notice(&silent, self.backend, limit, tally)?,
+            }
+        }
+    }
+
+    /// Hears every answer to what was sent. In a transaction that has failed everything else fails too: so this comes before a question,
+    /// and the first failure is the one that is told.
+    async fn settle(&mut self, tally: &Tally) -> Result<(), TargetError> {
+        while !self.sent.is_empty() {
+            self.hear(tally).await?;
         }
         Ok(())
     }
@@ -697,16 +768,39 @@ impl Postgres {
             Err(error) => Err(failure(&error, &about.table, &self.user)),
         }
     }
+}
 
-    /// In a transaction that has failed everything else fails too; the first failure is the cause.
-    async fn first_failure(&mut self, error: &Error, table: &str, tally: &Tally) -> TargetError {
-        while !self.sent.is_empty() {
-            let answer = self.sent.next().await;
-            if let Err(first) = self.answered(answer, tally) {
-                return first;
+/// The answer to a question that is asked when nothing else is without one.
+async fn answer<T>(asked: impl Future<Output = T>, backend: i32, tally: &Tally) -> Result<T, TargetError> {
+    let (mut asked, mut silence) = (pin!(asked), Silence::default());
+    loop {
+        tokio::select! {
+            answer = &mut asked => {
+                if silence.end() {
+                    tally.set_trouble(None);
+                }
+                return Ok(answer);
             }
+            silent = silence.lasts(LONGEST_ANSWER) => notice(&silent, backend, LONGEST_ANSWER, tally)?,
         }
-        failure(error, table, &self.user)
+    }
+}
+
+fn notice(silent: &Silent, backend: i32, limit: Duration, tally: &Tally) -> Result<(), TargetError> {
+    match silent {
+        Silent::Noticed => {
+            let message = format!(
+                "The target database has not answered for more than {NOTICE:?}, and is waited for for {limit:?}; see there what its session waits \
+                 for: SELECT wait_event_type, wait_event, query FROM pg_stat_activity WHERE pid = {backend};"
+            );
+            tracing::warn!("{message}");
+            tally.set_trouble(Some(Trouble {
+                reason: "TargetSilent",
+                message,
+            }));
+            Ok(())
+        }
+        Silent::TooLong => Err(TargetError::Silent { waited: limit }),
     }
 }
 
@@ -789,20 +883,23 @@ fn failure(error: &Error, table: &str, user: &str) -> TargetError {
 type Answer = Pin<Box<dyn Future<Output = Result<u64, Error>> + Send>>;
 
 /// What a request is about.
-#[derive(Default)]
 struct About {
     /// The table.
     table: String,
     bytes: usize,
     /// What is delivered once it succeeds.
     mark: Option<Mark>,
+    /// How long it is waited for.
+    limit: Duration,
 }
 
 impl About {
     fn of(table: &str) -> Self {
         Self {
             table: table.to_owned(),
-            ..Self::default()
+            bytes: 0,
+            mark: None,
+            limit: LONGEST_ANSWER,
         }
     }
 }
@@ -831,9 +928,16 @@ impl Sent {
             return std::future::pending().await;
         };
         let answer = request.await;
-        let about = self.requests.pop_front().map(|(_, about)| about).unwrap_or_default();
+        let Some((_, about)) = self.requests.pop_front() else {
+            return std::future::pending().await;
+        };
         self.bytes -= about.bytes;
         (answer, about)
+    }
+
+    /// How long the next answer is waited for.
+    fn limit(&self) -> Duration {
+        (self.requests.front()).map_or(LONGEST_ANSWER, |(_, about)| about.limit)
     }
 
     fn is_empty(&self) -> bool {

@@ -28,7 +28,7 @@ const TABLE: &str = "
 
 /// With -1 as its modifier a type is named without one: a cast to varchar(3) would cut what an assignment refuses.
 const COLUMNS: &str = "
-    SELECT attname::text, format_type(atttypid, -1), attgenerated <> ''
+    SELECT attname::text, format_type(atttypid, -1), attgenerated <> '', attidentity = 'a'
     FROM pg_attribute WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped";
 
 /// The columns of each unique index that rows can be found by, with the operator that is equality to the index (strategy 3 of a B-tree).
@@ -68,6 +68,8 @@ struct Column {
     type_: String,
     /// Computed here, and so not written.
     generated: bool,
+    /// GENERATED ALWAYS AS IDENTITY: PostgreSQL lets nobody change it in a row that is there.
+    fixed: bool,
     /// For a column of the key, what is equality to its index.
     equals: String,
 }
@@ -158,15 +160,15 @@ impl Table {
             let user = quote_identifier(user);
             return Err(TargetError::WouldBeCaptured { table: name, user }.into());
         }
-        let there: HashMap<String, (String, bool)> = client
+        let there: HashMap<String, (String, bool, bool)> = client
             .query(COLUMNS, &[&oid])
             .await?
             .iter()
-            .map(|row| (row.get(0), (row.get(1), row.get(2))))
+            .map(|row| (row.get(0), (row.get(1), row.get(2), row.get(3))))
             .collect();
         let mut columns = Vec::with_capacity(relation.columns.len());
         for column in &relation.columns {
-            let Some((type_, generated)) = there.get(&column.name) else {
+            let Some((type_, generated, fixed)) = there.get(&column.name) else {
                 return Err(TargetError::NoColumn {
                     table: name,
                     column: quote_identifier(&column.name),
@@ -178,6 +180,7 @@ impl Table {
                 name: quote_identifier(&column.name),
                 type_: type_.clone(),
                 generated: *generated,
+                fixed: *fixed,
                 equals: String::new(),
             });
         }
@@ -233,6 +236,22 @@ impl Table {
         (0..self.columns.len()).filter(|&index| !self.columns[index].generated)
     }
 
+    /// Whether a column has the value that its row was inserted with.
+    #[must_use]
+    pub fn is_fixed(&self, index: usize) -> bool {
+        self.columns[index].fixed
+    }
+
+    /// What is set in a row that is there and keeps its key. A row of nothing but its key is written again too, so that it is known to be
+    /// still there; none can be where the key is fixed.
+    #[must_use]
+    pub fn set_in_place(&self, written: &[usize]) -> Vec<usize> {
+        let (key, others): (Vec<usize>, Vec<usize>) = (written.iter().copied())
+            .filter(|&index| !self.is_fixed(index))
+            .partition(|index| self.key.contains(index));
+        if others.is_empty() { key } else { others }
+    }
+
     /// Columns by whose values a statement finds its rows.
     #[must_use]
     pub fn found_by(&self, verb: Verb) -> Vec<usize> {
@@ -241,6 +260,12 @@ impl Table {
             Finds::Key => self.key.clone(),
             Finds::Row => self.written().collect(),
         }
+    }
+
+    /// Whether the server need not be asked for the statement of this shape.
+    #[must_use]
+    pub fn is_prepared(&self, shape: &Shape) -> bool {
+        self.statements.contains_key(shape)
     }
 
     /// The statement of this shape.
@@ -261,10 +286,13 @@ impl Table {
         Ok(statement)
     }
 
-    /// The rows that were there before this transaction id and were not written since are taken away.
+    /// The rows that were there before this transaction id and were not written since are taken away; none where rows that are there
+    /// cannot be written again.
     #[must_use]
-    pub fn sweep(&self) -> String {
-        format!("DELETE FROM {} t WHERE age(t.xmin) > age($1::text::xid)", self.name)
+    pub fn sweep(&self) -> Option<String> {
+        let written: Vec<usize> = self.written().collect();
+        let sweep = format!("DELETE FROM {} t WHERE age(t.xmin) > age($1::text::xid)", self.name);
+        (!self.set_in_place(&written).is_empty()).then_some(sweep)
     }
 
     /// Parameters are arrays: first the columns that rows are found by (`f`), then those that are written (`w`).
@@ -325,31 +353,24 @@ impl Table {
                 let mut sql =
                     format!("INSERT INTO {table} ({columns}) OVERRIDING SYSTEM VALUE SELECT {values} FROM {rows}");
                 if shape.verb == Verb::Upsert {
-                    let others: Vec<usize> = (shape.written.iter().copied())
-                        .filter(|index| !self.key.contains(index))
-                        .collect();
-                    // A row of nothing but its key is written again too, so that it is known to be still there.
-                    let again = if others.is_empty() { &self.key } else { &others };
                     let set = list(
-                        again,
+                        &self.set_in_place(&shape.written),
                         &|index| format!("{0} = EXCLUDED.{0}", self.columns[index].name),
                         ", ",
                     );
-                    let _ = write!(sql, " ON CONFLICT ({}) DO UPDATE SET {set}", names(&self.key));
+                    let key = names(&self.key);
+                    let _ = match set.as_str() {
+                        "" => write!(sql, " ON CONFLICT ({key}) DO NOTHING"),
+                        _ => write!(sql, " ON CONFLICT ({key}) DO UPDATE SET {set}"),
+                    };
                 }
                 sql
             }
-            Verb::Update => {
-                let others: Vec<usize> = (shape.written.iter().copied())
-                    .filter(|index| !self.key.contains(index))
-                    .collect();
-                let again = if others.is_empty() { &self.key } else { &others };
-                format!(
-                    "UPDATE {table} t SET {} FROM {rows} WHERE {}",
-                    set(again),
-                    by_key("t", 'w')
-                )
-            }
+            Verb::Update => format!(
+                "UPDATE {table} t SET {} FROM {rows} WHERE {}",
+                set(&self.set_in_place(&shape.written)),
+                by_key("t", 'w')
+            ),
             Verb::Delete => format!("DELETE FROM {table} t USING {rows} WHERE {}", by_key("t", 'f')),
             Verb::MakeRoom => format!(
                 "DELETE FROM {table} t USING {rows} WHERE {} AND EXISTS (SELECT FROM {table} o WHERE {})",
