@@ -1,10 +1,7 @@
 //! How many records a replay delivers in a second, beside a plain consumer of the same records.
 
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
@@ -35,7 +32,10 @@ use rdkafka::{
     producer::{BaseProducer, BaseRecord, Producer as _},
 };
 use serde::Serialize;
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    sync::{mpsc, watch},
+    time::timeout,
+};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Request, Response, Status, Streaming, transport::Server};
 
@@ -43,6 +43,9 @@ use crate::process::{cpu_seconds, peak_resident};
 
 const LIMIT: Duration = Duration::from_secs(600);
 const NAME: &str = "throughput";
+/// What the receiver lets be under way at a time, and in one frame of HTTP/2.
+const WINDOW: u32 = 4 << 20;
+const FRAME: u32 = 1 << 20;
 /// Bytes of a value.
 const SIZE: usize = 250;
 /// Changes of a transaction of the source, and of one of Kafka.
@@ -58,24 +61,29 @@ struct Round {
     /// From the first record to the last.
     seconds: f64,
     records_per_second: f64,
-    /// Processor time of the process that reads, up to the last record.
+    /// Processor time up to the last record, of the process that reads.
     cpu_seconds: f64,
+    /// Of the receiver, which is in the process of the benchmark.
+    receiver_cpu_seconds: Option<f64>,
+    /// Of the broker.
+    broker_cpu_seconds: f64,
     /// Of that process; not told of the consumer, which is in the process of the benchmark.
     peak_resident_mebibytes: Option<f64>,
 }
 
 pub(crate) async fn measure(records: u64, partitions: i32, rounds: u32) -> anyhow::Result<()> {
-    let kafka = Kafka::start().await;
+    let mut kafka = Kafka::start().await;
+    let broker = kafka.process().id().context("the broker has ended")?;
     record(&kafka, records, partitions).await?;
     for _ in 0..rounds {
         let bootstrap = kafka.bootstrap();
-        let consumed = tokio::task::spawn_blocking(move || consume(&bootstrap, records, partitions)).await??;
+        let consumed = tokio::task::spawn_blocking(move || consume(&bootstrap, broker, records, partitions)).await??;
         println!("{}", serde_json::to_string(&consumed)?);
         for (reader, order) in [
             ("replay, Commit", ReplayOrder::Commit),
             ("replay, PerKey", ReplayOrder::PerKey),
         ] {
-            let replayed = replay(&kafka, records, reader, order).await?;
+            let replayed = replay(&kafka, broker, (records, partitions), (reader, order)).await?;
             println!("{}", serde_json::to_string(&replayed)?);
         }
     }
@@ -214,7 +222,7 @@ fn value(number: u64) -> Vec<u8> {
 }
 
 /// Reads all records with the client that a replay reads with, and looks at none.
-fn consume(bootstrap: &str, records: u64, partitions: i32) -> anyhow::Result<Round> {
+fn consume(bootstrap: &str, broker: u32, records: u64, partitions: i32) -> anyhow::Result<Round> {
     let process = std::process::id();
     let consumer: BaseConsumer = rdkafka::ClientConfig::new()
         .set("bootstrap.servers", bootstrap)
@@ -226,7 +234,7 @@ fn consume(bootstrap: &str, records: u64, partitions: i32) -> anyhow::Result<Rou
     for partition in 0..partitions {
         assignment.add_partition_offset(&topic(), partition, Offset::Beginning)?;
     }
-    let before = cpu_seconds(process)?;
+    let before = (cpu_seconds(process)?, cpu_seconds(broker)?);
     consumer.assign(&assignment)?;
     let (mut count, mut bytes, mut started) = (0, 0, None);
     while count < records {
@@ -250,28 +258,44 @@ fn consume(bootstrap: &str, records: u64, partitions: i32) -> anyhow::Result<Rou
         records,
         seconds,
         records_per_second: records as f64 / seconds,
-        cpu_seconds: cpu_seconds(process)? - before,
+        cpu_seconds: cpu_seconds(process)? - before.0,
+        receiver_cpu_seconds: None,
+        broker_cpu_seconds: cpu_seconds(broker)? - before.1,
         peak_resident_mebibytes: None,
     })
 }
 
-async fn replay(kafka: &Kafka, records: u64, reader: &'static str, order: ReplayOrder) -> anyhow::Result<Round> {
+async fn replay(
+    kafka: &Kafka,
+    broker: u32,
+    (records, partitions): (u64, i32),
+    (reader, order): (&'static str, ReplayOrder),
+) -> anyhow::Result<Round> {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
     let address = listener.local_addr()?;
     let receiver = Receiver {
         records,
-        count: Arc::default(),
+        seen: Arc::new(Mutex::new(Seen {
+            topic: topic(),
+            records: 0,
+            last: vec![(0, 0, 0, 0); usize::try_from(partitions)?],
+        })),
         started: watch::channel(None).0,
         done: watch::channel(None).0,
         looked_at: watch::channel(false).0,
     };
     let looked_at = receiver.looked_at.clone();
     let (mut started, mut done) = (receiver.started.subscribe(), receiver.done.subscribe());
+    // As docs/targets.md advises.
     let server = Server::builder()
         .tcp_nodelay(true)
+        .initial_stream_window_size(WINDOW)
+        .initial_connection_window_size(WINDOW)
+        .max_frame_size(FRAME)
         .add_service(ReplayReceiverServer::new(receiver))
         .serve_with_incoming(TcpListenerStream::new(listener));
     let server = tokio::spawn(server);
+    let before = (cpu_seconds(std::process::id())?, cpu_seconds(broker)?);
     let mut replay = Runtime::replay(&ReplayConfig {
         job: ResourceIdentity {
             name: "bench".to_owned(),
@@ -298,9 +322,11 @@ async fn replay(kafka: &Kafka, records: u64, reader: &'static str, order: Replay
         termination_message_file: None,
     });
     let process = replay.process().id().context("the replay has ended")?;
-    let started = (*started.wait_for(Option::is_some).await?).context("no start")?;
-    let ended = (*done.wait_for(Option::is_some).await?).context("no end")?;
+    let started = (*timeout(LIMIT, started.wait_for(Option::is_some)).await??).context("no start")?;
+    let ended = (*timeout(LIMIT, done.wait_for(Option::is_some)).await??).context("no end")?;
     let (cpu, peak) = (cpu_seconds(process)?, peak_resident(process)?);
+    let receiver_cpu = cpu_seconds(std::process::id())? - before.0;
+    let broker_cpu = cpu_seconds(broker)? - before.1;
     looked_at.send_replace(true);
     let status = tokio::task::block_in_place(|| replay.process().wait(LIMIT));
     anyhow::ensure!(status.success(), "the replay failed:\n{}", replay.process().log_tail());
@@ -312,18 +338,45 @@ async fn replay(kafka: &Kafka, records: u64, reader: &'static str, order: Replay
         seconds,
         records_per_second: records as f64 / seconds,
         cpu_seconds: cpu,
+        receiver_cpu_seconds: Some(receiver_cpu),
+        broker_cpu_seconds: broker_cpu,
         peak_resident_mebibytes: Some(peak),
     })
 }
 
-/// Decodes what it is sent, answers, and counts.
+/// Decodes what it is sent, looks at the table and the coordinate of each record, answers, and counts.
 #[derive(Clone)]
 struct Receiver {
     records: u64,
-    count: Arc<AtomicU64>,
+    seen: Arc<Mutex<Seen>>,
     started: watch::Sender<Option<Instant>>,
     done: watch::Sender<Option<Instant>>,
     looked_at: watch::Sender<bool>,
+}
+
+struct Seen {
+    topic: String,
+    records: u64,
+    /// The last coordinate of each partition: epoch, LSN, ordinal, part.
+    last: Vec<(u32, u64, u64, u32)>,
+}
+
+impl Seen {
+    /// How many there are by now; none if one is not of the table, or out of order in its partition.
+    fn take(&mut self, event: &ReplayEvent) -> Option<u64> {
+        for record in &event.records {
+            let at = record.coordinate.as_ref()?;
+            let at = (at.epoch, at.commit_lsn, at.ordinal, at.part);
+            let last = self.last.get_mut(usize::try_from(record.partition).ok()?)?;
+            let topic = event.topics.get(usize::try_from(record.topic).ok()?)?;
+            if *topic != self.topic || at <= *last {
+                return None;
+            }
+            *last = at;
+        }
+        self.records += event.records.len() as u64;
+        Some(self.records)
+    }
 }
 
 #[tonic::async_trait]
@@ -341,9 +394,13 @@ impl ReplayReceiver for Receiver {
                     started.get_or_insert_with(Instant::now);
                     first
                 });
-                let taken = event.records.len() as u64;
+                let taken = receiver.seen.lock().ok().and_then(|mut seen| seen.take(&event));
+                let Some(taken) = taken else {
+                    let _ = answer.send(Err(Status::invalid_argument("out of order"))).await;
+                    return;
+                };
                 let resume_token = event.resume_token;
-                if receiver.count.fetch_add(taken, Ordering::Relaxed) + taken >= receiver.records {
+                if taken >= receiver.records {
                     receiver.done.send_replace(Some(Instant::now()));
                     // The process is looked at before it is answered, and ends.
                     let _ = receiver.looked_at.subscribe().wait_for(|looked_at| *looked_at).await;

@@ -40,7 +40,7 @@ use meander_runtime::{
     replay::{self, End, error::ReplayError, record::ResumeToken},
 };
 use meander_test_support::{Authority, Kafka, Runtime, Signal, eventually, free_address, unique_name};
-use meander_workload::subscribe::Line;
+use meander_workload::{receive::position, subscribe::Line};
 use operator::Operator;
 use prost::Message as _;
 use rdkafka::{
@@ -355,9 +355,15 @@ async fn log_of(value: fn(&Change) -> Vec<u8>) -> (Log, Vec<Change>) {
 
 /// What a test compares: a delivered record without where it was stored.
 fn change_of(record: &ReplayedRecord) -> (String, u32, i64) {
-    assert_eq!(record.value, format!("value of {}", record.position));
+    let (position, part, commit_time) = place_of(record);
+    assert_eq!(record.value, format!("value of {position}"));
     assert_eq!(record.key, "key");
-    (record.position.clone(), record.part, record.commit_time_micros)
+    (position, part, commit_time)
+}
+
+fn place_of(record: &ReplayedRecord) -> (String, u32, i64) {
+    let coordinate = record.coordinate.as_ref().unwrap();
+    (position(coordinate), coordinate.part, record.commit_time_micros)
 }
 
 fn expected<'a>(changes: impl IntoIterator<Item = &'a Change>) -> Vec<(String, u32, i64)> {
@@ -379,7 +385,8 @@ fn serving(address: SocketAddr, token_file: PathBuf) -> ReplayTarget {
 #[derive(Clone)]
 struct Receiver {
     address: SocketAddr,
-    received: Arc<Mutex<Vec<ReplayedRecord>>>,
+    /// With its topic.
+    received: Arc<Mutex<Vec<(String, ReplayedRecord)>>>,
     /// One is used up by each answer.
     answers: Arc<Semaphore>,
     /// Streams that end with an error instead of an answer.
@@ -412,15 +419,16 @@ impl Receiver {
     }
 
     fn changes(&self) -> Vec<(String, u32, i64)> {
-        self.received.lock().unwrap().iter().map(change_of).collect()
+        let received = self.received.lock().unwrap();
+        received.iter().map(|(_, record)| change_of(record)).collect()
     }
 
     /// What came since the last time, and forgets it.
     fn take(&self) -> Vec<(String, u32, i64)> {
-        self.take_records().iter().map(change_of).collect()
+        self.take_records().iter().map(|(_, record)| change_of(record)).collect()
     }
 
-    fn take_records(&self) -> Vec<ReplayedRecord> {
+    fn take_records(&self) -> Vec<(String, ReplayedRecord)> {
         let taken = std::mem::take(&mut *self.received.lock().unwrap());
         self.arrivals.send_replace(0);
         taken
@@ -447,7 +455,8 @@ impl ReplayReceiver for Receiver {
                 let records = u64::try_from(event.records.len()).unwrap();
                 let arrived = {
                     let mut received = receiver.received.lock().unwrap();
-                    received.extend(event.records);
+                    let topic = |record: &ReplayedRecord| event.topics[usize::try_from(record.topic).unwrap()].clone();
+                    received.extend(event.records.into_iter().map(|record| (topic(&record), record)));
                     received.len()
                 };
                 receiver.arrivals.send_replace(arrived);
@@ -619,7 +628,8 @@ async fn a_range_by_positions_or_records_holds_their_transactions_as_a_whole() {
         let lsn = format!("1:{}:", transaction(number));
         let found = received
             .iter()
-            .find(|record| record.topic == orders && record.position.starts_with(&lsn))
+            .find(|(topic, record)| *topic == orders && place_of(record).0.starts_with(&lsn))
+            .map(|(_, record)| record)
             .unwrap();
         RecordOffset {
             topic: orders.clone(),
@@ -1121,7 +1131,7 @@ async fn what_a_filter_leaves_out_is_counted_and_paces_nothing() {
     };
     assert_eq!(replay(config).await.unwrap(), End::Complete);
     let received: Vec<_> = (receiver.received.lock().unwrap().iter())
-        .map(|record| (record.position.clone(), record.part, record.commit_time_micros))
+        .map(|(_, record)| place_of(record))
         .collect();
     assert_eq!(received, expected(kept.iter().copied()));
     let progress = operator.reported(|progress| progress.phase() == Phase::Succeeded).await;
@@ -1159,8 +1169,8 @@ async fn side_by_side_each_partition_is_in_order_and_every_change_comes_once() {
     for (table, partitions) in TABLES {
         for partition in 0..partitions {
             let of_partition: Vec<_> = (received.iter())
-                .filter(|record| record.topic == log.topic(table) && record.partition == partition)
-                .map(change_of)
+                .filter(|(topic, record)| *topic == log.topic(table) && record.partition == partition)
+                .map(|(_, record)| change_of(record))
                 .collect();
             let written = (changes.iter()).filter(|change| change.table == table && change.partition == partition);
             assert_eq!(of_partition, expected(written), "{table} {partition}");

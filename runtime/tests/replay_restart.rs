@@ -11,6 +11,7 @@ use meander_runtime::{
     replay::{self, End},
 };
 use meander_test_support::{Kafka, Postgres, Runtime, eventually, free_address};
+use meander_workload::receive::position;
 use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -87,12 +88,11 @@ async fn a_replay_survives_a_restart_of_kafka_with_nothing_left_out_or_doubled()
     let mut taken: Vec<Position> = Vec::new();
     while let Some(event) = timeout(LIMIT, events.message()).await.unwrap().unwrap() {
         let first = taken.is_empty();
-        taken.extend(
-            event
-                .records
-                .iter()
-                .map(|record| record.position.parse::<Position>().unwrap()),
-        );
+        taken.extend(event.records.iter().map(|record| {
+            position(record.coordinate.as_ref().unwrap())
+                .parse::<Position>()
+                .unwrap()
+        }));
         if first {
             kafka.kill9();
             kafka.start_again().await;

@@ -144,9 +144,9 @@ replay_to_subscriber() {
   grep Unauthenticated "$work/denied"
   "${call[@]}" -H 'authorization: Bearer e2e-token' "$address" meander.v1.Replayer/ReplayEvent >"$work/stream"
   k wait --for=condition=Complete replayjob/served --timeout=60s
-  local positions
-  positions=$(jq -r '.records[].position' "$work/stream" | wc -l)
-  [ "$positions" = "$(k get rpj served -o jsonpath='{.status.progress.delivered}')" ] && [ "$positions" -gt 0 ]
+  local coordinates
+  coordinates=$(jq -c '.records[].coordinate' "$work/stream" | wc -l)
+  [ "$coordinates" = "$(k get rpj served -o jsonpath='{.status.progress.delivered}')" ] && [ "$coordinates" -gt 0 ]
 }
 
 # A caller of the operator that may read and patch ReplayJobs.

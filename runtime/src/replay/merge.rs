@@ -2,62 +2,38 @@
 
 use std::{cmp::Reverse, collections::BinaryHeap};
 
-/// A k-way merge that is driven by its caller, who fetches what it wants.
+/// A k-way merge that is driven by its caller, who fetches what it wants and keeps the heads: here are only their keys.
 ///
-/// Invariant: a source is in exactly one of three places: it has its head in `heads`, it is in `wanting`, or it is finished. An
-/// item is only given out while `wanting` is empty, so nothing smaller can still come from a source that keeps its order; a
+/// Invariant: a source is in exactly one of three places: its head is in `heads`, it is in `wanting`, or it is finished. A head
+/// is only given out while `wanting` is empty, so nothing smaller can still come from a source that keeps its order; a
 /// source that does not is found out, because what is given out never falls.
-pub struct Merge<K, T> {
-    heads: BinaryHeap<Reverse<Head<K, T>>>,
+pub struct Merge<K> {
+    heads: BinaryHeap<Reverse<(K, usize)>>,
     wanting: Vec<usize>,
     last: Option<K>,
 }
 
-struct Head<K, T> {
-    key: K,
-    source: usize,
-    item: T,
-}
-
-impl<K: Ord, T> PartialEq for Head<K, T> {
-    fn eq(&self, other: &Self) -> bool {
-        self.cmp(other).is_eq()
-    }
-}
-
-impl<K: Ord, T> Eq for Head<K, T> {}
-
-impl<K: Ord, T> PartialOrd for Head<K, T> {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl<K: Ord, T> Ord for Head<K, T> {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        self.key.cmp(&other.key).then(self.source.cmp(&other.source))
-    }
-}
-
 /// What the merge asks of its caller, or gives.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Step<K, T> {
-    /// Fetch the next item of this source, then [`Merge::offer`] it or [`Merge::finish`] the source.
+pub enum Step<K> {
+    /// Fetch the next item of this source, then [`Merge::offer`] its key or [`Merge::finish`] the source.
     Want(usize),
-    /// The next item in order.
-    Item(T),
-    /// This item is not after the one given out before it.
+    /// The head of this source is next in order.
+    Head(usize),
+    /// The head of this source is not after what was given out before it.
     Disorder {
-        /// The key of the item that was given out before.
+        /// What was given out.
         previous: K,
-        /// What came after it and should not have.
-        item: T,
+        /// The head.
+        found: K,
+        /// The source.
+        source: usize,
     },
-    /// Every source is finished and empty.
+    /// All sources are finished.
     End,
 }
 
-impl<K: Ord + Copy, T> Merge<K, T> {
+impl<K: Ord + Copy> Merge<K> {
     /// A merge of the sources `0..sources`, of which nothing is known yet.
     #[must_use]
     pub fn new(sources: usize) -> Self {
@@ -69,27 +45,28 @@ impl<K: Ord + Copy, T> Merge<K, T> {
     }
 
     /// What is to be done next.
-    pub fn step(&mut self) -> Step<K, T> {
+    pub fn step(&mut self) -> Step<K> {
         if let Some(&source) = self.wanting.last() {
             return Step::Want(source);
         }
-        let Some(Reverse(head)) = self.heads.pop() else {
+        let Some(Reverse((key, source))) = self.heads.pop() else {
             return Step::End;
         };
-        self.wanting.push(head.source);
-        match self.last.replace(head.key) {
-            Some(previous) if previous >= head.key => Step::Disorder {
+        self.wanting.push(source);
+        match self.last.replace(key) {
+            Some(previous) if previous >= key => Step::Disorder {
                 previous,
-                item: head.item,
+                found: key,
+                source,
             },
-            _ => Step::Item(head.item),
+            _ => Step::Head(source),
         }
     }
 
-    /// Gives the next item of a wanted source.
-    pub fn offer(&mut self, source: usize, key: K, item: T) {
+    /// Gives the key of the next item of a wanted source.
+    pub fn offer(&mut self, source: usize, key: K) {
         self.wanting.retain(|&wanting| wanting != source);
-        self.heads.push(Reverse(Head { key, source, item }));
+        self.heads.push(Reverse((key, source)));
     }
 
     /// Says that a wanted source has nothing more.
@@ -109,14 +86,18 @@ mod tests {
         let mut merge = Merge::new(sources.len());
         let mut sources: Vec<_> = sources.into_iter().map(Vec::into_iter).collect();
         let mut merged = Vec::new();
+        let mut heads = vec![0; sources.len()];
         loop {
             match merge.step() {
                 Step::Want(source) => match sources[source].next() {
-                    Some(item) => merge.offer(source, item, item),
+                    Some(item) => {
+                        heads[source] = item;
+                        merge.offer(source, item);
+                    }
                     None => merge.finish(source),
                 },
-                Step::Item(item) => merged.push(item),
-                Step::Disorder { previous, item } => return Err((previous, item)),
+                Step::Head(source) => merged.push(heads[source]),
+                Step::Disorder { previous, found, .. } => return Err((previous, found)),
                 Step::End => return Ok(merged),
             }
         }

@@ -552,19 +552,6 @@ impl JobReport {
         });
     }
 
-    /// Nothing gets into the target, and it is tried again.
-    fn failing(&self, error: &TargetError) {
-        self.reporter.update(|state| {
-            state.progress.events_per_second = 0.0;
-            state.progress.actual_speed = 0.0;
-            state.progress.eta_seconds = 0;
-            let message = format!("Nothing is delivered: {error}. It is tried again.");
-            state
-                .conditions
-                .set(ConditionType::Progressing, false, error.reason(), message);
-        });
-    }
-
     fn measure(&self, progress: &ReplayProgress) {
         if let Some(metrics) = &self.metrics {
             metrics.set(progress);

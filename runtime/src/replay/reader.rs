@@ -7,6 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bytes::BytesMut;
 use meander_config::{KafkaLog, ResourceIdentity};
 use rdkafka::{
     Message as _, Offset, TopicPartitionList,
@@ -129,8 +130,9 @@ struct Reader {
     filter: Option<Arc<Filter>>,
     side_by_side: bool,
     sources: Vec<Source>,
-    /// With each record, the source that it is from.
-    merge: Merge<Coordinate, (usize, Record)>,
+    merge: Merge<Coordinate>,
+    /// Where what is read is copied to.
+    memory: BytesMut,
     chunk: Vec<Record>,
     chunk_bytes: usize,
     /// What is behind since the last record of the chunk.
@@ -149,6 +151,8 @@ struct Source {
     reached: i64,
     /// Records that the filter left out since the last one that was given, where partitions are read side by side.
     filtered: u64,
+    /// The record that the merge waits to give.
+    head: Option<Record>,
     judge: Judge,
 }
 
@@ -198,6 +202,7 @@ impl Reader {
                 stretch: stretch.clone(),
                 queue,
                 filtered: 0,
+                head: None,
                 judge: Judge::default(),
             });
         }
@@ -205,6 +210,7 @@ impl Reader {
         Ok(Self {
             consumer,
             merge: Merge::new(sources.len()),
+            memory: BytesMut::new(),
             range,
             after,
             filter,
@@ -293,23 +299,37 @@ impl Reader {
         loop {
             match self.merge.step() {
                 Step::Want(source) => match self.next(source)? {
-                    Some(record) => self.merge.offer(source, record.coordinate, (source, record)),
+                    Some(record) => {
+                        self.merge.offer(source, record.coordinate);
+                        self.sources[source].head = Some(record);
+                    }
                     None => {
                         self.merge.finish(source);
                         self.release(source);
                     }
                 },
-                Step::Item((source, record)) => self.give(source, record)?,
+                Step::Head(source) => {
+                    if let Some(record) = self.sources[source].head.take() {
+                        self.give(source, record)?;
+                    }
+                }
                 Step::Disorder {
                     previous,
-                    item: (_, item),
+                    found,
+                    source,
                 } => {
+                    let Source {
+                        stretch,
+                        position,
+                        head,
+                        ..
+                    } = &self.sources[source];
                     return Err(ReplayError::Disorder {
-                        topic: item.topic.to_string(),
-                        partition: item.partition,
-                        offset: item.offset,
+                        topic: stretch.topic.to_string(),
+                        partition: stretch.partition,
+                        offset: head.as_ref().map_or(*position, |head| head.offset),
                         previous,
-                        found: item.coordinate,
+                        found,
                     }
                     .into());
                 }
@@ -323,7 +343,8 @@ impl Reader {
     /// The end is a record beyond the range, a record at or after the frozen end (it was written later, and what is later is
     /// after the range), or the end of the partition: see `range::settle` for why that proves that nothing is missing.
     fn next(&mut self, source: usize) -> Result<Option<Record>, Stop> {
-        let mut asked = Instant::now();
+        // Since when Kafka says nothing.
+        let mut silent: Option<Instant> = None;
         let mut failure = None;
         loop {
             let Source { stretch, queue, .. } = &mut self.sources[source];
@@ -335,15 +356,14 @@ impl Reader {
             match polled {
                 Some(Ok(message)) if message.offset() >= stretch.end => return self.at_end(source),
                 Some(Ok(message)) => {
-                    // What is passed over is no silence either.
-                    asked = Instant::now();
-                    let record =
-                        Record::read(&stretch.topic, &message).map_err(|error| ReplayError::ForeignRecord {
+                    let record = Record::read(&stretch.topic, &message, &mut self.memory).map_err(|error| {
+                        ReplayError::ForeignRecord {
                             topic: stretch.topic.to_string(),
                             partition: stretch.partition,
                             offset: message.offset(),
                             source: error,
-                        })?;
+                        }
+                    })?;
                     let first_of_truncated = std::mem::take(&mut stretch.truncated);
                     let (timestamp, position) = (record.timestamp, record.coordinate.position);
                     if first_of_truncated && self.after.is_some_and(|after| record.coordinate > after) {
@@ -363,7 +383,7 @@ impl Reader {
                         Place::Inside if self.after.is_none_or(|after| record.coordinate > after) => {
                             return Ok(Some(record));
                         }
-                        Place::Inside | Place::Before => {}
+                        Place::Inside | Place::Before => silent = None,
                     }
                 }
                 Some(Err(KafkaError::PartitionEOF(_))) => return self.at_end(source),
@@ -377,7 +397,8 @@ impl Reader {
                     // Waiting for whoever takes the records is not Kafka's silence.
                     let waiting = Instant::now();
                     self.flush()?;
-                    asked += waiting.elapsed();
+                    let since = silent.unwrap_or(waiting) + waiting.elapsed();
+                    silent = Some(since);
                     // Errors that concern no partition come here; the client goes on by itself after them.
                     if let Some(Err(error)) = self.consumer.poll(Duration::ZERO) {
                         failure = Some(error);
@@ -386,7 +407,7 @@ impl Reader {
                         return Err(Stop::Unheard);
                     }
                     let stretch = &self.sources[source].stretch;
-                    if asked.elapsed() > LONGEST_SILENCE {
+                    if since.elapsed() > LONGEST_SILENCE {
                         return Err(ReplayError::LogStalled {
                             topic: stretch.topic.to_string(),
                             partition: stretch.partition,
@@ -423,6 +444,8 @@ impl Reader {
         let source = &mut self.sources[source];
         self.passed.offsets += between(source.position, record.offset + 1);
         source.position = record.offset + 1;
+        // What is left out counts too: it lies in the memory of those beside it for as long as they are there.
+        self.chunk_bytes += record.size();
         if let Some(filter) = &self.filter
             && !source.judge.keeps(filter, &record)?
         {
@@ -431,25 +454,20 @@ impl Reader {
                 true => source.filtered += 1,
                 false => self.passed.filtered += 1,
             }
-            return if self.passed.offsets >= LEFT_OUT {
-                self.flush()
-            } else {
-                Ok(())
-            };
+        } else {
+            self.passed.filtered += std::mem::take(&mut source.filtered);
+            record.passed = std::mem::take(&mut self.passed);
+            self.chunk.push(record);
         }
-        self.passed.filtered += std::mem::take(&mut source.filtered);
-        record.passed = std::mem::take(&mut self.passed);
-        self.chunk_bytes += record.size();
-        self.chunk.push(record);
-        if self.chunk.len() >= CHUNK_RECORDS || self.chunk_bytes >= CHUNK_BYTES {
+        if self.chunk.len() >= CHUNK_RECORDS || self.chunk_bytes >= CHUNK_BYTES || self.passed.offsets >= LEFT_OUT {
             self.flush()?;
         }
         Ok(())
     }
 
     fn flush(&mut self) -> Result<(), Stop> {
+        self.chunk_bytes = 0;
         if !self.chunk.is_empty() {
-            self.chunk_bytes = 0;
             let chunk = std::mem::take(&mut self.chunk);
             self.send(Read::Records(chunk))?;
         }

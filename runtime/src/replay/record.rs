@@ -2,14 +2,17 @@
 
 use std::{fmt, ops::AddAssign, str::FromStr, sync::Arc};
 
-use bytes::Bytes;
-use meander_proto::v1::ReplayedRecord;
+use bytes::{Bytes, BytesMut};
+use meander_proto::v1;
 use rdkafka::{Message, message::Headers as _};
 
 use crate::{
     log::{COMMIT_TIME_HEADER, PART_HEADER, POSITION_HEADER, REPLAY_JOB_HEADER},
     position::{Epoch, Lsn, Position},
 };
+
+/// Bytes of a piece of memory that records are copied to.
+const MEMORY: usize = 16 << 10;
 
 /// The place of a record in commit order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -93,11 +96,12 @@ pub enum InvalidHeader {
 }
 
 impl Record {
-    /// Copies a record out of the client's buffer.
+    /// Copies a record out of the client's buffer, into `memory`. What is copied there lies side by side, so that not each record costs
+    /// an allocation; a piece of memory is given back with the last record in it.
     ///
     /// # Errors
     /// When its headers do not say what it is.
-    pub fn read(topic: &Arc<str>, message: &impl Message) -> Result<Self, InvalidHeader> {
+    pub fn read(topic: &Arc<str>, message: &impl Message, memory: &mut BytesMut) -> Result<Self, InvalidHeader> {
         let (mut position, mut commit_time, mut part, mut others) = (None, None, 0, Vec::new());
         for header in message.headers().into_iter().flat_map(|headers| headers.iter()) {
             let value = header.value.unwrap_or_default();
@@ -113,6 +117,14 @@ impl Record {
         }
         let position = position.ok_or(InvalidHeader::Missing(POSITION_HEADER))?;
         let commit_time = commit_time.ok_or(InvalidHeader::Missing(COMMIT_TIME_HEADER))?;
+        let mut copied = |bytes: Option<&[u8]>| {
+            let bytes = bytes.unwrap_or_default();
+            if memory.capacity() < bytes.len() {
+                *memory = BytesMut::with_capacity(bytes.len().max(MEMORY));
+            }
+            memory.extend_from_slice(bytes);
+            memory.split().freeze()
+        };
         Ok(Self {
             coordinate: Coordinate { position, part },
             timestamp: message.timestamp().to_millis().ok_or(InvalidHeader::NoTimestamp)?,
@@ -120,8 +132,8 @@ impl Record {
             topic: Arc::clone(topic),
             partition: message.partition(),
             offset: message.offset(),
-            key: Bytes::copy_from_slice(message.key().unwrap_or_default()),
-            value: Bytes::copy_from_slice(message.payload().unwrap_or_default()),
+            key: copied(message.key()),
+            value: copied(message.payload()),
             passed: Passed::default(),
             headers: others,
         })
@@ -149,17 +161,13 @@ impl Record {
     }
 }
 
-impl From<Record> for ReplayedRecord {
-    fn from(record: Record) -> Self {
+impl From<Coordinate> for v1::Coordinate {
+    fn from(coordinate: Coordinate) -> Self {
         Self {
-            position: record.coordinate.position.to_string(),
-            part: record.coordinate.part,
-            commit_time_micros: record.commit_time,
-            topic: record.topic.to_string(),
-            partition: record.partition,
-            offset: record.offset,
-            key: record.key,
-            value: record.value,
+            epoch: coordinate.position.epoch.0.into(),
+            commit_lsn: coordinate.position.commit_lsn.0,
+            ordinal: coordinate.position.ordinal,
+            part: coordinate.part,
         }
     }
 }

@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 
+use bytes::BytesMut;
 use rdkafka::{Message as _, message::OwnedMessage};
 
 use super::{error::ReplayError, record::Record};
@@ -67,7 +68,7 @@ impl Seek<'_> {
     }
 
     fn record(&self, message: &OwnedMessage) -> Result<Record, ReplayError> {
-        Record::read(self.topic, message).map_err(|source| ReplayError::ForeignRecord {
+        Record::read(self.topic, message, &mut BytesMut::new()).map_err(|source| ReplayError::ForeignRecord {
             topic: self.topic.to_string(),
             partition: self.partition,
             offset: message.offset(),

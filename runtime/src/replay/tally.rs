@@ -83,6 +83,8 @@ struct Ledger {
     counts: Counts,
     topics: Vec<TopicCounts>,
     index: HashMap<Arc<str>, usize>,
+    /// The index of the topic that was looked up last.
+    last: usize,
     handed: VecDeque<Handed>,
     /// When the first of them was handed over, or the one before it was credited.
     waiting: Option<Instant>,
@@ -223,7 +225,12 @@ impl Tally {
 
 impl Ledger {
     fn topic(&mut self, record: &Record) -> usize {
+        // Most often it is that of the record before.
+        if (self.topics.get(self.last)).is_some_and(|last| last.topic == record.topic) {
+            return self.last;
+        }
         if let Some(known) = self.index.get(&record.topic) {
+            self.last = *known;
             return *known;
         }
         self.index.insert(Arc::clone(&record.topic), self.topics.len());

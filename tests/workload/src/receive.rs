@@ -4,7 +4,7 @@ use std::{collections::HashSet, net::SocketAddr, pin::Pin, time::Instant};
 
 use anyhow::Context as _;
 use meander_proto::v1::{
-    DeliverAck, ReplayEvent, ReplayedRecord,
+    Coordinate, DeliverAck, ReplayEvent,
     replay_receiver_server::{self, ReplayReceiver, ReplayReceiverServer},
 };
 use serde::Serialize;
@@ -97,14 +97,14 @@ pub struct Replay {
     records: u64,
     duplicates: u64,
     out_of_order: u64,
-    seen: HashSet<Coordinate>,
-    last: Option<Coordinate>,
+    seen: HashSet<Place>,
+    last: Option<Place>,
     pace: Option<Pace>,
     pacing_errors: Vec<f64>,
 }
 
 /// Epoch, commit LSN, ordinal, part.
-type Coordinate = (u32, u64, u64, u32);
+type Place = (u32, u64, u64, u32);
 
 struct Pace {
     first: Instant,
@@ -143,21 +143,24 @@ impl Replay {
     /// Takes one message; gives the answer to it.
     ///
     /// # Errors
-    /// When a position cannot be read.
+    /// When a record has no coordinate.
     pub fn take(&mut self, event: &ReplayEvent, now: Instant) -> Result<DeliverAck, Status> {
         for record in &event.records {
-            let coordinate = coordinate(record)
-                .ok_or_else(|| Status::invalid_argument(format!("{:?} is not a position", record.position)))?;
-            if !self.seen.insert(coordinate) {
+            let coordinate = record
+                .coordinate
+                .as_ref()
+                .ok_or_else(|| Status::invalid_argument("a record has no coordinate"))?;
+            let place = place(coordinate);
+            if !self.seen.insert(place) {
                 self.duplicates += 1;
-            } else if self.last.is_some_and(|last| coordinate < last) {
+            } else if self.last.is_some_and(|last| place < last) {
                 self.out_of_order += 1;
             }
-            self.last = self.last.max(Some(coordinate));
+            self.last = self.last.max(Some(place));
             self.pace(record.commit_time_micros, now);
             self.records += 1;
             if self.records.is_multiple_of(PROGRESS) {
-                println!("{} records, up to {}", self.records, record.position);
+                println!("{} records, up to {}", self.records, position(coordinate));
             }
         }
         Ok(DeliverAck {
@@ -258,18 +261,29 @@ impl PacingError {
     }
 }
 
-/// Reads `epoch:X/Y:ordinal`.
-fn coordinate(record: &ReplayedRecord) -> Option<Coordinate> {
-    let (epoch, rest) = record.position.split_once(':')?;
-    let (lsn, ordinal) = rest.split_once(':')?;
-    let (high, low) = lsn.split_once('/')?;
-    let half = |digits| u32::from_str_radix(digits, 16).ok().map(u64::from);
-    Some((
-        epoch.parse().ok()?,
-        half(high)? << 32 | half(low)?,
-        ordinal.parse().ok()?,
-        record.part,
-    ))
+fn place(coordinate: &Coordinate) -> Place {
+    (
+        coordinate.epoch,
+        coordinate.commit_lsn,
+        coordinate.ordinal,
+        coordinate.part,
+    )
+}
+
+/// `epoch:X/Y:ordinal`, as everywhere else.
+#[must_use]
+pub fn position(coordinate: &Coordinate) -> String {
+    let Coordinate {
+        epoch,
+        commit_lsn,
+        ordinal,
+        ..
+    } = coordinate;
+    format!(
+        "{epoch}:{:X}/{:X}:{ordinal}",
+        commit_lsn >> 32,
+        commit_lsn & 0xFFFF_FFFF
+    )
 }
 
 #[cfg(test)]
@@ -277,25 +291,33 @@ fn coordinate(record: &ReplayedRecord) -> Option<Coordinate> {
 mod tests {
     use std::time::Duration;
 
+    use meander_proto::v1::ReplayedRecord;
+
     use super::*;
 
-    fn event(position: &str, part: u32, commit_time_micros: i64) -> ReplayEvent {
-        let record = ReplayedRecord {
-            position: position.to_owned(),
+    fn event((epoch, commit_lsn, ordinal, part): Place, commit_time_micros: i64) -> ReplayEvent {
+        let coordinate = Coordinate {
+            epoch,
+            commit_lsn,
+            ordinal,
             part,
+        };
+        let record = ReplayedRecord {
+            coordinate: Some(coordinate),
             commit_time_micros,
             ..Default::default()
         };
         ReplayEvent {
             records: vec![record],
-            resume_token: format!("after {position}"),
+            resume_token: format!("after {}", position(&coordinate)),
+            topics: vec!["shop.public.trades".to_owned()],
         }
     }
 
-    fn replay(events: &[(&str, u32)]) -> Summary {
+    fn replay(places: &[Place]) -> Summary {
         let mut replay = Replay::new(None);
-        for (position, part) in events {
-            replay.take(&event(position, *part, 0), Instant::now()).unwrap();
+        for place in places {
+            replay.take(&event(*place, 0), Instant::now()).unwrap();
         }
         replay.summary(None)
     }
@@ -303,18 +325,18 @@ mod tests {
     #[test]
     fn a_replay_in_commit_order_is_in_order() {
         let summary = replay(&[
-            ("1:0/A0:0", 0),
-            ("1:0/A0:1", 0),
-            ("1:0/A0:1", 1),
-            ("1:0/B0:0", 0),
-            ("2:0/10:0", 0),
+            (1, 0xA0, 0, 0),
+            (1, 0xA0, 1, 0),
+            (1, 0xA0, 1, 1),
+            (1, 0xB0, 0, 0),
+            (2, 0x10, 0, 0),
         ]);
         assert_eq!((summary.records, summary.order_ok, summary.duplicates), (5, true, 0));
     }
 
     #[test]
     fn duplicates_and_disorder_are_told_apart() {
-        let summary = replay(&[("1:0/A0:0", 0), ("1:0/C0:0", 0), ("1:0/B0:0", 0), ("1:0/C0:0", 0)]);
+        let summary = replay(&[(1, 0xA0, 0, 0), (1, 0xC0, 0, 0), (1, 0xB0, 0, 0), (1, 0xC0, 0, 0)]);
         assert_eq!(
             (summary.order_ok, summary.out_of_order, summary.duplicates),
             (false, 1, 1)
@@ -324,10 +346,14 @@ mod tests {
     #[test]
     fn each_message_is_answered_with_its_own_token() {
         let answer = Replay::new(None)
-            .take(&event("1:0/A0:0", 0, 0), Instant::now())
+            .take(&event((1, 0x7_0000_00A0, 3, 0), 0), Instant::now())
             .unwrap();
-        assert_eq!(answer.resume_token, "after 1:0/A0:0");
-        assert!(Replay::new(None).take(&event("A0", 0, 0), Instant::now()).is_err());
+        assert_eq!(answer.resume_token, "after 1:7/A0:3");
+        let nameless = ReplayEvent {
+            records: vec![ReplayedRecord::default()],
+            ..Default::default()
+        };
+        assert!(Replay::new(None).take(&nameless, Instant::now()).is_err());
     }
 
     #[test]
@@ -335,8 +361,8 @@ mod tests {
         let mut replay = Replay::new(Some(10.0));
         let start = Instant::now();
         // Due after 0, 100 and 200 ms.
-        for (commit_seconds, arrival_ms) in [(5, 0), (6, 101), (7, 204)] {
-            let event = event(&format!("1:0/{commit_seconds}:0"), 0, commit_seconds * 1_000_000);
+        for (commit_lsn, commit_seconds, arrival_ms) in [(5, 5, 0), (6, 6, 101), (7, 7, 204)] {
+            let event = event((1, commit_lsn, 0, 0), commit_seconds * 1_000_000);
             replay.take(&event, start + Duration::from_millis(arrival_ms)).unwrap();
         }
         let summary = replay.summary(None);

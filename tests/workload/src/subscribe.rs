@@ -13,6 +13,8 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Request;
 
+use crate::receive::position;
+
 /// One message, as a line of the ledger.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -72,7 +74,10 @@ fn open(path: &Path) -> anyhow::Result<(File, String)> {
 fn note(ledger: &mut File, event: &ReplayEvent) -> anyhow::Result<()> {
     let records = event.records.iter();
     let line = Line {
-        records: records.map(|record| (record.position.clone(), record.part)).collect(),
+        records: records
+            .filter_map(|record| record.coordinate.as_ref())
+            .map(|coordinate| (position(coordinate), coordinate.part))
+            .collect(),
         resume_token: event.resume_token.clone(),
     };
     let mut line = serde_json::to_vec(&line)?;

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use meander_proto::v1::{ReplayEvent, ReplayedRecord, replay_receiver_client::ReplayReceiverClient};
+use meander_proto::v1::{Coordinate, ReplayEvent, ReplayedRecord, replay_receiver_client::ReplayReceiverClient};
 use meander_test_support::{eventually, free_address};
 use meander_workload::receive;
 use tonic::transport::Endpoint;
@@ -22,10 +22,16 @@ async fn each_message_is_answered_in_order() {
 
     let events = (0..5).map(|number| ReplayEvent {
         records: vec![ReplayedRecord {
-            position: format!("1:0/A0:{number}"),
+            coordinate: Some(Coordinate {
+                epoch: 1,
+                commit_lsn: 0xA0,
+                ordinal: number,
+                part: 0,
+            }),
             ..Default::default()
         }],
         resume_token: number.to_string(),
+        topics: vec!["shop.public.trades".to_owned()],
     });
     let mut answers = client.deliver(tokio_stream::iter(events)).await.unwrap().into_inner();
 

@@ -2,8 +2,9 @@
 
 use std::{collections::VecDeque, fs, future::pending, pin::pin, time::Duration};
 
+use bytes::{BufMut as _, Bytes};
 use meander_config::GrpcReceiver;
-use meander_proto::v1::{DeliverAck, ReplayEvent, replay_receiver_client::ReplayReceiverClient};
+use meander_proto::v1::DeliverAck;
 use prost::Message as _;
 use tokio::{
     sync::mpsc,
@@ -12,9 +13,13 @@ use tokio::{
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{
     Code, Request, Status, Streaming,
+    client::Grpc,
+    codec::{Codec, EncodeBuf, Encoder},
+    codegen::http::uri::PathAndQuery,
     metadata::MetadataValue,
     transport::{Certificate, ClientTlsConfig, Endpoint, Identity},
 };
+use tonic_prost::ProstDecoder;
 
 use super::{Batch, Mark, Tally, Target, TargetError, Trouble, chain};
 use crate::{
@@ -26,6 +31,8 @@ use crate::{
     tls::{authorities, client_pem},
 };
 
+/// The call of `ReplayReceiver`.
+const DELIVER: &str = "/meander.v1.ReplayReceiver/Deliver";
 /// Messages that may be without an answer.
 const WINDOW: usize = 8;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -38,10 +45,18 @@ const PARTING: Duration = Duration::from_secs(5);
 pub struct GrpcCall {
     receiver: GrpcReceiver,
     attempt: u32,
-    unanswered: VecDeque<(ReplayEvent, Mark)>,
+    unanswered: VecDeque<Unanswered>,
     /// The batches have not ended.
     more: bool,
     patience: Patience,
+}
+
+/// A message that was not answered yet.
+struct Unanswered {
+    /// In its wire form: one that is sent again is not encoded again, and what is kept is what is sent.
+    event: Bytes,
+    resume_token: String,
+    mark: Mark,
 }
 
 /// Why a stream ended too early.
@@ -125,17 +140,18 @@ impl GrpcCall {
 
         // Holds all that may be unanswered, so that sending never waits: what waits is the next batch.
         let (events, sent) = mpsc::channel(WINDOW);
-        for (event, _) in &self.unanswered {
-            let _ = events.try_send(event.clone());
+        for unanswered in &self.unanswered {
+            let _ = events.try_send(unanswered.event.clone());
         }
-        let mut client = ReplayReceiverClient::new(channel);
+        let mut client = Grpc::new(channel);
+        client.ready().await.map_err(|error| Broken::Retry(chain(&error)))?;
         // A receiver may begin its answer only with its first message, so the call is not waited for before sending.
         let mut request = Request::new(ReceiverStream::new(sent));
         self.show_token(&mut request).map_err(Broken::Retry)?;
         request
             .metadata_mut()
             .insert(REPLAY_ATTEMPT_HEADER, MetadataValue::from(self.attempt));
-        let mut call = pin!(client.deliver(request));
+        let mut call = pin!(client.streaming(request, PathAndQuery::from_static(DELIVER), Encoded));
         let mut answers: Option<Streaming<DeliverAck>> = None;
         let mut silence = Silence::default();
 
@@ -157,10 +173,15 @@ impl GrpcCall {
                             silence.end();
                         }
                         let mark = batch.mark;
-                        let event = batch.into_event();
+                        let message = batch.into_event();
+                        let event = Bytes::from(message.encode_to_vec());
                         // If the stream is broken, its answers say so.
                         let _ = events.try_send(event.clone());
-                        self.unanswered.push_back((event, mark));
+                        self.unanswered.push_back(Unanswered {
+                            event,
+                            resume_token: message.resume_token,
+                            mark,
+                        });
                     }
                     None => self.more = false,
                 },
@@ -225,7 +246,7 @@ impl GrpcCall {
     }
 
     fn answered(&mut self, answer: &DeliverAck, tally: &Tally) -> Result<(), Broken> {
-        let expected = self.unanswered.front().map(|(event, _)| event.resume_token.as_str());
+        let expected = self.unanswered.front().map(|oldest| oldest.resume_token.as_str());
         if expected != Some(answer.resume_token.as_str()) {
             return Err(Broken::Fatal(TargetError::ReceiverConfused {
                 endpoint: self.receiver.endpoint.clone(),
@@ -233,8 +254,8 @@ impl GrpcCall {
                 expected: expected.unwrap_or("no answer").to_owned(),
             }));
         }
-        if let Some((_, mark)) = self.unanswered.pop_front() {
-            tally.credit(&mark);
+        if let Some(oldest) = self.unanswered.pop_front() {
+            tally.credit(&oldest.mark);
         }
         self.patience.renew();
         Ok(())
@@ -259,6 +280,35 @@ impl GrpcCall {
             }
             _ => Broken::Retry(chain(&status)),
         }
+    }
+}
+
+/// Messages that are encoded already, and answers.
+struct Encoded;
+
+impl Codec for Encoded {
+    type Encode = Bytes;
+    type Decode = DeliverAck;
+    type Encoder = Self;
+    type Decoder = ProstDecoder<DeliverAck>;
+
+    fn encoder(&mut self) -> Self::Encoder {
+        Self
+    }
+
+    fn decoder(&mut self) -> Self::Decoder {
+        ProstDecoder::default()
+    }
+}
+
+impl Encoder for Encoded {
+    type Item = Bytes;
+    type Error = Status;
+
+    fn encode(&mut self, event: Bytes, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        buffer.reserve(event.len());
+        buffer.put(event);
+        Ok(())
     }
 }
 

@@ -11,10 +11,10 @@ mod marks;
 pub mod postgres;
 pub mod redis;
 
-use std::{future::Future, path::PathBuf, time::Duration};
+use std::{future::Future, path::PathBuf, sync::Arc, time::Duration};
 
 use meander_config::ResourceIdentity;
-use meander_proto::v1::ReplayEvent;
+use meander_proto::v1::{ReplayEvent, ReplayedRecord};
 use tokio::{sync::mpsc, time::Instant};
 
 pub use super::tally::{Tally, Trouble};
@@ -111,9 +111,33 @@ impl Batch {
     /// As a message of `meander.v1`.
     #[must_use]
     pub fn into_event(self) -> ReplayEvent {
+        let mut topics: Vec<Arc<str>> = Vec::new();
+        let mut topic = 0;
+        let record = |record: Record| {
+            // Most often it is that of the record before.
+            if topics.get(topic) != Some(&record.topic) {
+                topic = topics
+                    .iter()
+                    .position(|known| *known == record.topic)
+                    .unwrap_or(topics.len());
+                if topic == topics.len() {
+                    topics.push(record.topic);
+                }
+            }
+            ReplayedRecord {
+                coordinate: Some(record.coordinate.into()),
+                commit_time_micros: record.commit_time,
+                topic: u32::try_from(topic).unwrap_or(u32::MAX),
+                partition: record.partition,
+                offset: record.offset,
+                key: record.key,
+                value: record.value,
+            }
+        };
         ReplayEvent {
+            records: self.records.into_iter().map(record).collect(),
             resume_token: self.mark.resume.to_string(),
-            records: self.records.into_iter().map(Into::into).collect(),
+            topics: topics.iter().map(ToString::to_string).collect(),
         }
     }
 }
