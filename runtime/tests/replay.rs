@@ -19,8 +19,8 @@ use std::{
 };
 
 use meander_config::{
-    ClientCertificate, GrpcReceiver, KafkaCluster, KafkaLog, OperatorLink, RecordOffset, RedisStreams, ReplayConfig,
-    ReplayEnd, ReplayFilter, ReplayOrder, ReplayStart, ReplayTarget, ResourceIdentity, Speed, TableSelection,
+    ClientCertificate, GrpcReceiver, KafkaCluster, KafkaLog, RecordOffset, RedisStreams, ReplayConfig, ReplayEnd,
+    ReplayFilter, ReplayOrder, ReplayStart, ReplayTarget, ResourceIdentity, Speed, TableSelection,
 };
 use meander_proto::v1::{
     ChangeRecord, Column, DeliverAck, Directive, Operation, ProgressUpdate, Relation, ReplayEvent, ReplayProgress,
@@ -425,7 +425,10 @@ impl Receiver {
 
     /// What came since the last time, and forgets it.
     fn take(&self) -> Vec<(String, u32, i64)> {
-        self.take_records().iter().map(|(_, record)| change_of(record)).collect()
+        self.take_records()
+            .iter()
+            .map(|(_, record)| change_of(record))
+            .collect()
     }
 
     fn take_records(&self) -> Vec<(String, ReplayedRecord)> {
@@ -1241,9 +1244,10 @@ async fn side_by_side_each_partition_goes_on_at_its_own_place_after_a_kill_and_w
     assert!(status.success(), "{}", runtime.process().log_tail());
     received.extend(receiver.take_records());
     let received: Vec<_> = (received.iter())
-        .map(|record| {
+        .map(|(_, record)| {
+            let (position, ..) = place_of(record);
             (
-                record.position.parse::<Position>().unwrap(),
+                position.parse::<Position>().unwrap(),
                 record.partition,
                 record.key.is_empty(),
             )

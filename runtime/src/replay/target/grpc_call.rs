@@ -37,7 +37,6 @@ const DELIVER: &str = "/meander.v1.ReplayReceiver/Deliver";
 const WINDOW: usize = 8;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the receiver may take to end its half of the stream after its last answer.
 const PARTING: Duration = Duration::from_secs(5);
 
@@ -90,9 +89,9 @@ impl Target for GrpcCall {
                 source,
             })?
             .connect_timeout(CONNECT_TIMEOUT)
-            .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
-            .keep_alive_timeout(KEEPALIVE_TIMEOUT)
-            .keep_alive_while_idle(true)
+            // Not by HTTP/2: gRPC's own servers end a connection (`too_many_pings`) that is pinged more often than every five minutes while
+            // no data moves, as in a pause. What is sent has to be answered in time anyway.
+            .tcp_keepalive(Some(KEEPALIVE_INTERVAL))
             .tcp_nodelay(true);
         loop {
             let cause = match self.stream(&endpoint, &mut batches, &tally).await {
@@ -271,7 +270,7 @@ impl GrpcCall {
             }
             // What is too large stays so: until the receiver's limit is raised.
             Code::ResourceExhausted | Code::OutOfRange => {
-                let sizes = self.unanswered.iter().map(|(event, _)| event.encoded_len());
+                let sizes = self.unanswered.iter().map(|unanswered| unanswered.event.len());
                 let largest = sizes.max().unwrap_or_default();
                 let cause = chain(&status);
                 Broken::Retry(format!(
