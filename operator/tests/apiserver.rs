@@ -1625,7 +1625,10 @@ async fn a_replay_from_waiting_to_its_last_word() {
     assert_eq!(seen(followed.message().await.unwrap().unwrap()), (Phase::Running, 64));
 
     // Its last word is its pod's.
-    let word = json!({"phase": "Succeeded", "delivered": 100, "deliveryMicros": 5_000_000}).to_string();
+    let word = json!({
+        "phase": "Succeeded", "delivered": 100, "deliveryMicros": 5_000_000, "resolvedRange": {"offsets": 100},
+    });
+    let word = word.to_string();
     cluster.end_pod("last-seconds-replay-x", "Succeeded", &word).await;
     let watched = replays.clone();
     let succeeded = tokio::spawn(async move {
