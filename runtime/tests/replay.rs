@@ -1526,9 +1526,13 @@ async fn kept_note(config: &ReplayConfig) -> serde_json::Value {
     let committed = tokio::task::block_in_place(|| {
         let mut wanted = TopicPartitionList::new();
         wanted.add_partition(&topic, 0);
-        consumer.committed_offsets(wanted, LIMIT).unwrap()
+        consumer.committed_offsets(wanted, LIMIT)
     });
-    let note = committed.find_partition(&topic, 0).unwrap().metadata().to_owned();
+    // The group's coordinator may have only just been made, and not know that it is one.
+    let note = committed
+        .ok()
+        .and_then(|committed| Some(committed.find_partition(&topic, 0)?.metadata().to_owned()))
+        .unwrap_or_default();
     serde_json::from_str(&note).unwrap_or_default()
 }
 

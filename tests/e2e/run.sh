@@ -274,12 +274,14 @@ capture_pod_is_killed() {
   condition cdcpipeline/trades Ready True
 }
 
-# The pod that owns the slot of the pipeline `trades`.
+# The pod that owns the slot of the pipeline `trades`; none while none does.
 owner() {
   local pod address
-  k get pods -l meander.dev/pipeline=trades -o jsonpath='{range .items[*]}{.metadata.name} {.status.podIP}{"\n"}{end}' |
+  k get pods -l meander.dev/pipeline=trades -o json |
+    jq -r '.items[] | select(.metadata.deletionTimestamp == null and .status.podIP != null) | "\(.metadata.name) \(.status.podIP)"' |
     while read -r pod address; do
-      if "$cluster" exec curl -fsS "http://$address:9464/metrics" </dev/null | grep -x 'meander_capture_owns_slot 1' >&2; then echo "$pod"; fi
+      if "$cluster" exec curl -sS --max-time 5 "http://$address:9464/metrics" </dev/null |
+        grep -x 'meander_capture_owns_slot 1' >&2; then echo "$pod"; fi
     done
 }
 
@@ -295,6 +297,7 @@ standby_takes_over() {
   k wait --for=condition=Ready cdcpipeline/trades --timeout=60s
   [ "$(k get pdb trades-capture -o jsonpath='{.spec.minAvailable}')" = 1 ]
   first=$(owner)
+  [ "$(wc -w <<<"$first")" = 1 ]
 
   : >"$work/progress"
   operator_calls StreamProgress '{"resource": {"kind": "CdcPipeline", "namespace": "shop", "name": "trades"}}' >"$work/progress" &
@@ -310,7 +313,8 @@ standby_takes_over() {
   note "changes went on $(((went_on - since) / 1000)) ms after the pod was killed"
   [ $(((went_on - since) / 1000)) -lt 15000 ]
   second=$(owner)
-  [ -n "$second" ] && [ "$second" != "$first" ]
+  [ "$(wc -w <<<"$second")" = 1 ]
+  [ "$second" != "$first" ]
   kill "$follow"
   k wait --for=condition=Complete job/load --timeout=120s
   run_job deploy/demo/verify.yaml verify
