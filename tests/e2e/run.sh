@@ -309,10 +309,11 @@ standby_takes_over() {
   k delete job load --ignore-not-found --wait
   k apply -f deploy/demo/load.yaml
   since=$(seen '.capture.eventsTotal' | jq -r .capture.eventsTotal)
-  seen "(.capture.eventsTotal | tonumber) > $since"
+  seen "(.capture.eventsTotal // \"0\" | tonumber) > $since"
   since=$(micros)
   k delete pod "$first" --grace-period=0 --force
-  went_on=$(seen "(.capture.ownerGeneration | tonumber) > $generation and (.capture.lastEventTimeMicros | tonumber) > $since" | jq -r .timeMicros)
+  went_on=$(seen "(.capture.ownerGeneration // \"0\" | tonumber) > $generation
+    and (.capture.lastEventTimeMicros // \"0\" | tonumber) > $since" | jq -r .timeMicros)
   note "changes went on $(((went_on - since) / 1000)) ms after the pod was killed"
   [ $(((went_on - since) / 1000)) -lt 15000 ]
   retry 100 one_owner

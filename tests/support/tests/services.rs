@@ -179,10 +179,9 @@ async fn nothing_is_left_of_a_test_process_that_is_killed() {
     let lines = BufReader::new(victim.stdout.take().unwrap())
         .lines()
         .map(Result::unwrap);
-    let found = lines
-        .filter_map(|line| line.strip_prefix("service ").map(str::to_owned))
-        .next()
-        .unwrap();
+    // Where tests run one at a time, the name of the test is on the same line.
+    let mut found = lines.filter_map(|line| Some(line.split_once("service ")?.1.to_owned()));
+    let found = found.next().unwrap();
     let (port, folder) = found.split_once(' ').unwrap();
     let port: u16 = port.parse().unwrap();
     assert!(TcpStream::connect(("127.0.0.1", port)).is_ok());
