@@ -226,6 +226,8 @@ deletion_stops_a_replay() {
   sed "s/name: to-log/name: unwanted/; s/speed: max/speed: \"0.2\"/; s/from: .*/from: {time: \"$(cat "$work/loaded")\"}/" \
     deploy/examples/replayjob-log.yaml | k apply -f -
   k wait replayjob/unwanted --for=jsonpath='{.status.phase}'=Running --timeout=60s
+  # The runtime reports to the operator before the node reports its container, whose log can only be read after that.
+  k wait pod -l meander.dev/replay=unwanted --for=condition=Ready --timeout=60s
   : >"$work/unwanted"
   k logs -f job/unwanted-replay >>"$work/unwanted" &
   followed=$!
