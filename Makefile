@@ -6,10 +6,10 @@ export MEANDER_CACHE
 # Outside of the clone, so that a fresh clone builds in seconds what another one has built.
 export CARGO_TARGET_DIR ?= $(MEANDER_CACHE)/target
 
-.PHONY: help demo demo-down test test-long fuzz lint fmt crds binaries images bench clean
+.PHONY: help demo demo-down test test-long fuzz lint fmt crds released-crds binaries images bench clean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: ## From nothing to a running pipeline and a replay, on a cluster of its own
 	@deploy/demo/demo.sh
@@ -35,6 +35,9 @@ fmt: ## Format all sources
 
 crds: ## Write the CRDs and their reference anew from the Rust types
 	cargo run -q -p meander-crds --bin crdgen
+
+released-crds: crds ## Take the CRDs as they are for those of a release, which later ones may not break
+	cp crds/*.yaml crds/released/
 
 binaries: ## Static binaries for the images, in dist/
 	@tests/setup.sh base rust
