@@ -9,20 +9,35 @@ use axum::{Router, extract::State, http::StatusCode, routing::get};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use crate::metrics::Metrics;
+use crate::{metrics::Metrics, tls::Trust};
 
 /// What `/readyz` tells.
-#[derive(Clone, Debug, Default)]
-pub struct Readiness(Arc<AtomicBool>);
+#[derive(Clone, Debug)]
+pub struct Readiness {
+    started: Arc<AtomicBool>,
+    trust: Trust,
+}
 
 impl Readiness {
-    /// The process does its part: it leads and knows every resource, or it stands by for the leader.
-    pub fn set(&self, ready: bool) {
-        self.0.store(ready, Ordering::Release);
+    /// One that is not ready, and will not be before it can be called.
+    pub fn new(trust: Trust) -> Self {
+        let started = Arc::default();
+        Self { started, trust }
     }
 
-    fn get(&self) -> bool {
-        self.0.load(Ordering::Acquire)
+    /// The process does its part: it leads and knows every resource, or it stands by for the leader.
+    pub fn set(&self, ready: bool) {
+        self.started.store(ready, Ordering::Release);
+    }
+
+    fn get(&self) -> Result<&'static str, &'static str> {
+        if !self.trust.is_settled() {
+            Err("no certificate for the gRPC port yet; the log says why\n")
+        } else if !self.started.load(Ordering::Acquire) {
+            Err("starting\n")
+        } else {
+            Ok("ok\n")
+        }
     }
 }
 
@@ -47,10 +62,9 @@ pub async fn serve(
 }
 
 async fn ready(State(readiness): State<Readiness>) -> (StatusCode, &'static str) {
-    if readiness.get() {
-        (StatusCode::OK, "ok\n")
-    } else {
-        (StatusCode::SERVICE_UNAVAILABLE, "starting\n")
+    match readiness.get() {
+        Ok(text) => (StatusCode::OK, text),
+        Err(text) => (StatusCode::SERVICE_UNAVAILABLE, text),
     }
 }
 

@@ -23,6 +23,7 @@ use crate::{
     lease::Claim,
     metrics::Metrics,
     progress::{ResourceKey, Tracker},
+    tls::Trust,
 };
 
 /// Reconciles of one kind that run at once.
@@ -43,8 +44,10 @@ pub struct Settings {
     pub runtime_image: String,
     /// Pull policy of runtime pods.
     pub runtime_image_pull_policy: String,
-    /// Where runtime pods report: `http://host:port`.
+    /// Where runtime pods report: `https://host:port`.
     pub progress_endpoint: String,
+    /// By what they know whom they report to.
+    pub trust: Trust,
 }
 
 /// What every reconcile shares.

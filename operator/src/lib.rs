@@ -21,3 +21,4 @@ pub mod progress;
 pub mod replay;
 pub mod secrets;
 pub mod status;
+pub mod tls;

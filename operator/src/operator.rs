@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use clap::Parser;
 use futures::FutureExt as _;
 use kube::{
@@ -15,9 +15,10 @@ use meander_proto::{
     v1::progress_tracker_server::{self, ProgressTrackerServer},
 };
 use tokio::{net::TcpListener, task::JoinSet, time::timeout};
+use tokio_rustls::TlsAcceptor;
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::Server;
+use tonic::transport::{Server, Uri};
 use tracing::{error, info};
 
 use crate::{
@@ -29,6 +30,7 @@ use crate::{
     pipeline,
     progress::{Authenticator, Pokes, ProgressTrackerService, Tracker},
     replay,
+    tls::{self, Keeper, Management, Trust},
 };
 
 /// Everything has this long to end.
@@ -47,9 +49,16 @@ pub struct Options {
     /// Pull policy of runtime pods.
     #[arg(long, env = "RUNTIME_IMAGE_PULL_POLICY", default_value = "IfNotPresent")]
     pub runtime_image_pull_policy: String,
-    /// Where runtime pods reach this operator's gRPC server, such as http://meander-operator.meander.svc:50051.
+    /// Where runtime pods reach this operator's gRPC server, such as https://meander-operator.meander.svc:50051. With http:// nothing is
+    /// encrypted, which is for local use.
     #[arg(long, env = "PROGRESS_ENDPOINT")]
-    pub progress_endpoint: String,
+    pub progress_endpoint: Uri,
+    /// Secret with the certificate of the gRPC server, in the namespace of the lease.
+    #[arg(long, env = "TLS_SECRET", default_value = "meander-operator-tls")]
+    pub tls_secret: String,
+    /// Who makes that certificate.
+    #[arg(long, env = "TLS_MANAGEMENT", value_enum, default_value = "managed")]
+    pub tls_management: Management,
     /// Namespace of the lease.
     #[arg(long, env = "LEASE_NAMESPACE")]
     pub lease_namespace: String,
@@ -73,16 +82,19 @@ pub struct Options {
 /// When something cannot be started, fails, or does not end in time; and when the lease is lost.
 pub async fn run(options: Options, client: Client, shutdown: CancellationToken) -> anyhow::Result<()> {
     let metrics = Arc::new(Metrics::new()?);
-    let readiness = Readiness::default();
     let (tracker, pokes) = Tracker::new();
     let tracker = Arc::new(tracker);
     let identity = options.identity.clone();
     let (elector, claim) = Elector::new(client.clone(), &options.lease_namespace, &options.lease_name, &identity);
+    let (keeper, acceptor, trust) = secure(&options, client.clone(), claim.clone())?;
+    let readiness = Readiness::new(trust.clone());
     let settings = Settings {
         namespace: options.namespace.clone(),
         runtime_image: options.runtime_image.clone(),
         runtime_image_pull_policy: options.runtime_image_pull_policy.clone(),
-        progress_endpoint: options.progress_endpoint.clone(),
+        // A Uri ends its path with a slash where the text had none.
+        progress_endpoint: options.progress_endpoint.to_string().trim_end_matches('/').to_owned(),
+        trust,
     };
     let events = Events::new(client.clone(), &identity);
     let (pipelines, writer) = reflector::store();
@@ -105,7 +117,11 @@ pub async fn run(options: Options, client: Client, shutdown: CancellationToken) 
 
     let mut parts = JoinSet::new();
     parts.spawn(admin::serve(admin, readiness.clone(), metrics.clone(), shutdown.clone()).map(|r| ("admin", r)));
-    parts.spawn(serve_grpc(grpc, service, shutdown.clone()).map(|r| ("grpc", r)));
+    parts.spawn(serve_grpc(grpc, service, acceptor, shutdown.clone()).map(|r| ("grpc", r)));
+    if let Some(keeper) = keeper {
+        metrics.register(keeper.ends())?;
+        parts.spawn(keeper.run(shutdown.clone()).map(|()| ("certificate", Ok(()))));
+    }
     // The lease is kept until nothing writes any more: it has an end of its own.
     let release = CancellationToken::new();
     let election = tokio::spawn(elector.run(release.clone()).inspect({
@@ -164,6 +180,11 @@ async fn control(
     }
     metrics.leader.set(1);
     readiness.set(false);
+    // Without a certificate, no pod could be told whom to trust.
+    let mut trust = context.settings.trust.clone();
+    if shutdown.run_until_cancelled(trust.settled()).await.is_none() {
+        return;
+    }
     let (pipelines_known, replays_known) = (CancellationToken::new(), CancellationToken::new());
     let pipelines = {
         let known = pipelines_known.clone();
@@ -187,9 +208,29 @@ async fn control(
     shutdown.cancel();
 }
 
+/// What the endpoint says is needed to be called there.
+fn secure(
+    options: &Options,
+    client: Client,
+    claim: Claim,
+) -> anyhow::Result<(Option<Keeper>, Option<TlsAcceptor>, Trust)> {
+    let endpoint = &options.progress_endpoint;
+    match (endpoint.scheme_str(), endpoint.host()) {
+        (Some("http"), Some(_)) => Ok((None, None, Trust::plain())),
+        (Some("https"), Some(host)) => {
+            let (namespace, secret) = (&options.lease_namespace, &options.tls_secret);
+            let (keeper, acceptor, trust) =
+                Keeper::new(client, namespace, secret, options.tls_management, host, claim)?;
+            Ok((Some(keeper), Some(acceptor), trust))
+        }
+        _ => bail!("{endpoint} is no https://host:port; set --progress-endpoint to where pods reach the operator"),
+    }
+}
+
 async fn serve_grpc(
     listener: TcpListener,
     service: ProgressTrackerService,
+    acceptor: Option<TlsAcceptor>,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
     let (health, health_service) = tonic_health::server::health_reporter();
@@ -203,14 +244,23 @@ async fn serve_grpc(
         .with_service_name(progress_tracker_server::SERVICE_NAME)
         .with_service_name("grpc.health.v1.Health")
         .build_v1()?;
-    Server::builder()
+    let server = Server::builder()
         // A pod that vanished without a word is noticed.
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
         .add_service(health_service)
         .add_service(reflection)
-        .add_service(ProgressTrackerServer::new(service))
-        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), shutdown.cancelled_owned())
-        .await?;
+        .add_service(ProgressTrackerServer::new(service));
+    let ending = shutdown.cancelled_owned();
+    match acceptor {
+        None => {
+            let callers = TcpListenerStream::new(listener);
+            server.serve_with_incoming_shutdown(callers, ending).await?;
+        }
+        Some(acceptor) => {
+            let callers = tls::encrypted(listener, acceptor);
+            server.serve_with_incoming_shutdown(callers, ending).await?;
+        }
+    }
     Ok(())
 }

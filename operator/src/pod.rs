@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::{
     api::core::v1::{
-        Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EnvVar, HTTPGetAction, KeyToPath, Pod,
-        PodSecurityContext, PodSpec, PodTemplateSpec, Probe, ProjectedVolumeSource, ResourceRequirements,
+        Capabilities, ConfigMap, ConfigMapVolumeSource, Container, ContainerPort, EnvVar, HTTPGetAction, KeyToPath,
+        Pod, PodSecurityContext, PodSpec, PodTemplateSpec, Probe, ProjectedVolumeSource, ResourceRequirements,
         SeccompProfile, SecretVolumeSource, SecurityContext, ServiceAccountTokenProjection, Volume, VolumeMount,
         VolumeProjection,
     },
@@ -27,6 +27,8 @@ pub const SECRETS_FOLDER: &str = "/var/run/secrets/meander.dev";
 /// The one user of the runtime's image.
 const USER: i64 = 65532;
 const ADMIN_PORT: &str = "admin";
+/// The ConfigMap's key, and so the file, with the authorities by which the pod knows the operator.
+const OPERATOR_AUTHORITIES: &str = "operator-ca.crt";
 
 /// A pod that runs one command of `meander-runtime`.
 #[derive(Clone, Debug)]
@@ -55,9 +57,27 @@ pub struct RuntimePod<'a> {
 
 /// Where a pod with the projected token reports.
 pub fn operator_link(settings: &Settings) -> OperatorLink {
+    let encrypted = settings.progress_endpoint.starts_with("https:");
     OperatorLink {
         endpoint: settings.progress_endpoint.clone(),
+        ca_file: encrypted.then(|| format!("{CONFIG_FOLDER}/{OPERATOR_AUTHORITIES}").into()),
         token_file: format!("{SECRETS_FOLDER}/operator/token").into(),
+    }
+}
+
+/// A pod's ConfigMap: its configuration, and by what it knows the operator. The latter reaches a pod that runs, which reads it for each
+/// connection: it is not a part of the configuration that a pod is started with.
+pub fn config_map(
+    metadata: ObjectMeta,
+    config: impl IntoIterator<Item = (String, String)>,
+    settings: &Settings,
+) -> ConfigMap {
+    let authorities = settings.trust.authorities();
+    let authorities = authorities.map(|authorities| (OPERATOR_AUTHORITIES.to_owned(), (*authorities).to_owned()));
+    ConfigMap {
+        metadata,
+        data: Some(config.into_iter().chain(authorities).collect()),
+        ..ConfigMap::default()
     }
 }
 

@@ -6,6 +6,9 @@
 
 mod support;
 
+#[path = "apiserver/certificates.rs"]
+mod certificates;
+
 use std::{
     collections::BTreeSet,
     fmt::Debug,
@@ -1147,32 +1150,46 @@ struct Operator {
     task: JoinHandle<anyhow::Result<()>>,
     shutdown: CancellationToken,
     grpc: SocketAddr,
+    admin: SocketAddr,
 }
 
 impl Operator {
     fn start(cluster: &Cluster) -> Self {
+        Self::start_at(cluster, "http", &[])
+    }
+
+    /// With a scheme for its gRPC port, and more options.
+    fn start_at(cluster: &Cluster, scheme: &str, more: &[&str]) -> Self {
         let free = || TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let (grpc, admin) = (free(), free());
-        let options = Options::parse_from([
+        let endpoint = format!("{scheme}://{grpc}");
+        let (grpc_text, admin_text) = (grpc.to_string(), admin.to_string());
+        let options = [
             "meander-operator",
             "--namespace",
             &cluster.namespace,
             "--runtime-image",
             "meander-runtime:test",
             "--progress-endpoint",
-            &format!("http://{grpc}"),
+            &endpoint,
             "--lease-namespace",
             &cluster.namespace,
             "--identity",
             "test",
             "--grpc-address",
-            &grpc.to_string(),
+            &grpc_text,
             "--admin-address",
-            &admin.to_string(),
-        ]);
+            &admin_text,
+        ];
+        let options = Options::parse_from(options.iter().chain(more));
         let shutdown = CancellationToken::new();
         let task = tokio::spawn(Box::pin(run(options, cluster.client.clone(), shutdown.clone())));
-        Self { task, shutdown, grpc }
+        Self {
+            task,
+            shutdown,
+            grpc,
+            admin,
+        }
     }
 
     async fn stop(self) {

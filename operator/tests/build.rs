@@ -341,7 +341,7 @@ fn a_replay_that_was_started_goes_on_as_it_was_but_for_what_is_asked_of_it() {
         meander_config::from_yaml::<meander_config::ReplayConfig>(&yaml).unwrap(),
         expected
     );
-    let around = replay::build::around(&replay, &yaml);
+    let around = replay::build::around(&replay, &yaml, &settings());
     assert_eq!(around.service, objects.service);
     assert_eq!(around.service_account, objects.service_account);
     assert_eq!(around.job, None);

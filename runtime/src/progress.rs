@@ -27,8 +27,10 @@ use tokio_util::sync::CancellationToken;
 use tonic::{
     Request, Status, Streaming,
     metadata::{Ascii, MetadataValue, errors::InvalidMetadataValue},
-    transport::Endpoint,
+    transport::{Certificate, ClientTlsConfig, Endpoint},
 };
+
+use crate::tls::{TlsFileError, authorities};
 
 /// The shortest time between two updates that differ only in numbers.
 const SHORTEST_INTERVAL: Duration = Duration::from_secs(1);
@@ -248,6 +250,8 @@ pub fn start<P: Progress>(
 enum LinkError {
     #[error("cannot read the token in {path}: {source}")]
     Token { path: String, source: io::Error },
+    #[error("cannot tell the operator from others: {0}")]
+    Authorities(#[from] TlsFileError),
     #[error("the token is not fit for a header: {0}")]
     TokenText(#[from] InvalidMetadataValue),
     #[error("cannot connect to the operator: {0:?}")]
@@ -359,12 +363,16 @@ impl<P: Progress> Link<P> {
     }
 
     async fn call(&self, updates: mpsc::Receiver<ProgressUpdate>) -> Result<Streaming<Directive>, LinkError> {
-        let channel = Endpoint::from_shared(self.operator.endpoint.clone())?
+        let mut endpoint = Endpoint::from_shared(self.operator.endpoint.clone())?
             .connect_timeout(CONNECT_TIMEOUT)
             .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
-            .keep_alive_timeout(KEEPALIVE_TIMEOUT)
-            .connect()
-            .await?;
+            .keep_alive_timeout(KEEPALIVE_TIMEOUT);
+        if endpoint.uri().scheme_str() == Some("https") {
+            // Read each time, as the token is: the operator's certificate and its authorities change while this runs.
+            let trusted = Certificate::from_pem(authorities(self.operator.ca_file.as_deref())?);
+            endpoint = endpoint.tls_config(ClientTlsConfig::new().ca_certificate(trusted))?;
+        }
+        let channel = endpoint.connect().await?;
         let mut request = Request::new(ReceiverStream::new(updates));
         request
             .metadata_mut()

@@ -19,12 +19,13 @@ use std::{
 };
 
 use meander_config::{
-    ClientCertificate, GrpcReceiver, KafkaCluster, KafkaLog, RecordOffset, RedisStreams, ReplayConfig, ReplayEnd,
-    ReplayFilter, ReplayOrder, ReplayStart, ReplayTarget, ResourceIdentity, Speed, TableSelection,
+    ClientCertificate, GrpcReceiver, KafkaCluster, KafkaLog, OperatorLink, RecordOffset, RedisStreams, ReplayConfig,
+    ReplayEnd, ReplayFilter, ReplayOrder, ReplayStart, ReplayTarget, ResourceIdentity, Speed, TableSelection,
 };
 use meander_proto::v1::{
     ChangeRecord, Column, DeliverAck, Directive, Operation, ProgressUpdate, Relation, ReplayEvent, ReplayProgress,
     ReplayRequest, ReplayedRecord, Row, TopicProgress, Value,
+    progress_tracker_server::ProgressTrackerServer,
     replay_progress::Phase,
     replay_receiver_server::{ReplayReceiver, ReplayReceiverServer},
     replayer_client::ReplayerClient,
@@ -37,6 +38,7 @@ use meander_runtime::{
         topic_name,
     },
     position::{Epoch, Lsn, Position},
+    progress,
     replay::{self, End, error::ReplayError, record::ResumeToken},
 };
 use meander_test_support::{Authority, Kafka, Runtime, Signal, eventually, free_address, unique_name};
@@ -1954,6 +1956,56 @@ async fn a_subscriber_is_sent_what_it_gives_credit_for_and_the_end_waits_for_its
     requests.send(says(&last, 0)).await.unwrap();
     assert!(timeout(LIMIT, events.message()).await.unwrap().unwrap().is_none());
     assert_eq!(replay.await.unwrap().unwrap(), End::Complete);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_operator_is_known_by_the_authorities_that_the_file_holds_now() {
+    let (old, new) = (Authority::new(), Authority::new());
+    let server = new.server(&["localhost"]);
+    let read = |path: &Path| std::fs::read(path).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let trusted = folder.path().join("operator-ca.crt");
+    std::fs::copy(old.file(), &trusted).unwrap();
+    let operator = Operator::start(Directive::default()).await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = format!("https://localhost:{}", listener.local_addr().unwrap().port());
+    let (calls, mut called) = watch::channel(0);
+    let callers = TcpListenerStream::new(listener).map(move |caller| {
+        calls.send_modify(|calls| *calls += 1);
+        caller
+    });
+    let shown = Identity::from_pem(read(&server.certificate_file), read(&server.key_file));
+    tokio::spawn(
+        Server::builder()
+            .tls_config(ServerTlsConfig::new().identity(shown))
+            .unwrap()
+            .add_service(ProgressTrackerServer::new(operator.clone()))
+            .serve_with_incoming(callers),
+    );
+    let identity = ResourceIdentity {
+        namespace: "shop".to_owned(),
+        name: "trades".to_owned(),
+        uid: String::new(),
+    };
+    let link = operator.link(&folder).map(|link| OperatorLink {
+        endpoint,
+        ca_file: Some(trusted.clone()),
+        ..link
+    });
+    let (_reporter, mut directives, link) = progress::start::<ReplayProgress>(&identity, link);
+    // The second call comes after the first has failed.
+    timeout(LIMIT, called.wait_for(|calls| *calls >= 2))
+        .await
+        .unwrap()
+        .unwrap();
+    assert!(directives.borrow().is_none(), "a stranger was listened to");
+    // Both, as while one authority takes the place of the other.
+    std::fs::write(&trusted, [read(&old.file()), read(&new.file())].concat()).unwrap();
+    timeout(LIMIT, directives.wait_for(Option::is_some))
+        .await
+        .unwrap()
+        .unwrap();
+    link.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

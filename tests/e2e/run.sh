@@ -78,6 +78,7 @@ install() {
 chart_is_accepted() {
   local values
   for values in replicas=2 watchNamespace="$namespace" imagePullSecrets[0].name=registry,priorityClassName=system-cluster-critical \
+    tls.secretName=cert-manager-made \
     tolerations[0].operator=Exists,nodeSelector.disk=ssd,podLabels.team=data,podAnnotations.note=text; do
     helm template other charts/meander -n "$system" --validate --set "$values" >"$work/manifests"
     kubectl apply --server-side --dry-run=server --validate=strict -f "$work/manifests"
@@ -151,7 +152,7 @@ replay_to_subscriber() {
 
 # A caller of the operator that may read and patch ReplayJobs.
 operator_calls() { # METHOD MESSAGE
-  "$cluster" exec grpcurl -plaintext -connect-timeout 2 -H "authorization: Bearer $token" -d "$2" \
+  "$cluster" exec grpcurl -cacert "$work/operator-ca.crt" -connect-timeout 2 -H "authorization: Bearer $token" -d "$2" \
     meander-operator.$system.svc:50051 "meander.v1.ProgressTracker/$1"
 }
 
@@ -182,6 +183,7 @@ replay_is_driven() {
   k create rolebinding replay-ops --role=replay-ops --serviceaccount="$namespace:ops"
   local token since replay follow paused speed
   token=$(k create token ops --audience=meander.dev)
+  k get configmap trades-capture -o jsonpath='{.data.operator-ca\.crt}' >"$work/operator-ca.crt"
   replay='"namespace": "shop", "name": "driven"'
   sed "s/name: to-log/name: driven/; s/speed: max/speed: \"0.2\"/; s/from: .*/from: {time: \"$(cat "$work/loaded")\"}/" \
     deploy/examples/replayjob-log.yaml | k apply -f -

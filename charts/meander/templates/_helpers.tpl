@@ -7,6 +7,11 @@
 {{- end -}}
 {{- end -}}
 
+{{/* The Secret with the certificate of the operator's gRPC port. */}}
+{{- define "meander.tlsSecret" -}}
+{{- .Values.tls.secretName | default (printf "%s-tls" (include "meander.name" .)) -}}
+{{- end -}}
+
 {{- define "meander.selector" -}}
 app.kubernetes.io/name: meander-operator
 app.kubernetes.io/instance: {{ .Release.Name }}

@@ -21,7 +21,7 @@ use super::validate::ValidPipeline;
 use crate::{
     context::Settings,
     naming::{self, COMPONENT_LABEL, CONFIG_HASH_ANNOTATION, PIPELINE_LABEL, labels},
-    pod::RuntimePod,
+    pod::{self, RuntimePod},
 };
 
 const CAPTURE: &str = "capture";
@@ -103,7 +103,7 @@ pub fn build(pipeline: &CdcPipeline, valid: &ValidPipeline, settings: &Settings)
     }
     Objects {
         service_account: service_account(&name, &labels),
-        config_map: config_map(&name, &labels, valid),
+        config_map: config_map(&name, &labels, valid, settings),
         disruption_budget: valid.config.standby.then(|| PodDisruptionBudget {
             metadata: metadata(&name, &labels),
             spec: Some(PodDisruptionBudgetSpec {
@@ -175,7 +175,7 @@ pub fn build_cleanup(pipeline: &CdcPipeline, valid: &ValidPipeline, settings: &S
     };
     CleanupObjects {
         service_account: service_account(&shared, &shared_labels),
-        config_map: config_map(&shared, &shared_labels, valid),
+        config_map: config_map(&shared, &shared_labels, valid, settings),
         job: Job {
             metadata: metadata(&cleanup_name(pipeline), &labels),
             spec: Some(JobSpec {
@@ -206,14 +206,10 @@ fn service_account(name: &str, labels: &BTreeMap<String, String>) -> ServiceAcco
     }
 }
 
-fn config_map(name: &str, labels: &BTreeMap<String, String>, valid: &ValidPipeline) -> ConfigMap {
-    let mut data = BTreeMap::from([("config.yaml".to_owned(), valid.config_yaml.clone())]);
-    if let Some(url) = &valid.redis_url {
-        data.insert("redis-url".to_owned(), url.clone());
-    }
-    ConfigMap {
-        metadata: metadata(name, labels),
-        data: Some(data),
-        ..ConfigMap::default()
-    }
+fn config_map(name: &str, labels: &BTreeMap<String, String>, valid: &ValidPipeline, settings: &Settings) -> ConfigMap {
+    let url = valid.redis_url.as_ref();
+    let config = [("config.yaml".to_owned(), valid.config_yaml.clone())]
+        .into_iter()
+        .chain(url.map(|url| ("redis-url".to_owned(), url.clone())));
+    pod::config_map(metadata(name, labels), config, settings)
 }

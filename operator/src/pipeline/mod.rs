@@ -87,6 +87,8 @@ pub async fn run(
         .owns(api_of::<Deployment>(&context), owned.clone())
         .owns(api_of::<Job>(&context), owned)
         .reconcile_on(ReceiverStream::new(pokes))
+        // Their pods are to trust others.
+        .reconcile_all_on(context.settings.trust.changes())
         .graceful_shutdown_on(shutdown.cancelled_owned())
         .run(reconcile, |_, never: &Infallible, _| match *never {}, context)
         .for_each(|_| std::future::ready(()));

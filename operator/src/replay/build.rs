@@ -19,7 +19,7 @@ use super::validate::ValidReplay;
 use crate::{
     context::Settings,
     naming::{self, REPLAY_LABEL, labels},
-    pod::RuntimePod,
+    pod::{self, RuntimePod},
 };
 
 const REPLAY: &str = "replay";
@@ -84,7 +84,7 @@ pub fn build(replay: &ReplayJob, valid: &ValidReplay, settings: &Settings) -> Ob
     };
     Objects {
         job: Some(job),
-        ..around(replay, &valid.config_yaml)
+        ..around(replay, &valid.config_yaml, settings)
     }
 }
 
@@ -97,7 +97,7 @@ fn protocol(serve: &Serve) -> &'static str {
 }
 
 /// Builds what a replay needs whose Job is there.
-pub fn around(replay: &ReplayJob, config_yaml: &str) -> Objects {
+pub fn around(replay: &ReplayJob, config_yaml: &str, settings: &Settings) -> Objects {
     let target = replay.spec.delivers_to();
     let serve = target.grpc.as_ref().and_then(|grpc| grpc.serve.as_ref());
     Objects {
@@ -106,11 +106,11 @@ pub fn around(replay: &ReplayJob, config_yaml: &str) -> Objects {
             automount_service_account_token: Some(false),
             ..ServiceAccount::default()
         },
-        config_map: ConfigMap {
-            metadata: metadata(replay),
-            data: Some(BTreeMap::from([(CONFIG_FILE.to_owned(), config_yaml.to_owned())])),
-            ..ConfigMap::default()
-        },
+        config_map: pod::config_map(
+            metadata(replay),
+            [(CONFIG_FILE.to_owned(), config_yaml.to_owned())],
+            settings,
+        ),
         service: serve.map(|serve| Service {
             metadata: metadata(replay),
             spec: Some(ServiceSpec {

@@ -88,6 +88,8 @@ pub async fn run(
         .with_config(Config::default().concurrency(CONCURRENCY))
         .owns(api_of::<Job>(&context), owned)
         .reconcile_on(ReceiverStream::new(pokes))
+        // Their pods are to trust others.
+        .reconcile_all_on(context.settings.trust.changes())
         .graceful_shutdown_on(shutdown.cancelled_owned())
         .run(reconcile, |_, never: &Infallible, _| match *never {}, context)
         .for_each(|_| std::future::ready(()));
@@ -222,7 +224,10 @@ async fn stages(
         return cancel(context, replay, observation, facts).await;
     }
     let objects = match &facts.started {
-        Some(config) => build::around(replay, &validate::started(replay, config.clone(), &context.settings)?),
+        Some(config) => {
+            let config = validate::started(replay, config.clone(), &context.settings)?;
+            build::around(replay, &config, &context.settings)
+        }
         None => {
             let valid = validate::validate(replay, facts, &context.settings)?;
             if replay.spec.suspend && facts.job.is_none() {

@@ -4,7 +4,7 @@
 use std::{fs, path::Path, time::Duration};
 
 use meander_crds::{CdcPipeline, ReplayJob};
-use meander_operator::{context::Settings, progress::Observation, secrets::Keys};
+use meander_operator::{context::Settings, progress::Observation, secrets::Keys, tls::Trust};
 use serde::de::DeserializeOwned;
 
 pub fn settings() -> Settings {
@@ -12,7 +12,8 @@ pub fn settings() -> Settings {
         namespace: None,
         runtime_image: "meander-runtime:test".into(),
         runtime_image_pull_policy: "IfNotPresent".into(),
-        progress_endpoint: "http://meander-operator.meander.svc:50051".into(),
+        progress_endpoint: "https://meander-operator.meander.svc:50051".into(),
+        trust: Trust::plain(),
     }
 }
 

@@ -566,8 +566,12 @@ pub enum Acknowledgement {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct OperatorLink {
-    /// `http://host:port`.
+    /// `https://host:port`; `http://` for local use, where nothing is encrypted.
     pub endpoint: String,
+    /// File with the certificates of the authorities that the operator's certificate may come from, PEM; those of Mozilla's list where it
+    /// is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_file: Option<PathBuf>,
     /// File that holds the projected service-account token, which is shown to the operator.
     pub token_file: PathBuf,
 }

@@ -54,6 +54,7 @@ impl Operator {
         std::fs::write(&token_file, format!("{OPERATOR_TOKEN}\n")).unwrap();
         Some(OperatorLink {
             endpoint: format!("http://{}", self.address),
+            ca_file: None,
             token_file,
         })
     }
