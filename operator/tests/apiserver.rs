@@ -8,6 +8,8 @@ mod support;
 
 #[path = "apiserver/certificates.rs"]
 mod certificates;
+#[path = "apiserver/permissions.rs"]
+mod permissions;
 
 use std::{
     collections::BTreeSet,
@@ -93,6 +95,10 @@ impl ApiServer {
         server
     }
 
+    fn kubeconfig(&self) -> Kubeconfig {
+        Kubeconfig::read_from(self.folder.join("kubeconfig")).unwrap()
+    }
+
     fn script(&self, command: &str) {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/cluster/apiserver.sh");
         let status = Command::new(script).arg(command).arg(&self.folder).status().unwrap();
@@ -118,16 +124,18 @@ fn authorized<T>(message: T, token: &str) -> Request<T> {
 /// A namespace of its own on the API server.
 struct Cluster {
     client: Client,
+    /// The same as the chart's operator for this namespace.
+    operator: Client,
     namespace: String,
-    _server: Arc<ApiServer>,
+    server: Arc<ApiServer>,
 }
 
 impl Cluster {
     async fn new() -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let server = tokio::task::spawn_blocking(ApiServer::shared).await.unwrap();
-        let kubeconfig = Kubeconfig::read_from(server.folder.join("kubeconfig")).unwrap();
-        let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
+        let kubeconfig = server.kubeconfig();
+        let config = Config::from_custom_kubeconfig(kubeconfig.clone(), &KubeConfigOptions::default())
             .await
             .unwrap();
         let client = Client::try_from(config).unwrap();
@@ -154,10 +162,15 @@ impl Cluster {
             .await
             .unwrap();
         Self {
+            operator: permissions::operator_of(&client, kubeconfig, &namespace, true).await,
             client,
             namespace,
-            _server: server,
+            server,
         }
+    }
+
+    fn kubeconfig(&self) -> Kubeconfig {
+        self.server.kubeconfig()
     }
 
     fn api<K: Resource<DynamicType = (), Scope = NamespaceResourceScope>>(&self) -> Api<K> {
@@ -1183,7 +1196,7 @@ impl Operator {
         ];
         let options = Options::parse_from(options.iter().chain(more));
         let shutdown = CancellationToken::new();
-        let task = tokio::spawn(Box::pin(run(options, cluster.client.clone(), shutdown.clone())));
+        let task = tokio::spawn(Box::pin(run(options, cluster.operator.clone(), shutdown.clone())));
         Self {
             task,
             shutdown,
