@@ -3,7 +3,7 @@
 #
 #   tests/setup.sh [base|rust|kafka|postgres|debezium|cluster|lint]...   these parts (default: all)
 #   tests/setup.sh path                           prints what to put before PATH
-#   eval "$(tests/setup.sh env)"                  exports PATH, MEANDER_CACHE, KAFKA_HOME, DEBEZIUM_HOME
+#   eval "$(tests/setup.sh env)"                  exports PATH, MEANDER_CACHE, KAFKA_HOME, DEBEZIUM_HOME, PROMETHEUS_CRDS
 #
 # Running it again is cheap: what is there is skipped. Everything but the
 # distribution's packages goes to $MEANDER_CACHE (default ~/.cache/meander).
@@ -164,17 +164,27 @@ go_tool() {
   [ -d "$dir" ] || step "cluster: $name ${package##*@v}" in_place "$dir" make_go_tool "$package"
 }
 
+make_prometheus_crds() {
+  local module kind
+  # Outside of any module of ours.
+  module=$(cd "$1" && build_go mod download -json "github.com/prometheus-operator/prometheus-operator@v$PROMETHEUS_OPERATOR_VERSION" | jq -er .Dir) || return
+  for kind in podmonitors prometheusrules servicemonitors; do
+    install -m 644 "$module/example/prometheus-operator-crd/monitoring.coreos.com_$kind.yaml" "$1/" || return
+  done
+}
+
 setup_cluster() {
   local dir
   packages cluster etcd-server containerd runc containernetworking-plugins iptables iproute2 \
     conntrack inotify-tools util-linux buildah mmdebstrap curl jq openssl ca-certificates
-  for dir in "$KUBE_DIR" "$HELM_DIR" "$KUBECONFORM_DIR" "$GRPCURL_DIR"; do
+  for dir in "$KUBE_DIR" "$HELM_DIR" "$KUBECONFORM_DIR" "$GRPCURL_DIR" "$PROMETHEUS_CRDS"; do
     [ -d "$dir" ] || command -v go >/dev/null || die "part cluster needs Go (1.$GO_MINOR, or 1.21 and the means to fetch that) to build Kubernetes and its tools"
   done
   [ -d "$KUBE_DIR" ] || step "cluster: Kubernetes $KUBERNETES_VERSION, CoreDNS" in_place "$KUBE_DIR" make_kube
   go_tool helm "$HELM_DIR" "helm.sh/helm/v3/cmd/helm@v$HELM_VERSION"
   go_tool kubeconform "$KUBECONFORM_DIR" "github.com/yannh/kubeconform/cmd/kubeconform@v$KUBECONFORM_VERSION"
   go_tool grpcurl "$GRPCURL_DIR" "github.com/fullstorydev/grpcurl/cmd/grpcurl@v$GRPCURL_VERSION"
+  [ -d "$PROMETHEUS_CRDS" ] || step "cluster: CRDs of Prometheus $PROMETHEUS_OPERATOR_VERSION" in_place "$PROMETHEUS_CRDS" make_prometheus_crds
 }
 
 make_cargo_deny() {
@@ -189,8 +199,8 @@ setup_lint() {
 
 environment() {
   # shellcheck disable=SC2016 # the reader's shell expands it
-  printf 'export MEANDER_CACHE=%q KAFKA_HOME=%q DEBEZIUM_HOME=%q PATH=%q:"$PATH"\n' \
-    "$MEANDER_CACHE" "$KAFKA_HOME" "$DEBEZIUM_HOME" "$TOOLS_PATH:$KAFKA_HOME/bin"
+  printf 'export MEANDER_CACHE=%q KAFKA_HOME=%q DEBEZIUM_HOME=%q PROMETHEUS_CRDS=%q PATH=%q:"$PATH"\n' \
+    "$MEANDER_CACHE" "$KAFKA_HOME" "$DEBEZIUM_HOME" "$PROMETHEUS_CRDS" "$TOOLS_PATH:$KAFKA_HOME/bin"
 }
 
 main() {

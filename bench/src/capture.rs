@@ -60,8 +60,8 @@ async fn round(kafka: &Kafka, redis: Option<&Redis>, rows: u64) -> anyhow::Resul
 
     let started = Instant::now();
     runtime.start_again();
-    let done = format!("meander_capture_events {rows}\n");
-    let lag = "meander_capture_lag_milliseconds 0\n";
+    let done = format!("meander_capture_events_total {rows}\n");
+    let lag = "meander_capture_lag_seconds 0\n";
     eventually("every row is in every sink", LIMIT, async || {
         let (_, metrics) = runtime.get("/metrics").await.map_err(|error| error.to_string())?;
         if metrics.contains(&done) && metrics.contains(lag) {

@@ -44,6 +44,8 @@ pub struct Settings {
     pub runtime_image: String,
     /// Pull policy of runtime pods.
     pub runtime_image_pull_policy: String,
+    /// Names of Secrets, in the namespace of each pod, with credentials for its image.
+    pub runtime_image_pull_secrets: Vec<String>,
     /// Where runtime pods report: `https://host:port`.
     pub progress_endpoint: String,
     /// By what they know whom they report to.

@@ -1,9 +1,12 @@
 //! The operator's binary.
 
 use anyhow::Context as _;
-use clap::Parser as _;
+use clap::{Parser, Subcommand};
 use kube::Client;
-use meander_operator::operator::{Options, run};
+use meander_operator::{
+    check,
+    operator::{Options, run},
+};
 use mimalloc::MiMalloc;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -12,9 +15,25 @@ use tracing_subscriber::EnvFilter;
 #[global_allocator]
 static ALLOCATOR: MiMalloc = MiMalloc;
 
+/// The Kubernetes operator of Meander.
+#[derive(Parser)]
+#[command(version, subcommand_negates_reqs = true)]
+struct Arguments {
+    #[command(flatten)]
+    options: Option<Options>,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Look once whether an installation works.
+    Check(check::Options),
+}
+
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let options = Options::parse();
+    let arguments = Arguments::parse();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt()
         .json()
@@ -23,6 +42,10 @@ async fn main() -> anyhow::Result<()> {
         .with_env_filter(filter)
         .init();
     let client = Client::try_default().await.context("finding the cluster")?;
+    if let Some(Command::Check(options)) = arguments.command {
+        return check::run(client, &options).await;
+    }
+    let options = arguments.options.context("nothing says how to run; see --help")?;
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let shutdown = CancellationToken::new();
     let signalled = async {

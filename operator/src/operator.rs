@@ -49,6 +49,9 @@ pub struct Options {
     /// Pull policy of runtime pods.
     #[arg(long, env = "RUNTIME_IMAGE_PULL_POLICY", default_value = "IfNotPresent")]
     pub runtime_image_pull_policy: String,
+    /// Names of Secrets with credentials for the images of runtime pods, separated by commas; they are looked for beside each pod.
+    #[arg(long, env = "RUNTIME_IMAGE_PULL_SECRETS", value_delimiter = ',')]
+    pub runtime_image_pull_secrets: Vec<String>,
     /// Where runtime pods reach this operator's gRPC server, such as https://meander-operator.meander.svc:50051. With http:// nothing is
     /// encrypted, which is for local use.
     #[arg(long, env = "PROGRESS_ENDPOINT")]
@@ -92,6 +95,7 @@ pub async fn run(options: Options, client: Client, shutdown: CancellationToken) 
         namespace: options.namespace.clone(),
         runtime_image: options.runtime_image.clone(),
         runtime_image_pull_policy: options.runtime_image_pull_policy.clone(),
+        runtime_image_pull_secrets: options.runtime_image_pull_secrets.clone(),
         // A Uri ends its path with a slash where the text had none.
         progress_endpoint: options.progress_endpoint.to_string().trim_end_matches('/').to_owned(),
         trust,

@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use k8s_openapi::{
     api::core::v1::{
         Capabilities, ConfigMap, ConfigMapVolumeSource, Container, ContainerPort, EnvVar, HTTPGetAction, KeyToPath,
-        Pod, PodSecurityContext, PodSpec, PodTemplateSpec, Probe, ProjectedVolumeSource, ResourceRequirements,
-        SeccompProfile, SecretVolumeSource, SecurityContext, ServiceAccountTokenProjection, Volume, VolumeMount,
-        VolumeProjection,
+        LocalObjectReference, Pod, PodSecurityContext, PodSpec, PodTemplateSpec, Probe, ProjectedVolumeSource,
+        ResourceRequirements, SeccompProfile, SecretVolumeSource, SecurityContext, ServiceAccountTokenProjection,
+        Volume, VolumeMount, VolumeProjection,
     },
     apimachinery::pkg::{api::resource::Quantity, apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
 };
@@ -134,6 +134,11 @@ impl RuntimePod<'_> {
         labels: BTreeMap<String, String>,
         annotations: BTreeMap<String, String>,
     ) -> PodTemplateSpec {
+        let pull_secrets: Vec<_> = settings
+            .runtime_image_pull_secrets
+            .iter()
+            .map(|name| LocalObjectReference { name: name.clone() })
+            .collect();
         PodTemplateSpec {
             metadata: Some(ObjectMeta {
                 labels: Some(labels),
@@ -145,6 +150,7 @@ impl RuntimePod<'_> {
                 // The token below is the only one: this pod has nothing to say to the API server.
                 automount_service_account_token: Some(false),
                 enable_service_links: Some(false),
+                image_pull_secrets: (!pull_secrets.is_empty()).then_some(pull_secrets),
                 restart_policy: Some(self.restart_policy.to_owned()),
                 termination_grace_period_seconds: Some(30),
                 security_context: Some(PodSecurityContext {

@@ -15,10 +15,8 @@ use std::{
     collections::BTreeSet,
     fmt::Debug,
     net::{SocketAddr, TcpListener},
-    path::{Path, PathBuf},
-    process::Command,
     sync::{
-        Arc, Mutex, Weak,
+        Arc,
         atomic::{AtomicU32, Ordering},
     },
     time::Duration,
@@ -62,55 +60,11 @@ use meander_proto::v1::{
 };
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
+use support::{apiserver::ApiServer, eventually};
 use tokio::{sync::mpsc, task::JoinHandle, time::Instant};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Streaming, transport::Channel};
-
-/// One API server for all tests that run at the same time; the last one ends it.
-struct ApiServer {
-    folder: PathBuf,
-}
-
-impl ApiServer {
-    fn shared() -> Arc<Self> {
-        static SHARED: Mutex<Weak<ApiServer>> = Mutex::new(Weak::new());
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let mut shared = SHARED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if let Some(server) = shared.upgrade() {
-            return server;
-        }
-        let memory = Path::new("/dev/shm");
-        let base = if memory.is_dir() {
-            memory.to_owned()
-        } else {
-            std::env::temp_dir()
-        };
-        let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let server = Arc::new(Self {
-            folder: base.join(format!("meander-operator-test-{}-{count}", std::process::id())),
-        });
-        server.script("up");
-        *shared = Arc::downgrade(&server);
-        server
-    }
-
-    fn kubeconfig(&self) -> Kubeconfig {
-        Kubeconfig::read_from(self.folder.join("kubeconfig")).unwrap()
-    }
-
-    fn script(&self, command: &str) {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/cluster/apiserver.sh");
-        let status = Command::new(script).arg(command).arg(&self.folder).status().unwrap();
-        assert!(status.success(), "apiserver.sh {command} failed");
-    }
-}
-
-impl Drop for ApiServer {
-    fn drop(&mut self) {
-        self.script("down");
-    }
-}
 
 /// As the holder of a token.
 fn authorized<T>(message: T, token: &str) -> Request<T> {
@@ -274,15 +228,6 @@ impl Cluster {
             .await
             .unwrap();
         answer.status.unwrap().token
-    }
-}
-
-/// Waits until something is so, at most for half a minute.
-async fn eventually(what: &str, mut check: impl AsyncFnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(30);
-    while !check().await {
-        assert!(Instant::now() < deadline, "never: {what}");
-        tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
 

@@ -26,6 +26,11 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 
+{{/* An image of the registry: a dictionary of `root` and `image`. */}}
+{{- define "meander.image" -}}
+{{ .root.Values.registry }}/{{ .image.repository }}:{{ .image.tag | default .root.Chart.AppVersion }}
+{{- end -}}
+
 {{/* What the operator may do with the resources and their objects, in all namespaces or in one. */}}
 {{- define "meander.rules" -}}
 # The resources it looks after. `update` on finalizers lets its objects block the deletion of their owner.

@@ -7,6 +7,7 @@ mod apply;
 pub mod build;
 pub mod cleanup;
 pub mod dereference;
+mod metrics;
 pub mod slot;
 pub mod status;
 pub mod validate;
@@ -71,6 +72,10 @@ pub async fn run(
     ready: impl FnOnce() + Send,
 ) {
     let store = context.pipelines.clone();
+    // Its name is a constant that is valid and of one kind; if it were not, an operator without it is better than none.
+    if let Err(error) = metrics::Readiness::new(store.clone()).and_then(|ready| context.metrics.register(ready)) {
+        tracing::error!(%error, "pipelines that are ready are not told from others");
+    }
     // Statuses are written here and nowhere else: only what others change is worth a reconcile.
     let changes = predicates::generation
         .combine(predicates::finalizers)

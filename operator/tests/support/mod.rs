@@ -1,17 +1,21 @@
 //! What the tests share: the examples as resources, and settings.
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+pub mod apiserver;
+
 use std::{fs, path::Path, time::Duration};
 
 use meander_crds::{CdcPipeline, ReplayJob};
 use meander_operator::{context::Settings, progress::Observation, secrets::Keys, tls::Trust};
 use serde::de::DeserializeOwned;
+use tokio::time::Instant;
 
 pub fn settings() -> Settings {
     Settings {
         namespace: None,
         runtime_image: "meander-runtime:test".into(),
         runtime_image_pull_policy: "IfNotPresent".into(),
+        runtime_image_pull_secrets: Vec::new(),
         progress_endpoint: "https://meander-operator.meander.svc:50051".into(),
         trust: Trust::plain(),
     }
@@ -61,5 +65,14 @@ pub fn nothing_reported() -> Observation {
         silence: Duration::ZERO,
         connected: false,
         since_written: None,
+    }
+}
+
+/// Waits until something is so, at most for half a minute.
+pub async fn eventually(what: &str, mut check: impl AsyncFnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !check().await {
+        assert!(Instant::now() < deadline, "never: {what}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }

@@ -152,7 +152,7 @@ impl Context {
 pub async fn run(config: CaptureConfig, shutdown: CancellationToken) -> Result<(), CaptureError> {
     let (reporter, _directives, link) = progress::start::<CaptureProgress>(&config.pipeline, config.operator.clone());
     let registry = Registry::new();
-    let metrics = observe::Metrics::register(&registry);
+    let metrics = observe::Metrics::register(&registry, config.redis.is_some());
     let (ready, is_ready) = watch::channel(false);
     let admin = Admin {
         registry,

@@ -7,7 +7,7 @@ use std::{
 };
 
 use meander_proto::v1::{AcceptedGap, CaptureProgress, RedisState, SchemaVersion, SnapshotProgress};
-use prometheus::{IntCounter, IntCounterVec, IntGauge, Opts, Registry, core::Collector};
+use prometheus::{Gauge, IntCounter, IntCounterVec, IntGauge, Opts, Registry, core::Collector};
 use tokio::{sync::watch, time::interval};
 
 use crate::{
@@ -51,9 +51,9 @@ impl Inflight {
 pub(super) struct Metrics {
     pub(super) failures: IntCounterVec,
     pub(super) owns_slot: IntGauge,
-    events: IntGauge,
+    events: IntCounter,
     lag_bytes: IntGauge,
-    lag_millis: IntGauge,
+    lag: Gauge,
     received: IntGauge,
     acknowledged: IntGauge,
     pub(super) redis: feed::Metrics,
@@ -66,7 +66,8 @@ pub(super) struct Metrics {
 }
 
 impl Metrics {
-    pub(super) fn register(registry: &Registry) -> Self {
+    /// Those of Redis are there where Redis is: it would look like one that is away for ever.
+    pub(super) fn register(registry: &Registry, with_redis: bool) -> Self {
         let gauge = |name: &str, help: &str| IntGauge::new(name, help);
         // Names are constants that are valid and differ, so neither making nor registering can fail; a metric that could not be
         // registered would only be missing.
@@ -83,16 +84,16 @@ impl Metrics {
                     "meander_capture_owns_slot",
                     "1 while this process captures, 0 while it stands by or cannot.",
                 )?,
-                events: gauge(
-                    "meander_capture_events",
-                    "Changes published since the pipeline was created.",
+                events: IntCounter::new(
+                    "meander_capture_events_total",
+                    "Changes published since the pipeline was created, as the checkpoint counts them.",
                 )?,
                 lag_bytes: gauge(
                     "meander_capture_lag_bytes",
                     "WAL that the source keeps for this pipeline.",
                 )?,
-                lag_millis: gauge(
-                    "meander_capture_lag_milliseconds",
+                lag: Gauge::new(
+                    "meander_capture_lag_seconds",
                     "Age of the oldest change that is received and not in Kafka, or not in Redis while that is attached; or of a heartbeat that has not come back.",
                 )?,
                 received: gauge(
@@ -142,17 +143,14 @@ impl Metrics {
         };
         match made() {
             Ok(metrics) => {
-                let collectors: [Box<dyn Collector>; 16] = [
+                let mut collectors: Vec<Box<dyn Collector>> = vec![
                     Box::new(metrics.failures.clone()),
                     Box::new(metrics.owns_slot.clone()),
                     Box::new(metrics.events.clone()),
                     Box::new(metrics.lag_bytes.clone()),
-                    Box::new(metrics.lag_millis.clone()),
+                    Box::new(metrics.lag.clone()),
                     Box::new(metrics.received.clone()),
                     Box::new(metrics.acknowledged.clone()),
-                    Box::new(metrics.redis.attached.clone()),
-                    Box::new(metrics.redis.refilled.clone()),
-                    Box::new(metrics.redis.detachments.clone()),
                     Box::new(metrics.slot_retained.clone()),
                     Box::new(metrics.slot_safe.clone()),
                     Box::new(metrics.absent_standbys.clone()),
@@ -160,6 +158,11 @@ impl Metrics {
                     Box::new(metrics.tables_refused.clone()),
                     Box::new(metrics.tables_untold.clone()),
                 ];
+                if with_redis {
+                    collectors.push(Box::new(metrics.redis.attached.clone()));
+                    collectors.push(Box::new(metrics.redis.refilled.clone()));
+                    collectors.push(Box::new(metrics.redis.detachments.clone()));
+                }
                 for collector in collectors {
                     if let Err(error) = registry.register(collector) {
                         tracing::error!(%error, "a metric is missing");
@@ -231,9 +234,12 @@ pub(super) async fn run(
         let lag_micros = oldest.map_or(0, |oldest| now_micros().saturating_sub(oldest).max(0));
         let lag_bytes = received.server().0.saturating_sub(checkpoint.acknowledged.0);
         let text = |sink: Durable| sink.position.map(|position| position.to_string()).unwrap_or_default();
-        metrics.events.set(signed(checkpoint.events_total));
+        // A checkpoint that was lost counts from the beginning, and the counter waits for it.
+        metrics
+            .events
+            .inc_by(checkpoint.events_total.saturating_sub(metrics.events.get()));
         metrics.lag_bytes.set(signed(lag_bytes));
-        metrics.lag_millis.set(lag_micros / 1000);
+        metrics.lag.set(lag_micros as f64 / 1e6);
         metrics.received.set(signed(received.received().0));
         metrics.acknowledged.set(signed(checkpoint.acknowledged.0));
         reporter.update(|state| {

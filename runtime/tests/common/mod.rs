@@ -15,13 +15,14 @@ use meander_test_support::{Kafka, Runtime, eventually};
 pub const LIMIT: Duration = Duration::from_secs(60);
 
 /// Waits until a metric of the runtime has such a value.
+/// Waits until a metric, without its fraction, is so.
 pub async fn wait_for_metric(runtime: &Runtime, name: &str, is: impl Fn(i64) -> bool) {
     eventually(name, LIMIT, async || {
         let (_, metrics) = runtime.get("/metrics").await.map_err(|error| error.to_string())?;
         let line = metrics
             .lines()
-            .find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
-        line.filter(|value| is(*value)).map_or(Err(metrics), |_| Ok(()))
+            .find_map(|line| line.strip_prefix(name)?.trim().parse::<f64>().ok());
+        line.filter(|value| is(*value as i64)).map_or(Err(metrics), |_| Ok(()))
     })
     .await;
 }
