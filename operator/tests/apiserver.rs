@@ -61,7 +61,7 @@ use meander_proto::v1::{
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 use support::{apiserver::ApiServer, eventually};
-use tokio::{sync::mpsc, task::JoinHandle, time::Instant};
+use tokio::{sync::mpsc, task::JoinHandle};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Streaming, transport::Channel};

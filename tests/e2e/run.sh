@@ -320,10 +320,106 @@ standby_takes_over() {
   condition cdcpipeline/trades Ready True
 }
 
+# How many changes were published, as the pods that capture count them.
+captured() {
+  local address
+  k get pods -l meander.dev/pipeline=trades -o jsonpath='{range .items[*]}{.status.podIP}{"\n"}{end}' | { grep . || true; } |
+    while read -r address; do
+      "$cluster" exec curl -s --connect-timeout 0.2 --max-time 1 "http://$address:9464/metrics" </dev/null || true
+    done | awk '$1 == "meander_capture_events_total" && $2 > most { most = $2 } END { print most + 0 }'
+}
+
+# Writes a line with the time whenever more changes were published than ever before, a few times a second.
+watch_captured() {
+  local now most=0
+  while true; do
+    now=$(captured) || continue
+    [ "$now" -le "$most" ] || { most=$now; micros >>"$work/growth"; }
+  done
+}
+
+# disturbed WHAT COMMAND...: runs it while changes come, until one was published afterwards, and says for how long there was none.
+disturbed() {
+  local what=$1 since over pause; shift
+  since=$(micros)
+  "$@"
+  over=$(micros)
+  awk -v over="$over" '$1 > over { found = 1; exit } END { exit !found }' < <(timeout 60 tail -n +1 -f "$work/growth")
+  pause=$(awk -v last="$since" '$1 > last { if ($1 - last > most) most = $1 - last; last = $1 } END { print int(most / 1000) }' "$work/growth")
+  note "$what: no change was published for $pause ms at the most"
+  [ "$pause" -lt 15000 ]
+}
+
+capture_runs() { # TAG: the pods that capture have the image of this tag
+  k wait deployment/trades-capture --timeout=60s \
+    --for=jsonpath='{.spec.template.spec.containers[0].image}'="ghcr.io/meander-dev/meander-runtime:$1"
+  k rollout status deployment/trades-capture --timeout=120s
+}
+
+upgrade() {
+  helm upgrade meander charts/meander -n "$system" --set image.tag=next,runtime.image.tag=next --wait --timeout 120s
+  capture_runs next
+}
+
+rollback() {
+  helm rollback meander -n "$system" --wait --timeout 120s
+  capture_runs dev
+}
+
+# Resources and captures stay, and an operator that comes back takes them over.
+remove_and_install() {
+  helm uninstall meander -n "$system" --wait --timeout 60s
+  k get cdcpipeline/trades deployment/trades-capture configmap/trades-capture
+  install
+  k wait cdcpipeline/trades --for=jsonpath='{.status.phase}'=Streaming --timeout=60s
+}
+
+kill_leader_and_owner() {
+  local first
+  retry 100 one_owner
+  first=$(cat "$work/owner")
+  kubectl -n "$system" delete pods -l app.kubernetes.io/name=meander-operator --grace-period=0 --force
+  k delete pod "$first" --grace-period=0 --force
+  retry 100 one_owner
+  [ "$(cat "$work/owner")" != "$first" ]
+}
+
+# With a pod that stands by, from the promise before.
+replaced_under_load() {
+  local image watch
+  # Another tag of the same images: to the operator and to Helm an upgrade like any other.
+  for image in operator runtime; do
+    "$cluster" node ctr -n k8s.io images tag --force "ghcr.io/meander-dev/meander-$image:dev" "ghcr.io/meander-dev/meander-$image:next"
+  done
+  k delete job load --ignore-not-found --wait
+  # For as long as it takes; it is ended below.
+  sed 's/"10000"/"1000000"/; s/restartPolicy: Never/restartPolicy: Never\n      terminationGracePeriodSeconds: 1/' deploy/demo/load.yaml | k apply -f -
+  : >"$work/growth"
+  watch_captured &
+  watch=$!
+  trap 'kill "$watch" 2>/dev/null || true' EXIT
+  disturbed "while nothing was done" k wait --for=jsonpath='{.status.ready}'=1 job/load --timeout=60s
+  disturbed "helm upgrade" upgrade
+  disturbed "helm rollback" rollback
+  disturbed "helm uninstall, helm install" remove_and_install
+  disturbed "leader and capture pod killed" kill_leader_and_owner
+  kill "$watch"
+  k delete job load --cascade=foreground --wait
+  k rollout status deployment/trades-capture --timeout=60s
+  run_job deploy/demo/verify.yaml verify
+  condition cdcpipeline/trades Ready True
+}
+
 missing_secret() {
   k get secret shop-cdc -o json | jq 'del(.metadata.uid, .metadata.resourceVersion, .metadata.creationTimestamp)' >"$work/secret"
   sed 's/name: shop-cdc/name: not-there/' deploy/examples/pipeline.yaml | sed 's/name: trades/name: broken/; s/Prefix: shop/Prefix: broken/' | k apply -f -
   condition cdcpipeline/broken Ready False SecretNotFound
+  jq '.metadata.name = "not-there"' "$work/secret" | k apply -f -
+  condition cdcpipeline/broken Ready True
+  # The same of one that captures: it goes on with what it has.
+  k delete secret not-there
+  condition cdcpipeline/broken Ready False SecretNotFound
+  [ "$(k get deployment broken-capture -o jsonpath='{.status.readyReplicas}')" = 1 ]
   jq '.metadata.name = "not-there"' "$work/secret" | k apply -f -
   condition cdcpipeline/broken Ready True
 }
@@ -425,6 +521,7 @@ promise "twenty replays of one pipeline run at once, through a crash of the oper
 promise "a replay that takes too long is ended, and says so" replay_has_a_deadline
 promise "a killed capture pod loses and doubles nothing" capture_pod_is_killed
 promise "a pod that stands by takes over from one that is killed, with nothing lost or doubled" standby_takes_over
+promise "upgraded, rolled back, removed, installed again and killed under load, it loses and doubles nothing" replaced_under_load
 promise "a missing Secret is said, and heals" missing_secret
 promise "a wrong password is said, and heals" wrong_password
 promise "an unreachable database is said, and heals" unreachable_database
