@@ -70,16 +70,23 @@ impl Metrics {
         for phase in ["Succeeded", "Failed", "Cancelled"] {
             metrics.replays_ended.with_label_values(&[phase]);
         }
-        let registry = &metrics.registry;
-        registry.register(Box::new(metrics.reconciles.clone()))?;
-        registry.register(Box::new(metrics.reconcile_seconds.clone()))?;
-        registry.register(Box::new(metrics.applies.clone()))?;
-        registry.register(Box::new(metrics.statuses.clone()))?;
-        registry.register(Box::new(metrics.replays_ended.clone()))?;
-        registry.register(Box::new(metrics.replay_attempts_failed.clone()))?;
-        registry.register(Box::new(metrics.progress_streams.clone()))?;
-        registry.register(Box::new(metrics.leader.clone()))?;
+        for collector in metrics.collectors() {
+            metrics.registry.register(collector)?;
+        }
         Ok(metrics)
+    }
+
+    fn collectors(&self) -> Vec<Box<dyn Collector>> {
+        vec![
+            Box::new(self.reconciles.clone()),
+            Box::new(self.reconcile_seconds.clone()),
+            Box::new(self.applies.clone()),
+            Box::new(self.statuses.clone()),
+            Box::new(self.replays_ended.clone()),
+            Box::new(self.replay_attempts_failed.clone()),
+            Box::new(self.progress_streams.clone()),
+            Box::new(self.leader.clone()),
+        ]
     }
 
     /// Adds what is counted when somebody asks.
@@ -98,5 +105,25 @@ impl Metrics {
         let mut out = Vec::new();
         TextEncoder::new().encode(&self.registry.gather(), &mut out)?;
         Ok(String::from_utf8_lossy(&out).into_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use kube::runtime::reflector;
+    use meander_test_support::instrumentation::assert_documented;
+
+    use super::*;
+    use crate::{pipeline, replay};
+
+    #[test]
+    fn every_metric_is_documented_and_there_are_no_others() {
+        let mut collectors = Metrics::new().unwrap().collectors();
+        let pipelines = reflector::store().0;
+        collectors.push(Box::new(pipeline::metrics::Readiness::new(pipelines).unwrap()));
+        let replays = reflector::store().0;
+        collectors.push(Box::new(replay::metrics::Phases::new(replays).unwrap()));
+        assert_documented("meander_operator_", &collectors);
     }
 }

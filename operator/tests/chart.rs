@@ -295,6 +295,38 @@ fn every_alert_can_be_read_and_has_a_runbook() {
     assert_eq!(alerts, sections, "alerts, and sections of docs/operations.md");
 }
 
+/// What is registered is compared with docs/observability.md where it is registered.
+#[test]
+fn every_metric_that_alerts_and_documentation_name_is_in_the_specification() {
+    let metrics = |text: &str| -> BTreeSet<String> {
+        text.split(|letter: char| !(letter.is_ascii_alphanumeric() || letter == '_'))
+            .filter(|word| {
+                ["operator", "capture", "replay"]
+                    .iter()
+                    .any(|part| word.starts_with(&format!("meander_{part}_")))
+            })
+            .filter(|word| !word.ends_with('_'))
+            .map(str::to_owned)
+            .collect()
+    };
+    let specification = file("docs/observability.md");
+    let known: BTreeSet<&str> = specification
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `")?.split('`').next())
+        .collect();
+    let pages = fs::read_dir(root().join("docs"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path());
+    for path in pages.chain([
+        root().join("charts/meander/files/alerts.yaml"),
+        root().join("README.md"),
+    ]) {
+        for metric in metrics(&fs::read_to_string(&path).unwrap()) {
+            assert!(known.contains(metric.as_str()), "{} names {metric}", path.display());
+        }
+    }
+}
+
 /// Where a person writes something: the fields of the values and of their schema, by path.
 fn paths(
     prefix: &str,

@@ -172,7 +172,7 @@ pub fn require_admission(cluster: &KafkaCluster, topic: &str) -> Result<(), Sink
         .set("allow.auto.create.topics", "false")
         .create_with_context(hearing.clone())
         .map_err(ClientError::from)?;
-    let serve = |limit| {
+    let serve = |limit: Duration| {
         let end = Instant::now() + limit;
         // An error ends a poll; there may be more.
         while let Some(left) = end.checked_duration_since(Instant::now()) {

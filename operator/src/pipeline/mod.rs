@@ -7,7 +7,7 @@ mod apply;
 pub mod build;
 pub mod cleanup;
 pub mod dereference;
-mod metrics;
+pub mod metrics;
 pub mod slot;
 pub mod status;
 pub mod validate;

@@ -7,7 +7,7 @@ mod apply;
 pub mod build;
 pub mod dereference;
 pub mod failures;
-mod metrics;
+pub mod metrics;
 pub mod report;
 pub mod status;
 pub mod validate;

@@ -143,27 +143,7 @@ impl Metrics {
         };
         match made() {
             Ok(metrics) => {
-                let mut collectors: Vec<Box<dyn Collector>> = vec![
-                    Box::new(metrics.failures.clone()),
-                    Box::new(metrics.owns_slot.clone()),
-                    Box::new(metrics.events.clone()),
-                    Box::new(metrics.lag_bytes.clone()),
-                    Box::new(metrics.lag.clone()),
-                    Box::new(metrics.received.clone()),
-                    Box::new(metrics.acknowledged.clone()),
-                    Box::new(metrics.slot_retained.clone()),
-                    Box::new(metrics.slot_safe.clone()),
-                    Box::new(metrics.absent_standbys.clone()),
-                    Box::new(metrics.tables.clone()),
-                    Box::new(metrics.tables_refused.clone()),
-                    Box::new(metrics.tables_untold.clone()),
-                ];
-                if with_redis {
-                    collectors.push(Box::new(metrics.redis.attached.clone()));
-                    collectors.push(Box::new(metrics.redis.refilled.clone()));
-                    collectors.push(Box::new(metrics.redis.detachments.clone()));
-                }
-                for collector in collectors {
+                for collector in metrics.collectors(with_redis) {
                     if let Err(error) = registry.register(collector) {
                         tracing::error!(%error, "a metric is missing");
                     }
@@ -172,6 +152,30 @@ impl Metrics {
             }
             Err(error) => unreachable!("a metric's name is not valid: {error}"),
         }
+    }
+
+    fn collectors(&self, with_redis: bool) -> Vec<Box<dyn Collector>> {
+        let mut collectors: Vec<Box<dyn Collector>> = vec![
+            Box::new(self.failures.clone()),
+            Box::new(self.owns_slot.clone()),
+            Box::new(self.events.clone()),
+            Box::new(self.lag_bytes.clone()),
+            Box::new(self.lag.clone()),
+            Box::new(self.received.clone()),
+            Box::new(self.acknowledged.clone()),
+            Box::new(self.slot_retained.clone()),
+            Box::new(self.slot_safe.clone()),
+            Box::new(self.absent_standbys.clone()),
+            Box::new(self.tables.clone()),
+            Box::new(self.tables_refused.clone()),
+            Box::new(self.tables_untold.clone()),
+        ];
+        if with_redis {
+            collectors.push(Box::new(self.redis.attached.clone()));
+            collectors.push(Box::new(self.redis.refilled.clone()));
+            collectors.push(Box::new(self.redis.detachments.clone()));
+        }
+        collectors
     }
 
     pub(super) fn slot(&self, slot: Option<&SlotState>) {
@@ -329,4 +333,17 @@ impl Context {
 
 fn signed(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use meander_test_support::instrumentation::assert_documented;
+
+    use super::*;
+
+    #[test]
+    fn every_metric_is_documented_and_there_are_no_others() {
+        let metrics = Metrics::register(&Registry::new(), true);
+        assert_documented("meander_capture_", &metrics.collectors(true));
+    }
 }

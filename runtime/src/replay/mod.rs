@@ -31,7 +31,7 @@ use meander_proto::{
     FinalWord,
     v1::{ReplayProgress, replay_progress::Phase},
 };
-use prometheus::{Gauge, IntCounter, IntGauge, Registry};
+use prometheus::{Gauge, IntCounter, IntGauge, Registry, core::Collector};
 use tokio::{
     sync::{mpsc, watch},
     task::spawn_blocking,
@@ -756,18 +756,25 @@ impl Metrics {
             )?,
             paused: IntGauge::new("meander_replay_paused", "1 while delivery is held.")?,
         };
-        let registry = &metrics.registry;
-        registry.register(Box::new(metrics.delivered.clone()))?;
-        registry.register(Box::new(metrics.delivered_bytes.clone()))?;
-        registry.register(Box::new(metrics.filtered.clone()))?;
-        registry.register(Box::new(metrics.records.clone()))?;
-        registry.register(Box::new(metrics.progress_by_events.clone()))?;
-        registry.register(Box::new(metrics.speed.clone()))?;
-        registry.register(Box::new(metrics.progress.clone()))?;
-        registry.register(Box::new(metrics.behind.clone()))?;
-        registry.register(Box::new(metrics.event_time.clone()))?;
-        registry.register(Box::new(metrics.paused.clone()))?;
+        for collector in metrics.collectors() {
+            metrics.registry.register(collector)?;
+        }
         Ok(metrics)
+    }
+
+    fn collectors(&self) -> Vec<Box<dyn Collector>> {
+        vec![
+            Box::new(self.delivered.clone()),
+            Box::new(self.delivered_bytes.clone()),
+            Box::new(self.filtered.clone()),
+            Box::new(self.records.clone()),
+            Box::new(self.progress_by_events.clone()),
+            Box::new(self.speed.clone()),
+            Box::new(self.progress.clone()),
+            Box::new(self.behind.clone()),
+            Box::new(self.event_time.clone()),
+            Box::new(self.paused.clone()),
+        ]
     }
 
     fn set(&self, progress: &ReplayProgress) {
@@ -786,5 +793,18 @@ impl Metrics {
         self.behind.set(progress.behind_millis as f64 / 1e3);
         self.event_time.set(progress.current_time_micros as f64 / 1e6);
         self.paused.set(i64::from(progress.phase() == Phase::Paused));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use meander_test_support::instrumentation::assert_documented;
+
+    use super::*;
+
+    #[test]
+    fn every_metric_is_documented_and_there_are_no_others() {
+        assert_documented("meander_replay_", &Metrics::new().unwrap().collectors());
     }
 }

@@ -21,6 +21,7 @@
 
 mod config;
 mod debezium;
+pub mod instrumentation;
 mod kafka;
 mod ports;
 mod postgres;
