@@ -6,7 +6,7 @@ export MEANDER_CACHE
 # Outside of the clone, so that a fresh clone builds in seconds what another one has built.
 export CARGO_TARGET_DIR ?= $(MEANDER_CACHE)/target
 
-.PHONY: help demo demo-down test test-long fuzz lint fmt crds released-crds binaries images bench clean
+.PHONY: help demo demo-down test test-long fuzz lint fmt crds released-crds binaries images sbom bench clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ binaries: ## Static binaries for the images, in dist/
 images: binaries ## Container images; sizes are printed
 	@tests/setup.sh cluster
 	@deploy/build-images.sh
+
+sbom: ## What the images are made of, as CycloneDX, in dist/
+	@deploy/sbom.sh
 
 bench: ## Pacing of a replay, and speed of a capture, measured
 	@bench/run.sh

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the tests and the demo need and a bare Debian 12 machine lacks.
 #
-#   tests/setup.sh [base|rust|kafka|postgres|debezium|cluster|lint]...   these parts (default: all)
+#   tests/setup.sh [base|rust|kafka|postgres|debezium|cluster|lint|sbom]...   these parts (default: all but sbom)
 #   tests/setup.sh path                           prints what to put before PATH
 #   eval "$(tests/setup.sh env)"                  exports PATH, MEANDER_CACHE, KAFKA_HOME, DEBEZIUM_HOME, PROMETHEUS_CRDS
 #
@@ -187,14 +187,20 @@ setup_cluster() {
   [ -d "$PROMETHEUS_CRDS" ] || step "cluster: CRDs of Prometheus $PROMETHEUS_OPERATOR_VERSION" in_place "$PROMETHEUS_CRDS" make_prometheus_crds
 }
 
-make_cargo_deny() {
-  cargo install -q --locked --root "$1" --target-dir "$1/target" "cargo-deny@$CARGO_DENY_VERSION" || return
-  rm -rf "$1/target"
+# make_cargo_tool NAME@VERSION DIR
+make_cargo_tool() {
+  cargo install -q --locked --root "$2" --target-dir "$2/target" "$1" || return
+  rm -rf "$2/target"
 }
 
 setup_lint() {
   packages lint shellcheck
-  [ -d "$CARGO_DENY_DIR" ] || step "lint: cargo-deny $CARGO_DENY_VERSION" in_place "$CARGO_DENY_DIR" make_cargo_deny
+  [ -d "$CARGO_DENY_DIR" ] || step "lint: cargo-deny $CARGO_DENY_VERSION" in_place "$CARGO_DENY_DIR" make_cargo_tool "cargo-deny@$CARGO_DENY_VERSION"
+}
+
+setup_sbom() {
+  [ -d "$CARGO_CYCLONEDX_DIR" ] ||
+    step "sbom: cargo-cyclonedx $CARGO_CYCLONEDX_VERSION" in_place "$CARGO_CYCLONEDX_DIR" make_cargo_tool "cargo-cyclonedx@$CARGO_CYCLONEDX_VERSION"
 }
 
 environment() {
@@ -208,10 +214,10 @@ main() {
   [ $# -gt 0 ] || set -- base rust kafka postgres debezium cluster lint
   for part; do
     case $part in
-      base | rust | kafka | postgres | debezium | cluster | lint) "setup_$part" ;;
+      base | rust | kafka | postgres | debezium | cluster | lint | sbom) "setup_$part" ;;
       path) echo "$TOOLS_PATH:$KAFKA_HOME/bin" ;;
       env) environment ;;
-      *) die "unknown part $part; there are base, rust, kafka, postgres, debezium, cluster, lint, path, env" ;;
+      *) die "unknown part $part; there are base, rust, kafka, postgres, debezium, cluster, lint, sbom, path, env" ;;
     esac
   done
 }

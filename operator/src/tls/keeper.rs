@@ -102,12 +102,20 @@ impl Keeper {
             claim,
             certificate,
             authorities,
-            ends: IntGauge::new(
-                "meander_operator_certificate_end_timestamp_seconds",
-                "When the certificate of the gRPC port ends.",
-            )?,
+            ends: Self::end_gauge()?,
         };
         Ok((keeper, server(shown)?, Trust(Some(trusted))))
+    }
+
+    /// The metric of [`Self::ends`], not set yet.
+    ///
+    /// # Errors
+    /// When its name is none, which would be a bug here.
+    pub fn end_gauge() -> prometheus::Result<IntGauge> {
+        IntGauge::new(
+            "meander_operator_certificate_end_timestamp_seconds",
+            "When the certificate of the gRPC port ends, in seconds since 1970; 0 while there is none.",
+        )
     }
 
     /// When the certificate ends, in seconds since 1970; 0 while there is none.

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# What the images are made of: a CycloneDX file for each program, in dist/, from the lock file and for the target that is built. A scanner sees
+# nothing of it in a static binary.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=tests/cluster/versions.sh
+. tests/cluster/versions.sh
+[ -d "$CARGO_CYCLONEDX_DIR" ] || tests/setup.sh sbom
+PATH=$CARGO_CYCLONEDX_DIR/bin:$PATH
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+# It writes beside every Cargo.toml of the workspace.
+git ls-files -z | tar -c --null -T - | tar -x -C "$work"
+mkdir -p dist
+for name in operator runtime; do
+  cargo cyclonedx -q --manifest-path "$work/$name/Cargo.toml" --format json --target "$RUST_TARGET" --override-filename "meander-$name.cdx"
+  mv "$work/$name/meander-$name.cdx.json" dist/
+  jq -r '"\(.metadata.component.name) \(.metadata.component.version): \(.components | length) components"' "dist/meander-$name.cdx.json"
+done
