@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use http_body_util::Empty;
 use hyper::{Request, StatusCode, Uri, body::Bytes};
 use hyper_util::{
@@ -48,10 +48,12 @@ pub async fn run(client: Client, options: &Options) -> anyhow::Result<()> {
 /// When it cannot be asked, or lacks some.
 pub async fn definitions(client: &Client) -> anyhow::Result<()> {
     let request = Request::get("/openapi/v3/apis/meander.dev/v1alpha1").body(Vec::new())?;
-    let served: Value = client
-        .request(request)
-        .await
-        .with_context(|| format!("the API server does not serve meander.dev/v1alpha1; {REMEDY}"))?;
+    let served: Value = match client.request(request).await {
+        Err(kube::Error::Api(status)) if status.code == 404 => {
+            bail!("the API server does not serve meander.dev/v1alpha1; {REMEDY}")
+        }
+        answer => answer.context("asking the API server for its definitions")?,
+    };
     let mut missing = Vec::new();
     for definition in generate::definitions()? {
         let kind = &definition.spec.names.kind;
