@@ -13,10 +13,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use kube::{
-    Client, Config,
-    config::{KubeConfigOptions, Kubeconfig},
-};
+use kube::{Client, Config, config::KubeConfigOptions};
 use meander_operator::{
     check, naming,
     pipeline::{self, dereference::Facts},
@@ -138,8 +135,7 @@ fn every_form_of_the_chart_is_accepted_by_the_api_server() {
 #[tokio::test]
 async fn definitions_that_are_too_old_are_found_and_upgraded_as_the_documentation_says() {
     let server = tokio::task::spawn_blocking(ApiServer::shared).await.unwrap();
-    let kubeconfig = Kubeconfig::read_from(server.folder.join("kubeconfig")).unwrap();
-    let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
+    let config = Config::from_custom_kubeconfig(server.kubeconfig(), &KubeConfigOptions::default())
         .await
         .unwrap();
     let client = Client::try_from(config).unwrap();
