@@ -538,6 +538,9 @@ pub struct GrpcTarget {
 
 /// A server of `meander.v1.Replayer`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[x_kube(
+    validation = Rule::new("has(self.tlsSecretRef) != self.insecure").message("subscribers send a token: write grpc.serve.tlsSecretRef, or grpc.serve.insecure: true to have token and changes cross the network in plain text")
+)]
 #[serde(rename_all = "camelCase")]
 pub struct Serve {
     /// TCP port.
@@ -547,9 +550,12 @@ pub struct Serve {
     pub port: u16,
     /// Secret with the bearer token that subscribers must show.
     pub token_secret_ref: SecretKeyReference,
-    /// Secret of type `kubernetes.io/tls` with the certificate that the server shows; without it, nothing is encrypted.
+    /// Secret of type `kubernetes.io/tls` with the certificate that the server shows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls_secret_ref: Option<SecretReference>,
+    /// Serve in plain text, without a certificate.
+    #[serde(default)]
+    pub insecure: bool,
 }
 
 /// The pod that replays.
@@ -653,7 +659,8 @@ pub struct ReplayRange {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("format" = "date-time"))]
     pub to_time: Option<String>,
-    /// The range holds no position (`epoch:LSN:ordinal`) after this one.
+    /// The range holds no position (`epoch:LSN:ordinal`) after this one. Left out where it ends at a time that the log is past: which change is the last before it
+    /// is not looked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub to_position: Option<String>,
     /// Kafka offsets in the range: an upper bound of the changes to come.

@@ -566,7 +566,10 @@ async fn a_replay_that_can_never_work_is_refused() {
     let spec = |change: Value| json!({"spec": change});
     let target = |change: Value| json!({"spec": {"target": merged(json!({"log": null}), &change)}});
     let serve = |change: Value| {
-        let serve = merged(json!({"tokenSecretRef": {"name": "n", "key": "k"}}), &change);
+        let serve = merged(
+            json!({"tokenSecretRef": {"name": "n", "key": "k"}, "insecure": true}),
+            &change,
+        );
         target(json!({"grpc": {"serve": serve}}))
     };
     let postgres = |change: Value| {
@@ -740,7 +743,7 @@ async fn a_replay_that_can_never_work_is_refused() {
         ),
         (
             target(
-                json!({"grpc": {"serve": {"tokenSecretRef": {"name": "n", "key": "k"}}, "clientCertSecretRef": {"name": "n"}}}),
+                json!({"grpc": {"serve": {"tokenSecretRef": {"name": "n", "key": "k"}, "insecure": true}, "clientCertSecretRef": {"name": "n"}}}),
             ),
             "grpc.caSecretRef, clientCertSecretRef and tokenSecretRef need TLS: write an endpoint https://host:port, or leave them out",
         ),
@@ -752,6 +755,11 @@ async fn a_replay_that_can_never_work_is_refused() {
         (
             serve(json!({"port": 9464})),
             "port 9464 is the pod's own, for its probes and metrics: choose another",
+        ),
+        (serve(json!({"insecure": false})), "subscribers send a token"),
+        (
+            serve(json!({"tlsSecretRef": {"name": "n"}})),
+            "subscribers send a token: write grpc.serve.tlsSecretRef, or grpc.serve.insecure: true to have token and changes cross the network in plain text",
         ),
         (
             serve(json!({"tokenSecretRef": null})),

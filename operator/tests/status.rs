@@ -934,6 +934,49 @@ fn an_attempt_that_failed_is_told_until_the_next_one_delivers() {
 }
 
 #[test]
+fn an_attempt_that_left_nothing_is_told_as_that() {
+    let mut replay = support::replay("replayjob.yaml");
+    let mut tried = job(None);
+    tried.status.as_mut().unwrap().failed = Some(1);
+    let mut facts = replay::dereference::Facts {
+        job: Some(tried),
+        ..Default::default()
+    };
+    let told = |replay: &ReplayJob, facts: &replay::dereference::Facts| {
+        let status = compute_replay(replay, facts, Ok(Outcome::Started), &support::nothing_reported());
+        let reason = status.failures.clone().unwrap().last_reason.unwrap();
+        (status, reason)
+    };
+    let (status, reason) = told(&replay, &facts);
+    assert_eq!(reason, "PodGone");
+    assert!(status.failures.unwrap().last_time.is_some());
+    // One that did leave a word has not lost it when its pod goes.
+    facts.pods = vec![last_word("Failed", "ReceiverUnreachable")];
+    let (status, reason) = told(&replay, &facts);
+    assert_eq!(reason, "ReceiverUnreachable");
+    replay.status = Some(status);
+    facts.pods.clear();
+    assert_eq!(told(&replay, &facts).1, "ReceiverUnreachable");
+}
+
+#[test]
+fn what_can_never_be_replayed_has_failed() {
+    let error = Error::invalid("Accepted", Reason::FormatNotExact, "the sentence");
+    let replay = support::replay("replayjob-postgres.yaml");
+    let facts = replay::dereference::Facts::default();
+    let status = compute_replay(&replay, &facts, Err(&error), &support::nothing_reported());
+    assert_eq!(status.phase, Some(ReplayPhase::Failed));
+    for (type_, is) in [
+        ("Failed", "True"),
+        ("Stalled", "True"),
+        ("Accepted", "False"),
+        ("Progressing", "False"),
+    ] {
+        assert_eq!(state(&status.conditions, type_), Some((is, "FormatNotExact")));
+    }
+}
+
+#[test]
 fn each_failure_is_told_by_what_caused_it() {
     let mut replay = support::replay("replayjob.yaml");
     replay.spec.active_deadline_seconds = Some(60);

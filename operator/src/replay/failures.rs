@@ -26,6 +26,13 @@ impl Cause {
             message,
         }
     }
+
+    /// Of an attempt that is counted and has left nothing.
+    pub fn gone() -> Self {
+        let message =
+            "The pod of the last attempt is gone and has left no word: somebody deleted it, or its node went with it.";
+        Self::new("PodGone", message.to_owned())
+    }
 }
 
 /// The attempts that failed; none as long as none did.

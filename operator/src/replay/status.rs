@@ -125,15 +125,31 @@ pub fn status(inputs: &Inputs<'_>) -> ReplayJobStatus {
     }
 }
 
-/// The attempts that failed. Where the last one left nothing that says why, the end of the replay does.
+/// The attempts that failed. Where the last one left nothing that says why, the end of the replay does, or what was known before.
 fn failures(inputs: &Inputs<'_>, end: Option<&End>, old: Option<ReplayFailures>) -> Option<ReplayFailures> {
-    let mut failures = inputs.facts.and_then(failures::failures).or(old)?;
-    let failed = end.filter(|end| end.phase == ReplayPhase::Failed);
-    if let (None, Some(end)) = (&failures.last_reason, failed) {
-        failures.last_reason = Some(end.reason.clone());
-        failures.last_message = Some(end.message.clone());
+    let Some(found) = inputs.facts.and_then(failures::failures) else {
+        return old;
+    };
+    if found.last_reason.is_some() {
+        return Some(found);
     }
-    Some(failures)
+    if let Some(end) = end.filter(|end| end.phase == ReplayPhase::Failed) {
+        return Some(ReplayFailures {
+            last_reason: Some(end.reason.clone()),
+            last_message: Some(end.message.clone()),
+            ..found
+        });
+    }
+    let known = old.filter(|old| old.count == found.count && old.last_reason.is_some());
+    Some(known.unwrap_or_else(|| {
+        let Cause { reason, message } = Cause::gone();
+        ReplayFailures {
+            last_reason: Some(reason),
+            last_message: Some(message),
+            last_time: Some(format::time(inputs.now)),
+            ..found
+        }
+    }))
 }
 
 /// Whether a status can never change again.
@@ -160,8 +176,17 @@ fn end(inputs: &Inputs<'_>, report: Option<&v1::ReplayProgress>, word: Option<&F
         reason: "Cancelled".to_owned(),
         message: "The replay was cancelled by spec.cancel.".to_owned(),
     };
-    if inputs.outcome == Ok(Outcome::Cancelled) {
-        return Some(cancelled());
+    match inputs.outcome {
+        Ok(Outcome::Cancelled) => return Some(cancelled()),
+        // Neither the format of a pipeline nor what a replay needs of it can be changed.
+        Err(Error::Invalid(problem)) if problem.reason == Reason::FormatNotExact => {
+            return Some(End {
+                phase: ReplayPhase::Failed,
+                reason: problem.reason.to_string(),
+                message: problem.message.clone(),
+            });
+        }
+        _ => {}
     }
     let job = inputs.facts?.job.as_ref()?;
     if said == Some("Cancelled") {
