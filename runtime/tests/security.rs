@@ -11,8 +11,8 @@ use std::{
 use common::{LIMIT, config};
 use meander_config::{
     CaptureConfig, ClientCertificate, Durability, GrpcReceiver, KafkaSasl, KafkaSink, KafkaTls, PostgresSource,
-    ReplayConfig, ReplayEnd, ReplayOrder, ReplayStart, ReplayTarget, ResourceIdentity, SaslMechanism, Speed, SslMode,
-    TopicManagement,
+    RedisStreams, ReplayConfig, ReplayEnd, ReplayOrder, ReplayStart, ReplayTarget, ResourceIdentity, SaslMechanism,
+    Speed, SslMode, TopicManagement,
 };
 use meander_runtime::{
     kafka_client::require_admission,
@@ -275,6 +275,19 @@ const REDIS_COMMANDS: &[&str] = &[
     // For `durability: Aof` before Redis 7.2.
     "config|get",
 ];
+/// What it grants a replay.
+const REDIS_COMMANDS_OF_REPLAYS: &[&str] = &[
+    "info",
+    "evalsha",
+    "script|load",
+    "exists",
+    "hget",
+    "hincrby",
+    "hmget",
+    "hset",
+    "xadd",
+    "xinfo|stream",
+];
 const ACLS: &str = "org.apache.kafka.tools.AclCommand";
 const TOPICS: &str = "org.apache.kafka.tools.TopicCommand";
 
@@ -373,27 +386,8 @@ async fn kafka_is_used_over_tls_and_sasl_with_no_more_than_the_grants_of_the_doc
     // The replay reads with the same settings, and needs no more, but for a place of its own.
     let receiver = free_address();
     tokio::spawn(meander_workload::receive::serve(receiver, None));
-    let replay = ReplayConfig {
-        job: ResourceIdentity {
-            uid: "42".to_owned(),
-            ..config.pipeline.clone()
-        },
-        pipeline: config.pipeline.clone(),
-        slot_name: config.source.slot_name.clone(),
-        kafka: config.kafka.log(),
-        from: ReplayStart::Beginning,
-        to: ReplayEnd::Now,
-        speed: Speed::Max,
-        suspended: false,
-        filter: None,
-        max_gap_seconds: None,
-        order: ReplayOrder::Commit,
-        target: ReplayTarget::GrpcCall(GrpcReceiver::plain(format!("http://{receiver}"))),
-        operator: None,
-        admin_address: free_address(),
-        termination_message_file: None,
-    };
-    let mut replay = Runtime::replay(&replay);
+    let target = ReplayTarget::GrpcCall(GrpcReceiver::plain(format!("http://{receiver}")));
+    let mut replay = Runtime::replay(&replay_of(&config, &config.pipeline.name, target));
     let refused = replay.process().wait(LIMIT);
     let said = replay.process().log_tail();
     assert_eq!(
@@ -414,6 +408,58 @@ async fn kafka_is_used_over_tls_and_sasl_with_no_more_than_the_grants_of_the_doc
     );
     let log = fs::read_to_string(runtime.process().log()).unwrap();
     assert!(!log.contains("wrong"), "{log}");
+
+    // Into topics of its own it writes with the same settings too.
+    let namespace = &config.pipeline.namespace;
+    let rights = "--operation Create --operation Write --operation DescribeConfigs";
+    for what in [
+        format!("{rights} --topic copy. --resource-pattern-type prefixed"),
+        format!("{rights} --operation Read --topic __meander.{namespace}.copied.replay"),
+        format!(
+            "--operation Write --operation Describe --transactional-id meander-replay.{namespace}.copied. --resource-pattern-type prefixed"
+        ),
+    ] {
+        kafka
+            .tool(ACLS, &format!("--add --allow-principal User:meander {what}"))
+            .await;
+    }
+    let copy = KafkaSink {
+        topic_prefix: "copy".to_owned(),
+        ..config.kafka.clone()
+    };
+    let mut replay = Runtime::replay(&replay_of(&config, "copied", ReplayTarget::Kafka(copy)));
+    assert!(
+        replay.process().wait(LIMIT).success(),
+        "{}",
+        replay.process().log_tail()
+    );
+    let count = |topic: &str| tokio::task::block_in_place(|| count_records(&kafka.client_config(), topic));
+    assert_eq!(count("copy.public.t"), count(&topic));
+}
+
+/// A replay of everything that the pipeline has published.
+fn replay_of(config: &CaptureConfig, name: &str, target: ReplayTarget) -> ReplayConfig {
+    ReplayConfig {
+        job: ResourceIdentity {
+            namespace: config.pipeline.namespace.clone(),
+            name: name.to_owned(),
+            uid: "42".to_owned(),
+        },
+        pipeline: config.pipeline.clone(),
+        slot_name: config.source.slot_name.clone(),
+        kafka: config.kafka.log(),
+        from: ReplayStart::Beginning,
+        to: ReplayEnd::Now,
+        speed: Speed::Max,
+        suspended: false,
+        filter: None,
+        max_gap_seconds: None,
+        order: ReplayOrder::Commit,
+        target,
+        operator: None,
+        admin_address: free_address(),
+        termination_message_file: None,
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -536,6 +582,35 @@ async fn redis_is_used_over_tls_with_no_more_than_the_commands_of_the_docs() {
     .await;
     let log = fs::read_to_string(runtime.process().log()).unwrap();
     assert!(!log.contains("wrong"), "{log}");
+
+    // A replay into streams of its own, as a user of its own.
+    let mut user = redis::cmd("ACL");
+    user.arg("SETUSER").arg("replayer").arg("on").arg(">two").arg("~copy.*");
+    for command in REDIS_COMMANDS_OF_REPLAYS {
+        user.arg(format!("+{command}"));
+    }
+    let () = user.query_async(&mut connection).await.unwrap();
+    let url_file = folder.path().join("replay-url");
+    fs::write(
+        &url_file,
+        format!("rediss://replayer:two@localhost:{}/0", redis.tls_port()),
+    )
+    .unwrap();
+    let copy = RedisStreams {
+        url_file,
+        ca_file: Some(authority.file()),
+        stream_prefix: "copy".to_owned(),
+    };
+    let mut replay = Runtime::replay(&replay_of(&config, "copied", ReplayTarget::Redis(copy)));
+    assert!(
+        replay.process().wait(LIMIT).success(),
+        "{}",
+        replay.process().log_tail()
+    );
+    let copied: i64 = (redis::cmd("XLEN").arg("copy.public.t").query_async(&mut connection))
+        .await
+        .unwrap();
+    assert_eq!(copied, 100);
 }
 
 #[tokio::test(flavor = "multi_thread")]
