@@ -19,8 +19,9 @@ use std::{
 };
 
 use meander_config::{
-    ClientCertificate, GrpcReceiver, KafkaCluster, KafkaLog, OperatorLink, RecordOffset, RedisStreams, ReplayConfig,
-    ReplayEnd, ReplayFilter, ReplayOrder, ReplayStart, ReplayTarget, ResourceIdentity, Speed, TableSelection,
+    ClientCertificate, GrpcReceiver, KafkaCluster, KafkaLog, KafkaSink, OperatorLink, RecordOffset, RedisStreams,
+    ReplayConfig, ReplayEnd, ReplayFilter, ReplayOrder, ReplayStart, ReplayTarget, ResourceIdentity, Speed,
+    TableSelection, TopicManagement,
 };
 use meander_proto::v1::{
     ChangeRecord, Column, DeliverAck, Directive, Operation, ProgressUpdate, Relation, ReplayEvent, ReplayProgress,
@@ -889,11 +890,13 @@ async fn a_receiver_that_breaks_off_gets_everything_at_least_once_and_in_order()
     assert!(received.iter().all(|change| all.contains(change)));
 }
 
-/// What the runtime may take, whatever it has read and nobody takes.
+/// What the runtime may take, whatever it has read and nobody takes: to one receiver, and with as many subscribers as it serves.
 const MEMORY_MIB: u64 = 256;
+const SERVING_MIB: u64 = 400;
+const SUBSCRIBERS: usize = 32;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_receiver_that_is_silent_and_then_slow_costs_no_more_memory() {
+async fn a_receiver_that_is_silent_and_then_slow_costs_no_more_memory_and_neither_do_many_subscribers() {
     let mut log = Log {
         value: |_| vec![b'x'; 100_000],
         ..Log::new().await
@@ -933,6 +936,46 @@ async fn a_receiver_that_is_silent_and_then_slow_costs_no_more_memory() {
         slow < MEMORY_MIB,
         "{slow} MiB of memory, {silent} of them for a silent receiver"
     );
+    drop(runtime);
+
+    let token_file = folder.path().join("subscribers");
+    std::fs::write(&token_file, "let-me-in").unwrap();
+    let address = free_address();
+    let runtime = Runtime::replay(&ReplayConfig {
+        operator: operator.link(&folder),
+        admin_address: free_address(),
+        ..log.config(serving(address, token_file))
+    });
+    until_served(address).await;
+    let subscribe = async || {
+        let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{address}")).unwrap();
+        let channel = endpoint.connect().await.unwrap();
+        let (requests, sent) = mpsc::channel(1);
+        let credit = |credit| ReplayRequest {
+            credit,
+            ..ReplayRequest::default()
+        };
+        requests.send(credit(2)).await.unwrap();
+        let mut request = Request::new(ReceiverStream::new(sent));
+        let token = "Bearer let-me-in".parse().unwrap();
+        request.metadata_mut().insert("authorization", token);
+        let answer = ReplayerClient::new(channel).replay_event(request).await;
+        answer.map(|answer| (requests, answer.into_inner()))
+    };
+    let mut subscriptions = Vec::new();
+    for _ in 0..SUBSCRIBERS {
+        subscriptions.push(subscribe().await.unwrap());
+    }
+    assert_eq!(subscribe().await.unwrap_err().code(), tonic::Code::ResourceExhausted);
+    for (_, events) in &mut subscriptions {
+        for _ in 0..2 {
+            timeout(LIMIT, events.message()).await.unwrap().unwrap().unwrap();
+        }
+    }
+    operator.condition("Progressing", "WaitingForCredit").await;
+    let serving = runtime.peak_memory();
+    println!("{SUBSCRIBERS} subscribers who give no more credit: {serving} MiB");
+    assert!(serving < SERVING_MIB, "{serving} MiB of memory");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -1049,6 +1092,90 @@ async fn a_start_that_kafka_no_longer_holds_is_said() {
         !operator.conditions().contains_key("TruncatedRange"),
         "{:?}",
         operator.conditions()
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_delivered_may_expire_between_attempts_and_what_is_not_is_missed() {
+    let mut log = Log {
+        value: row_of,
+        ..Log::new().await
+    };
+    let later = START + 3600 * SECOND;
+    // What the filter leaves out, what comes before a silence, and what comes after it: in the same partition, and in others that then go on
+    // or have nothing more.
+    log.commit(&[change(0x100, 0, START, "orders", 0)]);
+    log.commit(&[change(0x110, 0, START, "trades", 1)]);
+    log.commit(&[
+        change(0x120, 0, START, "trades", 2),
+        change(0x120, 1, START, "trades", 0),
+    ]);
+    log.commit(&[change(0x130, 0, later, "trades", 0)]);
+    log.commit(&[change(0x140, 0, later, "trades", 1)]);
+    let filter = ReplayFilter {
+        tables: Some(TableSelection {
+            include: vec!["public.trades".to_owned()],
+            exclude: vec![],
+        }),
+        ..ReplayFilter::default()
+    };
+    let receiver = Receiver::start().await;
+    let copy = |prefix: &str| {
+        ReplayTarget::Kafka(KafkaSink {
+            bootstrap_servers: vec![log.kafka.bootstrap()],
+            tls: None,
+            sasl: None,
+            topic_prefix: prefix.to_owned(),
+            partitions: 3,
+            replication_factor: None,
+            topic_config: BTreeMap::new(),
+            topic_management: TopicManagement::Managed,
+        })
+    };
+    let prefixes = [unique_name("copy"), unique_name("copy")];
+    let targets = [copy(&prefixes[0]), receiver.target(), copy(&prefixes[1])];
+    let mut jobs = Vec::new();
+    for target in targets {
+        let operator = Operator::start(Directive::default()).await;
+        let folder = tempfile::tempdir().unwrap();
+        let config = ReplayConfig {
+            speed: Speed::Original,
+            filter: Some(filter.clone()),
+            operator: operator.link(&folder),
+            ..log.config(target)
+        };
+        let shutdown = CancellationToken::new();
+        let replay = tokio::spawn(replay::run(config.clone(), shutdown.clone()));
+        operator.reported(|progress| progress.delivered == 3).await;
+        shutdown.cancel();
+        let result = timeout(LIMIT, replay).await.unwrap().unwrap();
+        assert!(matches!(result, Err(ReplayError::Interrupted)), "{result:?}");
+        jobs.push(ReplayConfig {
+            speed: Speed::Max,
+            operator: None,
+            ..config
+        });
+    }
+    // Each partition up to its next record, or to its end: with the marks of Kafka's transactions, which nobody is shown.
+    log.delete("orders", 0, Offset::End).await;
+    log.delete("trades", 2, Offset::End).await;
+    log.truncate("trades", 0, 2).await;
+    log.truncate("trades", 1, 2).await;
+    assert_eq!(replay(jobs[0].clone()).await.unwrap(), End::Complete);
+    let mut copied = 0;
+    log.kafka.read(
+        |topic| topic == topic_name(&prefixes[0], "public", "trades"),
+        |_| copied += 1,
+    );
+    assert_eq!(copied, 5);
+    assert_eq!(replay(jobs[1].clone()).await.unwrap(), End::Complete);
+    assert_eq!(receiver.received.lock().unwrap().len(), 5);
+
+    log.delete("trades", 0, Offset::End).await;
+    let error = replay(jobs[2].clone()).await.unwrap_err();
+    assert!(
+        matches!(&error, ReplayError::LogTruncated { topic, partition: 0 } if *topic == log.topic("trades")),
+        "{error}"
     );
 }
 
@@ -1402,6 +1529,11 @@ async fn subscribers_show_a_token_and_go_on_where_they_left() {
     assert_eq!(replay.await.unwrap().unwrap(), End::Complete);
     let progress = operator.reported(|progress| progress.phase() == Phase::Succeeded).await;
     assert_eq!(progress.current_position, changes.last().unwrap().position.to_string());
+    assert_eq!(
+        progress.delivered,
+        u64::try_from(changes.len()).unwrap(),
+        "also what it took before"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -1795,8 +1927,9 @@ async fn a_subscriber_that_is_killed_misses_nothing_in_history_nor_live_nor_in_b
         .collect();
     assert_eq!(noted(&ledger), whole);
     assert_eq!(noted(&late), whole[..whole.len() - 10]);
-    // What is acknowledged is delivered; one that went on by a token counts from there.
-    served.operator.reported(|progress| progress.delivered == 10).await;
+    // What is acknowledged is delivered; one that went on by a token goes on counting.
+    let all = u64::try_from(whole.len()).unwrap();
+    served.operator.reported(|progress| progress.delivered == all).await;
     drop(subscriber);
     served.operator.directive.send_replace(Directive {
         cancel: true,
@@ -1852,7 +1985,7 @@ async fn a_pod_that_takes_over_serves_the_same_range_and_says_what_retention_too
     let status = timeout(LIMIT, events.message()).await.unwrap().unwrap_err();
     assert_eq!(status.code(), tonic::Code::OutOfRange, "{status}");
     // A token of somewhere else is not taken for the end.
-    let elsewhere = subscribe("1:0/FFFFFFF:0#0@1").await.unwrap_err();
+    let elsewhere = subscribe("1:0/FFFFFFF:0#0@1+0+0+0").await.unwrap_err();
     assert_eq!(elsewhere.code(), tonic::Code::InvalidArgument, "{elsewhere}");
     // Whoever has taken more misses nothing, nor does one who breaks off and comes back when another has ended the job.
     let token = |from_end: usize| messages[messages.len() - from_end].resume_token.clone();

@@ -83,7 +83,7 @@ fn delivered(kafka: &Kafka, config: &ReplayConfig) -> Option<u64> {
             .find_last(&topic, 0, |record| record.key() == Some(key.as_bytes()))
             .ok()??;
         let place: serde_json::Value = serde_json::from_slice(place.payload()?).unwrap();
-        place["delivered"].as_u64()
+        place["done"]["delivered"].as_u64()
     })
 }
 

@@ -69,11 +69,10 @@ fn job(config: &ReplayConfig) -> String {
 
 /// How many records the replay has delivered, by its own account.
 async fn delivered(redis: &Redis, config: &ReplayConfig, prefix: &str) -> Option<u64> {
-    ask(
-        redis,
-        &format!("HGET {} delivered", replay_mark_key(prefix, &job(config))),
-    )
-    .await
+    let mark = replay_mark_key(prefix, &job(config));
+    let reached: Option<String> = ask(redis, &format!("HGET {mark} reached")).await;
+    let reached: serde_json::Value = serde_json::from_str(&reached?).unwrap();
+    reached["done"]["delivered"].as_u64()
 }
 
 #[tokio::test(flavor = "multi_thread")]

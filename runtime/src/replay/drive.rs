@@ -334,6 +334,8 @@ mod tests {
             key: Bytes::new(),
             value: Bytes::new(),
             passed: Passed::default(),
+            next: (0, 1),
+            others: Vec::new(),
             headers: Vec::new(),
         }
     }

@@ -355,6 +355,8 @@ mod tests {
             value: value.into(),
             headers: Vec::new(),
             passed: Passed::default(),
+            next: (0, 1),
+            others: Vec::new(),
         }
     }
 

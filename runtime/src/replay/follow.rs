@@ -155,6 +155,7 @@ impl Live {
                 after,
                 filter: filter.clone(),
                 side_by_side: false,
+                places: false,
             };
             let reads = reader::start_with(&self.kafka, group.clone(), prefetch, reading);
             match pass_on(reads, out, &mut last).await? {
@@ -188,6 +189,7 @@ impl Live {
                 after,
                 filter: filter.clone(),
                 side_by_side: false,
+                places: false,
             };
             let reads = reader::start_with(&self.kafka, group.clone(), prefetch, reading);
             match pass_on(reads, out, &mut last).await? {

@@ -8,7 +8,7 @@
 //! nothing out.
 
 use std::{
-    collections::{BTreeMap, HashMap, VecDeque},
+    collections::{BTreeMap, VecDeque},
     convert::Infallible,
     future::pending,
     pin::pin,
@@ -31,7 +31,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    checkpoint::{Checkpoint, Done},
+    checkpoint::{Checkpoint, Done, Reached},
     follow::Taken,
     range::{self, Range, Stretch},
     record::{Record, ResumeToken},
@@ -93,7 +93,7 @@ impl<T: AtLeastOnce> Resumable for Kept<T> {
         let (keeper, place) = Keeper::open(&keeping.kafka, &keeping.pipeline, job).await?;
         let checkpoint = place.as_ref().map(|place| Checkpoint {
             range: Range::clone(&place.range),
-            done: place.done,
+            reached: place.reached.clone(),
         });
         let attempt = place.as_ref().map_or(1, |place| place.attempt);
         let kept = Self {
@@ -105,13 +105,9 @@ impl<T: AtLeastOnce> Resumable for Kept<T> {
         Ok((kept, checkpoint))
     }
 
-    async fn begin(&mut self, range: &Range) -> Result<(), TargetError> {
-        self.place = Some(self.keeper.begin(range).await?);
+    async fn begin(&mut self, checkpoint: &Checkpoint) -> Result<(), TargetError> {
+        self.place = Some(self.keeper.begin(checkpoint.clone()).await?);
         Ok(())
-    }
-
-    fn rest(&self) -> Option<Range> {
-        self.place.as_ref().map(Place::rest)
     }
 }
 
@@ -199,7 +195,8 @@ impl RangeKeeper {
     /// # Errors
     /// When Kafka does not take it.
     pub async fn begin(&mut self, range: &Range) -> Result<(), TargetError> {
-        self.place = Some(self.keeper.begin(range).await?);
+        let checkpoint = Checkpoint::at_the_start_of(range.clone());
+        self.place = Some(self.keeper.begin(checkpoint).await?);
         Ok(())
     }
 
@@ -207,7 +204,7 @@ impl RangeKeeper {
     #[must_use]
     pub fn taken(&self) -> Option<Taken> {
         let place = self.place.as_ref()?;
-        let partitions = place.range.partitions.iter().zip(&place.next);
+        let partitions = place.range.partitions.iter().zip(&place.reached.next);
         let ends = partitions.map(|(stretch, next)| ((Arc::clone(&stretch.topic), stretch.partition), *next));
         Some(Taken {
             last: place.taken?,
@@ -230,7 +227,7 @@ impl RangeKeeper {
                     let moved = news.and_then(|taken| taken.borrow_and_update().clone());
                     let has_moved = moved.is_some();
                     if let Some(taken) = moved {
-                        for (stretch, next) in place.range.partitions.iter().zip(&mut place.next) {
+                        for (stretch, next) in place.range.partitions.iter().zip(&mut place.reached.next) {
                             let end = taken.ends.get(&(Arc::clone(&stretch.topic), stretch.partition));
                             *next = end.copied().unwrap_or(*next);
                         }
@@ -263,41 +260,27 @@ async fn pass(
 #[derive(Clone, Debug)]
 struct Place {
     range: Arc<Range>,
-    /// The offset at which each partition goes on, in the order of the range.
-    next: Vec<i64>,
-    done: Option<Done>,
-    /// Where subscribers keep their own places, and what follows the range is taken as well: how far that is, at `next`.
+    reached: Reached,
+    /// Where subscribers keep their own places, and what follows the range is taken as well: how far that is, at `reached.next`.
     taken: Option<ResumeToken>,
     /// How many times the replay has begun or gone on.
     attempt: u32,
 }
 
 impl Place {
-    fn at_the_start_of(range: Range) -> Self {
+    fn of_the_first_attempt(Checkpoint { range, reached }: Checkpoint) -> Self {
         Self {
-            next: range.partitions.iter().map(|stretch| stretch.start).collect(),
             range: Arc::new(range),
-            done: None,
+            reached,
             taken: None,
             attempt: 1,
         }
-    }
-
-    /// What is still to be read. If something of it is deleted, the reader finds that out.
-    fn rest(&self) -> Range {
-        let mut rest = Range::clone(&self.range);
-        for (stretch, next) in rest.partitions.iter_mut().zip(&self.next) {
-            stretch.start = *next;
-            stretch.truncated = false;
-        }
-        rest
     }
 }
 
 /// What is handed to the target, and how much of it is taken.
 struct Diary {
     place: Place,
-    indexes: HashMap<Arc<str>, HashMap<i32, usize>>,
     /// The count of records up to the end of the last batch.
     handed: u64,
     /// Batches that are not taken yet: the count up to the end of each, what it is told by, and where its partitions go on after it.
@@ -307,14 +290,8 @@ struct Diary {
 impl Diary {
     /// `delivered` is what earlier processes have delivered, which the tally counts too.
     fn new(place: Place, delivered: u64) -> Self {
-        let mut indexes = HashMap::<_, HashMap<_, _>>::new();
-        for (index, stretch) in place.range.partitions.iter().enumerate() {
-            let topic = indexes.entry(Arc::clone(&stretch.topic)).or_default();
-            topic.insert(stretch.partition, index);
-        }
         Self {
             place,
-            indexes,
             handed: delivered,
             batches: VecDeque::new(),
         }
@@ -322,12 +299,8 @@ impl Diary {
 
     fn hand(&mut self, batch: &Batch) {
         self.handed += batch.mark.records;
-        let end = |record: &Record| {
-            let index = self.indexes.get(&record.topic)?.get(&record.partition)?;
-            Some((*index, record.offset + 1))
-        };
         // Of each partition the last one stays.
-        let ends = batch.records.iter().filter_map(end).collect();
+        let ends = batch.records.iter().flat_map(Record::places).collect();
         self.batches.push_back((self.handed, batch.mark, ends));
     }
 
@@ -335,10 +308,7 @@ impl Diary {
     fn take(&mut self, delivered: u64) -> bool {
         let mut moved = false;
         while let Some((_, mark, ends)) = self.batches.pop_front_if(|(until, ..)| *until <= delivered) {
-            self.place.done = Some(Done::and(self.place.done, &mark));
-            for (index, next) in ends {
-                self.place.next[index] = next;
-            }
+            self.place.reached.go_on(ends, &mark);
             moved = true;
         }
         moved
@@ -474,8 +444,8 @@ impl Keeper {
     }
 
     /// Saves the place of a replay that begins.
-    async fn begin(&self, range: &Range) -> Result<Place, TargetError> {
-        let (keeper, place) = (self.clone(), Place::at_the_start_of(range.clone()));
+    async fn begin(&self, checkpoint: Checkpoint) -> Result<Place, TargetError> {
+        let (keeper, place) = (self.clone(), Place::of_the_first_attempt(checkpoint));
         let begun = spawn_blocking(move || keeper.create(&place).map(|()| place));
         begun.await.map_err(|error| not_kept(&self.group, error))?
     }
@@ -558,8 +528,10 @@ impl Keeper {
         }
         Ok(Some(Place {
             range: Arc::new(range),
-            next,
-            done: common.done,
+            reached: Reached {
+                next,
+                done: common.done,
+            },
             taken: common.taken,
             attempt: common.attempt,
         }))
@@ -610,12 +582,12 @@ impl Keeper {
                 ..Range::clone(range)
             },
             partitions: filled(range),
-            done: place.done,
+            done: place.reached.done,
             taken: place.taken,
             attempt: place.attempt,
         };
         add(&self.checkpoints, 0, 0, serde_json::to_string(&common))?;
-        for (stretch, next) in range.partitions.iter().zip(&place.next) {
+        for (stretch, next) in range.partitions.iter().zip(&place.reached.next) {
             let part = Part {
                 start: stretch.start,
                 end: stretch.end,
@@ -662,7 +634,7 @@ mod tests {
             end: 1000,
             truncated: false,
         };
-        Place::at_the_start_of(Range {
+        Place::of_the_first_attempt(Checkpoint::at_the_start_of(Range {
             from: None,
             to: None,
             first: None,
@@ -670,7 +642,7 @@ mod tests {
             high_time: 0,
             partitions: vec![stretch(0), stretch(1)],
             missing: None,
-        })
+        }))
     }
 
     fn batch(records: &[(i32, i64)]) -> Batch {
@@ -687,6 +659,8 @@ mod tests {
             key: Bytes::new(),
             value: Bytes::new(),
             passed: Passed::default(),
+            next: (usize::try_from(*partition).unwrap(), offset + 1),
+            others: Vec::new(),
             headers: Vec::new(),
         };
         let records: Vec<_> = records.iter().enumerate().map(record).collect();
@@ -712,17 +686,16 @@ mod tests {
         diary.hand(&batch(&[(0, 10), (1, 12), (0, 14)]));
         diary.hand(&batch(&[(1, 20)]));
         assert!(!diary.take(5) && !diary.take(7));
-        assert_eq!((diary.place.next.as_slice(), diary.place.done), (&[10, 10][..], None));
+        let reached = &diary.place.reached;
+        assert_eq!((reached.next.as_slice(), reached.done), (&[10, 10][..], None));
         assert!(diary.take(8));
-        assert_eq!(diary.place.next, [15, 13]);
+        assert_eq!(diary.place.reached.next, [15, 13]);
         assert_eq!(
-            diary.place.done.unwrap().resume.coordinate.position.to_string(),
+            diary.place.reached.done.unwrap().resume.coordinate.position.to_string(),
             "1:0/E:2"
         );
         assert!(diary.take(9) && !diary.take(9));
-        assert_eq!(diary.place.next, [15, 21]);
-        let rest = diary.place.rest();
-        assert_eq!((rest.partitions[0].start, rest.partitions[1].start), (15, 21));
+        assert_eq!(diary.place.reached.next, [15, 21]);
         assert_eq!(diary.place.range.partitions[0].start, 10, "the range stays as it was");
     }
 }

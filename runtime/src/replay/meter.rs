@@ -52,7 +52,10 @@ impl Meter {
             resolved: ResolvedRange {
                 from_time_micros: range.from.map_or(0, |from| from.saturating_mul(1000)),
                 to_time_micros: range.end_time(),
-                to_position: range.end.map(|end| end.to_string()).unwrap_or_default(),
+                // The last change before a time is not looked for.
+                to_position: (range.end.filter(|_| !range.ends_before_the_log()))
+                    .map(|end| end.to_string())
+                    .unwrap_or_default(),
                 offsets: range.offsets(),
             },
             passed: Passed::default(),

@@ -40,7 +40,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use self::{
-    checkpoint::{Checkpoint, Done},
+    checkpoint::Checkpoint,
     drive::{Course, Report, drive},
     error::ReplayError,
     filter::Filter,
@@ -232,7 +232,7 @@ impl Job<'_> {
         let meter = Meter::new(&range, Tally::default(), &self.plan);
         self.report.resolved(&range, &meter);
         self.ready.send_replace(true);
-        let reads = self.read::<T>(range, None);
+        let reads = self.read::<T>(range, false);
         drive(
             reads,
             target,
@@ -354,56 +354,42 @@ impl Job<'_> {
             return Ok(End::Cancelled);
         };
         let (mut target, checkpoint) = opened?;
-        let Checkpoint { range, done } = match checkpoint {
+        let checkpoint = match checkpoint {
             Some(checkpoint) => checkpoint,
             None => {
                 let Some(range) = self.resolve().await? else {
                     return Ok(End::Cancelled);
                 };
-                let Some(begun) = self.unless_told(standing, answered(target.begin(&range))).await? else {
+                let checkpoint = Checkpoint::at_the_start_of(range);
+                let Some(begun) = self.unless_told(standing, answered(target.begin(&checkpoint))).await? else {
                     return Ok(End::Cancelled);
                 };
                 begun?;
-                Checkpoint { range, done: None }
+                checkpoint
             }
         };
-        let rest = match done {
-            None => range.clone(),
-            Some(done) => {
-                tracing::info!(after = %done.resume.coordinate, delivered = done.delivered, "going on");
-                match target.rest() {
-                    Some(rest) => rest,
-                    None => {
-                        let (range, kafka) = (range.clone(), self.config.kafka.clone());
-                        spawn_blocking(move || range::resume(&range, &kafka, done.resume, true))
-                            .await
-                            .map_err(|_| ReplayError::TaskStopped("finding the place to go on from"))??
-                    }
-                }
-            }
-        };
+        let (range, done, rest) = (&checkpoint.range, checkpoint.reached.done, checkpoint.rest());
+        if let Some(done) = &done {
+            tracing::info!(after = %done.resume.coordinate, delivered = done.delivered, "going on");
+        }
         tally.begin(done.as_ref(), range.offsets().saturating_sub(rest.offsets()));
-        let meter = Meter::new(&range, tally.clone(), &self.plan);
-        self.report.resolved(&range, &meter);
+        let meter = Meter::new(range, tally.clone(), &self.plan);
+        self.report.resolved(range, &meter);
         self.ready.send_replace(true);
-        let reads = self.read::<T>(rest, done.as_ref());
+        let reads = self.read::<T>(rest, true);
         let orders = self.orders.clone();
         drive(reads, target, orders, meter, &self.plan, self.report, self.shutdown).await
     }
 
-    /// Starts to read what is left of the range.
-    fn read<T: Target>(
-        &mut self,
-        range: Range,
-        done: Option<&Done>,
-    ) -> mpsc::Receiver<Result<reader::Read, ReplayError>> {
+    /// Starts to read what is left of the range. `places` says whether the target keeps how far each partition is.
+    fn read<T: Target>(&mut self, range: Range, places: bool) -> mpsc::Receiver<Result<reader::Read, ReplayError>> {
         let per_key = self.plan.order == ReplayOrder::PerKey;
         let reading = Reading {
             range,
-            // Where the order is not that of commits, what is left of each partition tells what is done.
-            after: done.filter(|_| !per_key).map(|done| done.resume.coordinate),
+            after: None,
             filter: self.plan.filter.clone(),
             side_by_side: per_key && (!T::PACED || self.orders.current().speed == Speed::Max),
+            places,
         };
         reader::start(&self.config.kafka, &self.config.job, reading)
     }

@@ -9,7 +9,7 @@ use std::{
 use jiff::Timestamp;
 use meander_config::{KafkaLog, RecordOffset, ReplayConfig, ReplayEnd, ReplayStart};
 use rdkafka::{
-    Message as _, Offset, TopicPartitionList,
+    Offset, TopicPartitionList,
     consumer::{BaseConsumer, Consumer as _},
     error::KafkaError,
     types::RDKafkaErrorCode,
@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     error::{ReplayError, no_client},
     record::{Record, ResumeToken},
-    seek::Seek,
+    seek::{Part, Parting, Probe},
 };
 use crate::{
     checkpoint::{Tail, TailError, client_config, read_checkpoint, retry_until},
@@ -87,7 +87,7 @@ pub struct Stretch {
     pub partition: i32,
     /// No record of the range is before this offset.
     pub start: i64,
-    /// The high watermark when the range was resolved: no record of the range is at or after it. Where it is `start`, there is none.
+    /// No record of the range is at or after this offset: at most the high watermark when it was resolved. Where it is `start`, there is none.
     pub end: i64,
     /// Something before `start` was deleted, and the range would start there.
     pub truncated: bool,
@@ -98,6 +98,14 @@ impl Stretch {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.start >= self.end
+    }
+
+    fn part(&self) -> Part {
+        Part {
+            topic: Arc::clone(&self.topic),
+            partition: self.partition,
+            offsets: self.start..self.end,
+        }
     }
 
     fn is_truncated(&self) -> ReplayError {
@@ -146,6 +154,18 @@ impl Range {
         self.from.is_some() || self.first.is_some()
     }
 
+    fn parts(&self) -> Vec<Part> {
+        self.partitions.iter().map(Stretch::part).collect()
+    }
+
+    /// Cuts the beginnings of its stretches.
+    fn begin_at(&mut self, starts: Vec<Parting>) {
+        for (stretch, start) in self.partitions.iter_mut().zip(starts) {
+            stretch.truncated &= start.offset == stretch.start;
+            stretch.start = start.offset;
+        }
+    }
+
     /// An upper bound of the records to come.
     #[must_use]
     pub fn offsets(&self) -> u64 {
@@ -161,6 +181,12 @@ impl Range {
         let ends = self.partitions.iter();
         ends.map(|stretch| ((Arc::clone(&stretch.topic), stretch.partition), stretch.end))
             .collect()
+    }
+
+    /// Whether the log goes on after it.
+    #[must_use]
+    pub fn ends_before_the_log(&self) -> bool {
+        self.to.is_some_and(|to| to.saturating_mul(1000) <= self.high_time)
     }
 
     /// The event time that it ends at, in microseconds.
@@ -217,16 +243,18 @@ pub fn resolve(config: &ReplayConfig, stop: &CancellationToken) -> Result<Range,
         let kafka = &config.kafka;
         range.first = match &config.from {
             ReplayStart::Position(text) => Some(position("from", text)?),
-            ReplayStart::Offset(record) => Some(position_at(kafka, "from", record, |seek| {
-                seek.first_from(record.offset)
+            ReplayStart::Offset(record) => Some(position_at(kafka, "from", record, |tail, part| {
+                let offsets = record.offset..part.offsets.end;
+                Part { offsets, ..part }.first(tail)
             })?),
             ReplayStart::Time(_) | ReplayStart::Beginning => None,
         }
         .map(beginning);
         let last = match &config.to {
             ReplayEnd::Position(text) => Some(position("to", text)?),
-            ReplayEnd::Offset(record) => Some(position_at(kafka, "to", record, |seek| {
-                seek.last_before(record.offset + 1)
+            ReplayEnd::Offset(record) => Some(position_at(kafka, "to", record, |tail, part| {
+                let offsets = part.offsets.start..record.offset + 1;
+                Part { offsets, ..part }.last(tail)
             })?),
             ReplayEnd::Time(_) | ReplayEnd::Now | ReplayEnd::Live => None,
         }
@@ -236,30 +264,25 @@ pub fn resolve(config: &ReplayConfig, stop: &CancellationToken) -> Result<Range,
         }
         let last = last.filter(|last| *last < end);
         range.end = last.or(range.end);
-        locate(&mut range, kafka, &checkpoint_topic, stop)?;
-        narrow(&mut range, kafka, last, stop)?;
-        range.missing = missing(&range, kafka)?;
+        let (brokers, probe) = (Brokers::connect(kafka, &checkpoint_topic)?, Probe::new(kafka)?);
+        locate(&mut range, &brokers, &probe, stop)?;
+        narrow(&mut range, &brokers, &probe, last, stop)?;
+        range.missing = missing(&range, &probe)?;
     }
     Ok(range)
 }
 
 /// What of the start of a range is gone, by the first records of the partitions that have lost something.
-fn missing(range: &Range, kafka: &KafkaLog) -> Result<Option<Missing>, ReplayError> {
+fn missing(range: &Range, probe: &Probe) -> Result<Option<Missing>, ReplayError> {
     let suspects: Vec<_> = range.partitions.iter().filter(|stretch| stretch.truncated).collect();
     if !range.has_start() || suspects.is_empty() {
         return Ok(None);
     }
-    let tail = Tail::new(&kafka.cluster(), TIMEOUT).map_err(ReplayError::TailUnreadable)?;
+    let parts: Vec<_> = suspects.iter().map(|stretch| stretch.part()).collect();
     let mut whole_from = None;
     let mut unknown = Vec::new();
-    for stretch in suspects {
-        let seek = Seek {
-            tail: &tail,
-            topic: &stretch.topic,
-            partition: stretch.partition,
-            stretch: stretch.start..stretch.end,
-        };
-        match seek.first_from(stretch.start)? {
+    for (stretch, first) in suspects.into_iter().zip(probe.first(&parts)?) {
+        match first {
             Some(first) if range.begins_before(first.timestamp, first.coordinate.position) => {
                 whole_from = whole_from.max(Some(first.timestamp));
             }
@@ -285,7 +308,7 @@ fn position_at(
     kafka: &KafkaLog,
     field: &'static str,
     wanted: &RecordOffset,
-    meant: impl FnOnce(&Seek<'_>) -> Result<Option<Record>, ReplayError>,
+    meant: impl FnOnce(&Tail, Part) -> Result<Option<Record>, ReplayError>,
 ) -> Result<Position, ReplayError> {
     let missing = |cause: String| ReplayError::NoSuchRecord {
         field,
@@ -307,56 +330,53 @@ fn position_at(
     if !stretch.contains(&wanted.offset) {
         return Err(missing(format!("Kafka holds {} to {}", stretch.start, stretch.end - 1)));
     }
-    let topic = Arc::from(wanted.topic.as_str());
-    let seek = Seek {
-        tail: &tail,
-        topic: &topic,
+    let part = Part {
+        topic: wanted.topic.as_str().into(),
         partition: wanted.partition,
-        stretch,
+        offsets: stretch,
     };
-    meant(&seek)?
+    meant(&tail, part)?
         .map(|record| record.coordinate.position)
         .ok_or_else(|| missing("nothing there can be read".to_owned()))
 }
 
-/// Cuts the stretches of a range that is bounded by positions, and finds the commit time of its end.
+/// Cuts the stretches of a range that is bounded by positions, or ends in the past, and finds the commit time of its end.
 fn narrow(
     range: &mut Range,
-    kafka: &KafkaLog,
+    brokers: &Brokers,
+    probe: &Probe,
     last: Option<Position>,
     stop: &CancellationToken,
 ) -> Result<(), ReplayError> {
-    if range.first.is_none() && last.is_none() {
-        return Ok(());
-    }
-    let tail = Tail::new(&kafka.cluster(), TIMEOUT).map_err(ReplayError::TailUnreadable)?;
-    let mut high_time = None;
-    for stretch in &mut range.partitions {
-        if stop.is_cancelled() {
-            return Err(ReplayError::Interrupted);
-        }
-        let mut seek = Seek {
-            tail: &tail,
-            topic: &stretch.topic,
-            partition: stretch.partition,
-            stretch: stretch.start..stretch.end,
-        };
-        if let Some(last) = last {
-            seek.stretch.end = seek.partition_point(|position| position <= last)?;
-            let before = seek.last_before(seek.stretch.end)?;
-            high_time = high_time.max(before.map(|record| record.timestamp));
-        }
-        let start = match range.first {
-            Some(first) => seek.partition_point(|position| position < first)?,
-            None => stretch.start,
-        };
-        stretch.truncated &= start == stretch.start;
-        (stretch.start, stretch.end) = (start, seek.stretch.end);
-    }
-    if last.is_some() {
+    if let Some(last) = last {
+        let ends = probe.part(range.parts(), false, |record| record.coordinate.position <= last, stop)?;
+        let high_time = ends.iter().filter_map(|end| end.last).max();
         range.high_time = high_time
             .map_or(0, |time| time.saturating_mul(1000).saturating_add(999))
             .min(range.high_time);
+        for (stretch, end) in range.partitions.iter_mut().zip(ends) {
+            stretch.end = end.offset;
+        }
+    }
+    if let Some(to) = range.to.filter(|_| range.ends_before_the_log()) {
+        let partitions: Vec<_> = (range.partitions.iter())
+            .map(|stretch| (Arc::clone(&stretch.topic), stretch.partition))
+            .collect();
+        let near = brokers.committed.list(&partitions, Offset::Offset(to))?;
+        let mut parts = range.parts();
+        for (part, near) in parts.iter_mut().zip(near) {
+            // Without an answer, and most often rightly so, everything that is there is before.
+            let start = near.unwrap_or(part.offsets.end);
+            part.offsets.start = start.clamp(part.offsets.start, part.offsets.end);
+        }
+        let ends = probe.part(parts, true, |record| record.timestamp < to, stop)?;
+        for (stretch, end) in range.partitions.iter_mut().zip(ends) {
+            stretch.end = end.offset;
+        }
+    }
+    if let Some(first) = range.first {
+        let starts = probe.part(range.parts(), false, |record| record.coordinate.position < first, stop)?;
+        range.begin_at(starts);
     }
     Ok(())
 }
@@ -433,18 +453,17 @@ pub fn up_to(
         partitions: Vec::new(),
         missing: None,
     };
-    locate(&mut range, kafka, checkpoint_topic, stop)?;
+    locate(
+        &mut range,
+        &Brokers::connect(kafka, checkpoint_topic)?,
+        &Probe::new(kafka)?,
+        stop,
+    )?;
     Ok(range)
 }
 
 /// Finds the partitions of a range, and its stretches of them.
-fn locate(
-    range: &mut Range,
-    kafka: &KafkaLog,
-    checkpoint_topic: &str,
-    stop: &CancellationToken,
-) -> Result<(), ReplayError> {
-    let brokers = Brokers::connect(kafka, checkpoint_topic)?;
+fn locate(range: &mut Range, brokers: &Brokers, probe: &Probe, stop: &CancellationToken) -> Result<(), ReplayError> {
     let (partitions, ends) = brokers.settled(stop)?;
     let committed = &brokers.committed;
     // Only now, since neither question sees what is at or after the last stable offset.
@@ -454,22 +473,15 @@ fn locate(
         Some(from) => committed.list(&partitions, Offset::Offset(from))?,
         None => lows.clone(),
     };
-    let tail = Tail::new(&kafka.cluster(), TIMEOUT).map_err(ReplayError::TailUnreadable)?;
     for (index, (topic, partition)) in partitions.into_iter().enumerate() {
         let (low, end) = (lows[index].unwrap_or(0), ends[index].unwrap_or(0));
-        let start = match (starts[index], from) {
+        let start = match starts[index] {
             _ if low >= end => end,
-            (Some(start), _) => start.clamp(low, end),
-            // Brokers also say that there is nothing from a timestamp on when the first such record was deleted, whatever
-            // comes after it. Only the last record tells the two apart.
-            (None, Some(from)) if low > 0 => {
-                let last = tail
-                    .last_record(&topic, partition)
-                    .map_err(ReplayError::TailUnreadable)?;
-                let reached = last.is_some_and(|last| last.timestamp().to_millis() >= Some(from));
-                if reached { low } else { end }
-            }
-            (None, _) => end,
+            Some(start) => start.clamp(low, end),
+            // Brokers also say that there is nothing from a timestamp on when the first such record was deleted, whatever comes after it. Only
+            // the records tell the two apart.
+            None if low > 0 => low,
+            None => end,
         };
         range.partitions.push(Stretch {
             topic,
@@ -479,6 +491,10 @@ fn locate(
             // Also where nothing is left.
             truncated: low > 0 && start <= low,
         });
+    }
+    if let Some(from) = from {
+        let starts = probe.part(range.parts(), true, |record| record.timestamp < from, stop)?;
+        range.begin_at(starts);
     }
     Ok(())
 }

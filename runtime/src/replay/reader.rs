@@ -22,14 +22,14 @@ use super::{
     filter::{Filter, FilterError, Judge, STACK},
     merge::{Merge, Step},
     range::{Ends, Place, Range, Stretch},
-    record::{Coordinate, Passed, Record},
+    record::{Coordinate, Next, Passed, Record},
 };
 use crate::{checkpoint::client_config, kafka_client::Hearing};
 
 /// Memory for what is fetched ahead, over all partitions.
 const PREFETCH_BYTES: usize = 64 << 20;
-/// Bounds of one partition's share of it.
-const PARTITION_BYTES: std::ops::RangeInclusive<usize> = (256 << 10)..=(8 << 20);
+/// Bounds of one partition's share of it. With the smallest a partition is fetched in small pieces, and so slowly; with less hardly at all.
+const PARTITION_BYTES: std::ops::RangeInclusive<usize> = (16 << 10)..=(8 << 20);
 /// Bounds of one chunk, and how many may wait to be delivered.
 const CHUNK_RECORDS: usize = 512;
 const CHUNK_BYTES: usize = 1 << 20;
@@ -64,6 +64,8 @@ pub struct Reading {
     pub filter: Option<Arc<Filter>>,
     /// Partitions are read side by side, each in its order, and not merged into commit order.
     pub side_by_side: bool,
+    /// It is kept how far each partition is: so a record waits until it is known where its own goes on.
+    pub places: bool,
 }
 
 /// Starts to read.
@@ -104,6 +106,17 @@ pub fn start_with(
     reads
 }
 
+/// About how much memory it takes to read a range with [`start_with`], the records that wait to be taken included.
+#[must_use]
+pub fn memory(range: &Range, prefetch: usize) -> usize {
+    let partitions = range.partitions.iter().filter(|stretch| !stretch.is_empty()).count();
+    share(prefetch, partitions) * partitions + (CHUNKS + 2) * CHUNK_BYTES
+}
+
+fn share(prefetch: usize, partitions: usize) -> usize {
+    (prefetch / partitions.max(1)).clamp(*PARTITION_BYTES.start(), *PARTITION_BYTES.end())
+}
+
 /// Why a reader ended before its range.
 enum Stop {
     /// Nobody listens any more.
@@ -129,6 +142,7 @@ struct Reader {
     after: Option<Coordinate>,
     filter: Option<Arc<Filter>>,
     side_by_side: bool,
+    places: bool,
     sources: Vec<Source>,
     merge: Merge<Coordinate>,
     /// Where what is read is copied to.
@@ -137,21 +151,25 @@ struct Reader {
     chunk_bytes: usize,
     /// What is behind since the last record of the chunk.
     passed: Passed,
+    /// Sources whose position has moved since then without a record that was given.
+    moved: Vec<usize>,
     out: mpsc::Sender<Result<Read, ReplayError>>,
 }
 
 struct Source {
+    /// Which partition of the range it is.
+    index: usize,
     stretch: Stretch,
     /// The partition's own queue. Its size is bounded by the client for each partition by itself, which a queue shared by all is
     /// not: there one partition could fill the queue while the merge waits for another.
     queue: PartitionQueue<Hearing>,
-    /// The offset after the last record that was merged.
+    /// Where it goes on after what was given or left out.
     position: i64,
+    /// It is among those that have moved.
+    moved: bool,
     /// The first offset that was not looked at, once its stretch is at its end.
     reached: i64,
-    /// Records that the filter left out since the last one that was given, where partitions are read side by side.
-    filtered: u64,
-    /// The record that the merge waits to give.
+    /// Its next record; none at the end of its stretch.
     head: Option<Record>,
     judge: Judge,
 }
@@ -169,13 +187,14 @@ impl Reader {
             after,
             filter,
             side_by_side,
+            places,
         } = reading;
         let unreachable = |source| ReplayError::KafkaUnreachable {
             doing: "starting to read the log",
             source,
         };
-        let stretches = || range.partitions.iter().filter(|stretch| !stretch.is_empty());
-        let share = (prefetch / stretches().count().max(1)).clamp(*PARTITION_BYTES.start(), *PARTITION_BYTES.end());
+        let stretches = || (range.partitions.iter().enumerate()).filter(|(_, stretch)| !stretch.is_empty());
+        let share = share(prefetch, stretches().count());
         let consumer: Arc<BaseConsumer<Hearing>> = Arc::new(
             client_config(&kafka.cluster(), group)
                 .map_err(no_client)?
@@ -188,7 +207,7 @@ impl Reader {
         );
         let mut assignment = TopicPartitionList::new();
         let mut sources = Vec::new();
-        for stretch in stretches() {
+        for (index, stretch) in stretches() {
             assignment
                 .add_partition_offset(&stretch.topic, stretch.partition, Offset::Offset(stretch.start))
                 .map_err(unreachable)?;
@@ -197,11 +216,12 @@ impl Reader {
                 .split_partition_queue(&stretch.topic, stretch.partition)
                 .ok_or_else(|| unreachable(KafkaError::Subscription(stretch.topic.to_string())))?;
             sources.push(Source {
+                index,
                 position: stretch.start,
+                moved: false,
                 reached: stretch.end,
                 stretch: stretch.clone(),
                 queue,
-                filtered: 0,
                 head: None,
                 judge: Judge::default(),
             });
@@ -215,15 +235,23 @@ impl Reader {
             after,
             filter,
             side_by_side,
+            places,
             sources,
             chunk: Vec::new(),
             chunk_bytes: 0,
             passed: Passed::default(),
+            moved: Vec::new(),
             out,
         })
     }
 
     fn run(mut self) -> Result<(), Stop> {
+        for source in 0..self.sources.len() {
+            self.advance(source)?;
+            if self.places {
+                self.go_on(source);
+            }
+        }
         if self.side_by_side {
             self.read_side_by_side()?;
         } else {
@@ -232,7 +260,6 @@ impl Reader {
         let mut reached = self.range.ends();
         for source in &self.sources {
             self.passed.offsets += between(source.position, source.stretch.end);
-            self.passed.filtered += source.filtered;
             let Stretch { topic, partition, .. } = &source.stretch;
             reached.insert((Arc::clone(topic), *partition), source.reached);
         }
@@ -256,63 +283,42 @@ impl Reader {
         let first: Vec<Option<usize>> = (others.iter())
             .map(|others| others.iter().copied().find(is_first))
             .collect();
-        let mut heads = (all.clone())
-            .map(|source| self.head(source))
-            .collect::<Result<Vec<Option<Record>>, Stop>>()?;
-        let coordinate = |head: &Option<Record>| head.as_ref().map(|head| head.coordinate);
         let mut open: BinaryHeap<_> = all
-            .filter_map(|source| Some(Reverse((coordinate(&heads[source])?, source))))
+            .filter_map(|source| Some(Reverse((self.coordinate(source)?, source))))
             .collect();
         while let Some(Reverse((_, source))) = open.pop() {
-            for _ in 0..CHUNK_RECORDS {
-                let Some(record) = heads[source].take() else { break };
-                let bound = match record.key.is_empty() {
+            let mut given = 0;
+            let mut last = None;
+            while let Some(head) = &self.sources[source].head {
+                let coordinate = head.coordinate;
+                let bound = match head.key.is_empty() {
                     true => (others[source].iter())
-                        .filter_map(|other| coordinate(&heads[*other]))
+                        .filter_map(|other| self.coordinate(*other))
                         .min(),
-                    false => first[source].and_then(|first| coordinate(&heads[first])),
+                    false => first[source].and_then(|first| self.coordinate(first)),
                 };
-                if bound.is_some_and(|bound| bound < record.coordinate) {
-                    heads[source] = Some(record);
+                // The records of one change stay together: the filter judges them as one.
+                let is_whole = last != Some(coordinate.position);
+                if bound.is_some_and(|bound| bound < coordinate) || (given >= CHUNK_RECORDS && is_whole) {
+                    open.push(Reverse((coordinate, source)));
                     break;
                 }
-                self.give(source, record)?;
-                heads[source] = self.head(source)?;
-            }
-            if let Some(next) = coordinate(&heads[source]) {
-                open.push(Reverse((next, source)));
+                self.take(source)?;
+                given += 1;
+                last = Some(coordinate.position);
             }
         }
         Ok(())
     }
 
-    /// The next record of a partition; none at its end, where it is released.
-    fn head(&mut self, source: usize) -> Result<Option<Record>, Stop> {
-        let head = self.next(source)?;
-        if head.is_none() {
-            self.release(source);
-        }
-        Ok(head)
-    }
-
     fn read_merged(&mut self) -> Result<(), Stop> {
         loop {
             match self.merge.step() {
-                Step::Want(source) => match self.next(source)? {
-                    Some(record) => {
-                        self.merge.offer(source, record.coordinate);
-                        self.sources[source].head = Some(record);
-                    }
-                    None => {
-                        self.merge.finish(source);
-                        self.release(source);
-                    }
+                Step::Want(source) => match self.coordinate(source) {
+                    Some(next) => self.merge.offer(source, next),
+                    None => self.merge.finish(source),
                 },
-                Step::Head(source) => {
-                    if let Some(record) = self.sources[source].head.take() {
-                        self.give(source, record)?;
-                    }
-                }
+                Step::Head(source) => self.take(source)?,
                 Step::Disorder {
                     previous,
                     found,
@@ -336,6 +342,62 @@ impl Reader {
                 Step::End => return Ok(()),
             }
         }
+    }
+
+    /// The coordinate of a partition's next record; none at its end.
+    fn coordinate(&self, source: usize) -> Option<Coordinate> {
+        self.sources[source].head.as_ref().map(|head| head.coordinate)
+    }
+
+    /// Gives the next record of a partition, and fetches the one after it.
+    fn take(&mut self, source: usize) -> Result<(), Stop> {
+        let Some(record) = self.sources[source].head.take() else {
+            return Ok(());
+        };
+        if self.places {
+            self.advance(source)?;
+            self.give(source, record)
+        } else {
+            self.give(source, record)?;
+            self.advance(source)
+        }
+    }
+
+    /// Fetches the next record of a partition. At its end it is released.
+    fn advance(&mut self, source: usize) -> Result<(), Stop> {
+        let head = self.next(source)?;
+        if head.is_none() {
+            self.release(source);
+        }
+        self.sources[source].head = head;
+        Ok(())
+    }
+
+    /// Moves the position of a partition to its next record, or its end.
+    fn go_on(&mut self, source: usize) {
+        let Source {
+            stretch,
+            position,
+            moved,
+            head,
+            ..
+        } = &mut self.sources[source];
+        let next = head.as_ref().map_or(stretch.end, |head| head.offset);
+        self.passed.offsets += between(*position, next);
+        if std::mem::replace(position, next) != next && !std::mem::replace(moved, true) {
+            self.moved.push(source);
+        }
+    }
+
+    /// Where the partitions that have moved go on.
+    fn take_moved(&mut self) -> Vec<Next> {
+        let sources = &mut self.sources;
+        (self.moved.drain(..))
+            .map(|source| {
+                sources[source].moved = false;
+                (sources[source].index, sources[source].position)
+            })
+            .collect()
     }
 
     /// The next record of a partition that is in the range; none at the end of its stretch.
@@ -441,22 +503,30 @@ impl Reader {
     }
 
     fn give(&mut self, source: usize, mut record: Record) -> Result<(), Stop> {
-        let source = &mut self.sources[source];
-        self.passed.offsets += between(source.position, record.offset + 1);
-        source.position = record.offset + 1;
+        if self.places {
+            self.go_on(source);
+        } else {
+            let position = &mut self.sources[source].position;
+            self.passed.offsets += between(std::mem::replace(position, record.offset + 1), record.offset + 1);
+        }
         // What is left out counts too: it lies in the memory of those beside it for as long as they are there.
         self.chunk_bytes += record.size();
         if let Some(filter) = &self.filter
-            && !source.judge.keeps(filter, &record)?
+            && !self.sources[source].judge.keeps(filter, &record)?
         {
-            // Side by side, what was left out of a partition is only behind once a later record of it is, where it goes on after a crash.
-            match self.side_by_side {
-                true => source.filtered += 1,
-                false => self.passed.filtered += 1,
-            }
+            self.passed.filtered += 1;
         } else {
-            self.passed.filtered += std::mem::take(&mut source.filtered);
             record.passed = std::mem::take(&mut self.passed);
+            if self.places {
+                let Source { index, position, .. } = self.sources[source];
+                record.next = (index, position);
+                // Most often nothing else has moved.
+                if self.moved.last() == Some(&source) {
+                    self.moved.pop();
+                    self.sources[source].moved = false;
+                }
+                record.others = self.take_moved();
+            }
             self.chunk.push(record);
         }
         if self.chunk.len() >= CHUNK_RECORDS || self.chunk_bytes >= CHUNK_BYTES || self.passed.offsets >= LEFT_OUT {

@@ -55,7 +55,14 @@ pub struct Record {
     pub headers: Vec<(String, Bytes)>,
     /// What else of the range is behind once this record is delivered.
     pub passed: Passed,
+    /// Where its partition goes on once it is delivered.
+    pub next: Next,
+    /// Where others go on that were passed over without a record.
+    pub others: Vec<Next>,
 }
+
+/// Where a partition goes on: its index in the range, and an offset.
+pub type Next = (usize, i64);
 
 /// A stretch of the range, in the order of the replay.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -135,8 +142,15 @@ impl Record {
             key: copied(message.key()),
             value: copied(message.payload()),
             passed: Passed::default(),
+            next: Next::default(),
+            others: Vec::new(),
             headers: others,
         })
+    }
+
+    /// Where partitions go on once it is delivered.
+    pub fn places(&self) -> impl Iterator<Item = Next> {
+        self.others.iter().copied().chain([self.next])
     }
 
     /// The time that the replay is paced by: the commit time to the microsecond, kept within the millisecond of the timestamp,
@@ -201,7 +215,7 @@ impl fmt::Display for ResumeToken {
 /// The text is not a resume token.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is not a resume token: send one that a message of this replay carried, or none")]
-pub struct InvalidResumeToken(String);
+pub struct InvalidResumeToken(pub String);
 
 impl FromStr for ResumeToken {
     type Err = InvalidResumeToken;

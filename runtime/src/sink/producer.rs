@@ -209,6 +209,10 @@ impl TransactionalProducer {
     }
 
     fn failed(&self, error: &KafkaError) -> SinkError {
+        // What ended the client for good, whatever it says of the records that it dropped for that.
+        if let Some((RDKafkaErrorCode::Fenced, cause)) = self.producer.client().fatal_error() {
+            return SinkError::Fenced(cause);
+        }
         match error.rdkafka_error_code() {
             Some(
                 RDKafkaErrorCode::Fenced | RDKafkaErrorCode::ProducerFenced | RDKafkaErrorCode::InvalidProducerEpoch,

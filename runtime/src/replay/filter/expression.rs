@@ -275,6 +275,8 @@ mod tests {
             value: change.encode_to_vec().into(),
             headers: Vec::new(),
             passed: Passed::default(),
+            next: (0, 1),
+            others: Vec::new(),
         }
     }
 

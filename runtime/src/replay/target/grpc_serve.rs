@@ -39,6 +39,7 @@ use super::{Batch, Mark, Tally, Target, TargetError, Trouble};
 use crate::{
     replay::{
         End, JobReport, Plan,
+        checkpoint::Done,
         drive::{Course, Report, drive},
         error::ReplayError,
         follow::{Following, Live},
@@ -46,13 +47,13 @@ use crate::{
         orders::Orders,
         range::{self, Range},
         reader::{self, Reading},
-        record::ResumeToken,
     },
     tls::client_chain,
 };
 
-/// Subscribers at a time; each has buffers of its own.
+/// Subscribers at a time, and what their buffers may take together: where the log has so many partitions that each needs more, there are fewer.
 const SUBSCRIBERS: u32 = 32;
+const MEMORY: usize = 320 << 20;
 /// Memory for what is fetched ahead for one of them.
 const PREFETCH_BYTES: usize = 4 << 20;
 /// Messages that one may leave unacknowledged, whatever its credit.
@@ -125,13 +126,15 @@ pub async fn serve(offer: Offer, place: Place, shutdown: &CancellationToken) -> 
     let report = offer.report.clone();
 
     let (results, mut ended) = mpsc::channel(1);
-    let slots = Arc::new(Semaphore::new(SUBSCRIBERS as usize));
+    let subscribers = subscribers(&offer.range);
+    let slots = Arc::new(Semaphore::new(subscribers as usize));
     let closed = Arc::new(AtomicBool::new(false));
     let missed = Arc::new(Missed::default());
     let stop = CancellationToken::new();
     let _stop_on_return = stop.clone().drop_guard();
     let subscriptions = Subscriptions {
         offer: Arc::new(offer),
+        subscribers,
         slots: Arc::clone(&slots),
         closed: Arc::clone(&closed),
         missed: Arc::clone(&missed),
@@ -188,7 +191,7 @@ pub async fn serve(offer: Offer, place: Place, shutdown: &CancellationToken) -> 
                 if order.cancel {
                     break Ok(End::Cancelled);
                 }
-                if slots.available_permits() == SUBSCRIBERS as usize {
+                if slots.available_permits() == subscribers as usize {
                     report.unattended(order.paused);
                 }
             }
@@ -199,7 +202,7 @@ pub async fn serve(offer: Offer, place: Place, shutdown: &CancellationToken) -> 
                 }
                 closed.store(true, Ordering::Relaxed);
             }
-            () = missed.wait(&slots), if closed.load(Ordering::Relaxed) => break Ok(End::Complete),
+            () = missed.wait(&slots, subscribers), if closed.load(Ordering::Relaxed) => break Ok(End::Complete),
         }
     };
     stop.cancel();
@@ -281,8 +284,15 @@ fn same(shown: &[u8], expected: &[u8]) -> bool {
     shown.len() == expected.len() && difference == 0
 }
 
+/// How many can be served a range at a time.
+fn subscribers(range: &Range) -> u32 {
+    let room = MEMORY / reader::memory(range, PREFETCH_BYTES);
+    u32::try_from(room).unwrap_or(SUBSCRIBERS).clamp(1, SUBSCRIBERS)
+}
+
 struct Subscriptions {
     offer: Arc<Offer>,
+    subscribers: u32,
     slots: Arc<Semaphore>,
     /// Somebody was the first to take the range to its end; nobody starts any more, but who has begun may go on.
     closed: Arc<AtomicBool>,
@@ -300,7 +310,8 @@ impl Replayer for Subscriptions {
 
     async fn replay_event(&self, request: Request<Streaming<ReplayRequest>>) -> Result<Response<Events>, Status> {
         let slot = Arc::clone(&self.slots).try_acquire_owned().map_err(|_| {
-            Status::resource_exhausted(format!("all {SUBSCRIBERS} subscriptions are taken; try again later"))
+            let subscribers = self.subscribers;
+            Status::resource_exhausted(format!("all {subscribers} subscriptions are taken; try again later"))
         })?;
         let offer = Arc::clone(&self.offer);
         let mut requests = request.into_inner();
@@ -309,13 +320,14 @@ impl Replayer for Subscriptions {
             .map_err(|_| Status::deadline_exceeded("the first request says where to begin; it did not come"))??
             // Whoever asks for nothing wants everything.
             .unwrap_or_default();
-        let token = match first.resume_token.as_str() {
+        let done = match first.resume_token.as_str() {
             "" => None,
             text => Some(
-                text.parse::<ResumeToken>()
+                text.parse::<Done>()
                     .map_err(|error| Status::invalid_argument(error.to_string()))?,
             ),
         };
+        let token = done.map(|done| done.resume);
         if token.is_none() && self.closed.load(Ordering::Relaxed) {
             return Err(Status::unavailable("the replay is complete; its server ends"));
         }
@@ -342,6 +354,7 @@ impl Replayer for Subscriptions {
             sending: sending.clone(),
             taken: until_taken,
             acknowledging: (first.credit > 0).then(|| Acknowledging::new(requests, first.credit)),
+            done,
         };
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let report = SubscriberReport {
@@ -357,7 +370,7 @@ impl Replayer for Subscriptions {
             let tally = Tally::default();
             let is_past = token.is_some_and(|token| offer.range.end < Some(token.coordinate.position));
             let ahead = if is_past { 0 } else { range.offsets() };
-            tally.begin(None, offer.range.offsets().saturating_sub(ahead));
+            tally.begin(done.as_ref(), offer.range.offsets().saturating_sub(ahead));
             let meter = Meter::new(&offer.range, tally, &offer.plan);
             let group = format!("meander-replay.{}.{}", offer.job.namespace, offer.job.name);
             let filter = offer.plan.filter.clone();
@@ -368,6 +381,7 @@ impl Replayer for Subscriptions {
                         after: token.map(|token| token.coordinate),
                         filter,
                         side_by_side: false,
+                        places: false,
                     };
                     reader::start_with(&offer.kafka, group, PREFETCH_BYTES, reading)
                 }
@@ -437,9 +451,9 @@ impl Missed {
     }
 
     /// Waits until everybody who is there is done, and those who broke off have had their time.
-    async fn wait(&self, slots: &Semaphore) {
+    async fn wait(&self, slots: &Semaphore, subscribers: u32) {
         loop {
-            drop(slots.acquire_many(SUBSCRIBERS).await);
+            drop(slots.acquire_many(subscribers).await);
             let missed = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
             match missed {
                 (1.., Some(last)) if last.elapsed() < PATIENCE => sleep(COMEBACK).await,
@@ -467,6 +481,8 @@ struct Subscriber {
     taken: oneshot::Receiver<()>,
     /// None if it gives no credit.
     acknowledging: Option<Acknowledging>,
+    /// What it has once it has taken everything that was sent. It is told with each message, and so it is known where it goes on by that.
+    done: Option<Done>,
 }
 
 impl Target for Subscriber {
@@ -488,7 +504,7 @@ impl Target for Subscriber {
 
 impl Subscriber {
     /// Whatever HTTP/2 lets through.
-    async fn send_all(&self, mut batches: mpsc::Receiver<Batch>, tally: &Tally) -> Result<(), TargetError> {
+    async fn send_all(&mut self, mut batches: mpsc::Receiver<Batch>, tally: &Tally) -> Result<(), TargetError> {
         loop {
             let batch = tokio::select! {
                 batch = batches.recv() => batch,
@@ -496,14 +512,15 @@ impl Subscriber {
             };
             let Some(batch) = batch else { return Ok(()) };
             let mark = batch.mark;
-            self.send(Ok(Some(batch.into_event()))).await?;
+            let event = self.message(batch);
+            self.send(Ok(Some(event))).await?;
             tally.credit(&mark);
         }
     }
 
     /// As many messages as there is credit for, until all are acknowledged.
     async fn send_for_credit(
-        &self,
+        &mut self,
         mut batches: mpsc::Receiver<Batch>,
         mut acknowledging: Acknowledging,
         tally: &Tally,
@@ -515,7 +532,7 @@ impl Subscriber {
                 && let Some(batch) = waiting.take()
             {
                 let mark = batch.mark;
-                let event = batch.into_event();
+                let event = self.message(batch);
                 acknowledging.sent(event.resume_token.clone(), mark);
                 self.send(Ok(Some(event))).await?;
             }
@@ -537,6 +554,14 @@ impl Subscriber {
                 },
                 () = self.sending.closed() => return Err(TargetError::SubscriberGone),
             }
+        }
+    }
+
+    fn message(&mut self, batch: Batch) -> ReplayEvent {
+        let done = self.done.insert(Done::and(self.done, &batch.mark));
+        ReplayEvent {
+            resume_token: done.to_string(),
+            ..batch.into_event()
         }
     }
 

@@ -22,6 +22,7 @@ use tokio::{
     sync::mpsc::{self, error::TryRecvError},
     task::{block_in_place, spawn_blocking},
 };
+use tokio_util::sync::CancellationToken;
 
 use super::{Batch, Mark, Resumable, Tally, Target, TargetError, job_id, marks};
 use crate::{
@@ -29,9 +30,9 @@ use crate::{
     kafka_client::require_admission,
     log::{replay_topic, stream_of_topic},
     replay::{
-        checkpoint::{Checkpoint, Done},
+        checkpoint::{Checkpoint, Reached},
         range::Range,
-        record::{Record, ResumeToken},
+        record::Record,
     },
     sink::{
         SinkError, claims,
@@ -63,7 +64,7 @@ pub struct Kafka {
     place_topic: String,
     job: String,
     attempt: u32,
-    done: Option<Done>,
+    reached: Reached,
     /// The topic of each topic of the log that was met, which is there and fits.
     ensured: HashMap<Arc<str>, String>,
 }
@@ -74,13 +75,8 @@ pub struct Kafka {
 struct Place {
     /// How many times it has begun or gone on.
     attempt: u32,
-    /// The last record; none before the first.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    resume: Option<String>,
-    delivered: u64,
-    /// Records that the filter left out.
-    filtered: u64,
-    first_time: i64,
+    #[serde(flatten)]
+    reached: Reached,
 }
 
 impl Resumable for Kafka {
@@ -116,7 +112,7 @@ impl Resumable for Kafka {
                 place_topic,
                 job,
                 attempt: place.attempt + 1,
-                done: checkpoint.as_ref().and_then(|checkpoint| checkpoint.done),
+                reached: place.reached,
                 ensured: HashMap::new(),
             };
             if checkpoint.is_some() {
@@ -128,8 +124,9 @@ impl Resumable for Kafka {
         .await
     }
 
-    async fn begin(&mut self, range: &Range) -> Result<(), TargetError> {
-        let range = json(range)?;
+    async fn begin(&mut self, checkpoint: &Checkpoint) -> Result<(), TargetError> {
+        let range = json(&checkpoint.range)?;
+        self.reached = checkpoint.reached.clone();
         block_in_place(|| {
             let deadline = self.producer.begin()?;
             self.commit(Some(&range), deadline)
@@ -143,17 +140,21 @@ impl Target for Kafka {
     async fn run(self, batches: mpsc::Receiver<Batch>, tally: Tally) -> Result<(), TargetError> {
         tally.open();
         let runtime = Handle::current();
-        blocking(move || self.deliver(&runtime, batches, &tally)).await
+        let stop = CancellationToken::new();
+        // When this is dropped the replay is over, and its thread is not.
+        let _stop_on_drop = stop.clone().drop_guard();
+        blocking(move || self.deliver(&runtime, batches, &tally, &stop)).await
     }
 }
 
 impl Kafka {
-    /// Writes batches until there are no more.
+    /// Writes batches until there are no more, or commits none of them any more once it is stopped.
     fn deliver(
         mut self,
         runtime: &Handle,
         mut batches: mpsc::Receiver<Batch>,
         tally: &Tally,
+        stop: &CancellationToken,
     ) -> Result<(), TargetError> {
         let mut last_commit: Option<Instant> = None;
         while let Some(batch) = batches.blocking_recv() {
@@ -172,7 +173,9 @@ impl Kafka {
                 bytes += self.take(runtime, &batch, deadline)?;
                 marks.push(batch.mark);
             }
-            self.done = marks.iter().fold(self.done, |done, mark| Some(Done::and(done, mark)));
+            if stop.is_cancelled() {
+                break;
+            }
             self.commit(None, deadline)?;
             last_commit = Some(Instant::now());
             marks.iter().for_each(|mark: &Mark| tally.credit(mark));
@@ -191,6 +194,8 @@ impl Kafka {
             }
             self.produce(&self.ensured[&record.topic], record, deadline)?;
         }
+        let places = batch.records.iter().flat_map(Record::places);
+        self.reached.go_on(places, &batch.mark);
         self.producer.serve();
         Ok(batch.records.iter().map(Record::size).sum())
     }
@@ -222,10 +227,7 @@ impl Kafka {
         }
         let place = json(&Place {
             attempt: self.attempt,
-            resume: self.done.map(|done| done.resume.to_string()),
-            delivered: self.done.map_or(0, |done| done.delivered),
-            filtered: self.done.map_or(0, |done| done.filtered),
-            first_time: self.done.map_or(0, |done| done.first_time),
+            reached: self.reached.clone(),
         })?;
         note(&self.job, &place)?;
         Ok(self.producer.commit(deadline)?)
@@ -266,15 +268,8 @@ fn read_place(cluster: &KafkaCluster, topic: &str, job: &str) -> Result<(Place, 
     let place: Place = serde_json::from_slice(&place).map_err(|error| unreadable(&error))?;
     let range = newest(&range_key(job))?.ok_or_else(|| unreadable(&"its range is missing"))?;
     let range: Range = serde_json::from_slice(&range).map_err(|error| unreadable(&error))?;
-    let resume: Option<ResumeToken> =
-        (place.resume.as_deref().map(str::parse).transpose()).map_err(|error| unreadable(&error))?;
-    let done = resume.map(|resume| Done {
-        resume,
-        delivered: place.delivered,
-        filtered: place.filtered,
-        first_time: place.first_time,
-    });
-    Ok((place, Some(Checkpoint { range, done })))
+    let checkpoint = Checkpoint::kept(range, place.reached.clone()).map_err(|cause| unreadable(&cause))?;
+    Ok((place, Some(checkpoint)))
 }
 
 fn json(value: &impl Serialize) -> Result<Vec<u8>, TargetError> {

@@ -262,6 +262,8 @@ mod tests {
             key: bytes::Bytes::new(),
             value,
             passed: Passed::default(),
+            next: (0, 1),
+            others: Vec::new(),
             headers: Vec::new(),
         }
     }

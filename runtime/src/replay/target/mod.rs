@@ -20,7 +20,6 @@ use tokio::{sync::mpsc, time::Instant};
 pub use super::tally::{Tally, Trouble};
 use super::{
     checkpoint::Checkpoint,
-    range::Range,
     record::{Passed, Record, ResumeToken},
 };
 use crate::{checkpoint::TailError, sink::SinkError, source::postgres::preflight::SourceError, tls::TlsFileError};
@@ -53,13 +52,8 @@ pub trait Resumable: Target + Sized {
         job: &ResourceIdentity,
     ) -> impl Future<Output = Result<(Self, Option<Checkpoint>), TargetError>> + Send;
 
-    /// Notes the range of a replay that begins.
-    fn begin(&mut self, range: &Range) -> impl Future<Output = Result<(), TargetError>> + Send;
-
-    /// What is left of the range, where it is kept by offsets; otherwise it is found by the last record.
-    fn rest(&self) -> Option<Range> {
-        None
-    }
+    /// Notes that a replay begins.
+    fn begin(&mut self, checkpoint: &Checkpoint) -> impl Future<Output = Result<(), TargetError>> + Send;
 }
 
 /// Names a job where it is kept how far it is, and on what it wrote. The UID tells it from an earlier one of its name.

@@ -14,7 +14,7 @@ mod rows;
 mod table;
 
 use std::{
-    collections::{HashMap, HashSet, VecDeque},
+    collections::{BTreeMap, HashMap, HashSet, VecDeque},
     pin::{Pin, pin},
     sync::Arc,
     time::Duration,
@@ -34,9 +34,8 @@ use self::{
 use super::{Batch, Mark, Resumable, Tally, Target, TargetError, Trouble, job_id};
 use crate::{
     replay::{
-        checkpoint::{Checkpoint, Done},
+        checkpoint::{Checkpoint, Done, Reached},
         patience::{NOTICE, Silence, Silent},
-        range::Range,
         record::{InvalidResumeToken, Record, ResumeToken},
     },
     source::postgres::{
@@ -71,6 +70,7 @@ const SCHEMA: &str = "CREATE SCHEMA meander";
 const TABLE: &str = "CREATE TABLE IF NOT EXISTS meander.replays (
     job text PRIMARY KEY,
     range text NOT NULL,
+    next bigint[] NOT NULL,
     resume text,
     delivered bigint NOT NULL DEFAULT 0,
     filtered bigint NOT NULL DEFAULT 0,
@@ -80,11 +80,11 @@ const TABLE: &str = "CREATE TABLE IF NOT EXISTS meander.replays (
 ) WITH (fillfactor = 20)";
 const COMMENT: &str =
     "COMMENT ON TABLE meander.replays IS 'How far each replay is. The row of one that has ended can be deleted.'";
-const LOAD: &str = "SELECT range, resume, delivered, first_time, filtered FROM meander.replays WHERE job = $1";
-const BEGIN: &str = "INSERT INTO meander.replays (job, range) VALUES ($1, $2)";
+const LOAD: &str = "SELECT range, next, resume, delivered, first_time, filtered FROM meander.replays WHERE job = $1";
+const BEGIN: &str = "INSERT INTO meander.replays (job, range, next) VALUES ($1, $2, $3)";
 /// Fails, by a division by zero, if the place is not where it was left.
 const MOVE: &str = "WITH moved AS (
-        UPDATE meander.replays SET resume = $3, delivered = $4, first_time = $5, filtered = $6, updated_at = now()
+        UPDATE meander.replays SET resume = $3, delivered = $4, first_time = $5, filtered = $6, next = $7, updated_at = now()
         WHERE job = $1 AND resume IS NOT DISTINCT FROM $2 RETURNING 1)
     SELECT 1 / count(*) FROM moved";
 const SNAPSHOT_BEGIN: &str = "UPDATE meander.replays
@@ -101,7 +101,7 @@ pub struct Postgres {
     user: String,
     job: String,
     marked: bool,
-    done: Option<Done>,
+    reached: Reached,
     moves: Statement,
     tables: HashMap<(String, String), Table>,
     sent: Sent,
@@ -119,6 +119,8 @@ pub struct Postgres {
     leaving: Option<Leaving>,
     /// What is delivered with the transaction that is open.
     carried: Option<Mark>,
+    /// Where partitions go on after it.
+    passed: BTreeMap<usize, i64>,
 }
 
 impl Drop for Postgres {
@@ -158,7 +160,15 @@ impl Resumable for Postgres {
         let moves = client
             .prepare_typed(
                 MOVE,
-                &[Type::TEXT, Type::TEXT, Type::TEXT, Type::INT8, Type::INT8, Type::INT8],
+                &[
+                    Type::TEXT,
+                    Type::TEXT,
+                    Type::TEXT,
+                    Type::INT8,
+                    Type::INT8,
+                    Type::INT8,
+                    Type::INT8_ARRAY,
+                ],
             )
             .await
             .map_err(failed)?;
@@ -171,20 +181,13 @@ impl Resumable for Postgres {
         let checkpoint = match client.query_opt(LOAD, &[&job]).await.map_err(failed)? {
             None => None,
             Some(row) => Some(
-                read_checkpoint(
-                    row.get(0),
-                    row.get(1),
-                    row.get(2),
-                    row.get::<_, Option<i64>>(3).unwrap_or_default(),
-                    row.get(4),
-                )
-                .map_err(|cause| TargetError::CheckpointUnreadable {
+                read_checkpoint(&row).map_err(|cause| TargetError::CheckpointUnreadable {
                     place: format!("the table meander.replays, under the job {job:?}"),
                     cause,
                 })?,
             ),
         };
-        let done = checkpoint.as_ref().and_then(|checkpoint| checkpoint.done);
+        let reached = (checkpoint.as_ref()).map_or_else(Reached::default, |checkpoint| checkpoint.reached.clone());
         let postgres = Self {
             client: Arc::new(client),
             driver,
@@ -192,7 +195,7 @@ impl Resumable for Postgres {
             user,
             job,
             marked,
-            done,
+            reached,
             moves,
             tables: HashMap::new(),
             sent: Sent::default(),
@@ -203,16 +206,19 @@ impl Resumable for Postgres {
             renewed: HashSet::new(),
             leaving: None,
             carried: None,
+            passed: BTreeMap::new(),
         };
         Ok((postgres, checkpoint))
     }
 
-    async fn begin(&mut self, range: &Range) -> Result<(), TargetError> {
-        let range = serde_json::to_string(range).map_err(|error| TargetError::CheckpointUnreadable {
+    async fn begin(&mut self, checkpoint: &Checkpoint) -> Result<(), TargetError> {
+        let range = serde_json::to_string(&checkpoint.range).map_err(|error| TargetError::CheckpointUnreadable {
             place: "this replay".to_owned(),
             cause: error.to_string(),
         })?;
-        match self.client.execute(BEGIN, &[&self.job, &range]).await {
+        self.reached = checkpoint.reached.clone();
+        let next = &self.reached.next;
+        match self.client.execute(BEGIN, &[&self.job, &range, next]).await {
             Ok(_) => Ok(()),
             Err(error) if error.code() == Some(&SqlState::UNIQUE_VIOLATION) => Err(TargetError::TakenOver),
             Err(error) => Err(failure(&error, PLACE, &self.user)),
@@ -220,27 +226,22 @@ impl Resumable for Postgres {
     }
 }
 
-fn read_checkpoint(
-    range: &str,
-    resume: Option<&str>,
-    delivered: i64,
-    first_time: i64,
-    filtered: i64,
-) -> Result<Checkpoint, String> {
-    let range = serde_json::from_str(range).map_err(|error| error.to_string())?;
-    let resume: Option<ResumeToken> = resume
-        .map(str::parse)
-        .transpose()
+/// What a row that was asked for by [`LOAD`] says.
+fn read_checkpoint(row: &tokio_postgres::Row) -> Result<Checkpoint, String> {
+    let range = serde_json::from_str(row.get(0)).map_err(|error| error.to_string())?;
+    let resume: Option<ResumeToken> = (row.get::<_, Option<&str>>(2).map(str::parse).transpose())
         .map_err(|error: InvalidResumeToken| error.to_string())?;
-    Ok(Checkpoint {
-        range,
+    let count = |column: usize| u64::try_from(row.get::<_, i64>(column)).unwrap_or_default();
+    let reached = Reached {
+        next: row.get(1),
         done: resume.map(|resume| Done {
             resume,
-            delivered: u64::try_from(delivered).unwrap_or_default(),
-            filtered: u64::try_from(filtered).unwrap_or_default(),
-            first_time,
+            delivered: count(3),
+            filtered: count(5),
+            first_time: row.get::<_, Option<i64>>(4).unwrap_or_default(),
         }),
-    })
+    };
+    Checkpoint::kept(range, reached)
 }
 
 /// Makes the table for the place, if it is missing.
@@ -366,6 +367,7 @@ impl Postgres {
             let first_time = self.carried.map_or(mark.first_time, |carried| carried.first_time);
             let mut passed = self.carried.map(|carried| carried.passed).unwrap_or_default();
             passed += record.passed;
+            self.passed.extend(record.places());
             self.carried = Some(Mark {
                 records: self.carried.map_or(0, |carried| carried.records) + 1,
                 passed,
@@ -392,8 +394,9 @@ impl Postgres {
         self.leave(tally).await?;
         self.flush(tally).await?;
         let Some(mark) = self.carried.take() else { return Ok(()) };
-        let done = Done::and(self.done, &mark);
-        let before = self.done.replace(done).map(|done| done.resume.to_string());
+        let before = self.reached.done.map(|done| done.resume.to_string());
+        let done = self.reached.go_on(std::mem::take(&mut self.passed), &mark);
+        let next = self.reached.next.clone();
         let (client, moves, job) = (Arc::clone(&self.client), self.moves.clone(), self.job.clone());
         let move_on = async move {
             let after = done.resume.to_string();
@@ -402,7 +405,7 @@ impl Postgres {
             client
                 .execute(
                     &moves,
-                    &[&job, &before, &after, &delivered, &done.first_time, &filtered],
+                    &[&job, &before, &after, &delivered, &done.first_time, &filtered, &next],
                 )
                 .await
         };

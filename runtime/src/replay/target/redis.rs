@@ -9,15 +9,15 @@
 
 use meander_config::{Durability, RedisStreams, ResourceIdentity};
 use redis::{Script, aio::MultiplexedConnection};
+use serde::Serialize;
 use tokio::sync::mpsc;
 
 use super::{Batch, Resumable, Tally, Target, TargetError, job_id};
 use crate::{
     log::stream_of_topic,
     replay::{
-        checkpoint::{Checkpoint, Done},
-        range::Range,
-        record::{InvalidResumeToken, Record, ResumeToken},
+        checkpoint::{Checkpoint, Reached},
+        record::Record,
     },
     sink::{
         SinkError,
@@ -43,7 +43,7 @@ pub struct Redis {
     job: String,
     mark: String,
     attempt: u64,
-    done: Option<Done>,
+    reached: Reached,
 }
 
 /// Name of the hash that holds how far a replay is. `job` is `namespace/name/UID`.
@@ -78,12 +78,12 @@ impl Resumable for Redis {
             .await
             .map_err(|error| refused(failed(&address, &error)))?;
         let (attempt, checkpoint) = match texts(&answer)[..] {
-            ["ok", attempt, range, resume, delivered, filtered, first_time] => {
-                let checkpoint = read_checkpoint(range, resume, [delivered, filtered, first_time]);
-                let checkpoint = checkpoint.map_err(|cause| TargetError::CheckpointUnreadable {
-                    place: format!("the hash {mark:?} of Redis"),
-                    cause,
-                })?;
+            ["ok", attempt, range, reached] => {
+                let checkpoint =
+                    read_checkpoint(range, reached).map_err(|cause| TargetError::CheckpointUnreadable {
+                        place: format!("the hash {mark:?} of Redis"),
+                        cause,
+                    })?;
                 (attempt.parse().unwrap_or_default(), checkpoint)
             }
             ["claimed", index, owner] => {
@@ -104,44 +104,31 @@ impl Resumable for Redis {
             job,
             mark,
             attempt,
-            done: checkpoint.as_ref().and_then(|checkpoint| checkpoint.done),
+            reached: (checkpoint.as_ref()).map_or_else(Reached::default, |checkpoint| checkpoint.reached.clone()),
         };
         Ok((redis, checkpoint))
     }
 
-    async fn begin(&mut self, range: &Range) -> Result<(), TargetError> {
-        let range = serde_json::to_string(range).map_err(|error| TargetError::CheckpointUnreadable {
-            place: "this replay".to_owned(),
-            cause: error.to_string(),
-        })?;
-        self.append(&[], None, &range).await
+    async fn begin(&mut self, checkpoint: &Checkpoint) -> Result<(), TargetError> {
+        let range = json(&checkpoint.range)?;
+        self.append(&[], checkpoint.reached.clone(), &range).await
     }
 }
 
-fn read_checkpoint(
-    range: &str,
-    resume: &str,
-    [delivered, filtered, first_time]: [&str; 3],
-) -> Result<Option<Checkpoint>, String> {
+fn read_checkpoint(range: &str, reached: &str) -> Result<Option<Checkpoint>, String> {
     if range.is_empty() {
         return Ok(None);
     }
     let range = serde_json::from_str(range).map_err(|error| error.to_string())?;
-    if resume.is_empty() {
-        return Ok(Some(Checkpoint { range, done: None }));
-    }
-    let resume: ResumeToken = resume.parse().map_err(|error: InvalidResumeToken| error.to_string())?;
-    let number = |name: &str, text: &str| text.parse::<i64>().map_err(|_| format!("{name} is {text:?}"));
-    let done = Done {
-        resume,
-        delivered: number("delivered", delivered)?.unsigned_abs(),
-        filtered: number("filtered", filtered)?.unsigned_abs(),
-        first_time: number("firstTime", first_time)?,
-    };
-    Ok(Some(Checkpoint {
-        range,
-        done: Some(done),
-    }))
+    let reached = serde_json::from_str(reached).map_err(|error| error.to_string())?;
+    Checkpoint::kept(range, reached).map(Some)
+}
+
+fn json(value: &impl Serialize) -> Result<String, TargetError> {
+    serde_json::to_string(value).map_err(|error| TargetError::CheckpointUnreadable {
+        place: "this replay".to_owned(),
+        cause: error.to_string(),
+    })
 }
 
 impl Target for Redis {
@@ -150,8 +137,9 @@ impl Target for Redis {
     async fn run(mut self, mut batches: mpsc::Receiver<Batch>, tally: Tally) -> Result<(), TargetError> {
         tally.open();
         while let Some(batch) = batches.recv().await {
-            let done = Done::and(self.done, &batch.mark);
-            self.append(&batch.records, Some(done), "").await?;
+            let mut reached = self.reached.clone();
+            reached.go_on(batch.records.iter().flat_map(Record::places), &batch.mark);
+            self.append(&batch.records, reached, "").await?;
             tally.credit(&batch.mark);
         }
         Ok(())
@@ -159,17 +147,15 @@ impl Target for Redis {
 }
 
 impl Redis {
-    /// Appends the records of a batch, which is small enough for one script, and moves the mark to where `done` says. The range is given once,
-    /// where the replay begins.
-    async fn append(&mut self, records: &[Record], done: Option<Done>, range: &str) -> Result<(), TargetError> {
+    /// Appends the records of a batch, which is small enough for one script, and moves the mark to where `reached` says. The range is given
+    /// once, where the replay begins.
+    async fn append(&mut self, records: &[Record], reached: Reached, range: &str) -> Result<(), TargetError> {
         let mut call = self.append.prepare_invoke();
         call.key(&self.mark)
             .arg(self.attempt)
-            .arg(token(self.done))
-            .arg(token(done))
-            .arg(done.map_or(0, |done| done.delivered))
-            .arg(done.map_or(0, |done| done.filtered))
-            .arg(done.map_or(0, |done| done.first_time))
+            .arg(token(&self.reached))
+            .arg(token(&reached))
+            .arg(json(&reached)?)
             .arg(range)
             .arg(&self.job);
         let mut topics = Vec::new();
@@ -207,7 +193,7 @@ impl Redis {
             .map_err(|error| refused(failed(&self.address, &error)))?;
         match texts(&answer)[..] {
             ["ok"] => {
-                self.done = done;
+                self.reached = reached;
                 Ok(())
             }
             ["mark", attempt, _] if attempt.parse::<u64>().is_ok_and(|attempt| attempt > self.attempt) => {
@@ -234,8 +220,8 @@ impl Redis {
     }
 }
 
-fn token(done: Option<Done>) -> String {
-    done.map(|done| done.resume.to_string()).unwrap_or_default()
+fn token(reached: &Reached) -> String {
+    reached.done.map(|done| done.resume.to_string()).unwrap_or_default()
 }
 
 fn confused(address: &str, answer: &[String]) -> TargetError {

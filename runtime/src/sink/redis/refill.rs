@@ -107,6 +107,7 @@ impl Source {
             after,
             filter: None,
             side_by_side: false,
+            places: false,
         };
         reader::start_with(&self.kafka, self.group.clone(), PREFETCH_BYTES, reading)
     }

@@ -1,7 +1,6 @@
 -- Makes this process the one that delivers the replay, and says how far it is.
 -- KEYS: the mark of the replay, then the claims by which a pipeline would own the streams. ARGV: none.
--- Returns {'ok', attempt, range, resume, delivered, filtered, firstTime}, each '' where the mark does not say it, or {'claimed', number of the claim from 0,
--- pipeline}.
+-- Returns {'ok', attempt, range, reached}, each '' where the mark does not say it, or {'claimed', number of the claim from 0, pipeline}.
 for k = 2, #KEYS do
   local owner = redis.call('HGET', KEYS[k], 'pipeline')
   if owner and owner ~= '' then
@@ -9,5 +8,5 @@ for k = 2, #KEYS do
   end
 end
 local attempt = redis.call('HINCRBY', KEYS[1], 'attempt', 1)
-local mark = redis.call('HMGET', KEYS[1], 'range', 'resume', 'delivered', 'filtered', 'firstTime')
-return {'ok', tostring(attempt), mark[1] or '', mark[2] or '', mark[3] or '', mark[4] or '', mark[5] or ''}
+local mark = redis.call('HMGET', KEYS[1], 'range', 'reached')
+return {'ok', tostring(attempt), mark[1] or '', mark[2] or ''}
