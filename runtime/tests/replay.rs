@@ -892,8 +892,8 @@ async fn a_receiver_that_breaks_off_gets_everything_at_least_once_and_in_order()
 
 /// What the runtime may take, whatever it has read and nobody takes: to one receiver, and with as many subscribers as it serves.
 const MEMORY_MIB: u64 = 256;
-const SERVING_MIB: u64 = 400;
-const SUBSCRIBERS: usize = 32;
+const SERVING_MIB: u64 = 480;
+const SUBSCRIBERS: usize = 16;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_receiver_that_is_silent_and_then_slow_costs_no_more_memory_and_neither_do_many_subscribers() {

@@ -30,10 +30,13 @@ use crate::{checkpoint::client_config, kafka_client::Hearing};
 const PREFETCH_BYTES: usize = 64 << 20;
 /// Bounds of one partition's share of it. With the smallest a partition is fetched in small pieces, and so slowly; with less hardly at all.
 const PARTITION_BYTES: std::ops::RangeInclusive<usize> = (16 << 10)..=(8 << 20);
-/// Bounds of one chunk, and how many may wait to be delivered.
+/// Bounds of one chunk, and how many may wait to be delivered. A reader with less memory for what is fetched has smaller ones.
 const CHUNK_RECORDS: usize = 512;
 const CHUNK_BYTES: usize = 1 << 20;
+const CHUNK_SHARE: usize = 16;
 const CHUNKS: usize = 4;
+/// About how much it takes besides what is fetched: as measured, with records of 100 kB in batches of ten.
+const HANDING_ON: usize = 16 << 20;
 /// How many records may be left out in a row before it is said.
 const LEFT_OUT: u64 = 4096;
 /// How long the reader waits before it looks whether anybody still listens.
@@ -106,11 +109,16 @@ pub fn start_with(
     reads
 }
 
-/// About how much memory it takes to read a range with [`start_with`], the records that wait to be taken included.
+/// About how much memory it takes to read a range with [`start_with`] and to hand it on.
 #[must_use]
 pub fn memory(range: &Range, prefetch: usize) -> usize {
     let partitions = range.partitions.iter().filter(|stretch| !stretch.is_empty()).count();
-    share(prefetch, partitions) * partitions + (CHUNKS + 2) * CHUNK_BYTES
+    // A fetch can come on top of what was just short of the limit.
+    2 * share(prefetch, partitions) * partitions + HANDING_ON
+}
+
+fn chunk_bytes(prefetch: usize) -> usize {
+    CHUNK_BYTES.min(prefetch / CHUNK_SHARE)
 }
 
 fn share(prefetch: usize, partitions: usize) -> usize {
@@ -149,6 +157,7 @@ struct Reader {
     memory: BytesMut,
     chunk: Vec<Record>,
     chunk_bytes: usize,
+    most_bytes: usize,
     /// What is behind since the last record of the chunk.
     passed: Passed,
     /// Sources whose position has moved since then without a record that was given.
@@ -200,6 +209,8 @@ impl Reader {
                 .map_err(no_client)?
                 .set("queued.max.messages.kbytes", (share / 1024).to_string())
                 .set("fetch.message.max.bytes", share.min(1 << 20).to_string())
+                // An answer stays in memory for as long as one of its records does. Less than a message may have is refused.
+                .set("fetch.max.bytes", prefetch.clamp(1 << 20, 50 << 20).to_string())
                 // How long a partition whose queue was full waits for its next fetch; the default is a second.
                 .set("fetch.queue.backoff.ms", "2")
                 .create_with_context(Hearing::default())
@@ -239,6 +250,7 @@ impl Reader {
             sources,
             chunk: Vec::new(),
             chunk_bytes: 0,
+            most_bytes: chunk_bytes(prefetch),
             passed: Passed::default(),
             moved: Vec::new(),
             out,
@@ -529,7 +541,7 @@ impl Reader {
             }
             self.chunk.push(record);
         }
-        if self.chunk.len() >= CHUNK_RECORDS || self.chunk_bytes >= CHUNK_BYTES || self.passed.offsets >= LEFT_OUT {
+        if self.chunk.len() >= CHUNK_RECORDS || self.chunk_bytes >= self.most_bytes || self.passed.offsets >= LEFT_OUT {
             self.flush()?;
         }
         Ok(())

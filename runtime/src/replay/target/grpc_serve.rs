@@ -52,10 +52,10 @@ use crate::{
 };
 
 /// Subscribers at a time, and what their buffers may take together: where the log has so many partitions that each needs more, there are fewer.
-const SUBSCRIBERS: u32 = 32;
+const SUBSCRIBERS: u32 = 16;
 const MEMORY: usize = 320 << 20;
 /// Memory for what is fetched ahead for one of them.
-const PREFETCH_BYTES: usize = 4 << 20;
+const PREFETCH_BYTES: usize = 2 << 20;
 /// Messages that one may leave unacknowledged, whatever its credit.
 const WINDOW: usize = 1024;
 /// How long one may take to say what it wants, and to agree on TLS.
