@@ -5,16 +5,18 @@ use std::fmt::Debug;
 use k8s_openapi::{NamespaceResourceScope, apimachinery::pkg::apis::meta::v1::OwnerReference};
 use kube::{
     Api, Resource, ResourceExt as _,
-    api::{DeleteParams, ListParams, Patch, PatchParams, PostParams},
+    api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions},
 };
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 use tracing::info;
 
 use crate::{
+    cache::Owned,
     context::Context,
     error::{Error, Reason},
     naming::{APPLIED_HASH_ANNOTATION, FIELD_MANAGER, digest},
+    progress::ResourceKey,
 };
 
 /// A namespaced kind that can be applied.
@@ -32,30 +34,35 @@ impl<K> Object for K where
 pub struct Applier<'a> {
     /// What every reconcile shares.
     pub context: &'a Context,
-    /// Namespace of the resource.
-    pub namespace: &'a str,
-    /// The resource, as its objects name it.
+    /// The resource.
+    pub key: &'a ResourceKey,
+    /// The same, as its objects name it.
     pub owner: &'a OwnerReference,
     /// Type of the condition that a failure belongs to.
     pub condition: &'static str,
 }
 
 impl Applier<'_> {
-    /// Makes the object what `desired` says, leaving to others the fields that it does not say. Returns the object, and whether
-    /// anything was written.
+    /// Makes the object what `desired` says, leaving to others the fields that it does not say. Returns the object if it is newer than the
+    /// cache's, and whether anything was written.
     ///
-    /// An object that is as it should be is not written: reading is cheap, and every apply is a write to etcd's log for nothing.
-    pub async fn apply<K: Object>(&self, desired: K) -> Result<(K, bool), Error> {
-        let api: Api<K> = Api::namespaced(self.context.client.clone(), self.namespace);
+    /// An object that is as it should be costs no request. What the cache does not show so is read, and then written only if it is not:
+    /// every apply is a write to etcd's log.
+    pub async fn apply<K: Owned>(&self, desired: K) -> Result<(Option<K>, bool), Error> {
+        let api: Api<K> = self.api();
         let name = desired.name_any();
         let what = format!("applying {} {name}", K::kind(&()));
         let desired = self.owned(desired, &what)?;
-        let observed = self.observed(&api, &name).await?;
-        if let Some(observed) = &observed
-            && serde_json::to_value(observed).is_ok_and(|observed| covers(&observed, &desired))
-        {
+        let is_done = |object: &K| serde_json::to_value(object).is_ok_and(|object| covers(&object, &desired));
+        let known = self.context.caches.get::<K>(self.key, &name);
+        if known.is_some_and(|known| self.owns(&known) && is_done(&known)) {
             self.count("unchanged");
-            return Ok((observed.clone(), false));
+            return Ok((None, false));
+        }
+        let observed = self.observed(&api, &name).await?;
+        if observed.as_ref().is_some_and(is_done) {
+            self.count("unchanged");
+            return Ok((observed, false));
         }
         self.context.may_write(self.condition)?;
         let object = api
@@ -66,15 +73,20 @@ impl Applier<'_> {
             )
             .await
             .map_err(|error| Error::from_api(self.condition, &what, &error))?;
-        info!(kind = %K::kind(&()), namespace = self.namespace, name, "applied");
+        info!(kind = %K::kind(&()), namespace = self.key.namespace, name, "applied");
         self.count("written");
-        Ok((object, true))
+        Ok((Some(object), true))
     }
 
     /// Creates an object that is never changed afterwards, such as a Job.
-    pub async fn create<K: Object>(&self, desired: K) -> Result<(K, bool), Error> {
-        let api: Api<K> = Api::namespaced(self.context.client.clone(), self.namespace);
+    pub async fn create<K: Owned>(&self, desired: K) -> Result<(K, bool), Error> {
+        let api: Api<K> = self.api();
         let name = desired.name_any();
+        let known = self.context.caches.get::<K>(self.key, &name);
+        if let Some(known) = known.filter(|known| self.owns(known)) {
+            self.count("unchanged");
+            return Ok((known, false));
+        }
         if let Some(observed) = self.observed(&api, &name).await? {
             self.count("unchanged");
             return Ok((observed, false));
@@ -91,27 +103,27 @@ impl Applier<'_> {
             .create(&params, &desired)
             .await
             .map_err(|error| Error::from_api(self.condition, &what, &error))?;
-        info!(kind = %K::kind(&()), namespace = self.namespace, name, "created");
+        info!(kind = %K::kind(&()), namespace = self.key.namespace, name, "created");
         self.count("written");
         Ok((object, true))
     }
 
-    /// Deletes the resource's objects that carry `selector` and are not among `keep`.
-    pub async fn sweep<K: Object>(&self, selector: &str, keep: &[&str]) -> Result<(), Error> {
-        let api: Api<K> = Api::namespaced(self.context.client.clone(), self.namespace);
-        let what = format!("looking for orphaned {}s", K::kind(&()));
-        let found = api
-            .list(&ListParams::default().labels(selector))
-            .await
-            .map_err(|error| Error::from_api(self.condition, &what, &error))?;
-        for orphan in found {
+    /// Deletes the resource's objects that are not among `keep`. One that the cache does not show yet is deleted when it does.
+    pub async fn sweep<K: Owned>(&self, keep: &[&str]) -> Result<(), Error> {
+        for orphan in self.context.caches.of::<K>(self.key) {
             let name = orphan.name_any();
-            if keep.contains(&name.as_str()) || !self.owns(&orphan) {
+            let goes = orphan.meta().deletion_timestamp.is_some();
+            if goes || keep.contains(&name.as_str()) || !self.owns(&orphan) {
                 continue;
             }
             self.context.may_write(self.condition)?;
-            match api.delete(&name, &DeleteParams::background()).await {
-                Ok(_) => info!(kind = %K::kind(&()), namespace = self.namespace, name, "deleted an orphan"),
+            // Another one may have come under this name since.
+            let params = DeleteParams::background().preconditions(Preconditions {
+                uid: orphan.uid(),
+                resource_version: None,
+            });
+            match self.api::<K>().delete(&name, &params).await {
+                Ok(_) => info!(kind = %K::kind(&()), namespace = self.key.namespace, name, "deleted an orphan"),
                 Err(kube::Error::Api(status)) if status.code == 404 => {}
                 Err(error) => return Err(Error::from_api(self.condition, &format!("deleting {name}"), &error)),
             }
@@ -136,6 +148,10 @@ impl Applier<'_> {
             )),
             observed => Ok(observed),
         }
+    }
+
+    fn api<K: Object>(&self) -> Api<K> {
+        Api::namespaced(self.context.client.clone(), &self.key.namespace)
     }
 
     fn owns<K: Object>(&self, object: &K) -> bool {

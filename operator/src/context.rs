@@ -11,18 +11,24 @@ use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
 use k8s_openapi::NamespaceResourceScope;
 use kube::{
     Api, Client, Resource,
-    runtime::{controller::Action, reflector::Store},
+    runtime::{
+        controller::Action,
+        reflector::{Lookup, ObjectRef, Store},
+    },
 };
-use meander_crds::CdcPipeline;
 use tokio::time::{Instant, timeout};
 use tracing::{info, warn};
 
 use crate::{
+    apply::Object,
+    cache::Caches,
+    conditions::READY,
     error::{Error, Reason},
     events::Events,
     lease::Claim,
     metrics::Metrics,
-    progress::{ResourceKey, Tracker},
+    pipeline::status::SILENCE,
+    progress::{Observation, ResourceKey, Tracker},
     tls::Trust,
 };
 
@@ -34,6 +40,8 @@ const DEADLINE: Duration = Duration::from_secs(30);
 const WAITING_AT_MOST: Duration = Duration::from_secs(8);
 /// A cluster in trouble is left alone for up to this long.
 const TRANSIENT_AT_MOST: Duration = Duration::from_secs(60);
+/// A resource is looked at this often where nothing tells of it.
+const SELDOM: Duration = Duration::from_secs(60);
 
 /// What the operator was started with.
 #[derive(Clone, Debug)]
@@ -67,8 +75,8 @@ pub struct Context {
     pub events: Events,
     /// What the operator counts.
     pub metrics: Arc<Metrics>,
-    /// Every pipeline, as the watch last showed it.
-    pub pipelines: Store<CdcPipeline>,
+    /// What the watches show.
+    pub caches: Arc<Caches>,
     backoffs: Arc<Mutex<HashMap<ResourceKey, ExponentialBackoff>>>,
 }
 
@@ -81,7 +89,7 @@ impl Context {
         claim: Claim,
         events: Events,
         metrics: Arc<Metrics>,
-        pipelines: Store<CdcPipeline>,
+        caches: Arc<Caches>,
     ) -> Self {
         Self {
             client,
@@ -90,7 +98,7 @@ impl Context {
             claim,
             events,
             metrics,
-            pipelines,
+            caches,
             backoffs: Arc::default(),
         }
     }
@@ -111,6 +119,26 @@ impl Context {
         }
     }
 
+    /// The resource as it is: as the watch shows it, and read anew where the watch is behind what this operator wrote itself.
+    pub async fn current<K>(&self, known: &Store<K>, key: &ResourceKey) -> Result<Option<K>, Error>
+    where
+        K: Object + Lookup<DynamicType = ()> + 'static,
+    {
+        let Some(seen) = known.get(&ObjectRef::new(&key.name).within(&key.namespace)) else {
+            return Ok(None);
+        };
+        if self
+            .tracker
+            .wrote_nothing_after(key, seen.resource_version().as_deref())
+        {
+            return Ok(Some((*seen).clone()));
+        }
+        let api: Api<K> = Api::namespaced(self.client.clone(), &key.namespace);
+        api.get_opt(&key.name)
+            .await
+            .map_err(|error| Error::from_api(READY, "reading the resource", &error))
+    }
+
     /// Runs a reconcile under the deadline, and counts it. What it returns, or why it failed, decides when the next one is.
     pub async fn reconcile(&self, key: &ResourceKey, work: impl Future<Output = Result<Action, Error>>) -> Action {
         let kind = key.kind.as_str();
@@ -118,11 +146,7 @@ impl Context {
         let result = timeout(DEADLINE, work).await.unwrap_or_else(|_| {
             let seconds = DEADLINE.as_secs();
             let message = format!("the reconcile took longer than {seconds} s");
-            Err(Error::transient(
-                crate::conditions::READY,
-                Reason::DeadlineExceeded,
-                message,
-            ))
+            Err(Error::transient(READY, Reason::DeadlineExceeded, message))
         });
         self.metrics
             .reconcile_seconds
@@ -166,6 +190,14 @@ impl Context {
     pub fn forget(&self, key: &ResourceKey) {
         self.tracker.forget(key);
         self.backoffs.lock().unwrap_or_else(PoisonError::into_inner).remove(key);
+    }
+}
+
+/// When a resource is to be looked at again for which nothing but time is missing: when its runtime has been silent for too long.
+pub fn until_silent(observation: &Observation) -> Duration {
+    match SILENCE.checked_sub(observation.silence) {
+        Some(left) => left + Duration::from_secs(1),
+        None => SELDOM,
     }
 }
 

@@ -83,6 +83,8 @@ pub struct Elector {
     since: Arc<OnceLock<Timestamp>>,
     /// The Lease of somebody else as last seen to change, and when.
     seen: Option<(String, Instant)>,
+    /// Our Lease, as it was last written.
+    ours: Option<Lease>,
 }
 
 impl Elector {
@@ -99,6 +101,7 @@ impl Elector {
                 claim,
                 since: since.clone(),
                 seen: None,
+                ours: None,
             },
             Claim { until, since },
         )
@@ -158,6 +161,15 @@ impl Elector {
     /// Whether the Lease is ours after this attempt.
     async fn acquire(&mut self) -> kube::Result<bool> {
         let now = MicroTime(Timestamp::now());
+        // Whoever wrote since, perhaps nothing but a label, makes this fail; then it is read.
+        if let Some(mut lease) = self.ours.take() {
+            if let Some(spec) = &mut lease.spec {
+                spec.renew_time = Some(now.clone());
+            }
+            if self.write(&lease).await? {
+                return Ok(true);
+            }
+        }
         let Some(mut lease) = self.api.get_opt(&self.name).await? else {
             let lease = Lease {
                 metadata: ObjectMeta {
@@ -166,7 +178,8 @@ impl Elector {
                 },
                 spec: Some(self.spec(now, 0)),
             };
-            return written(self.api.create(&PostParams::default(), &lease).await);
+            let created = self.api.create(&PostParams::default(), &lease).await;
+            return self.written(created);
         };
         let spec = lease.spec.clone().unwrap_or_default();
         let holder = spec.holder_identity.as_deref().unwrap_or_default();
@@ -183,7 +196,24 @@ impl Elector {
             self.spec(now, transitions + 1)
         });
         // The resource version in `lease` makes this fail if anybody wrote since.
-        written(self.api.replace(&self.name, &PostParams::default(), &lease).await)
+        self.write(&lease).await
+    }
+
+    async fn write(&mut self, lease: &Lease) -> kube::Result<bool> {
+        let replaced = self.api.replace(&self.name, &PostParams::default(), lease).await;
+        self.written(replaced)
+    }
+
+    /// A conflict is an answer: somebody else was first.
+    fn written(&mut self, result: kube::Result<Lease>) -> kube::Result<bool> {
+        match result {
+            Ok(lease) => {
+                self.ours = Some(lease);
+                Ok(true)
+            }
+            Err(kube::Error::Api(status)) if status.code == 409 => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     fn spec(&self, now: MicroTime, transitions: i32) -> LeaseSpec {
@@ -206,14 +236,5 @@ impl Elector {
                 false
             }
         }
-    }
-}
-
-/// A conflict is an answer: somebody else was first.
-fn written(result: kube::Result<Lease>) -> kube::Result<bool> {
-    match result {
-        Ok(_) => Ok(true),
-        Err(kube::Error::Api(status)) if status.code == 409 => Ok(false),
-        Err(error) => Err(error),
     }
 }

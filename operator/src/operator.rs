@@ -5,24 +5,24 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use anyhow::{Context as _, bail};
 use clap::Parser;
 use futures::FutureExt as _;
-use kube::{
-    Api, Client,
-    runtime::reflector::{self, store::Writer},
-};
-use meander_crds::CdcPipeline;
+use kube::{Api, Client};
 use meander_proto::{
     FILE_DESCRIPTOR_SET,
     v1::progress_tracker_server::{self, ProgressTrackerServer},
 };
 use tokio::{net::TcpListener, task::JoinSet, time::timeout};
 use tokio_rustls::TlsAcceptor;
-use tokio_stream::wrappers::TcpListenerStream;
+use tokio_stream::{
+    StreamExt as _,
+    wrappers::{ReceiverStream, TcpListenerStream},
+};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::{Server, Uri};
 use tracing::{error, info};
 
 use crate::{
     admin::{self, Readiness},
+    cache::{self, Caches, Writers},
     context::{Context, Settings},
     events::Events,
     lease::{Claim, Elector},
@@ -101,7 +101,7 @@ pub async fn run(options: Options, client: Client, shutdown: CancellationToken) 
         trust,
     };
     let events = Events::new(client.clone(), &identity);
-    let (pipelines, writer) = reflector::store();
+    let (caches, writers) = Caches::new();
     let context = Arc::new(Context::new(
         client.clone(),
         settings,
@@ -109,7 +109,7 @@ pub async fn run(options: Options, client: Client, shutdown: CancellationToken) 
         claim.clone(),
         events,
         metrics.clone(),
-        pipelines,
+        Arc::new(caches),
     ));
     let service = ProgressTrackerService {
         context: context.clone(),
@@ -133,7 +133,7 @@ pub async fn run(options: Options, client: Client, shutdown: CancellationToken) 
         move |_| shutdown.cancel()
     }));
     parts.spawn(
-        control(context, writer, claim, pokes, readiness, metrics, shutdown.clone()).map(|()| ("controllers", Ok(()))),
+        control(context, writers, claim, pokes, readiness, metrics, shutdown.clone()).map(|()| ("controllers", Ok(()))),
     );
 
     shutdown.cancelled().await;
@@ -170,7 +170,7 @@ async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
 /// Waits for the lease, then runs both controllers.
 async fn control(
     context: Arc<Context>,
-    writer: Writer<CdcPipeline>,
+    writers: Writers,
     mut claim: Claim,
     pokes: Pokes,
     readiness: Readiness,
@@ -189,16 +189,51 @@ async fn control(
     if shutdown.run_until_cancelled(trust.settled()).await.is_none() {
         return;
     }
-    let (pipelines_known, replays_known) = (CancellationToken::new(), CancellationToken::new());
-    let pipelines = {
-        let known = pipelines_known.clone();
-        pipeline::run(context.clone(), writer, pokes.pipelines, shutdown.clone(), move || {
-            known.cancel()
-        })
-    };
-    let replays = {
-        let known = replays_known.clone();
-        replay::run(context, pokes.replays, shutdown.clone(), move || known.cancel())
+    let (changes, changed) = cache::changes();
+    let [objects_known, pipelines_known, replays_known] = [(); 3].map(|()| CancellationToken::new());
+    let objects = context.caches.follow(
+        context.client.clone(),
+        context.settings.namespace.as_deref(),
+        changes,
+        || objects_known.cancel(),
+        shutdown.clone(),
+    );
+    // A picture with holes in it looks like one of things that are missing.
+    let controllers = async {
+        if shutdown.run_until_cancelled(objects_known.cancelled()).await.is_none() {
+            return;
+        }
+        let pipelines = {
+            let known = pipelines_known.clone();
+            let triggers = ReceiverStream::new(pokes.pipelines).merge(ReceiverStream::new(changed.pipelines));
+            pipeline::run(
+                context.clone(),
+                writers.pipelines,
+                triggers,
+                shutdown.clone(),
+                move || known.cancel(),
+            )
+        };
+        let replays = async {
+            let known = replays_known.clone();
+            let triggers = ReceiverStream::new(pokes.replays).merge(ReceiverStream::new(changed.replays));
+            // They look for their pipelines.
+            if shutdown
+                .run_until_cancelled(pipelines_known.cancelled())
+                .await
+                .is_some()
+            {
+                replay::run(
+                    context.clone(),
+                    writers.replays,
+                    triggers,
+                    shutdown.clone(),
+                    move || known.cancel(),
+                )
+                .await;
+            }
+        };
+        futures::join!(Box::pin(pipelines), Box::pin(replays));
     };
     let ready = shutdown.run_until_cancelled(async {
         pipelines_known.cancelled().await;
@@ -206,7 +241,7 @@ async fn control(
         info!("every resource is known");
         readiness.set(true);
     });
-    futures::join!(Box::pin(pipelines), Box::pin(replays), ready);
+    futures::join!(Box::pin(objects), Box::pin(controllers), ready);
     readiness.set(false);
     // A controller ends only when it is told to; should one ever end by itself, a restart is better than half an operator.
     shutdown.cancel();

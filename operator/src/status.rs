@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// Progress alone is written at most this often.
-pub const INTERVAL: Duration = Duration::from_secs(5);
+pub const INTERVAL: Duration = Duration::from_secs(10);
 
 /// What is done with a computed status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,9 +84,10 @@ where
             });
             let params = PatchParams::apply(FIELD_MANAGER).force();
             match api.patch_status(&key.name, &params, &Patch::Apply(&patch)).await {
-                Ok(_) => {
+                Ok(patched) => {
                     count("written");
                     context.tracker.written(key);
+                    context.tracker.wrote(key, patched.resource_version());
                     Ok(None)
                 }
                 // It has gone meanwhile; there is nobody left to tell.

@@ -16,7 +16,7 @@ use std::{
     fmt::Debug,
     net::{SocketAddr, TcpListener},
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicU32, Ordering},
     },
     time::Duration,
@@ -40,10 +40,11 @@ use kube::{
     Api, Client, Config, Resource, ResourceExt as _,
     api::{DeleteParams, ListParams, Patch, PatchParams, PostParams},
     config::{KubeConfigOptions, Kubeconfig},
-    runtime::reflector,
+    runtime::watcher::Event as Watched,
 };
 use meander_crds::{CdcPipeline, PipelinePhase, ReplayJob, ReplayPhase, generate::definitions};
 use meander_operator::{
+    cache::Caches,
     conditions::state,
     context::Context,
     events::Events,
@@ -61,7 +62,12 @@ use meander_proto::v1::{
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 use support::{apiserver::ApiServer, eventually};
-use tokio::{sync::mpsc, task::JoinHandle};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    sync::mpsc,
+    task::{JoinHandle, JoinSet},
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Streaming, transport::Channel};
@@ -203,8 +209,27 @@ impl Cluster {
         self.create::<k8s_openapi::api::rbac::v1::RoleBinding>(binding).await;
     }
 
+    /// What the operator asked, but for watches and events, by the audit log: verb, kind and name.
+    fn asked(&self) -> Vec<(String, String, String)> {
+        let log = std::fs::read_to_string(self.server.folder.join("audit.log")).unwrap_or_default();
+        let user = format!("system:serviceaccount:{}:meander-operator", self.namespace);
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        // The last line may not be whole yet.
+        let entries = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        entries
+            .filter(|entry| entry["user"]["username"] == user.as_str() && entry["stage"] == "ResponseComplete")
+            .map(|entry| {
+                let object = &entry["objectRef"];
+                let kind = [text(&object["resource"]), text(&object["subresource"])].join("/");
+                (text(&entry["verb"]), kind, text(&object["name"]))
+            })
+            .filter(|(verb, kind, _)| verb != "watch" && kind != "events/")
+            .collect()
+    }
+
     /// A pod with the labels of a template, and a token of the project's audience that is bound to it.
-    async fn pod_and_token(&self, name: &str, account: &str, labels: Value) -> String {
+    async fn pod_and_token(&self, name: &str, account: &str, mut labels: Value) -> String {
+        labels["app.kubernetes.io/managed-by"] = json!("meander-operator");
         let pod: Pod = self
             .create(json!({
                 "metadata": {"name": name, "labels": labels},
@@ -274,13 +299,12 @@ fn rules(schema: &Value, found: &mut BTreeSet<String>) {
     if let Some(rules) = schema.get("x-kubernetes-validations").and_then(Value::as_array) {
         found.extend(rules.iter().map(|rule| rule["message"].as_str().unwrap().to_owned()));
     }
-    for (_, field) in schema
-        .get("properties")
-        .and_then(Value::as_object)
-        .into_iter()
-        .flatten()
-    {
+    let properties = schema.get("properties").and_then(Value::as_object);
+    for (_, field) in properties.into_iter().flatten() {
         rules(field, found);
+    }
+    for items in ["items", "additionalProperties"] {
+        schema.get(items).into_iter().for_each(|items| rules(items, found));
     }
 }
 
@@ -387,6 +411,14 @@ async fn a_pipeline_that_can_never_work_is_refused() {
         (
             postgres(json!({"tables": {"exclude": ["a.b.c"]}})),
             "each entry of exclude is schema.table, such as audit.* or public.sessions",
+        ),
+        (
+            postgres(json!({"snapshot": {"requests": [{"id": "a b", "tables": ["public.a"]}]}})),
+            "id has letters, digits, dots, underscores and dashes only",
+        ),
+        (
+            postgres(json!({"snapshot": {"requests": [{"id": "a", "tables": ["orders"]}]}})),
+            "each entry of tables is schema.table, such as public.* or public.orders",
         ),
         (postgres(json!({"sslMode": "prefer"})), "spec.source.postgres.sslMode"),
         (
@@ -968,9 +1000,9 @@ async fn columns_are_those_of_the_design() {
 async fn a_second_reconcile_writes_nothing_and_others_keep_their_fields() {
     let cluster = Cluster::new().await;
     cluster.secrets().await;
-    let pipeline: CdcPipeline = cluster.create(pipeline_json("trades")).await;
-    let pipeline = Arc::new(pipeline);
+    cluster.create::<CdcPipeline>(pipeline_json("trades")).await;
     let events = Events::new(cluster.client.clone(), "test");
+    let (caches, writers) = Caches::new();
     let context = Arc::new(Context::new(
         cluster.client.clone(),
         support::settings(),
@@ -978,9 +1010,16 @@ async fn a_second_reconcile_writes_nothing_and_others_keep_their_fields() {
         Claim::forever(),
         events,
         Arc::new(Metrics::new().unwrap()),
-        reflector::store().0,
+        Arc::new(caches),
     ));
-    let reconcile = async || pipeline::reconcile(pipeline.clone(), context.clone()).await.unwrap();
+    let writer = Mutex::new(writers.pipelines);
+    // Of the objects the caches show nothing, so each is read.
+    let reconcile = async || {
+        let pipeline = cluster.api::<CdcPipeline>().get("trades").await.unwrap();
+        let seen = Watched::Apply(pipeline.clone());
+        writer.lock().unwrap().apply_watcher_event(&seen);
+        pipeline::reconcile(Arc::new(pipeline), context.clone()).await.unwrap()
+    };
     reconcile().await;
     let name = "trades-capture";
     let versions = async || {
@@ -1041,45 +1080,38 @@ async fn a_second_reconcile_writes_nothing_and_others_keep_their_fields() {
 async fn a_standby_comes_and_goes_with_the_spec_unless_reconciliation_is_paused() {
     let cluster = Cluster::new().await;
     cluster.secrets().await;
-    let pipeline: CdcPipeline = cluster.create(pipeline_json("trades")).await;
-    let events = Events::new(cluster.client.clone(), "test");
-    let context = Arc::new(Context::new(
-        cluster.client.clone(),
-        support::settings(),
-        Arc::new(Tracker::new().0),
-        Claim::forever(),
-        events,
-        Arc::new(Metrics::new().unwrap()),
-        reflector::store().0,
-    ));
+    let operator = Operator::start(&cluster);
+    cluster.create::<CdcPipeline>(pipeline_json("trades")).await;
     let name = "trades-capture";
-    let pipeline = Arc::new(pipeline);
     let pipelines = cluster.api::<CdcPipeline>();
     // What the Deployment is like, whether a drain is held up, and what the status says of it.
-    let reconciled = async |patch: Value| {
-        pipelines
-            .patch("trades", &PatchParams::default(), &Patch::Merge(&patch))
-            .await
-            .unwrap();
-        pipeline::reconcile(pipeline.clone(), context.clone()).await.unwrap();
-        let spec = cluster.api::<Deployment>().get(name).await.unwrap().spec.unwrap();
+    let now = async || {
+        let spec = cluster.api::<Deployment>().get_opt(name).await.unwrap()?.spec?;
         let budget = cluster.api::<PodDisruptionBudget>().get_opt(name).await.unwrap();
         let pipeline = pipelines.get("trades").await.unwrap();
-        let status = pipeline.status.unwrap();
+        let status = pipeline.status?;
         let paused = state(&status.conditions, "ReconciliationPaused").is_some();
         let seen = status.observed_generation == pipeline.metadata.generation;
-        let strategy = spec.strategy.unwrap().type_.unwrap();
-        (spec.replicas.unwrap(), strategy, budget.is_some(), paused, seen)
+        Some((spec.replicas?, spec.strategy?.type_?, budget.is_some(), paused, seen))
     };
     let alone = |paused, seen| (1, "Recreate".to_owned(), false, paused, seen);
     let standby = |value: &str| json!({"spec": {"runtime": {"standby": value}}});
     let paused = |value: Value| json!({"metadata": {"annotations": {"meander.dev/paused": value}}});
-    assert_eq!(reconciled(json!({})).await, alone(false, true));
-    assert_eq!(reconciled(paused(json!("true"))).await, alone(true, true));
-    assert_eq!(reconciled(standby("Hot")).await, alone(true, false));
     let two = (2, "RollingUpdate".to_owned(), true, false, true);
-    assert_eq!(reconciled(paused(Value::Null)).await, two);
-    assert_eq!(reconciled(standby("None")).await, alone(false, true));
+    for (patch, expected) in [
+        (json!({}), alone(false, true)),
+        (paused(json!("true")), alone(true, true)),
+        (standby("Hot"), alone(true, false)),
+        (paused(Value::Null), two),
+        (standby("None"), alone(false, true)),
+    ] {
+        pipelines
+            .patch("trades", &PatchParams::default(), &Patch::Merge(&patch))
+            .await
+            .unwrap();
+        eventually(&patch.to_string(), async || now().await == Some(expected.clone())).await;
+    }
+    operator.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -1156,6 +1188,27 @@ impl Operator {
             grpc,
             admin,
         }
+    }
+
+    /// What its administrative port answers.
+    async fn get(&self, path: &str) -> Option<String> {
+        let mut connection = TcpStream::connect(self.admin).await.ok()?;
+        let request = format!("GET {path} HTTP/1.1\r\nHost: operator\r\nConnection: close\r\n\r\n");
+        connection.write_all(request.as_bytes()).await.ok()?;
+        let mut answer = String::new();
+        connection.read_to_string(&mut answer).await.ok()?;
+        Some(answer)
+    }
+
+    /// How many reconciles there have been.
+    async fn reconciles(&self) -> u64 {
+        let metrics = self.get("/metrics").await.unwrap();
+        let counts = metrics
+            .lines()
+            .filter(|line| line.starts_with("meander_operator_reconciles_total{"));
+        counts
+            .map(|line| line.rsplit_once(' ').unwrap().1.parse::<u64>().unwrap())
+            .sum()
     }
 
     async fn stop(self) {
@@ -1356,6 +1409,171 @@ async fn a_pipeline_from_its_first_secret_to_its_last_slot() {
         .spec
         .unwrap();
     assert_eq!(lease.holder_identity.as_deref(), Some(""), "the lease is given back");
+}
+
+fn progress(of: &ResourceReference, count: u64) -> ProgressUpdate {
+    let progress = if of.kind == "CdcPipeline" {
+        Progress::Capture(CaptureProgress {
+            events_total: count,
+            epoch: 1,
+            ..CaptureProgress::default()
+        })
+    } else {
+        Progress::Replay(ReplayProgress {
+            phase: Phase::Running.into(),
+            delivered: count,
+            ..ReplayProgress::default()
+        })
+    };
+    ProgressUpdate {
+        resource: Some(of.clone()),
+        conditions: vec![good("SourceReady"), good("SinksReady"), good("Progressing")],
+        progress: Some(progress),
+        ..ProgressUpdate::default()
+    }
+}
+
+/// Plays a runtime: it reports each step on the way to what is asked of it, and every 5 s that it is there.
+async fn keep_reporting(
+    of: ResourceReference,
+    (reports, _directives): (mpsc::Sender<ProgressUpdate>, Streaming<Directive>),
+    mut wanted: tokio::sync::watch::Receiver<u64>,
+) {
+    let mut count = 0;
+    loop {
+        let goal = *wanted.borrow_and_update();
+        count = goal.min(count + 1);
+        if reports.send(progress(&of, count)).await.is_err() {
+            return;
+        }
+        if count == goal
+            && matches!(
+                tokio::time::timeout(Duration::from_secs(5), wanted.changed()).await,
+                Ok(Err(_))
+            )
+        {
+            return;
+        }
+    }
+}
+
+/// How often it wrote its lease, which it does every 2 s, and what else it asked.
+fn but_for_the_lease(asked: Vec<(String, String, String)>) -> (usize, Vec<(String, String, String)>) {
+    let (leases, others): (Vec<_>, Vec<_>) = asked.into_iter().partition(|(_, kind, _)| kind == "leases/");
+    (leases.len(), others)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_as_it_should_be_costs_no_request_and_progress_one_patch() {
+    const COUNT: usize = 10;
+    const REPORTS: u64 = 50;
+    let cluster = Cluster::new().await;
+    cluster.secrets().await;
+    for number in 0..COUNT {
+        cluster
+            .create::<CdcPipeline>(pipeline_json(&format!("p{number}")))
+            .await;
+        let change = json!({"metadata": {"name": format!("r{number}")}, "spec": {"pipelineRef": {"name": format!("p{number}")}}});
+        cluster
+            .create::<ReplayJob>(merged(replay_json("replayjob-log.yaml"), &change))
+            .await;
+    }
+    let operator = Operator::start(&cluster);
+    let all = ListParams::default();
+    let jobs = cluster.api::<Job>();
+    let deployments = cluster.api::<Deployment>();
+    eventually("everything is made", async || {
+        jobs.list_metadata(&all).await.unwrap().items.len() == COUNT
+            && deployments.list_metadata(&all).await.unwrap().items.len() == COUNT
+    })
+    .await;
+
+    let pipelines = cluster.api::<CdcPipeline>();
+    let replays = cluster.api::<ReplayJob>();
+    let (reported, _) = tokio::sync::watch::channel(0);
+    let mut runtimes = JoinSet::new();
+    for number in 0..COUNT {
+        let (name, account) = (format!("p{number}"), format!("p{number}-capture"));
+        cluster.make_available(&account).await;
+        let labels = json!({"meander.dev/pipeline": name, "app.kubernetes.io/component": "capture"});
+        let token = cluster.pod_and_token(&format!("{account}-x"), &account, labels).await;
+        let of = reference(&pipelines.get(&name).await.unwrap());
+        let stream = operator.report(&token, progress(&of, 0)).await.unwrap();
+        runtimes.spawn(keep_reporting(of, stream, reported.subscribe()));
+
+        let (name, account) = (format!("r{number}"), format!("r{number}-replay"));
+        let pod = format!("{account}-x");
+        let token = cluster
+            .pod_and_token(&pod, &account, json!({"meander.dev/replay": name}))
+            .await;
+        cluster.give_to(&account, &pod).await;
+        let of = reference(&replays.get(&name).await.unwrap());
+        let stream = operator.report(&token, progress(&of, 0)).await.unwrap();
+        runtimes.spawn(keep_reporting(of, stream, reported.subscribe()));
+    }
+    // How many of the statuses tell that so much was reported.
+    let telling = async |count: u64| {
+        let pipelines = pipelines.list(&all).await.unwrap().items.into_iter();
+        let captured = pipelines.filter_map(|pipeline| Some(pipeline.status?.replication?.events_total));
+        let replays = replays.list(&all).await.unwrap().items.into_iter();
+        let delivered = replays.filter_map(|replay| Some(replay.status?.progress?.delivered));
+        captured.chain(delivered).filter(|told| *told == count).count()
+    };
+    eventually("all are at work", async || telling(0).await == 2 * COUNT).await;
+    // Whatever was asked before the lease is renewed again is in the log by then.
+    let asked = async || {
+        let (renewals, _) = but_for_the_lease(cluster.asked());
+        eventually("the lease is renewed", async || {
+            but_for_the_lease(cluster.asked()).0 > renewals
+        })
+        .await;
+        but_for_the_lease(cluster.asked()).1
+    };
+    let mut before = asked().await;
+    eventually("it is quiet", async || {
+        let now = asked().await;
+        now.len() == std::mem::replace(&mut before, now).len()
+    })
+    .await;
+
+    // A reconcile each: somebody writes something of their own on what the operator made.
+    let reconciles = operator.reconciles().await;
+    let theirs = Patch::Merge(json!({"metadata": {"annotations": {"theirs": "kept"}}}));
+    let configs = cluster.api::<ConfigMap>();
+    let mut versions = BTreeSet::new();
+    for name in (0..COUNT).flat_map(|number| [format!("p{number}-capture"), format!("r{number}-replay")]) {
+        let config = configs.patch(&name, &PatchParams::default(), &theirs).await.unwrap();
+        versions.insert((name, config.resource_version()));
+    }
+    eventually("each was reconciled", async || {
+        operator.reconciles().await >= reconciles + 2 * COUNT as u64
+    })
+    .await;
+    assert_eq!(asked().await[before.len()..], []);
+    for (name, version) in versions {
+        let config = configs.get(&name).await.unwrap();
+        assert_eq!(config.annotations().get("theirs").map(String::as_str), Some("kept"));
+        assert_eq!(config.resource_version(), version, "{name}");
+    }
+
+    // Many reports, and what the last one says is in the status within 10 s: at once, or when it is its turn.
+    reported.send_replace(REPORTS);
+    eventually("every status tells the last report", async || {
+        telling(REPORTS).await == 2 * COUNT
+    })
+    .await;
+    let mut patches = std::collections::BTreeMap::<_, u32>::new();
+    for (verb, kind, name) in asked().await.split_off(before.len()) {
+        assert_eq!(
+            (verb.as_str(), kind.split('/').nth(1)),
+            ("patch", Some("status")),
+            "{kind}"
+        );
+        *patches.entry(name).or_default() += 1;
+    }
+    assert!(patches.values().all(|count| *count <= 2), "{patches:?}");
+    runtimes.abort_all();
+    operator.stop().await;
 }
 
 /// Plays the Job controller.

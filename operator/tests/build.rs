@@ -7,12 +7,12 @@ use meander_crds::{
     Acknowledgement, CdcPipeline, OnSourceGap, PipelineFormat, RedisDurability, RedisSink, ReplayJob,
     SecretKeyReference, SecretReference, SslMode,
 };
-use meander_operator::{error::Error, pipeline, replay};
+use meander_operator::{error::Error, pipeline, replay, secrets::Keys};
 use support::settings;
 
 fn pipeline_facts() -> pipeline::dereference::Facts {
     pipeline::dereference::Facts {
-        secrets: support::keys(),
+        secrets: Some(support::keys()),
         ..Default::default()
     }
 }
@@ -240,17 +240,17 @@ fn refusal(error: &Error) -> String {
 
 #[test]
 fn a_pipeline_waits_for_its_secrets() {
-    type Change = fn(&mut pipeline::dereference::Facts);
+    type Change = fn(&mut Keys);
     let cases: [(&str, Change); 6] = [
-        ("no credentials", |facts| drop(facts.secrets.remove("shop-cdc"))),
-        ("no password", |facts| {
-            facts.secrets.get_mut("shop-cdc").unwrap().remove("password");
+        ("no credentials", |keys| drop(keys.remove("shop-cdc"))),
+        ("no password", |keys| {
+            keys.get_mut("shop-cdc").unwrap().remove("password");
         }),
-        ("no authority", |facts| drop(facts.secrets.remove("shop-ca"))),
-        ("no certificate", |facts| drop(facts.secrets.remove("shop-client"))),
-        ("no redis url", |facts| drop(facts.secrets.remove("shop-redis"))),
-        ("redis key", |facts| {
-            facts.secrets.get_mut("shop-redis").unwrap().remove("url");
+        ("no authority", |keys| drop(keys.remove("shop-ca"))),
+        ("no certificate", |keys| drop(keys.remove("shop-client"))),
+        ("no redis url", |keys| drop(keys.remove("shop-redis"))),
+        ("redis key", |keys| {
+            keys.get_mut("shop-redis").unwrap().remove("url");
         }),
     ];
     let refusals: Vec<String> = cases
@@ -259,7 +259,7 @@ fn a_pipeline_waits_for_its_secrets() {
             let (mut pipeline, mut facts) = (support::pipeline(), pipeline_facts());
             pipeline.spec.source.postgres.ca_secret_ref = Some(secret_key("shop-ca", "ca.crt"));
             pipeline.spec.source.postgres.client_cert_secret_ref = Some(secret("shop-client"));
-            change(&mut facts);
+            change(facts.secrets.as_mut().unwrap());
             let error = pipeline::validate::validate(&pipeline, &facts, &settings()).unwrap_err();
             format!("{name}: {}", refusal(&error))
         })

@@ -210,7 +210,7 @@ fn every_image_comes_from_the_one_registry_and_every_pod_has_its_credentials() {
 /// The Deployment of a pipeline's capture.
 fn capture(settings: &meander_operator::context::Settings) -> Value {
     let facts = Facts {
-        secrets: support::keys(),
+        secrets: Some(support::keys()),
         ..Facts::default()
     };
     let pipeline = support::pipeline();

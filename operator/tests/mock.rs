@@ -11,14 +11,11 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::{
     Client,
     client::Body,
-    runtime::{
-        controller::Action,
-        reflector::{self, Store},
-        watcher,
-    },
+    runtime::{controller::Action, watcher::Event},
 };
 use meander_crds::{CdcPipeline, SlotReclaimPolicy};
 use meander_operator::{
+    cache::Caches,
     context::Context,
     events::Events,
     lease::Claim,
@@ -98,11 +95,18 @@ async fn play<T, F: Future<Output = T>>(calls: Vec<Call>, work: impl FnOnce(Clie
     timeout(Duration::from_secs(10), both).await.expect("a call is missing")
 }
 
-fn context(client: Client, claim: Claim) -> Arc<Context> {
-    context_that_knows(client, claim, reflector::store().0)
+/// Caches that show these pipelines, and nothing of what was made for them.
+fn showing(pipelines: &[&CdcPipeline]) -> Arc<Caches> {
+    let (caches, mut writers) = Caches::new();
+    for pipeline in pipelines {
+        writers
+            .pipelines
+            .apply_watcher_event(&Event::Apply((*pipeline).clone()));
+    }
+    Arc::new(caches)
 }
 
-fn context_that_knows(client: Client, claim: Claim, pipelines: Store<CdcPipeline>) -> Arc<Context> {
+fn context(client: Client, claim: Claim, caches: Arc<Caches>) -> Arc<Context> {
     let events = Events::new(client.clone(), "test");
     let metrics = Arc::new(Metrics::new().unwrap());
     Arc::new(Context::new(
@@ -112,14 +116,19 @@ fn context_that_knows(client: Client, claim: Claim, pipelines: Store<CdcPipeline
         claim,
         events,
         metrics,
-        pipelines,
+        caches,
     ))
 }
 
+/// Reconciles a pipeline while these are known.
+async fn reconcile_among(client: Client, claim: Claim, pipeline: &CdcPipeline, known: &[&CdcPipeline]) -> Action {
+    let context = context(client, claim, showing(known));
+    pipeline::reconcile(Arc::new(pipeline.clone()), context).await.unwrap()
+}
+
 async fn reconcile_pipeline(client: Client, claim: Claim) -> Action {
-    pipeline::reconcile(Arc::new(support::pipeline()), context(client, claim))
-        .await
-        .unwrap()
+    let pipeline = support::pipeline();
+    reconcile_among(client, claim, &pipeline, &[&pipeline]).await
 }
 
 fn pipeline_json() -> Value {
@@ -142,11 +151,9 @@ const PATCH_ACCOUNT: &str = "PATCH /api/v1/namespaces/default/serviceaccounts/tr
 const PODS: &str = "GET /api/v1/namespaces/default/pods";
 const EVENT: &str = "POST /apis/events.k8s.io/v1/namespaces/default/events";
 
-/// What is read before anything is built.
+/// What is read before anything is started.
 fn dereferenced() -> Vec<Call> {
     vec![
-        call(PIPELINE, 200, pipeline_json()),
-        call(DEPLOYMENT, 404, refusal(404)),
         call(CREDENTIALS, 200, secret(&["username", "password"])),
         call(REDIS_URL, 200, secret(&["url"])),
     ]
@@ -159,16 +166,13 @@ fn comes_back(action: &Action) -> bool {
 
 #[tokio::test]
 async fn a_pipeline_that_is_gone_is_left_alone() {
-    let calls = vec![call(PIPELINE, 404, refusal(404))];
-    let action = play(calls, |client| reconcile_pipeline(client, Claim::forever())).await;
-    assert_eq!(action, Action::await_change());
+    let reconcile = async |client| reconcile_among(client, Claim::forever(), &support::pipeline(), &[]).await;
+    assert_eq!(play(vec![], reconcile).await, Action::await_change());
 }
 
 #[tokio::test]
 async fn a_missing_secret_is_said_and_looked_for_again() {
     let calls = vec![
-        call(PIPELINE, 200, pipeline_json()),
-        call(DEPLOYMENT, 404, refusal(404)),
         call(CREDENTIALS, 404, refusal(404)),
         call(REDIS_URL, 200, secret(&["url"])),
         saying(
@@ -193,24 +197,11 @@ async fn of_two_pipelines_that_name_one_slot_the_later_waits_until_the_first_is_
         pipeline.spec.source.postgres.slot.name = Some("one".to_owned());
         pipeline.metadata.creation_timestamp = Some(Time(jiff::Timestamp::from_second(created).unwrap()));
     }
-    let (known, mut writer) = reflector::store();
-    for pipeline in [&first, &later] {
-        writer.apply_watcher_event(&watcher::Event::Apply(pipeline.clone()));
-    }
-    let look = async |calls| {
-        let reconcile = async |client: Client| {
-            let context = context_that_knows(client, Claim::forever(), known.clone());
-            pipeline::reconcile(Arc::new(later.clone()), context).await.unwrap()
-        };
+    let look = async |known: &[&CdcPipeline], calls| {
+        let reconcile = async |client| reconcile_among(client, Claim::forever(), &later, known).await;
         play(calls, reconcile).await
     };
-    let read = || {
-        let mut calls = dereferenced();
-        calls[0] = call(PIPELINE, 200, serde_json::to_value(&later).unwrap());
-        calls
-    };
-    let mut calls = read();
-    calls.extend([
+    let calls = vec![
         saying(
             STATUS,
             "replication slot one of postgres:5432 is that of pipeline default/older",
@@ -218,18 +209,17 @@ async fn of_two_pipelines_that_name_one_slot_the_later_waits_until_the_first_is_
             pipeline_json(),
         ),
         saying(EVENT, "SlotConflict", 201, json!({})),
-    ]);
-    let action = look(calls).await;
+    ];
+    let action = look(&[&first, &later], calls).await;
     assert!(comes_back(&action), "{action:?}");
 
-    writer.apply_watcher_event(&watcher::Event::Delete(first));
-    let mut calls = read();
+    let mut calls = dereferenced();
     calls.extend([
         saying(PATCH_PIPELINE, "meander.dev/slot-cleanup", 409, refusal(409)),
         call(STATUS, 200, pipeline_json()),
         call(EVENT, 201, json!({})),
     ]);
-    look(calls).await;
+    look(&[&later], calls).await;
 }
 
 #[tokio::test]
@@ -244,11 +234,9 @@ async fn the_slot_of_another_pipeline_is_not_dropped_with_this_one() {
         pipeline.metadata.finalizers = Some(vec![pipeline::FINALIZER.to_owned()]);
     }
     going.metadata.deletion_timestamp = Some(Time(jiff::Timestamp::now()));
-    let (known, mut writer) = reflector::store();
-    writer.apply_watcher_event(&watcher::Event::Apply(first));
     let going_json = serde_json::to_value(&going).unwrap();
-    let mut calls = dereferenced();
-    calls[0] = call(PIPELINE, 200, going_json.clone());
+    let mut calls = vec![call(DEPLOYMENT, 404, refusal(404))];
+    calls.extend(dereferenced());
     calls.extend([
         call(
             PODS,
@@ -266,21 +254,16 @@ async fn the_slot_of_another_pipeline_is_not_dropped_with_this_one() {
         call(PIPELINE, 200, going_json.clone()),
         saying(PATCH_PIPELINE, r#""finalizers":[]"#, 200, going_json),
     ]);
-    let action = play(calls, async |client: Client| {
-        let context = context_that_knows(client, Claim::forever(), known);
-        pipeline::reconcile(Arc::new(going), context).await.unwrap()
-    })
-    .await;
-    assert_eq!(action, Action::await_change());
+    let reconcile = async |client| reconcile_among(client, Claim::forever(), &going, &[&first, &going]).await;
+    assert_eq!(play(calls, reconcile).await, Action::await_change());
 }
 
 #[tokio::test]
 async fn a_server_in_trouble_changes_no_judgement() {
     let calls = vec![
-        call(PIPELINE, 200, pipeline_json()),
-        call(DEPLOYMENT, 500, refusal(500)),
-        saying(STATUS, r#""phase":"Starting""#, 200, pipeline_json()),
-        saying(EVENT, "RuntimeStarting", 201, json!({})),
+        call(CREDENTIALS, 500, refusal(500)),
+        saying(STATUS, r#""phase":"Pending""#, 200, pipeline_json()),
+        saying(EVENT, "NotStarted", 201, json!({})),
     ];
     let action = play(calls, |client| reconcile_pipeline(client, Claim::forever())).await;
     assert!(comes_back(&action), "{action:?}");
@@ -289,11 +272,7 @@ async fn a_server_in_trouble_changes_no_judgement() {
 #[tokio::test]
 async fn a_status_that_cannot_be_written_is_tried_again() {
     for code in [409, 410, 500] {
-        let calls = vec![
-            call(PIPELINE, 200, pipeline_json()),
-            call(DEPLOYMENT, 410, refusal(410)),
-            call(STATUS, code, refusal(code)),
-        ];
+        let calls = vec![call(CREDENTIALS, 410, refusal(410)), call(STATUS, code, refusal(code))];
         let action = play(calls, |client| reconcile_pipeline(client, Claim::forever())).await;
         assert!(comes_back(&action), "{action:?}");
     }
@@ -356,15 +335,15 @@ async fn what_cannot_be_read_or_written_holds_no_finalizer() {
         (deleted_at(now - 200, "Delete"), "SlotLeftBehind"),
     ] {
         let calls = vec![
-            call(PIPELINE, 200, pipeline.clone()),
             call(DEPLOYMENT, 403, refusal(403)),
             saying(STATUS, "Terminating", 500, refusal(500)),
             saying(EVENT, reason, 201, json!({})),
             call(PIPELINE, 200, pipeline.clone()),
-            saying(PATCH_PIPELINE, r#""finalizers":[]"#, 200, pipeline),
+            saying(PATCH_PIPELINE, r#""finalizers":[]"#, 200, pipeline.clone()),
         ];
-        let action = play(calls, |client| reconcile_pipeline(client, Claim::forever())).await;
-        assert_eq!(action, Action::await_change());
+        let pipeline: CdcPipeline = serde_json::from_value(pipeline).unwrap();
+        let reconcile = async |client| reconcile_among(client, Claim::forever(), &pipeline, &[&pipeline]).await;
+        assert_eq!(play(calls, reconcile).await, Action::await_change());
     }
 }
 
@@ -376,32 +355,21 @@ async fn who_does_not_lead_writes_nothing() {
 
 #[tokio::test]
 async fn a_replay_without_its_pipeline_waits() {
-    let replay = serde_json::to_value(support::replay("replayjob.yaml")).unwrap();
+    let replay = support::replay("replayjob.yaml");
     let calls = vec![
-        call(
-            "GET /apis/meander.dev/v1alpha1/namespaces/default/replayjobs/last-seconds",
-            200,
-            replay.clone(),
-        ),
-        call(
-            "GET /apis/batch/v1/namespaces/default/jobs/last-seconds-replay",
-            404,
-            refusal(404),
-        ),
-        call(PIPELINE, 404, refusal(404)),
         saying(
             "PATCH /apis/meander.dev/v1alpha1/namespaces/default/replayjobs/last-seconds/status",
             "PipelineNotFound",
             200,
-            replay,
+            serde_json::to_value(&replay).unwrap(),
         ),
         saying(EVENT, "PipelineNotFound", 201, json!({})),
     ];
     play(calls, |client| async move {
-        let context = context(client, Claim::forever());
-        replay::reconcile(Arc::new(support::replay("replayjob.yaml")), context)
-            .await
-            .unwrap()
+        let (caches, mut writers) = Caches::new();
+        writers.replays.apply_watcher_event(&Event::Apply(replay.clone()));
+        let context = context(client, Claim::forever(), Arc::new(caches));
+        replay::reconcile(Arc::new(replay), context).await.unwrap()
     })
     .await;
 }

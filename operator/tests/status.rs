@@ -49,7 +49,7 @@ fn deployment(available: bool) -> Deployment {
 fn facts(available: bool) -> Facts {
     Facts {
         slot_held_by: None,
-        secrets: support::keys(),
+        secrets: Some(support::keys()),
         deployment: Some(deployment(available)),
         pods: Vec::new(),
     }

@@ -6,7 +6,8 @@
 #
 #   apiserver.sh up DIR     etcd and kube-apiserver on free ports of loopback,
 #                           data in DIR (best on a memory disk, /dev/shm/...),
-#                           an administrator's DIR/kubeconfig
+#                           an administrator's DIR/kubeconfig, and in DIR/audit.log
+#                           what service accounts ask
 #   apiserver.sh down DIR   ends just these two, and removes DIR
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -63,7 +64,8 @@ start_once() {
     --initial-cluster="test=http://127.0.0.1:$peer"
   mapfile -t flags < <(api_server_flags "$dir/pki" "http://127.0.0.1:$etcd" 10.96.0.0/16)
   launch kube-apiserver "$KUBE_DIR/bin/kube-apiserver" "${flags[@]}" \
-    --bind-address=127.0.0.1 --secure-port="$port" --endpoint-reconciler-type=none
+    --bind-address=127.0.0.1 --secure-port="$port" --endpoint-reconciler-type=none \
+    --audit-policy-file="$here/audit-policy.yaml" --audit-log-path="$dir/audit.log"
   until_true 60 "the API server is ready" ready_or_failed && all_running
 }
 

@@ -59,19 +59,20 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 # Where a second pod stands by, a drain leaves one of the two.
 - apiGroups: [policy]
   resources: [poddisruptionbudgets]
-  verbs: [get, list, create, patch, delete]
+  verbs: [get, list, watch, create, patch, delete]
 # The pods that replay and clean up; they are watched to tell how they ended.
 - apiGroups: [batch]
   resources: [jobs]
   verbs: [get, list, watch, create, patch, delete]
-# What those pods need: their configuration, an identity, and a Service for a replay that serves.
+# What those pods need: their configuration, an identity, and a Service for a replay that serves. They are watched, those alone that carry
+# the operator's label, so that nothing need be asked as long as they are as they should be.
 - apiGroups: [""]
   resources: [configmaps, serviceaccounts, services]
-  verbs: [get, list, create, patch, delete]
+  verbs: [get, list, watch, create, patch, delete]
 # Why a pod does not run, the last word of a replay, and whose pod a caller is.
 - apiGroups: [""]
   resources: [pods]
-  verbs: [get, list]
+  verbs: [get, list, watch]
 # Whether a Secret that a resource names is there and has its keys. Secrets are never listed or watched.
 - apiGroups: [""]
   resources: [secrets]

@@ -4,56 +4,62 @@ use k8s_openapi::api::{
     apps::v1::Deployment, batch::v1::Job, core::v1::ConfigMap, core::v1::ServiceAccount,
     policy::v1::PodDisruptionBudget,
 };
-use kube::{Resource as _, ResourceExt as _};
+use kube::Resource as _;
 use meander_crds::CdcPipeline;
 
-use super::build::{CleanupObjects, Objects, capture_name, selector};
+use super::build::{CleanupObjects, Objects, capture_name};
 use crate::{
     apply::Applier,
     conditions::RUNTIME_AVAILABLE,
     context::Context,
     error::{Error, Reason},
+    progress::ResourceKey,
 };
 
-/// Applies what a running pipeline needs, and deletes what it no longer needs. Returns the Deployment, and whether it changed.
-pub async fn apply(context: &Context, pipeline: &CdcPipeline, objects: Objects) -> Result<(Deployment, bool), Error> {
-    let namespace = pipeline.namespace().unwrap_or_default();
+/// Applies what a running pipeline needs, and deletes what it no longer needs. Returns the Deployment if it is newer than the cache's, and
+/// whether it changed.
+pub async fn apply(
+    context: &Context,
+    pipeline: &CdcPipeline,
+    key: &ResourceKey,
+    objects: Objects,
+) -> Result<(Option<Deployment>, bool), Error> {
     let owner = owner(pipeline)?;
     let applier = Applier {
         context,
-        namespace: &namespace,
+        key,
         owner: &owner,
         condition: RUNTIME_AVAILABLE,
     };
-    let (_, account) = applier.apply(objects.service_account).await?;
-    let (_, config) = applier.apply(objects.config_map).await?;
+    applier.apply(objects.service_account).await?;
+    applier.apply(objects.config_map).await?;
     let budget = objects.disruption_budget.as_ref().map(|_| capture_name(pipeline));
     if let Some(budget) = objects.disruption_budget {
         applier.apply(budget).await?;
     }
-    let (deployment, pod) = applier.apply(objects.deployment).await?;
-    // Orphans can only come from a change of what is built.
-    if account || config || pod {
-        let selector = selector(pipeline);
-        let name = capture_name(pipeline);
-        applier.sweep::<Deployment>(&selector, &[&name]).await?;
-        applier.sweep::<Job>(&selector, &[]).await?;
-        applier
-            .sweep::<PodDisruptionBudget>(&selector, &budget.iter().map(String::as_str).collect::<Vec<_>>())
-            .await?;
-        applier.sweep::<ConfigMap>(&selector, &[&name]).await?;
-        applier.sweep::<ServiceAccount>(&selector, &[&name]).await?;
-    }
-    Ok((deployment, pod))
+    let applied = applier.apply(objects.deployment).await?;
+    let name = capture_name(pipeline);
+    applier.sweep::<Deployment>(&[&name]).await?;
+    applier.sweep::<Job>(&[]).await?;
+    applier
+        .sweep::<PodDisruptionBudget>(&budget.iter().map(String::as_str).collect::<Vec<_>>())
+        .await?;
+    applier.sweep::<ConfigMap>(&[&name]).await?;
+    applier.sweep::<ServiceAccount>(&[&name]).await?;
+    Ok(applied)
 }
 
 /// Applies what a deleted pipeline needs. Returns the Job.
-pub async fn apply_cleanup(context: &Context, pipeline: &CdcPipeline, objects: CleanupObjects) -> Result<Job, Error> {
-    let namespace = pipeline.namespace().unwrap_or_default();
+pub async fn apply_cleanup(
+    context: &Context,
+    pipeline: &CdcPipeline,
+    key: &ResourceKey,
+    objects: CleanupObjects,
+) -> Result<Job, Error> {
     let owner = owner(pipeline)?;
     let applier = Applier {
         context,
-        namespace: &namespace,
+        key,
         owner: &owner,
         condition: RUNTIME_AVAILABLE,
     };

@@ -6,7 +6,7 @@ use k8s_openapi::{
     api::{
         apps::v1::{Deployment, DeploymentSpec, DeploymentStrategy, RollingUpdateDeployment},
         batch::v1::{Job, JobSpec},
-        core::v1::{ConfigMap, ServiceAccount, TopologySpreadConstraint},
+        core::v1::{ConfigMap, Pod, ServiceAccount, TopologySpreadConstraint},
         policy::v1::{PodDisruptionBudget, PodDisruptionBudgetSpec},
     },
     apimachinery::pkg::{
@@ -61,14 +61,16 @@ pub fn cleanup_name(pipeline: &CdcPipeline) -> String {
     format!("{}-{CLEANUP}", pipeline.name_any())
 }
 
-/// Selects everything of the pipeline.
-pub fn selector(pipeline: &CdcPipeline) -> String {
-    format!("{PIPELINE_LABEL}={}", pipeline.name_any())
-}
-
 /// Selects the pods that capture.
 pub fn capture_selector(pipeline: &CdcPipeline) -> String {
-    format!("{},{COMPONENT_LABEL}={CAPTURE}", selector(pipeline))
+    format!("{PIPELINE_LABEL}={},{COMPONENT_LABEL}={CAPTURE}", pipeline.name_any())
+}
+
+/// Whether a pod of the pipeline is one that captures.
+pub fn is_capture(pod: &Pod) -> bool {
+    pod.labels()
+        .get(COMPONENT_LABEL)
+        .is_some_and(|component| component == CAPTURE)
 }
 
 /// Builds what a running pipeline needs.

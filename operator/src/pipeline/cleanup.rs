@@ -19,6 +19,7 @@ use crate::{
     error::{Error, Reason},
     job,
     naming::slot_name,
+    progress::ResourceKey,
 };
 
 /// After this long the resource goes, whatever has become of the slot. While no operator is there, no time passes.
@@ -50,6 +51,7 @@ pub fn foregone(pipeline: &CdcPipeline, leading_since: Timestamp, now: Timestamp
 pub async fn cleanup(
     context: &Context,
     pipeline: &CdcPipeline,
+    key: &ResourceKey,
     facts: &Facts,
     valid: &Result<ValidPipeline, Error>,
 ) -> Result<Option<Ending>, Error> {
@@ -66,7 +68,7 @@ pub async fn cleanup(
         Err(error) => return Ok(Some(Ending::LeftBehind(error.problem().message.clone()))),
     };
     let objects = build_cleanup(pipeline, valid, &context.settings);
-    let job = match Box::pin(apply_cleanup(context, pipeline, objects)).await {
+    let job = match Box::pin(apply_cleanup(context, pipeline, key, objects)).await {
         Ok(job) => job,
         // Nothing can be created in a namespace that is being deleted.
         Err(error) if error.problem().reason == Reason::Forbidden => {

@@ -5,22 +5,25 @@ use kube::{Api, ResourceExt as _, api::ListParams};
 use meander_crds::CdcPipeline;
 
 use super::{
-    build::{capture_name, capture_selector},
+    build::{capture_name, capture_selector, is_capture},
     slot,
+    validate::ValidPipeline,
 };
 use crate::{
     apply::is_owned,
     conditions::RUNTIME_AVAILABLE,
     context::Context,
     error::Error,
+    naming::CONFIG_HASH_ANNOTATION,
+    progress::ResourceKey,
     secrets::{self, Keys},
 };
 
 /// What the cluster holds.
 #[derive(Clone, Debug, Default)]
 pub struct Facts {
-    /// Keys of the Secrets that the spec names.
-    pub secrets: Keys,
+    /// Keys of the Secrets that the spec names; none where nobody needs them, because what runs has them already.
+    pub secrets: Option<Keys>,
     /// The other pipeline that has its slot.
     pub slot_held_by: Option<String>,
     /// The Deployment that captures.
@@ -29,29 +32,67 @@ pub struct Facts {
     pub pods: Vec<Pod>,
 }
 
-/// Reads the facts.
-pub async fn dereference(context: &Context, pipeline: &CdcPipeline) -> Result<Facts, Error> {
+/// What the watches show, without the Secrets.
+pub fn known(context: &Context, pipeline: &CdcPipeline, key: &ResourceKey) -> Facts {
+    let deployment = context.caches.get::<Deployment>(key, &capture_name(pipeline));
+    // That of a deleted pipeline of the same name says nothing about this one.
+    let deployment = deployment.filter(|deployment| is_owned(deployment, pipeline.metadata.uid.as_ref()));
+    let pods = match &deployment {
+        Some(deployment) if !is_available(deployment) || lacks_standby(deployment) => {
+            let pods = context.caches.of::<Pod>(key).into_iter();
+            pods.filter(is_capture).collect()
+        }
+        _ => Vec::new(),
+    };
+    Facts {
+        slot_held_by: slot::held_by(pipeline, &context.caches.pipelines.state()),
+        secrets: None,
+        deployment,
+        pods,
+    }
+}
+
+/// The keys of the Secrets.
+pub async fn secrets(context: &Context, pipeline: &CdcPipeline) -> Result<Option<Keys>, Error> {
+    let namespace = pipeline.namespace().unwrap_or_default();
+    let keys = secrets::keys(context, &namespace, &secrets::of_pipeline(pipeline)).await?;
+    Ok(Some(keys))
+}
+
+/// The Deployment as it is now, for what an old picture must not decide.
+pub async fn deployment(context: &Context, pipeline: &CdcPipeline) -> Result<Option<Deployment>, Error> {
     let namespace = pipeline.namespace().unwrap_or_default();
     let deployments: Api<Deployment> = Api::namespaced(context.client.clone(), &namespace);
     let deployment = deployments
         .get_opt(&capture_name(pipeline))
         .await
-        .map_err(|error| Error::from_api(RUNTIME_AVAILABLE, "reading the Deployment", &error))?
-        // That of a deleted pipeline of the same name says nothing about this one.
-        .filter(|deployment| is_owned(deployment, pipeline.metadata.uid.as_ref()));
-    let pods = match &deployment {
-        Some(deployment) if !is_available(deployment) || lacks_standby(deployment) => pods(context, pipeline).await?,
-        _ => Vec::new(),
-    };
-    Ok(Facts {
-        slot_held_by: slot::held_by(pipeline, &context.pipelines.state()),
-        secrets: secrets::keys(context, &namespace, &secrets::of_pipeline(pipeline)).await?,
-        deployment,
-        pods,
-    })
+        .map_err(|error| Error::from_api(RUNTIME_AVAILABLE, "reading the Deployment", &error))?;
+    Ok(deployment.filter(|deployment| is_owned(deployment, pipeline.metadata.uid.as_ref())))
 }
 
-/// The pods that capture.
+/// Whether what is asked for was started already, and does not wait for what it mounts: then nobody needs the Secrets. A pod keeps what it
+/// has of one that is deleted.
+pub fn is_started(facts: &Facts, valid: &ValidPipeline) -> bool {
+    let spec = facts
+        .deployment
+        .as_ref()
+        .and_then(|deployment| deployment.spec.as_ref());
+    let hash = spec
+        .and_then(|spec| spec.template.metadata.as_ref())
+        .and_then(|template| template.annotations.as_ref()?.get(CONFIG_HASH_ANNOTATION));
+    let is_wanted = spec.is_some_and(|spec| (spec.replicas == Some(0)) == valid.suspend);
+    hash == Some(&valid.config_hash) && is_wanted && !facts.pods.iter().any(is_being_made)
+}
+
+/// Whether the pod has a node, and its containers have yet to be made there.
+fn is_being_made(pod: &Pod) -> bool {
+    let Some(status) = &pod.status else { return false };
+    let mut conditions = status.conditions.iter().flatten();
+    status.phase.as_deref() == Some("Pending")
+        && conditions.any(|condition| condition.type_ == "PodScheduled" && condition.status == "True")
+}
+
+/// The pods that capture, as they are now.
 pub async fn pods(context: &Context, pipeline: &CdcPipeline) -> Result<Vec<Pod>, Error> {
     let api: Api<Pod> = Api::namespaced(context.client.clone(), &pipeline.namespace().unwrap_or_default());
     let params = ListParams::default().labels(&capture_selector(pipeline));

@@ -14,9 +14,8 @@ pub mod validate;
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
-use futures::StreamExt as _;
+use futures::{Stream, StreamExt as _};
 use jiff::Timestamp;
-use k8s_openapi::api::{apps::v1::Deployment, batch::v1::Job};
 use kube::{
     Api, ResourceExt as _,
     api::{Patch, PatchParams},
@@ -27,27 +26,20 @@ use kube::{
         predicates,
         reflector::{ObjectRef, store::Writer},
         utils::Predicate as _,
-        watcher,
+        watcher::{self, watcher},
     },
 };
 use meander_crds::CdcPipeline;
 use meander_proto::v1::Directive;
 use serde_json::json;
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 
-use self::{
-    cleanup::Ending,
-    dereference::Facts,
-    status::{Inputs, SILENCE},
-    validate::ValidPipeline,
-};
+use self::{cleanup::Ending, dereference::Facts, status::Inputs, validate::ValidPipeline};
 use crate::{
     conditions::{self, READY, RUNTIME_AVAILABLE, SOURCE_READY},
-    context::{CONCURRENCY, Context, api_of},
+    context::{CONCURRENCY, Context, api_of, until_silent},
     error::Error,
-    naming::{FIELD_MANAGER, MANAGED_SELECTOR},
+    naming::FIELD_MANAGER,
     progress::{Kind, ResourceKey},
 };
 
@@ -63,15 +55,15 @@ pub fn is_paused(pipeline: &CdcPipeline) -> bool {
         && pipeline.annotations().get(PAUSED).is_some_and(|value| value == "true")
 }
 
-/// Reconciles pipelines until `shutdown`, and says when all of them are known.
+/// Reconciles pipelines until `shutdown`, those that `triggers` names and those that change, and says when all of them are known.
 pub async fn run(
     context: Arc<Context>,
     writer: Writer<CdcPipeline>,
-    pokes: mpsc::Receiver<ObjectRef<CdcPipeline>>,
+    triggers: impl Stream<Item = ObjectRef<CdcPipeline>> + Send + 'static,
     shutdown: CancellationToken,
     ready: impl FnOnce() + Send,
 ) {
-    let store = context.pipelines.clone();
+    let store = context.caches.pipelines.clone();
     // Its name is a constant that is valid and of one kind; if it were not, an operator without it is better than none.
     if let Err(error) = metrics::Readiness::new(store.clone()).and_then(|ready| context.metrics.register(ready)) {
         tracing::error!(%error, "pipelines that are ready are not told from others");
@@ -82,16 +74,14 @@ pub async fn run(
         .combine(predicates::annotations);
     let pipelines = watcher(api_of(&context), watcher::Config::default())
         .default_backoff()
+        .modify(|pipeline: &mut CdcPipeline| pipeline.metadata.managed_fields = None)
         .reflect(writer)
         .applied_objects()
         .predicate_filter(changes, Default::default());
-    let owned = watcher::Config::default().labels(MANAGED_SELECTOR);
     let known = store.clone();
     let controller = Controller::for_stream(pipelines, store)
         .with_config(Config::default().concurrency(CONCURRENCY))
-        .owns(api_of::<Deployment>(&context), owned.clone())
-        .owns(api_of::<Job>(&context), owned)
-        .reconcile_on(ReceiverStream::new(pokes))
+        .reconcile_on(triggers)
         // Their pods are to trust others.
         .reconcile_all_on(context.settings.trust.changes())
         .graceful_shutdown_on(shutdown.cancelled_owned())
@@ -117,13 +107,7 @@ pub async fn reconcile(pipeline: Arc<CdcPipeline>, context: Arc<Context>) -> Res
 }
 
 async fn reconcile_key(key: &ResourceKey, context: &Context) -> Result<Action, Error> {
-    let api: Api<CdcPipeline> = Api::namespaced(context.client.clone(), &key.namespace);
-    // Read anew: the cache may not yet have the status that was written a moment ago.
-    let found = api
-        .get_opt(&key.name)
-        .await
-        .map_err(|error| Error::from_api(READY, "reading the pipeline", &error))?;
-    let Some(mut pipeline) = found else {
+    let Some(mut pipeline) = context.current(&context.caches.pipelines, key).await? else {
         context.forget(key);
         return Ok(Action::await_change());
     };
@@ -145,11 +129,11 @@ async fn reconcile_key(key: &ResourceKey, context: &Context) -> Result<Action, E
     let mut facts = None;
     let mut ending = None;
     let outcome = if is_paused(&pipeline) {
-        look(context, &pipeline, &mut facts).await
+        look(context, &pipeline, key, &mut facts).await
     } else if pipeline.metadata.deletion_timestamp.is_none() {
         stages(context, &mut pipeline, key, &mut facts).await
     } else if pipeline.finalizers().iter().any(|finalizer| finalizer == FINALIZER) {
-        last_stages(context, &pipeline, &mut facts, &mut ending).await
+        last_stages(context, &pipeline, key, &mut facts, &mut ending).await
     } else {
         // Somebody else's finalizer keeps it; there is nothing left to do here.
         return Ok(Action::await_change());
@@ -181,25 +165,35 @@ async fn reconcile_key(key: &ResourceKey, context: &Context) -> Result<Action, E
     }
     // Whether its last status could be written or not: it goes.
     if let Some(ending) = ending {
-        conclude(context, &api, &pipeline, ending).await?;
+        conclude(context, &pipeline, key, ending).await?;
         return Ok(Action::await_change());
     }
     let deferred = written?;
     outcome?;
     let next = if pipeline.metadata.deletion_timestamp.is_some() {
         Duration::from_secs(2)
-    } else if conditions::state(&new.conditions, READY).is_some_and(|(status, _)| status == "True") {
-        SILENCE.saturating_sub(observation.silence).max(Duration::from_secs(1)) + Duration::from_secs(1)
-    } else {
-        // What a pod waits for changes without the Deployment changing.
+    } else if facts.is_some_and(|facts| facts.secrets.is_some()) {
+        // Secrets are not watched.
         Duration::from_secs(5)
+    } else {
+        until_silent(&observation)
     };
     Ok(Action::requeue(deferred.unwrap_or(next).min(next)))
 }
 
 /// What there is, and whether the spec is fit, with nothing done about either.
-async fn look(context: &Context, pipeline: &CdcPipeline, facts: &mut Option<Facts>) -> Result<ValidPipeline, Error> {
-    let facts = facts.insert(dereference::dereference(context, pipeline).await?);
+async fn look(
+    context: &Context,
+    pipeline: &CdcPipeline,
+    key: &ResourceKey,
+    facts: &mut Option<Facts>,
+) -> Result<ValidPipeline, Error> {
+    let facts = facts.insert(dereference::known(context, pipeline, key));
+    let valid = validate::validate(pipeline, facts, &context.settings)?;
+    if dereference::is_started(facts, &valid) {
+        return Ok(valid);
+    }
+    facts.secrets = dereference::secrets(context, pipeline).await?;
     validate::validate(pipeline, facts, &context.settings)
 }
 
@@ -210,20 +204,20 @@ async fn stages(
     key: &ResourceKey,
     facts: &mut Option<Facts>,
 ) -> Result<ValidPipeline, Error> {
-    let valid = look(context, pipeline, facts).await?;
+    let valid = look(context, pipeline, key, facts).await?;
     let objects = build::build(pipeline, &valid, &context.settings);
     // Before there can be a slot.
     if !pipeline.finalizers().iter().any(|finalizer| finalizer == FINALIZER) {
         let mut finalizers = pipeline.finalizers().to_vec();
         finalizers.push(FINALIZER.to_owned());
-        if let Some(version) = set_finalizers(context, pipeline, finalizers).await? {
+        if let Some(version) = set_finalizers(context, pipeline, key, finalizers).await? {
             // What the status is written to.
             pipeline.metadata.resource_version = Some(version);
         }
     }
-    let (deployment, changed) = Box::pin(apply::apply(context, pipeline, objects)).await?;
+    let (deployment, changed) = Box::pin(apply::apply(context, pipeline, key, objects)).await?;
     if let Some(facts) = facts {
-        facts.deployment = Some(deployment);
+        facts.deployment = deployment.or(facts.deployment.take());
     }
     if changed {
         context.tracker.restarted(key);
@@ -235,26 +229,25 @@ async fn stages(
 async fn last_stages(
     context: &Context,
     pipeline: &CdcPipeline,
+    key: &ResourceKey,
     facts: &mut Option<Facts>,
     ending: &mut Option<Ending>,
 ) -> Result<ValidPipeline, Error> {
     // First, so that it holds whatever fails below.
     *ending = cleanup::foregone(pipeline, context.claim.since(), Timestamp::now());
-    let facts = facts.insert(dereference::dereference(context, pipeline).await?);
+    let facts = facts.insert(dereference::known(context, pipeline, key));
+    // A capture that was started a moment ago must be seen: it would make the slot anew.
+    facts.deployment = dereference::deployment(context, pipeline).await?;
+    facts.secrets = dereference::secrets(context, pipeline).await?;
     let valid = validate::validate(pipeline, facts, &context.settings);
     if ending.is_none() {
-        *ending = cleanup::cleanup(context, pipeline, facts, &valid).await?;
+        *ending = cleanup::cleanup(context, pipeline, key, facts, &valid).await?;
     }
     valid
 }
 
 /// Says how it ended, and lets the resource go.
-async fn conclude(
-    context: &Context,
-    api: &Api<CdcPipeline>,
-    pipeline: &CdcPipeline,
-    ending: Ending,
-) -> Result<(), Error> {
+async fn conclude(context: &Context, pipeline: &CdcPipeline, key: &ResourceKey, ending: Ending) -> Result<(), Error> {
     context.may_write(RUNTIME_AVAILABLE)?;
     match &ending {
         Ending::Dropped => {
@@ -295,12 +288,13 @@ async fn conclude(
         }
     }
     // The status may just have been written, and then the resource version has moved on.
+    let api: Api<CdcPipeline> = Api::namespaced(context.client.clone(), &key.namespace);
     let current = api.get_opt(&pipeline.name_any()).await;
     let current = current.map_err(|error| Error::from_api(READY, "reading the pipeline", &error))?;
     if let Some(current) = current.filter(|current| current.uid() == pipeline.uid()) {
         let mut finalizers = current.finalizers().to_vec();
         finalizers.retain(|finalizer| finalizer != FINALIZER);
-        set_finalizers(context, &current, finalizers).await?;
+        set_finalizers(context, &current, key, finalizers).await?;
     }
     Ok(())
 }
@@ -309,10 +303,11 @@ async fn conclude(
 async fn set_finalizers(
     context: &Context,
     pipeline: &CdcPipeline,
+    key: &ResourceKey,
     finalizers: Vec<String>,
 ) -> Result<Option<String>, Error> {
     context.may_write(RUNTIME_AVAILABLE)?;
-    let api: Api<CdcPipeline> = Api::namespaced(context.client.clone(), &pipeline.namespace().unwrap_or_default());
+    let api: Api<CdcPipeline> = Api::namespaced(context.client.clone(), &key.namespace);
     // The list is replaced as a whole: the resource version makes sure that nobody else's entry is lost.
     let patch = json!({
         "metadata": {"resourceVersion": pipeline.resource_version(), "finalizers": finalizers},
@@ -322,7 +317,10 @@ async fn set_finalizers(
         ..PatchParams::default()
     };
     match api.patch(&pipeline.name_any(), &params, &Patch::Merge(&patch)).await {
-        Ok(patched) => Ok(patched.resource_version()),
+        Ok(patched) => {
+            context.tracker.wrote(key, patched.resource_version());
+            Ok(patched.resource_version())
+        }
         Err(kube::Error::Api(status)) if status.code == 404 => Ok(None),
         Err(error) => Err(Error::from_api(RUNTIME_AVAILABLE, "setting the finalizer", &error)),
     }

@@ -98,7 +98,9 @@ pub fn validate(pipeline: &CdcPipeline, facts: &Facts, settings: &Settings) -> R
         return Err(Error::waiting(SOURCE_READY, Reason::SlotConflict, message));
     }
     let mounted = secrets::of_pipeline(pipeline);
-    secrets::require(&facts.secrets, &namespace, &mounted)?;
+    if let Some(keys) = &facts.secrets {
+        secrets::require(keys, &namespace, &mounted)?;
+    }
 
     let mut redis_url = None;
     let redis = match &spec.sinks.redis {

@@ -22,7 +22,7 @@ use tokio::{
 use crate::conditions::PROGRESSING;
 
 /// Reports lead to a reconcile at most this often, unless they say that a condition or a phase has changed.
-const POKE_INTERVAL: Duration = Duration::from_secs(5);
+const POKE_INTERVAL: Duration = crate::status::INTERVAL;
 const POKES: usize = 1024;
 
 /// The kinds that report.
@@ -110,6 +110,8 @@ struct Entry {
     reporter: Option<StreamId>,
     poked: Option<Instant>,
     written: Option<Instant>,
+    /// The resource's version after what this operator last wrote to it.
+    version: Option<String>,
 }
 
 /// The latest report of each resource.
@@ -167,6 +169,7 @@ impl Tracker {
             reporter: None,
             poked: None,
             written: None,
+            version: None,
         });
         Observation {
             report: entry.report.clone(),
@@ -232,6 +235,25 @@ impl Tracker {
         if let Some(entry) = self.lock().get_mut(key) {
             entry.written = Some(Instant::now());
         }
+    }
+
+    /// This operator has just written to the resource, which came to this version by that.
+    pub fn wrote(&self, key: &ResourceKey, version: Option<String>) {
+        if let Some(entry) = self.lock().get_mut(key) {
+            entry.version = version;
+        }
+    }
+
+    /// Whether a resource that was seen at this version shows all that this operator wrote to it. Versions of one kind are numbers that
+    /// rise; what is none is not relied upon.
+    pub fn wrote_nothing_after(&self, key: &ResourceKey, seen: Option<&str>) -> bool {
+        let entries = self.lock();
+        let Some(wrote) = entries.get(key).and_then(|entry| entry.version.as_deref()) else {
+            return true;
+        };
+        let number = |version: &str| version.parse::<u64>().ok();
+        seen == Some(wrote)
+            || matches!((seen.and_then(number), number(wrote)), (Some(seen), Some(wrote)) if seen > wrote)
     }
 
     /// The resource is gone; its streams end.
@@ -365,7 +387,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_report_asks_for_a_reconcile_when_it_is_news_or_five_seconds_have_passed() {
+    async fn a_report_asks_for_a_reconcile_when_it_is_news_or_a_status_is_due() {
         let (tracker, mut pokes) = Tracker::new();
         let key = ResourceKey {
             kind: Kind::CdcPipeline,
@@ -384,6 +406,22 @@ mod tests {
         assert!(poked("B"));
         tokio::time::advance(POKE_INTERVAL).await;
         assert!(poked("B"));
+    }
+
+    #[test]
+    fn what_was_seen_counts_only_if_it_is_not_older_than_what_was_written() {
+        let (tracker, _pokes) = Tracker::new();
+        let key = ResourceKey {
+            kind: Kind::CdcPipeline,
+            namespace: "ns".into(),
+            name: "p".into(),
+        };
+        assert!(tracker.wrote_nothing_after(&key, Some("9")), "nothing was written");
+        tracker.observe(&key, "uid");
+        tracker.wrote(&key, Some("10".into()));
+        for (seen, enough) in [("9", false), ("10", true), ("11", true), ("x", false)] {
+            assert_eq!(tracker.wrote_nothing_after(&key, Some(seen)), enough, "{seen}");
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -4,7 +4,7 @@ use k8s_openapi::api::{
     batch::v1::Job,
     core::v1::{ConfigMap, Pod},
 };
-use kube::{Api, ResourceExt as _, api::ListParams};
+use kube::{Api, ResourceExt as _, api::ListParams, runtime::reflector::ObjectRef};
 use meander_config::ReplayConfig;
 use meander_crds::{CdcPipeline, ReplayJob};
 use meander_proto::FinalWord;
@@ -15,7 +15,8 @@ use crate::{
     conditions::ACCEPTED,
     context::Context,
     error::Error,
-    pod,
+    job, pod,
+    progress::ResourceKey,
     secrets::{self, Keys},
 };
 
@@ -52,40 +53,52 @@ pub fn word_of(pod: &Pod) -> Option<FinalWord> {
 }
 
 /// Reads the facts.
-pub async fn dereference(context: &Context, replay: &ReplayJob) -> Result<Facts, Error> {
+pub async fn dereference(context: &Context, replay: &ReplayJob, key: &ResourceKey) -> Result<Facts, Error> {
     let namespace = replay.namespace().unwrap_or_default();
     let api_error = |what: &'static str| move |error| Error::from_api(ACCEPTED, what, &error);
-    let jobs: Api<Job> = Api::namespaced(context.client.clone(), &namespace);
-    let job = jobs
-        .get_opt(&replay_name(replay))
-        .await
-        .map_err(api_error("reading the Job"))?
-        // The end of a replay that was deleted is not the end of the one that was created in its place.
-        .filter(|job| is_owned(job, replay.metadata.uid.as_ref()));
+    let name = replay_name(replay);
+    let mut job = context.caches.get::<Job>(key, &name);
+    if replay.spec.cancel {
+        // Without a Job it is over at once, and for good: one that was made a moment ago must be seen.
+        let jobs: Api<Job> = Api::namespaced(context.client.clone(), &namespace);
+        job = jobs.get_opt(&name).await.map_err(api_error("reading the Job"))?;
+    }
+    // The end of a replay that was deleted is not the end of the one that was created in its place.
+    let job = job.filter(|job| is_owned(job, replay.metadata.uid.as_ref()));
     let mut facts = Facts::default();
     if let Some(job) = &job {
-        let pods: Api<Pod> = Api::namespaced(context.client.clone(), &namespace);
-        let params = ListParams::default().labels(&selector(replay));
-        facts.pods = pods.list(&params).await.map_err(api_error("listing pods"))?.items;
+        facts.pods = if replay.spec.cancel || is_ahead(job, replay) {
+            let pods: Api<Pod> = Api::namespaced(context.client.clone(), &namespace);
+            let params = ListParams::default().labels(&selector(replay));
+            pods.list(&params).await.map_err(api_error("listing pods"))?.items
+        } else {
+            context.caches.of::<Pod>(key)
+        };
         facts.pods.retain(|pod| is_owned(pod, job.metadata.uid.as_ref()));
-        let configs: Api<ConfigMap> = Api::namespaced(context.client.clone(), &namespace);
-        let config = configs
-            .get_opt(&replay_name(replay))
-            .await
-            .map_err(api_error("reading the ConfigMap"))?;
+        let config = context.caches.get::<ConfigMap>(key, &name);
         facts.started = config.as_ref().and_then(|config| started(config, replay));
     }
     facts.job = job;
     if facts.started.is_none() {
-        let pipelines: Api<CdcPipeline> = Api::namespaced(context.client.clone(), &namespace);
-        facts.pipeline = pipelines
-            .get_opt(&replay.spec.pipeline_ref.name)
-            .await
-            .map_err(api_error("reading the pipeline"))?;
+        let pipeline = ObjectRef::new(&replay.spec.pipeline_ref.name).within(&namespace);
+        let pipeline = context.caches.pipelines.get(&pipeline);
+        facts.pipeline = pipeline.map(|pipeline| (*pipeline).clone());
         let mounted = secrets::of_replay(replay, facts.pipeline.as_ref());
         facts.secrets = secrets::keys(context, &namespace, &mounted).await?;
     }
     Ok(facts)
+}
+
+/// Whether a pod of the Job has ended of which the status does not tell yet. Its last word is there then, whether the watch of the pods has
+/// come to it or not.
+fn is_ahead(job: &Job, replay: &ReplayJob) -> bool {
+    let failed = job.status.as_ref().and_then(|status| status.failed).unwrap_or(0);
+    let told = replay.status.as_ref().and_then(|status| status.failures.as_ref());
+    let told = told.map_or(0, |failures| i64::from(failures.count));
+    let has_ended = ["Complete", "Failed"]
+        .iter()
+        .any(|end| job::condition(job, end).is_some());
+    has_ended || i64::from(failed) > told
 }
 
 /// The configuration of a replay with a Job; none where somebody took it away or changed it, so that it is made anew.

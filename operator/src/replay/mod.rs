@@ -14,7 +14,7 @@ pub mod validate;
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
-use futures::{StreamExt as _, TryStreamExt as _};
+use futures::{Stream, StreamExt as _, TryStreamExt as _};
 use jiff::Timestamp;
 use k8s_openapi::api::batch::v1::Job;
 use kube::{
@@ -25,15 +25,13 @@ use kube::{
         controller::{Action, Config},
         events::EventType,
         predicates,
-        reflector::{self, ObjectRef},
+        reflector::{ObjectRef, store::Writer},
         utils::Predicate as _,
         watcher::{self, Event, watcher},
     },
 };
-use meander_crds::{ReplayJob, ReplayJobStatus, ReplayPhase};
+use meander_crds::{ReplayJob, ReplayJobStatus};
 use meander_proto::v1::Directive;
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 
 use self::{
@@ -42,21 +40,21 @@ use self::{
 };
 use crate::{
     conditions::{self, ACCEPTED, COMPLETE, FAILED},
-    context::{CONCURRENCY, Context, api_of},
+    context::{CONCURRENCY, Context, api_of, until_silent},
     error::Error,
-    naming::MANAGED_SELECTOR,
     pipeline::status::SILENCE,
     progress::{Kind, Observation, ResourceKey},
 };
 
-/// Reconciles replays until `shutdown`, and says when all of them are known.
+/// Reconciles replays until `shutdown`, those that `triggers` names and those that change, and says when all of them are known.
 pub async fn run(
     context: Arc<Context>,
-    pokes: mpsc::Receiver<ObjectRef<ReplayJob>>,
+    writer: Writer<ReplayJob>,
+    triggers: impl Stream<Item = ObjectRef<ReplayJob>> + Send + 'static,
     shutdown: CancellationToken,
     ready: impl FnOnce() + Send,
 ) {
-    let (store, writer) = reflector::store();
+    let store = context.caches.replays.clone();
     // Its name is a constant that is valid and of one kind; if it were not, an operator without it is better than none.
     if let Err(error) = metrics::Phases::new(store.clone()).and_then(|phases| context.metrics.register(phases)) {
         tracing::error!(%error, "replays are not counted");
@@ -65,6 +63,7 @@ pub async fn run(
     let orders = context.clone();
     let replays = watcher(api_of(&context), watcher::Config::default())
         .default_backoff()
+        .modify(|replay: &mut ReplayJob| replay.metadata.managed_fields = None)
         .reflect(writer)
         // An order goes out as soon as it is seen, however many reconciles are waiting for their turn.
         .inspect_ok(move |event| {
@@ -82,12 +81,10 @@ pub async fn run(
         })
         .applied_objects()
         .predicate_filter(changes, Default::default());
-    let owned = watcher::Config::default().labels(MANAGED_SELECTOR);
     let known = store.clone();
     let controller = Controller::for_stream(replays, store)
         .with_config(Config::default().concurrency(CONCURRENCY))
-        .owns(api_of::<Job>(&context), owned)
-        .reconcile_on(ReceiverStream::new(pokes))
+        .reconcile_on(triggers)
         // Their pods are to trust others.
         .reconcile_all_on(context.settings.trust.changes())
         .graceful_shutdown_on(shutdown.cancelled_owned())
@@ -118,10 +115,7 @@ fn key_of(replay: &ReplayJob) -> ResourceKey {
 
 async fn reconcile_key(key: &ResourceKey, context: &Context) -> Result<Action, Error> {
     let api: Api<ReplayJob> = Api::namespaced(context.client.clone(), &key.namespace);
-    let found = api
-        .get_opt(&key.name)
-        .await
-        .map_err(|error| Error::from_api(ACCEPTED, "reading the replay", &error))?;
+    let found = context.current(&context.caches.replays, key).await?;
     let Some(mut replay) = found.filter(|replay| replay.metadata.deletion_timestamp.is_none()) else {
         // What it owns goes with it.
         context.forget(key);
@@ -139,7 +133,7 @@ async fn reconcile_key(key: &ResourceKey, context: &Context) -> Result<Action, E
     let outcome = if is_final(&old) {
         Ok(Outcome::Started)
     } else {
-        stages(context, &replay, &observation, &mut facts).await
+        stages(context, &replay, key, &observation, &mut facts).await
     };
     let inputs = Inputs {
         replay: &replay,
@@ -173,13 +167,11 @@ async fn reconcile_key(key: &ResourceKey, context: &Context) -> Result<Action, E
         return expire(context, &api, &replay, &new).await;
     }
     outcome?;
-    let next = match new.phase {
-        // A report brings the next one; this is for silence.
-        Some(ReplayPhase::Running | ReplayPhase::Paused) if !replay.spec.cancel => {
-            SILENCE.saturating_sub(observation.silence) + Duration::from_secs(2)
-        }
-        // What a pod waits for changes without the Job changing.
-        _ => Duration::from_secs(3),
+    // A runtime that was to hear of its end may be gone without a word.
+    let next = if replay.spec.cancel {
+        Duration::from_secs(3)
+    } else {
+        until_silent(&observation)
     };
     Ok(Action::requeue(deferred.unwrap_or(next).min(next)))
 }
@@ -216,10 +208,11 @@ pub fn directive(replay: &ReplayJob) -> Directive {
 async fn stages(
     context: &Context,
     replay: &ReplayJob,
+    key: &ResourceKey,
     observation: &Observation,
     facts: &mut Option<Facts>,
 ) -> Result<Outcome, Error> {
-    let facts = facts.insert(dereference::dereference(context, replay).await?);
+    let facts = facts.insert(dereference::dereference(context, replay, key).await?);
     if replay.spec.cancel {
         return cancel(context, replay, observation, facts).await;
     }
@@ -236,7 +229,7 @@ async fn stages(
             build::build(replay, &valid, &context.settings)
         }
     };
-    let job = Box::pin(apply::apply(context, replay, objects)).await?;
+    let job = Box::pin(apply::apply(context, replay, key, objects)).await?;
     // A Job that was read before its pods is kept: had it ended, they had spoken their last word. The newer one may have ended since.
     facts.job = facts.job.take().or(job);
     Ok(Outcome::Started)

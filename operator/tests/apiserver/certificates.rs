@@ -8,10 +8,6 @@ use kube::api::{DeleteParams, PostParams};
 use meander_crds::CdcPipeline;
 use meander_operator::tls::{issued::renewed, served::Data};
 use serde_json::json;
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
-};
 use tonic::transport::{Certificate, ClientTlsConfig, Endpoint};
 
 use super::{Cluster, Operator, eventually, pipeline_json};
@@ -42,11 +38,7 @@ async fn is_known(operator: &Operator, authorities: &str) -> bool {
 
 /// The first and the last line of what `/readyz` answers.
 async fn readiness(operator: &Operator) -> Option<String> {
-    let mut connection = TcpStream::connect(operator.admin).await.ok()?;
-    let request = b"GET /readyz HTTP/1.1\r\nHost: operator\r\nConnection: close\r\n\r\n";
-    connection.write_all(request).await.ok()?;
-    let mut answer = String::new();
-    connection.read_to_string(&mut answer).await.ok()?;
+    let answer = operator.get("/readyz").await?;
     Some(format!("{} {}", answer.lines().next()?, answer.lines().last()?))
 }
 
