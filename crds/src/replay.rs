@@ -164,7 +164,10 @@ impl JsonSchema for ChangePosition {
         json_schema!({
             "type": "string",
             "maxLength": 48,
-            "pattern": "^[0-9]{1,3}:[0-9A-Fa-f]{1,8}/[0-9A-Fa-f]{1,8}:[0-9]{1,20}$",
+            "x-kubernetes-validations": [{
+                "rule": "self.matches('^[0-9]{1,3}:[0-9A-Fa-f]{1,8}/[0-9A-Fa-f]{1,8}:[0-9]{1,20}$') && int(self.split(':')[0]) > 0 && int(self.split(':')[0]) < 256",
+                "message": "position is epoch:LSN:ordinal with an epoch from 1 to 255, such as 1:0/19BF3A0:0, as the header meander-position of a record says it",
+            }],
         })
     }
 }

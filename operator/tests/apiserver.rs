@@ -593,6 +593,7 @@ async fn a_pipeline_that_can_never_work_is_refused() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_replay_that_can_never_work_is_refused() {
+    const POSITION: &str = "position is epoch:LSN:ordinal with an epoch from 1 to 255, such as 1:0/19BF3A0:0, as the header meander-position of a record says it";
     let cluster = Cluster::new().await;
     let [_, definition] = definitions().unwrap();
     let spec = |change: Value| json!({"spec": change});
@@ -632,10 +633,8 @@ async fn a_replay_that_can_never_work_is_refused() {
             spec(json!({"to": {"at": "Now", "position": "1:0/10:0"}})),
             "write exactly one of to.time, to.position, to.offset and to.at",
         ),
-        (
-            spec(json!({"to": {"at": null, "position": "0/10"}})),
-            "spec.to.position",
-        ),
+        (spec(json!({"to": {"at": null, "position": "0/10"}})), POSITION),
+        (spec(json!({"to": {"at": null, "position": "999:0/0:0"}})), POSITION),
         (
             spec(json!({"to": {"at": null, "offset": {"topic": "t", "offset": -1}}})),
             "spec.to.offset.offset",
