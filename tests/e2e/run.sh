@@ -416,10 +416,12 @@ missing_secret() {
   condition cdcpipeline/broken Ready False SecretNotFound
   jq '.metadata.name = "not-there"' "$work/secret" | k apply -f -
   condition cdcpipeline/broken Ready True
-  # The same of one that captures: it goes on with what it has.
+  # One that captures goes on with what it has, until a pod has to be made.
   k delete secret not-there
-  condition cdcpipeline/broken Ready False SecretNotFound
   [ "$(k get deployment broken-capture -o jsonpath='{.status.readyReplicas}')" = 1 ]
+  condition cdcpipeline/broken Ready True
+  k delete pods -l meander.dev/pipeline=broken --wait
+  condition cdcpipeline/broken Ready False SecretNotFound
   jq '.metadata.name = "not-there"' "$work/secret" | k apply -f -
   condition cdcpipeline/broken Ready True
 }
