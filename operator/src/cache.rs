@@ -18,6 +18,7 @@ use k8s_openapi::api::{
     apps::v1::Deployment,
     batch::v1::Job,
     core::v1::{ConfigMap, Pod, Service, ServiceAccount},
+    networking::v1::NetworkPolicy,
     policy::v1::PodDisruptionBudget,
 };
 use kube::{
@@ -72,6 +73,7 @@ owned! {
     ServiceAccount, service_accounts, |_| {};
     Service, services, |_| {};
     PodDisruptionBudget, disruption_budgets, |_| {};
+    NetworkPolicy, network_policies, |_| {};
 }
 
 /// The objects of one kind.
@@ -261,6 +263,7 @@ pub struct Caches {
     service_accounts: Cache<ServiceAccount>,
     services: Cache<Service>,
     disruption_budgets: Cache<PodDisruptionBudget>,
+    network_policies: Cache<NetworkPolicy>,
 }
 
 impl Caches {
@@ -278,6 +281,7 @@ impl Caches {
             service_accounts: Cache::default(),
             services: Cache::default(),
             disruption_budgets: Cache::default(),
+            network_policies: Cache::default(),
         };
         let writers = Writers {
             pipelines: pipeline_writer,
@@ -306,7 +310,7 @@ impl Caches {
         known: impl FnOnce(),
         shutdown: CancellationToken,
     ) {
-        let watches = [(); 7].map(|()| CancellationToken::new());
+        let watches = [(); 8].map(|()| CancellationToken::new());
         let [
             deployments,
             jobs,
@@ -315,6 +319,7 @@ impl Caches {
             service_accounts,
             services,
             disruption_budgets,
+            network_policies,
         ] = watches.clone();
         let all_known = async {
             for watch in watches {
@@ -333,6 +338,8 @@ impl Caches {
                 self.services.follow(api(&client, namespace), &changes, services),
                 self.disruption_budgets
                     .follow(api(&client, namespace), &changes, disruption_budgets),
+                self.network_policies
+                    .follow(api(&client, namespace), &changes, network_policies),
                 all_known,
             )
         };

@@ -8,7 +8,7 @@ use std::{
 };
 
 use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
-use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::{NamespaceResourceScope, api::networking::v1::NetworkPolicyPeer};
 use kube::{
     Api, Client, Resource,
     runtime::{
@@ -58,6 +58,8 @@ pub struct Settings {
     pub progress_endpoint: String,
     /// By what they know whom they report to.
     pub trust: Trust,
+    /// Who may read their health and metrics; where it is none, they have no NetworkPolicy.
+    pub metrics_from: Option<Vec<NetworkPolicyPeer>>,
 }
 
 /// What every reconcile shares.

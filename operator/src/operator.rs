@@ -5,6 +5,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use anyhow::{Context as _, bail};
 use clap::Parser;
 use futures::FutureExt as _;
+use k8s_openapi::api::networking::v1::NetworkPolicyPeer;
 use kube::{Api, Client};
 use meander_proto::{
     FILE_DESCRIPTOR_SET,
@@ -62,6 +63,10 @@ pub struct Options {
     /// Who makes that certificate.
     #[arg(long, env = "TLS_MANAGEMENT", value_enum, default_value = "managed")]
     pub tls_management: Management,
+    /// Who may read health and metrics of runtime pods: a JSON list of the peers of a NetworkPolicy. Each pipeline and replay then has a
+    /// NetworkPolicy, and none where this is left out.
+    #[arg(long, env = "METRICS_FROM", value_parser = peers)]
+    pub metrics_from: Option<Peers>,
     /// Namespace of the lease.
     #[arg(long, env = "LEASE_NAMESPACE")]
     pub lease_namespace: String,
@@ -77,6 +82,14 @@ pub struct Options {
     /// Address of /livez, /readyz and /metrics.
     #[arg(long, env = "ADMIN_ADDRESS", default_value = "0.0.0.0:9464")]
     pub admin_address: SocketAddr,
+}
+
+/// A list as one value: clap takes a `Vec` for one that may be given several times.
+#[derive(Clone, Debug)]
+pub struct Peers(Vec<NetworkPolicyPeer>);
+
+fn peers(text: &str) -> serde_json::Result<Peers> {
+    serde_json::from_str(text).map(Peers)
 }
 
 /// Runs until `shutdown`, or until a part of it fails.
@@ -99,6 +112,7 @@ pub async fn run(options: Options, client: Client, shutdown: CancellationToken) 
         // A Uri ends its path with a slash where the text had none.
         progress_endpoint: options.progress_endpoint.to_string().trim_end_matches('/').to_owned(),
         trust,
+        metrics_from: options.metrics_from.clone().map(|Peers(peers)| peers),
     };
     let events = Events::new(client.clone(), &identity);
     let (caches, writers) = Caches::new();

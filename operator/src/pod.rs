@@ -3,13 +3,22 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::{
-    api::core::v1::{
-        Capabilities, ConfigMap, ConfigMapVolumeSource, Container, ContainerPort, EnvVar, HTTPGetAction, KeyToPath,
-        LocalObjectReference, Pod, PodSecurityContext, PodSpec, PodTemplateSpec, Probe, ProjectedVolumeSource,
-        ResourceRequirements, SeccompProfile, SecretVolumeSource, SecurityContext, ServiceAccountTokenProjection,
-        Volume, VolumeMount, VolumeProjection,
+    api::{
+        core::v1::{
+            Capabilities, ConfigMap, ConfigMapVolumeSource, Container, ContainerPort, EnvVar, HTTPGetAction, KeyToPath,
+            LocalObjectReference, Pod, PodSecurityContext, PodSpec, PodTemplateSpec, Probe, ProjectedVolumeSource,
+            ResourceRequirements, SeccompProfile, SecretVolumeSource, SecurityContext, ServiceAccountTokenProjection,
+            Volume, VolumeMount, VolumeProjection,
+        },
+        networking::v1::{
+            NetworkPolicy, NetworkPolicyIngressRule, NetworkPolicyPeer, NetworkPolicyPort, NetworkPolicySpec,
+        },
     },
-    apimachinery::pkg::{api::resource::Quantity, apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
+    apimachinery::pkg::{
+        api::resource::Quantity,
+        apis::meta::v1::{LabelSelector, ObjectMeta},
+        util::intstr::IntOrString,
+    },
 };
 use meander_config::{ClientCertificate, KafkaLog, KafkaSasl, KafkaTls, OperatorLink, SaslMechanism};
 use meander_crds::{KafkaSink, LogLevel, Resources};
@@ -27,6 +36,8 @@ pub const SECRETS_FOLDER: &str = "/var/run/secrets/meander.dev";
 /// The one user of the runtime's image.
 const USER: i64 = 65532;
 const ADMIN_PORT: &str = "admin";
+/// Of health and metrics.
+const ADMIN: u16 = 9464;
 /// The ConfigMap's key, and so the file, with the authorities by which the pod knows the operator.
 const OPERATOR_AUTHORITIES: &str = "operator-ca.crt";
 
@@ -79,6 +90,41 @@ pub fn config_map(
         data: Some(config.into_iter().chain(authorities).collect()),
         ..ConfigMap::default()
     }
+}
+
+/// Who may connect to these pods: those who read metrics, and whoever wants to at the port that is served, where there is one. What the pods
+/// themselves connect to may be anywhere. The pods are those with this label.
+pub fn network_policy(
+    metadata: ObjectMeta,
+    (label, name): (&str, String),
+    served: Option<u16>,
+    settings: &Settings,
+) -> Option<NetworkPolicy> {
+    let rule = |port: u16, from: Option<&Vec<NetworkPolicyPeer>>| NetworkPolicyIngressRule {
+        ports: Some(vec![NetworkPolicyPort {
+            port: Some(IntOrString::Int(i32::from(port))),
+            protocol: Some("TCP".to_owned()),
+            ..NetworkPolicyPort::default()
+        }]),
+        from: from.cloned(),
+    };
+    let readers = settings.metrics_from.as_ref()?;
+    // A rule that names nobody would let everybody in.
+    let metrics = (!readers.is_empty()).then(|| rule(ADMIN, Some(readers)));
+    let rules: Vec<_> = metrics.into_iter().chain(served.map(|port| rule(port, None))).collect();
+    Some(NetworkPolicy {
+        metadata,
+        spec: Some(NetworkPolicySpec {
+            pod_selector: Some(LabelSelector {
+                match_labels: Some(BTreeMap::from([(label.to_owned(), name)])),
+                ..LabelSelector::default()
+            }),
+            policy_types: Some(vec!["Ingress".to_owned()]),
+            // The API server leaves out an empty list.
+            ingress: (!rules.is_empty()).then_some(rules),
+            ..NetworkPolicySpec::default()
+        }),
+    })
 }
 
 /// The file of a Secret in the pod.
@@ -186,7 +232,7 @@ impl RuntimePod<'_> {
                 ..Probe::default()
             })
         };
-        let admin = self.probes.then_some((ADMIN_PORT, 9464));
+        let admin = self.probes.then_some((ADMIN_PORT, ADMIN));
         let ports: Vec<ContainerPort> = admin
             .into_iter()
             .chain(self.port)

@@ -8,6 +8,8 @@ mod support;
 
 #[path = "apiserver/certificates.rs"]
 mod certificates;
+#[path = "apiserver/network.rs"]
+mod network;
 #[path = "apiserver/permissions.rs"]
 mod permissions;
 

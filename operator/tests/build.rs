@@ -45,6 +45,7 @@ fn a_pipeline_becomes_a_deployment_and_what_it_needs() {
     insta::assert_yaml_snapshot!("pipeline_service_account", objects.service_account);
     insta::assert_yaml_snapshot!("pipeline_config_map", objects.config_map);
     insta::assert_yaml_snapshot!("pipeline_deployment", objects.deployment);
+    insta::assert_yaml_snapshot!("pipeline_network_policy", objects.network_policy);
 }
 
 #[test]

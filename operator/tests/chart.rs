@@ -108,6 +108,7 @@ fn every_form_of_the_chart_is_accepted_by_the_api_server() {
             "registry=registry.local:5000/mirror",
             "image.tag=v1",
             "tls.secretName=cert-manager-made",
+            "networkPolicy.enabled=false",
         ],
         &[
             "prometheus.monitors.enabled=true",
@@ -120,6 +121,8 @@ fn every_form_of_the_chart_is_accepted_by_the_api_server() {
             "nodeSelector.disk=ssd",
             "podLabels.team=data",
             "podAnnotations.note=text",
+            "networkPolicy.metricsFrom[0].ipBlock.cidr=10.0.0.0/8",
+            "networkPolicy.grpcFrom=null",
         ],
     ];
     for (number, form) in forms.iter().enumerate() {

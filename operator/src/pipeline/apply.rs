@@ -1,7 +1,7 @@
 //! Applies the objects, in an order in which each finds what it needs.
 
 use k8s_openapi::api::{
-    apps::v1::Deployment, batch::v1::Job, core::v1::ConfigMap, core::v1::ServiceAccount,
+    apps::v1::Deployment, batch::v1::Job, core::v1::ConfigMap, core::v1::ServiceAccount, networking::v1::NetworkPolicy,
     policy::v1::PodDisruptionBudget,
 };
 use kube::Resource as _;
@@ -37,13 +37,19 @@ pub async fn apply(
     if let Some(budget) = objects.disruption_budget {
         applier.apply(budget).await?;
     }
-    let applied = applier.apply(objects.deployment).await?;
     let name = capture_name(pipeline);
+    let mut policies = Vec::new();
+    if let Some(policy) = objects.network_policy {
+        applier.apply(policy).await?;
+        policies.push(name.as_str());
+    }
+    let applied = applier.apply(objects.deployment).await?;
     applier.sweep::<Deployment>(&[&name]).await?;
     applier.sweep::<Job>(&[]).await?;
     applier
         .sweep::<PodDisruptionBudget>(&budget.iter().map(String::as_str).collect::<Vec<_>>())
         .await?;
+    applier.sweep::<NetworkPolicy>(&policies).await?;
     applier.sweep::<ConfigMap>(&[&name]).await?;
     applier.sweep::<ServiceAccount>(&[&name]).await?;
     Ok(applied)

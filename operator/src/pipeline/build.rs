@@ -7,6 +7,7 @@ use k8s_openapi::{
         apps::v1::{Deployment, DeploymentSpec, DeploymentStrategy, RollingUpdateDeployment},
         batch::v1::{Job, JobSpec},
         core::v1::{ConfigMap, Pod, ServiceAccount, TopologySpreadConstraint},
+        networking::v1::NetworkPolicy,
         policy::v1::{PodDisruptionBudget, PodDisruptionBudgetSpec},
     },
     apimachinery::pkg::{
@@ -38,6 +39,8 @@ pub struct Objects {
     pub deployment: Deployment,
     /// Where one stands by, a drain leaves the other alone until then.
     pub disruption_budget: Option<PodDisruptionBudget>,
+    /// Who may connect to its pods.
+    pub network_policy: Option<NetworkPolicy>,
 }
 
 /// What a deleted pipeline needs.
@@ -106,6 +109,12 @@ pub fn build(pipeline: &CdcPipeline, valid: &ValidPipeline, settings: &Settings)
     Objects {
         service_account: service_account(&name, &labels),
         config_map: config_map(&name, &labels, valid, settings),
+        network_policy: pod::network_policy(
+            metadata(&name, &labels),
+            (PIPELINE_LABEL, pipeline.name_any()),
+            None,
+            settings,
+        ),
         disruption_budget: valid.config.standby.then(|| PodDisruptionBudget {
             metadata: metadata(&name, &labels),
             spec: Some(PodDisruptionBudgetSpec {

@@ -3,6 +3,7 @@
 use k8s_openapi::api::{
     batch::v1::Job,
     core::v1::{ConfigMap, Service, ServiceAccount},
+    networking::v1::NetworkPolicy,
 };
 use kube::Resource as _;
 use meander_crds::ReplayJob;
@@ -40,6 +41,11 @@ pub async fn apply(
         applier.apply(service).await?;
         services.push(name.as_str());
     }
+    let mut policies = Vec::new();
+    if let Some(policy) = objects.network_policy {
+        applier.apply(policy).await?;
+        policies.push(name.as_str());
+    }
     // What may change of a running replay reaches it as a directive, and by the ConfigMap the pod that replaces it.
     let job = match objects.job {
         Some(job) => Some(applier.create(job).await?.0),
@@ -47,6 +53,7 @@ pub async fn apply(
     };
     applier.sweep::<Job>(&[&name]).await?;
     applier.sweep::<Service>(&services).await?;
+    applier.sweep::<NetworkPolicy>(&policies).await?;
     applier.sweep::<ConfigMap>(&[&name]).await?;
     applier.sweep::<ServiceAccount>(&[&name]).await?;
     Ok(job)

@@ -9,6 +9,7 @@ use k8s_openapi::{
             PodFailurePolicyOnPodConditionsPattern, PodFailurePolicyRule,
         },
         core::v1::{ConfigMap, Service, ServiceAccount, ServicePort, ServiceSpec},
+        networking::v1::NetworkPolicy,
     },
     apimachinery::pkg::{apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
 };
@@ -38,6 +39,8 @@ pub struct Objects {
     pub config_map: ConfigMap,
     /// Where subscribers find the replay, if it serves.
     pub service: Option<Service>,
+    /// Who may connect to its pod.
+    pub network_policy: Option<NetworkPolicy>,
     /// The pod that replays; none where it is there already, since a Job's template can never change.
     pub job: Option<Job>,
 }
@@ -127,6 +130,12 @@ pub fn around(replay: &ReplayJob, config_yaml: &str, settings: &Settings) -> Obj
             }),
             status: None,
         }),
+        network_policy: pod::network_policy(
+            metadata(replay),
+            (REPLAY_LABEL, replay.name_any()),
+            serve.map(|serve| serve.port),
+            settings,
+        ),
         job: None,
     }
 }

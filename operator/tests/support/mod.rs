@@ -5,6 +5,7 @@ pub mod apiserver;
 
 use std::{fs, path::Path, time::Duration};
 
+use k8s_openapi::{api::networking::v1::NetworkPolicyPeer, apimachinery::pkg::apis::meta::v1::LabelSelector};
 use meander_crds::{CdcPipeline, ReplayJob};
 use meander_operator::{context::Settings, progress::Observation, secrets::Keys, tls::Trust};
 use serde::de::DeserializeOwned;
@@ -18,6 +19,10 @@ pub fn settings() -> Settings {
         runtime_image_pull_secrets: Vec::new(),
         progress_endpoint: "https://meander-operator.meander.svc:50051".into(),
         trust: Trust::plain(),
+        metrics_from: Some(vec![NetworkPolicyPeer {
+            namespace_selector: Some(LabelSelector::default()),
+            ..NetworkPolicyPeer::default()
+        }]),
     }
 }
 
