@@ -15,7 +15,7 @@ use meander_runtime::{
     checkpoint::Tail,
     log::{PART_HEADER, POSITION_HEADER, checkpoint_key},
     position::Position,
-    sink::redis::{claim_key, entry_id, mark_key},
+    sink::redis::{EntryId, claim_key, mark_key},
 };
 use meander_test_support::{Kafka, Postgres, Redis, Runtime, eventually};
 use meander_workload::load::{self, Load};
@@ -613,7 +613,7 @@ async fn what_redis_alone_has_of_an_earlier_life_is_not_counted_in_the_next() {
         ordinal: published.ordinal + 1,
         ..published
     };
-    let id = entry_id(ahead, 0);
+    let id = EntryId::of(ahead, 0).to_string();
     let text = ahead.to_string();
     let _: String = rig
         .redis(&["XADD", &rig.stream(), &id, "position", &text, "key", "", "value", "x"])

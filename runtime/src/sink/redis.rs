@@ -10,21 +10,25 @@
 //! Kafka never waits for Redis. [`live`] holds what is on its way, [`feed`] takes it from there, and [`refill`] copies from Kafka what
 //! Redis missed.
 
+pub(crate) mod call;
 mod durability;
 pub mod feed;
 pub mod live;
 mod refill;
 
-use std::{cmp::Ordering, fs, path::Path, time::Duration};
+use std::{cmp::Ordering, fmt, fs, path::Path, time::Duration};
 
 use meander_config::{Durability, RedisSink as Config};
 use redis::{
-    AsyncConnectionConfig, Client, ConnectionAddr, ErrorKind, RedisError, Script, ScriptInvocation, TlsCertificates,
+    AsyncConnectionConfig, Client, ConnectionAddr, ErrorKind, RedisError, Script, TlsCertificates,
     aio::MultiplexedConnection,
 };
 use tokio::{sync::watch, time::timeout};
 
-use self::durability::Durable;
+use self::{
+    call::{ABSENT, Call},
+    durability::Durable,
+};
 use crate::{position::Position, sink::SinkError, tls::authorities};
 
 /// Memory for what is on its way to Redis. When it is full, Redis is refilled from Kafka instead.
@@ -37,13 +41,12 @@ const RESPONSE_DEADLINE: Duration = Duration::from_secs(20);
 const CHECK_DEADLINE: Duration = Duration::from_secs(5);
 /// Records per script.
 const SCRIPT_RECORDS: usize = 512;
+/// Bytes that the id, the position and the numbers of an entry take in a script's call.
+const ENTRY_TEXT: usize = 96;
 /// Bytes per script, beyond one record.
 const SCRIPT_BYTES: usize = 1024 * 1024;
 /// What is written before the server is asked whether it is durable, while more is waiting.
 const CONFIRM_BYTES: usize = 8 << 20;
-
-/// What an entry has for a key or a value that its record has not. No format has one like it, and consumers of Debezium Server know it.
-const ABSENT: &[u8] = b"default";
 
 /// The field of the claim that names the pipeline.
 const CLAIM_FIELD: &str = "pipeline";
@@ -110,22 +113,6 @@ impl Entry<'_> {
 /// A script that looks at streams, or appends to them.
 pub(crate) fn streams_script(script: &str) -> Script {
     Script::new(&[include_str!("redis/streams.lua"), script].concat())
-}
-
-/// Adds what an entry holds of a record, in the order of the scripts, without its headers.
-pub(crate) fn arg_content(call: &mut ScriptInvocation<'_>, key: Option<&[u8]>, value: Option<&[u8]>) {
-    call.arg(key.unwrap_or(ABSENT)).arg(value.unwrap_or(ABSENT));
-}
-
-/// Adds the fields that an entry has for its record's headers: by their names in upper case, as Debezium Server has them.
-pub(crate) fn arg_headers<'a>(
-    call: &mut ScriptInvocation<'_>,
-    headers: impl ExactSizeIterator<Item = (&'a str, &'a [u8])>,
-) {
-    call.arg(headers.len() * 2);
-    for (name, value) in headers {
-        call.arg(name.to_uppercase()).arg(value);
-    }
 }
 
 /// Name of the hash that holds the mark. It names the pipeline by the key of its checkpoint, so that two pipelines with one prefix
@@ -221,11 +208,28 @@ async fn holder(connection: &mut MultiplexedConnection, claim: &str) -> redis::R
 }
 
 /// Id of a record's entry: ordered as positions are, and the same each time.
-#[must_use]
-pub fn entry_id(position: Position, part: u8) -> String {
-    let milliseconds = u64::from(position.epoch.0) << 56 | position.commit_lsn.0;
-    let sequence = position.ordinal << 8 | u64::from(part);
-    format!("{milliseconds}-{sequence}")
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EntryId {
+    milliseconds: u64,
+    sequence: u64,
+}
+
+impl EntryId {
+    /// That of a part of a change.
+    #[must_use]
+    pub fn of(position: Position, part: u8) -> Self {
+        Self {
+            milliseconds: u64::from(position.epoch.0) << 56 | position.commit_lsn.0,
+            sequence: position.ordinal << 8 | u64::from(part),
+        }
+    }
+}
+
+/// As Redis writes it.
+impl fmt::Display for EntryId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.milliseconds, self.sequence)
+    }
 }
 
 impl Writer {
@@ -330,35 +334,38 @@ impl Writer {
             records: self.place.records.saturating_add(entries.len() as u64),
             accept: None,
         };
-        let mut call = self.append.prepare_invoke();
-        call.key(&self.mark)
-            .key(&self.claim_key)
-            .arg(&self.generation)
+        // The first two keys are the mark and the claim, and Lua counts from 1.
+        let mut keys: Vec<&str> = vec![&self.mark, &self.claim_key];
+        let indices: Vec<usize> = entries
+            .iter()
+            .map(
+                |entry| match keys[2..].iter().position(|known| *known == entry.stream) {
+                    Some(index) => index + 3,
+                    None => {
+                        keys.push(entry.stream);
+                        keys.len()
+                    }
+                },
+            )
+            .collect();
+        let room = entries.iter().map(|entry| entry.size() + ENTRY_TEXT).sum();
+        let mut call = Call::new(&self.append, &keys, room);
+        call.arg(&self.generation)
             .arg(&self.pipeline)
             .arg(text(self.place.position))
-            .arg(last.position.to_string())
+            .shown(last.position)
             .arg(last.timestamp_millis)
             .arg(place.records)
             .arg(&self.max_length);
-        let mut streams: Vec<&str> = Vec::new();
-        for entry in entries {
-            let index = streams
-                .iter()
-                .position(|known| *known == entry.stream)
-                .unwrap_or_else(|| {
-                    streams.push(entry.stream);
-                    call.key(entry.stream);
-                    streams.len() - 1
-                });
-            // Lua counts from 1, and the first two keys are the mark and the claim.
-            call.arg(index + 3)
-                .arg(entry_id(entry.position, entry.part))
-                .arg(entry.position.to_string());
-            arg_content(&mut call, entry.key, entry.value);
-            arg_headers(&mut call, entry.headers.iter().copied());
+        for (entry, index) in entries.iter().zip(indices) {
+            call.arg(index)
+                .shown(EntryId::of(entry.position, entry.part))
+                .shown(entry.position)
+                .content(entry.key, entry.value)
+                .headers(entry.headers.iter().copied());
         }
         let answer: Vec<String> = call
-            .invoke_async(&mut self.connection)
+            .run(&mut self.connection)
             .await
             .map_err(|error| failed(&self.address, &error))?;
         match texts(&answer)[..] {
@@ -477,7 +484,7 @@ impl Writer {
             .place
             .position
             .zip(phantoms)
-            .map(|(last, first)| format!("{} to {}", entry_id(first, 0), entry_id(last, u8::MAX)))
+            .map(|(last, first)| format!("{} to {}", EntryId::of(first, 0), EntryId::of(last, u8::MAX)))
             .unwrap_or_default();
         let accept = self.place.accept.map(|accept| accept.to_string()).unwrap_or_default();
         let set: i32 = Script::new(include_str!("redis/count.lua"))
@@ -538,7 +545,7 @@ pub(crate) async fn connect(
     url_file: &Path,
     ca_file: Option<&Path>,
 ) -> Result<(MultiplexedConnection, String), SinkError> {
-    let invalid = |error: &dyn std::fmt::Display| SinkError::RedisUrl(error.to_string());
+    let invalid = |error: &dyn fmt::Display| SinkError::RedisUrl(error.to_string());
     let url = fs::read_to_string(url_file).map_err(|error| invalid(&error))?;
     // Errors of the URL are said by their kind only: the URL holds the password.
     let unusable = |error: RedisError| invalid(&error.category());
@@ -641,7 +648,7 @@ mod tests {
             (position(2, 0, 0), 0),
             (position(255, u64::MAX >> 8, 0), 0),
         ]
-        .map(|(position, part)| parse(entry_id(position, part)));
+        .map(|(position, part)| parse(EntryId::of(position, part).to_string()));
         assert!(ids.is_sorted_by(|left, right| left < right));
     }
 }

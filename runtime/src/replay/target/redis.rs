@@ -21,7 +21,7 @@ use crate::{
     },
     sink::{
         SinkError,
-        redis::{arg_content, arg_headers, check_server, claim_key, connect, entry_id, failed, streams_script, texts},
+        redis::{EntryId, call::Call, check_server, claim_key, connect, failed, streams_script, texts},
     },
 };
 
@@ -150,23 +150,34 @@ impl Redis {
     /// Appends the records of a batch, which is small enough for one script, and moves the mark to where `reached` says. The range is given
     /// once, where the replay begins.
     async fn append(&mut self, records: &[Record], reached: Reached, range: &str) -> Result<(), TargetError> {
-        let mut call = self.append.prepare_invoke();
-        call.key(&self.mark)
-            .arg(self.attempt)
+        // The mark is the first key, and Lua counts from 1.
+        let mut topics: Vec<&str> = Vec::new();
+        let indices: Vec<usize> = records
+            .iter()
+            .map(
+                |record| match topics.iter().position(|topic| *topic == &*record.topic) {
+                    Some(index) => index + 2,
+                    None => {
+                        topics.push(&record.topic);
+                        topics.len() + 1
+                    }
+                },
+            )
+            .collect();
+        let (log, prefix) = (&self.settings.log_prefix, &self.settings.streams.stream_prefix);
+        let streams: Vec<String> = topics
+            .iter()
+            .map(|topic| stream_of_topic(topic, log, prefix).unwrap_or_default())
+            .collect();
+        let keys: Vec<&str> = [&self.mark].into_iter().chain(&streams).map(String::as_str).collect();
+        let mut call = Call::new(&self.append, &keys, 0);
+        call.arg(self.attempt)
             .arg(token(&self.reached))
             .arg(token(&reached))
             .arg(json(&reached)?)
             .arg(range)
             .arg(&self.job);
-        let mut topics = Vec::new();
-        for record in records {
-            let known = topics.iter().position(|topic| *topic == &record.topic);
-            let index = known.unwrap_or_else(|| {
-                topics.push(&record.topic);
-                let (log, prefix) = (&self.settings.log_prefix, &self.settings.streams.stream_prefix);
-                call.key(stream_of_topic(&record.topic, log, prefix).unwrap_or_default());
-                topics.len() - 1
-            });
+        for (record, index) in records.iter().zip(indices) {
             let coordinate = record.coordinate;
             let part = u8::try_from(coordinate.part).map_err(|error| TargetError::Undecodable {
                 topic: record.topic.to_string(),
@@ -176,19 +187,17 @@ impl Redis {
             })?;
             // No format has an empty key or value.
             let [key, value] = [&record.key, &record.value].map(|bytes| (!bytes.is_empty()).then_some(&**bytes));
-            // Lua counts from 1, and the mark is the first key.
-            call.arg(index + 2)
-                .arg(entry_id(coordinate.position, part))
-                .arg(coordinate.position.to_string());
-            arg_content(&mut call, key, value);
-            call.arg(&*record.topic).arg(record.partition).arg(record.offset);
-            arg_headers(
-                &mut call,
-                record.headers.iter().map(|(name, value)| (&**name, &**value)),
-            );
+            call.arg(index)
+                .shown(EntryId::of(coordinate.position, part))
+                .shown(coordinate.position)
+                .content(key, value)
+                .arg(&*record.topic)
+                .arg(record.partition)
+                .arg(record.offset)
+                .headers(record.headers.iter().map(|(name, value)| (&**name, &**value)));
         }
         let answer: Vec<String> = call
-            .invoke_async(&mut self.connection)
+            .run(&mut self.connection)
             .await
             .map_err(|error| refused(failed(&self.address, &error)))?;
         match texts(&answer)[..] {
