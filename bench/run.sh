@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures the binaries that the images are made of. Arguments go to the measurement; without any, all are made in their short form.
 #
-#   bench/run.sh [capture|pacing|throughput|scale] [OPTION...]
+#   bench/run.sh [capture|latency|pacing|throughput|scale] [OPTION...]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 tests/setup.sh base rust kafka cluster
@@ -31,6 +31,7 @@ if [ $# -gt 0 ]; then
   bench "$@"
 else
   bench capture --rounds 2
+  bench latency --seconds 20 --rounds 1
   bench pacing
   bench throughput --rounds 1
   scale --pipelines 100 --replays 100 --window 30

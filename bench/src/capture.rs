@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use meander_test_support::{Kafka, Postgres, Redis, Runtime, eventually};
 use serde::Serialize;
 
-use crate::process::{cpu_seconds, peak_resident};
+use crate::process::{cpu_seconds, cpu_seconds_with_children, peak_resident};
 
 const LIMIT: Duration = Duration::from_secs(600);
 
@@ -19,22 +19,28 @@ struct Round {
     rows_per_second: f64,
     /// Processor time of the runtime.
     cpu_seconds: f64,
+    postgres_cpu_seconds: f64,
+    kafka_cpu_seconds: f64,
+    redis_cpu_seconds: f64,
     peak_resident_mebibytes: f64,
 }
 
 pub(crate) async fn measure(rows: u64, rounds: u32) -> anyhow::Result<()> {
-    let kafka = Kafka::start().await;
+    let mut kafka = Kafka::start().await;
     for _ in 0..rounds {
         // Alternating, so that a machine that drifts does so for both.
-        println!("{}", serde_json::to_string(&round(&kafka, None, rows).await?)?);
-        let redis = Redis::start().await;
-        println!("{}", serde_json::to_string(&round(&kafka, Some(&redis), rows).await?)?);
+        println!("{}", serde_json::to_string(&round(&mut kafka, None, rows).await?)?);
+        let mut redis = Redis::start().await;
+        println!(
+            "{}",
+            serde_json::to_string(&round(&mut kafka, Some(&mut redis), rows).await?)?
+        );
     }
     Ok(())
 }
 
-async fn round(kafka: &Kafka, redis: Option<&Redis>, rows: u64) -> anyhow::Result<Round> {
-    let postgres = Postgres::start(&[("max_wal_size", "8GB"), ("shared_buffers", "1GB")]).await;
+async fn round(kafka: &mut Kafka, redis: Option<&mut Redis>, rows: u64) -> anyhow::Result<Round> {
+    let mut postgres = Postgres::start(&[("max_wal_size", "8GB"), ("shared_buffers", "1GB")]).await;
     let client = postgres.client().await;
     client
         .batch_execute(
@@ -42,7 +48,7 @@ async fn round(kafka: &Kafka, redis: Option<&Redis>, rows: u64) -> anyhow::Resul
                                   traded_at timestamptz, PRIMARY KEY (trade_id, traded_at))",
         )
         .await?;
-    let config = crate::config(&postgres, kafka, redis);
+    let config = crate::config(&postgres, kafka, redis.as_deref());
     // The first session makes the slot.
     let mut runtime = Runtime::capture(&config);
     runtime.ready(LIMIT).await;
@@ -58,6 +64,20 @@ async fn round(kafka: &Kafka, redis: Option<&Redis>, rows: u64) -> anyhow::Resul
     }
     client.batch_execute("CHECKPOINT").await?;
 
+    let server = postgres.process().id().context("PostgreSQL has ended")?;
+    let broker = kafka.process().id().context("Kafka has ended")?;
+    let (sinks, redis) = match redis {
+        Some(redis) => ("kafka+redis", Some(redis.process().id().context("Redis has ended")?)),
+        None => ("kafka", None),
+    };
+    let used = || -> anyhow::Result<[f64; 3]> {
+        Ok([
+            cpu_seconds_with_children(server)?,
+            cpu_seconds(broker)?,
+            redis.map_or(Ok(0.0), cpu_seconds)?,
+        ])
+    };
+    let before = used()?;
     let started = Instant::now();
     runtime.start_again();
     let done = format!("meander_capture_events_total {rows}\n");
@@ -73,12 +93,18 @@ async fn round(kafka: &Kafka, redis: Option<&Redis>, rows: u64) -> anyhow::Resul
     .await;
     let seconds = started.elapsed().as_secs_f64();
     let process = runtime.process().id().context("the runtime has ended")?;
+    let after = used()?;
+    let [postgres_cpu_seconds, kafka_cpu_seconds, redis_cpu_seconds] =
+        [0, 1, 2].map(|index| after[index] - before[index]);
     let round = Round {
-        sinks: if redis.is_some() { "kafka+redis" } else { "kafka" },
+        sinks,
         rows,
         seconds,
         rows_per_second: rows as f64 / seconds,
         cpu_seconds: cpu_seconds(process)?,
+        postgres_cpu_seconds,
+        kafka_cpu_seconds,
+        redis_cpu_seconds,
         peak_resident_mebibytes: peak_resident(process)?,
     };
     runtime.terminate(LIMIT);

@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod capture;
+mod latency;
 mod pacing;
 mod process;
 mod throughput;
@@ -27,6 +28,21 @@ enum Measurement {
         #[arg(long, default_value_t = 1_000_000)]
         rows: u64,
         #[arg(long, default_value_t = 5)]
+        rounds: u32,
+    },
+    /// From the commit of a change until consumers of Kafka and of Redis have it
+    Latency {
+        /// Commits per second, in all
+        #[arg(long, default_value_t = 1000.0)]
+        rate: f64,
+        #[arg(long, default_value_t = 8)]
+        clients: u32,
+        /// Seconds that are thrown away
+        #[arg(long, default_value_t = 10)]
+        warm_up: u64,
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
+        #[arg(long, default_value_t = 3)]
         rounds: u32,
     },
     /// Replay of a recorded load at several speeds, and how far each delivery is from its due time
@@ -53,6 +69,21 @@ enum Measurement {
 async fn main() -> anyhow::Result<()> {
     match Arguments::parse().measurement {
         Measurement::Capture { rows, rounds } => capture::measure(rows, rounds).await,
+        Measurement::Latency {
+            rate,
+            clients,
+            warm_up,
+            seconds,
+            rounds,
+        } => {
+            let load = latency::Load {
+                rate,
+                clients,
+                warm_up,
+                seconds,
+            };
+            latency::measure(load, rounds).await
+        }
         Measurement::Throughput {
             records,
             partitions,
