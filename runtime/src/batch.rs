@@ -89,6 +89,16 @@ impl Batch {
         }
     }
 
+    /// An empty batch with room for as much as this one holds: while there is much to do, they are all alike.
+    #[must_use]
+    pub fn next(&self) -> Self {
+        Self {
+            bytes: Vec::with_capacity(self.bytes.len()),
+            records: Vec::with_capacity(self.records.len()),
+            ..Self::default()
+        }
+    }
+
     /// Appends a record. `key` writes the key and says whether there is one; `value` does the same for the value. A record without a
     /// value is a tombstone: nothing is left under its key.
     ///

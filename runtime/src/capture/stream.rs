@@ -265,7 +265,8 @@ impl<'a> Stream<'a> {
     }
 
     fn hand_on(&mut self, place: Place<'_>) {
-        let mut batch = std::mem::replace(&mut self.batch, Batch::new());
+        let next = self.batch.next();
+        let mut batch = std::mem::replace(&mut self.batch, next);
         batch.complete = self.complete;
         batch.safe = self.safe;
         self.batches += 1;
