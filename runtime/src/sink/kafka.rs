@@ -37,7 +37,7 @@ use crate::{
 };
 
 /// A transaction is committed when it holds this much, or when nothing more is waiting.
-const TRANSACTION_BYTES: usize = 8 * 1024 * 1024;
+const TRANSACTION_BYTES: usize = 4 * 1024 * 1024;
 /// How often an acknowledgement is written when no records carry it.
 const ACKNOWLEDGE_INTERVAL: Duration = Duration::from_secs(5);
 /// How often the brokers are asked whether they are still there while nothing is published.

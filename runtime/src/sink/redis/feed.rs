@@ -88,6 +88,9 @@ pub struct Feed {
     progress: watch::Sender<Progress>,
     metrics: Metrics,
     rival: Rival,
+    /// The log as the session found it, where Redis has only that to catch up with as long as the buffer holds all that came since. None where
+    /// timelines have parted: what Kafka will never have is known later.
+    beginning: Option<Checkpoint>,
     /// The last change that Redis is known to have had.
     acknowledged: Option<Position>,
     /// A gap that nobody has accepted yet, so that it is not counted again and again.
@@ -109,8 +112,7 @@ impl Feed {
         let (namespace, name) = (&capture.pipeline.namespace, &capture.pipeline.name);
         let checkpoint = log.borrow().clone();
         // Streams under another prefix are new ones.
-        let acknowledged = checkpoint
-            .redis
+        let acknowledged = (checkpoint.redis.as_ref())
             .filter(|redis| redis.stream_prefix == config.stream_prefix)
             .map(|redis| redis.position);
         let (progress, watched) = watch::channel(Progress {
@@ -136,6 +138,7 @@ impl Feed {
             progress,
             metrics,
             rival,
+            beginning: checkpoint.partings.is_empty().then_some(checkpoint),
             acknowledged,
             gap: None,
         };
@@ -186,24 +189,21 @@ impl Feed {
             self.acknowledged = writer.place.position;
         }
         loop {
-            let offered = self.live.collect();
-            // Until Kafka has all that there is of an epoch before, nobody knows which of Redis's entries it lacks for ever.
-            let parted = self
-                .log
-                .borrow()
-                .partings
-                .last()
-                .map_or(Lsn::ZERO, |parting| parting.at);
-            // Kafka's place is told after the checkpoint that holds it, so the checkpoint that is read second has it too.
-            let Ok(kafka) = self
-                .kafka
-                .wait_for(|kafka| kafka.position >= offered && kafka.safe >= parted)
-                .await
-                .map(|kafka| *kafka)
-            else {
-                return Ok(());
+            let beginning = self.beginning.take().filter(|_| self.live.has_all());
+            let (log, kafka) = match beginning {
+                Some(log) => {
+                    let kafka = Durable {
+                        position: log.published,
+                        safe: log.acknowledged,
+                        batches: 0,
+                    };
+                    (log, kafka)
+                }
+                None => match self.collect().await {
+                    Some(both) => both,
+                    None => return Ok(()),
+                },
             };
-            let log = self.log.borrow().clone();
             self.bring_up(&mut writer, &log).await?;
             if !self.live.attach() {
                 continue;
@@ -213,6 +213,26 @@ impl Feed {
                 return Ok(());
             }
         }
+    }
+
+    /// Begins to collect, and waits until the log has what was offered before. None when Kafka's sink has ended.
+    async fn collect(&mut self) -> Option<(Checkpoint, Durable)> {
+        let offered = self.live.collect();
+        // Until Kafka has all that there is of an epoch before, nobody knows which of Redis's entries it lacks for ever.
+        let parted = self
+            .log
+            .borrow()
+            .partings
+            .last()
+            .map_or(Lsn::ZERO, |parting| parting.at);
+        // Kafka's place is told after the checkpoint that holds it, so the checkpoint that is read second has it too.
+        let kafka = self
+            .kafka
+            .wait_for(|kafka| kafka.position >= offered && kafka.safe >= parted)
+            .await
+            .map(|kafka| *kafka)
+            .ok()?;
+        Some((self.log.borrow().clone(), kafka))
     }
 
     /// Copies what Redis lacks of the log. Afterwards Redis has every change that the log counts, or an error says what is missing.

@@ -28,9 +28,9 @@ struct State {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Phase {
     /// What is offered is dropped.
-    #[default]
     Detached,
-    /// It is kept, while Redis is brought to where the buffer begins.
+    /// It is kept, while Redis is brought to where the buffer begins. So it is from the start, before anything is offered.
+    #[default]
     Collecting,
     /// It is taken out.
     Attached,
@@ -95,6 +95,12 @@ impl Default for Live {
 }
 
 impl Live {
+    /// True if everything that was ever offered is here.
+    pub(super) fn has_all(&self) -> bool {
+        let state = self.0.borrow();
+        state.phase == Phase::Collecting && state.offered == state.batches.len() as u64
+    }
+
     /// Keeps what is offered from now on. Returns the last change that was offered before.
     pub(super) fn collect(&self) -> Option<Position> {
         let mut last = None;
@@ -211,7 +217,10 @@ mod tests {
         let live = Live::default();
         let offers = Offers::new(live.clone());
         offers.offer(&batch(1, 10));
+        assert!(live.has_all());
+        live.detach();
         offers.offer(&batch(2, 10));
+        assert!(!live.has_all());
         assert_eq!(live.collect().map(|position| position.ordinal), Some(2));
         offers.offer(&batch(3, 10));
         assert!(live.attach());
@@ -229,6 +238,7 @@ mod tests {
         for ordinal in 0..3 {
             offers.offer(&batch(ordinal, BUFFER_BYTES / 2));
         }
+        assert!(!live.has_all());
         assert!(!live.attach(), "what was collected has a hole");
         live.overflowed().await;
         assert!(matches!(live.take(1).await, Taken::Overflowed));

@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// Memory for what is fetched ahead, over all partitions.
-const PREFETCH_BYTES: usize = 16 << 20;
+const PREFETCH_BYTES: usize = 4 << 20;
 /// How far the clocks of two machines that captured one after the other may differ: the timestamps of the log are bounded by them.
 const CLOCK_DIFFERENCE_MILLIS: i64 = 5_000;
 
