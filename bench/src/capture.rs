@@ -80,7 +80,7 @@ async fn round(kafka: &mut Kafka, redis: Option<&mut Redis>, rows: u64) -> anyho
     let before = used()?;
     let started = Instant::now();
     runtime.start_again();
-    let done = format!("meander_capture_events_total {rows}\n");
+    let done = format!("meander_capture_checkpoint_events {rows}\n");
     let lag = "meander_capture_lag_seconds 0\n";
     eventually("every row is in every sink", LIMIT, async || {
         let (_, metrics) = runtime.get("/metrics").await.map_err(|error| error.to_string())?;

@@ -31,7 +31,7 @@ pub(crate) async fn measure(changes: u64, rate: f64, speeds: &[f64]) -> anyhow::
         key_changes: false,
     };
     let made = load::run(&database, &load).await?;
-    let done = format!("meander_capture_events_total {}\n", made.changes);
+    let done = format!("meander_capture_checkpoint_events {}\n", made.changes);
     eventually("every change is in Kafka", LIMIT, async || {
         let (_, metrics) = runtime.get("/metrics").await.map_err(|error| error.to_string())?;
         if metrics.contains(&done) { Ok(()) } else { Err(metrics) }

@@ -320,13 +320,13 @@ standby_takes_over() {
   condition cdcpipeline/trades Ready True
 }
 
-# How many changes were published, as the pods that capture count them.
+# How many changes were published, as the checkpoint counts them.
 captured() {
   local address
   k get pods -l meander.dev/pipeline=trades -o jsonpath='{range .items[*]}{.status.podIP}{"\n"}{end}' | { grep . || true; } |
     while read -r address; do
       "$cluster" exec curl -s --connect-timeout 0.2 --max-time 1 "http://$address:9464/metrics" </dev/null || true
-    done | awk '$1 == "meander_capture_events_total" && $2 > most { most = $2 } END { print most + 0 }'
+    done | awk '$1 == "meander_capture_checkpoint_events" && $2 > most { most = $2 } END { print most + 0 }'
 }
 
 # Writes a line with the time whenever more changes were published than ever before, a few times a second.

@@ -52,6 +52,7 @@ pub(super) struct Metrics {
     pub(super) failures: IntCounterVec,
     pub(super) owns_slot: IntGauge,
     events: IntCounter,
+    checkpoint_events: IntGauge,
     lag_bytes: IntGauge,
     lag: Gauge,
     received: IntGauge,
@@ -84,8 +85,9 @@ impl Metrics {
                     "meander_capture_owns_slot",
                     "1 while this process captures, 0 while it stands by or cannot.",
                 )?,
-                events: IntCounter::new(
-                    "meander_capture_events_total",
+                events: IntCounter::new("meander_capture_events_total", "Changes that this process published.")?,
+                checkpoint_events: gauge(
+                    "meander_capture_checkpoint_events",
                     "Changes published since the pipeline was created, as the checkpoint counts them.",
                 )?,
                 lag_bytes: gauge(
@@ -159,6 +161,7 @@ impl Metrics {
             Box::new(self.failures.clone()),
             Box::new(self.owns_slot.clone()),
             Box::new(self.events.clone()),
+            Box::new(self.checkpoint_events.clone()),
             Box::new(self.lag_bytes.clone()),
             Box::new(self.lag.clone()),
             Box::new(self.received.clone()),
@@ -176,6 +179,19 @@ impl Metrics {
             collectors.push(Box::new(self.redis.detachments.clone()));
         }
         collectors
+    }
+
+    /// Changes that a session finds published when it begins: by the ones before it, or by another process.
+    pub(super) fn found(&self, events_total: u64) {
+        self.checkpoint_events.set(signed(events_total));
+    }
+
+    /// Counts what was published since the last look. A checkpoint that was lost counts from the beginning.
+    fn published(&self, events_total: u64) {
+        let total = signed(events_total);
+        let more = total.saturating_sub(self.checkpoint_events.get());
+        self.events.inc_by(u64::try_from(more).unwrap_or(0));
+        self.checkpoint_events.set(total);
     }
 
     pub(super) fn slot(&self, slot: Option<&SlotState>) {
@@ -238,10 +254,7 @@ pub(super) async fn run(
         let lag_micros = oldest.map_or(0, |oldest| now_micros().saturating_sub(oldest).max(0));
         let lag_bytes = received.server().0.saturating_sub(checkpoint.acknowledged.0);
         let text = |sink: Durable| sink.position.map(|position| position.to_string()).unwrap_or_default();
-        // A checkpoint that was lost counts from the beginning, and the counter waits for it.
-        metrics
-            .events
-            .inc_by(checkpoint.events_total.saturating_sub(metrics.events.get()));
+        metrics.published(checkpoint.events_total);
         metrics.lag_bytes.set(signed(lag_bytes));
         metrics.lag.set(lag_micros as f64 / 1e6);
         metrics.received.set(signed(received.received().0));
@@ -345,5 +358,23 @@ mod tests {
     fn every_metric_is_documented_and_there_are_no_others() {
         let metrics = Metrics::register(&Registry::new(), true);
         assert_documented("meander_capture_", &metrics.collectors(true));
+    }
+
+    #[test]
+    fn the_counter_has_what_this_process_published_and_the_gauge_what_all_have() {
+        let metrics = Metrics::register(&Registry::new(), false);
+        let both = || (metrics.events.get(), metrics.checkpoint_events.get());
+        metrics.found(2_000_000_000);
+        metrics.published(2_000_000_000);
+        assert_eq!(both(), (0, 2_000_000_000));
+        metrics.published(2_000_000_007);
+        assert_eq!(both(), (7, 2_000_000_007));
+        // Another process had its turn.
+        metrics.found(2_000_500_000);
+        metrics.published(2_000_500_003);
+        assert_eq!(both(), (10, 2_000_500_003));
+        metrics.found(0);
+        metrics.published(2);
+        assert_eq!(both(), (12, 2));
     }
 }

@@ -136,6 +136,7 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
         Offers::new(live)
     });
     let inflight = Inflight::default();
+    context.metrics.found(checkpoint.events_total);
     let observer = tokio::spawn(observe::run(
         context.clone(),
         kafka_progress,
