@@ -210,6 +210,32 @@ fn every_image_comes_from_the_one_registry_and_every_pod_has_its_credentials() {
     assert_eq!(pod["imagePullSecrets"], json!([{"name": "one"}, {"name": "two"}]));
 }
 
+#[test]
+fn the_check_of_helm_test_is_let_in_whoever_else_is() {
+    for metrics_from in [
+        "networkPolicy.metricsFrom=null",
+        "networkPolicy.metricsFrom[0].ipBlock.cidr=10.0.0.0/8",
+    ] {
+        let manifests = manifests(&[metrics_from]);
+        let [policy] = of_kind(&manifests, "NetworkPolicy")[..] else {
+            panic!("one policy")
+        };
+        let [check] = of_kind(&manifests, "Pod")[..] else {
+            panic!("one check")
+        };
+        let rules = policy["spec"]["ingress"].as_array().unwrap();
+        let admin = rules.iter().find(|rule| rule["ports"][0]["port"] == "admin").unwrap();
+        let labels = &check["metadata"]["labels"];
+        let lets_in = |peer: &Value| {
+            peer.get("namespaceSelector").is_none()
+                && peer
+                    .get("podSelector")
+                    .is_some_and(|pods| selects(&pods["matchLabels"], labels))
+        };
+        assert!(admin["from"].as_array().unwrap().iter().any(lets_in), "{metrics_from}");
+    }
+}
+
 /// The Deployment of a pipeline's capture.
 fn capture(settings: &meander_operator::context::Settings) -> Value {
     let facts = Facts {
