@@ -158,21 +158,24 @@ fn schema(path: &str, old: &Value, new: &Value, out: &mut Vec<String>) {
     }
 }
 
-/// A rule of CEL that is new may refuse what was accepted, but for one about a field that nobody could write before.
+/// A rule of CEL that is new may refuse what was accepted, but for one about a field that nobody could write before. One with a default is in
+/// every object, written or not.
 fn rules(path: &str, old: &Map<String, Value>, new: &Map<String, Value>, out: &mut Vec<String>) {
     let of = |schema: &Map<String, Value>| -> BTreeSet<String> {
         list(schema.get("x-kubernetes-validations"))
             .filter_map(|rule| Some(rule["rule"].as_str()?.to_owned()))
             .collect()
     };
-    let fields = |schema: &Map<String, Value>| -> BTreeSet<String> {
-        let properties = schema.get("properties").and_then(Value::as_object);
-        properties.into_iter().flat_map(Map::keys).cloned().collect()
-    };
+    let fields = |schema| Map::get(schema, "properties").and_then(Value::as_object);
     let (before, after) = (of(old), of(new));
-    let added: Vec<String> = fields(new).difference(&fields(old)).cloned().collect();
+    let added: Vec<&String> = (fields(new).into_iter().flatten())
+        .filter(|(name, field)| {
+            field.get("default").is_none() && fields(old).is_none_or(|old| !old.contains_key(*name))
+        })
+        .map(|(name, _)| name)
+        .collect();
     for rule in after.difference(&before) {
-        let guarded = |field: &String| rule.starts_with(&format!("!has(self.{field}) || ")) && !rule.contains(" ? ");
+        let guarded = |field: &&String| rule.starts_with(&format!("!has(self.{field}) || ")) && !rule.contains(" ? ");
         // One more to choose from, in a list of which one is written.
         let shorter = added.iter().fold(rule.clone(), |rule, field| {
             rule.replace(&format!(", has(self.{field})"), "")
@@ -246,6 +249,8 @@ fn each_kind_of_break_is_found_and_what_is_none_passes() {
         let rules: Vec<_> = rules.iter().map(|rule| json!({"rule": rule, "message": "m"})).collect();
         json!({"type": "object", "properties": properties, "x-kubernetes-validations": rules})
     };
+    let mut ruled_with_default = ruled(&["!has(self.b) || self.b != 'x'"], &["b"]);
+    ruled_with_default["properties"]["b"]["default"] = json!("x");
     let text = json!({"type": "string"});
     let table = [
         // Old, new, and what is found.
@@ -371,6 +376,7 @@ fn each_kind_of_break_is_found_and_what_is_none_passes() {
             ruled(&["!has(self.a) || self.a != 'x'"], &["a"]),
             "a rule that was not there",
         ),
+        (ruled(&[], &[]), ruled_with_default, "a rule that was not there"),
         (
             ruled(&["[has(self.a)].exists_one(g, g)"], &["a"]),
             ruled(&["[has(self.a), has(self.b)].exists_one(g, g)"], &["a", "b"]),
