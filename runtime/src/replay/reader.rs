@@ -109,10 +109,9 @@ pub fn start_with(
     reads
 }
 
-/// About how much memory it takes to read a range with [`start_with`] and to hand it on.
+/// About how much memory it takes to read so many partitions with [`start_with`] and to hand them on.
 #[must_use]
-pub fn memory(range: &Range, prefetch: usize) -> usize {
-    let partitions = range.partitions.iter().filter(|stretch| !stretch.is_empty()).count();
+pub fn memory(partitions: usize, prefetch: usize) -> usize {
     // A fetch can come on top of what was just short of the limit.
     2 * share(prefetch, partitions) * partitions + HANDING_ON
 }

@@ -45,7 +45,7 @@ use crate::{
         follow::{Following, Live},
         meter::Meter,
         orders::Orders,
-        range::{self, Range},
+        range::{self, Range, Stretch},
         reader::{self, Reading},
     },
     tls::client_chain,
@@ -126,7 +126,7 @@ pub async fn serve(offer: Offer, place: Place, shutdown: &CancellationToken) -> 
     let report = offer.report.clone();
 
     let (results, mut ended) = mpsc::channel(1);
-    let subscribers = subscribers(&offer.range);
+    let subscribers = subscribers(&offer.range, offer.live.is_some());
     let slots = Arc::new(Semaphore::new(subscribers as usize));
     let closed = Arc::new(AtomicBool::new(false));
     let missed = Arc::new(Missed::default());
@@ -284,9 +284,12 @@ fn same(shown: &[u8], expected: &[u8]) -> bool {
     shown.len() == expected.len() && difference == 0
 }
 
-/// How many can be served a range at a time.
-fn subscribers(range: &Range) -> u32 {
-    let room = MEMORY / reader::memory(range, PREFETCH_BYTES);
+/// How many can be served a range at a time, and what follows it.
+fn subscribers(range: &Range, followed: bool) -> u32 {
+    // What follows may be in every partition, whatever the range has there.
+    let is_read = |stretch: &&Stretch| followed || !stretch.is_empty();
+    let partitions = range.partitions.iter().filter(is_read).count();
+    let room = MEMORY / reader::memory(partitions, PREFETCH_BYTES);
     u32::try_from(room).unwrap_or(SUBSCRIBERS).clamp(1, SUBSCRIBERS)
 }
 
@@ -732,6 +735,28 @@ impl Drop for SubscriberReport {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_range_that_is_followed_is_served_to_as_many_as_all_of_its_partitions_allow() {
+        let stretch = |partition| Stretch {
+            topic: "shop.public.orders".into(),
+            partition,
+            start: 7,
+            end: 7,
+            truncated: false,
+        };
+        let range = Range {
+            from: None,
+            to: None,
+            first: None,
+            end: None,
+            high_time: 0,
+            partitions: (0..2000).map(stretch).collect(),
+            missing: None,
+        };
+        assert_eq!(subscribers(&range, false), SUBSCRIBERS);
+        assert_eq!(subscribers(&range, true), 4);
+    }
 
     #[test]
     fn only_the_same_token_is_the_same() {
