@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
-use rdkafka::error::KafkaError;
+use rdkafka::{error::KafkaError, types::RDKafkaErrorCode};
 
 use super::{
     filter::FilterError,
@@ -193,6 +193,21 @@ pub enum ReplayError {
 /// A client cannot be made.
 pub(super) fn no_client(error: ClientError) -> ReplayError {
     ReplayError::TailUnreadable(TailError::Client(Box::new(error)))
+}
+
+/// Whether nothing more comes from a partition for which a consumer says so; after all else the client goes on by itself.
+pub(super) fn is_fatal(error: &KafkaError) -> bool {
+    match error {
+        KafkaError::MessageConsumption(code) => matches!(
+            code,
+            RDKafkaErrorCode::AutoOffsetReset
+                | RDKafkaErrorCode::OffsetOutOfRange
+                | RDKafkaErrorCode::TopicAuthorizationFailed
+                | RDKafkaErrorCode::UnknownTopic
+                | RDKafkaErrorCode::UnknownPartition
+        ),
+        error => matches!(error, KafkaError::MessageConsumptionFatal(_)),
+    }
 }
 
 impl ReplayError {

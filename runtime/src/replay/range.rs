@@ -267,13 +267,13 @@ pub fn resolve(config: &ReplayConfig, stop: &CancellationToken) -> Result<Range,
         let (brokers, probe) = (Brokers::connect(kafka, &checkpoint_topic)?, Probe::new(kafka)?);
         locate(&mut range, &brokers, &probe, stop)?;
         narrow(&mut range, &brokers, &probe, last, stop)?;
-        range.missing = missing(&range, &probe)?;
+        range.missing = missing(&range, &probe, stop)?;
     }
     Ok(range)
 }
 
 /// What of the start of a range is gone, by the first records of the partitions that have lost something.
-fn missing(range: &Range, probe: &Probe) -> Result<Option<Missing>, ReplayError> {
+fn missing(range: &Range, probe: &Probe, stop: &CancellationToken) -> Result<Option<Missing>, ReplayError> {
     let suspects: Vec<_> = range.partitions.iter().filter(|stretch| stretch.truncated).collect();
     if !range.has_start() || suspects.is_empty() {
         return Ok(None);
@@ -281,7 +281,7 @@ fn missing(range: &Range, probe: &Probe) -> Result<Option<Missing>, ReplayError>
     let parts: Vec<_> = suspects.iter().map(|stretch| stretch.part()).collect();
     let mut whole_from = None;
     let mut unknown = Vec::new();
-    for (stretch, first) in suspects.into_iter().zip(probe.first(&parts)?) {
+    for (stretch, first) in suspects.into_iter().zip(probe.first(&parts, stop)?) {
         match first {
             Some(first) if range.begins_before(first.timestamp, first.coordinate.position) => {
                 whole_from = whole_from.max(Some(first.timestamp));

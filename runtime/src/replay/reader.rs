@@ -18,7 +18,7 @@ use rdkafka::{
 use tokio::sync::mpsc;
 
 use super::{
-    error::{ReplayError, no_client},
+    error::{ReplayError, is_fatal, no_client},
     filter::{Filter, FilterError, Judge, STACK},
     merge::{Merge, Step},
     range::{Ends, Place, Range, Stretch},
@@ -576,22 +576,15 @@ fn truncated(stretch: &Stretch) -> ReplayError {
     }
 }
 
-/// Errors that time does not heal.
+/// What an error means after which nothing more comes from a partition.
 fn fatal(error: &KafkaError, stretch: &Stretch) -> Option<ReplayError> {
-    let KafkaError::MessageConsumption(code) = error else {
-        return matches!(error, KafkaError::MessageConsumptionFatal(_)).then(|| ReplayError::KafkaUnreachable {
+    is_fatal(error).then(|| match error {
+        KafkaError::MessageConsumption(RDKafkaErrorCode::AutoOffsetReset | RDKafkaErrorCode::OffsetOutOfRange) => {
+            truncated(stretch)
+        }
+        _ => ReplayError::KafkaUnreachable {
             doing: "reading the log",
             source: error.clone(),
-        });
-    };
-    match code {
-        RDKafkaErrorCode::AutoOffsetReset | RDKafkaErrorCode::OffsetOutOfRange => Some(truncated(stretch)),
-        RDKafkaErrorCode::TopicAuthorizationFailed
-        | RDKafkaErrorCode::UnknownTopic
-        | RDKafkaErrorCode::UnknownPartition => Some(ReplayError::KafkaUnreachable {
-            doing: "reading the log",
-            source: error.clone(),
-        }),
-        _ => None,
-    }
+        },
+    })
 }

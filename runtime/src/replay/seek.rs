@@ -21,7 +21,7 @@ use rdkafka::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    error::{ReplayError, no_client},
+    error::{ReplayError, is_fatal, no_client},
     record::Record,
 };
 use crate::{
@@ -107,11 +107,11 @@ impl Probe {
             .map_err(unreachable)
     }
 
-    /// Of each part the first record that can be read. Blocks.
+    /// Of each part the first record that can be read. Blocks; ends early when `stop` is cancelled.
     ///
     /// # Errors
     /// When Kafka does not answer, or a record is not a pipeline's.
-    pub fn first(&self, parts: &[Part]) -> Result<Vec<Option<Record>>, ReplayError> {
+    pub fn first(&self, parts: &[Part], stop: &CancellationToken) -> Result<Vec<Option<Record>>, ReplayError> {
         let deadline = Instant::now() + TIMEOUT;
         let filled = || parts.iter().filter(|part| !part.offsets.is_empty());
         let mut assignment = TopicPartitionList::new();
@@ -138,7 +138,7 @@ impl Probe {
                 // All are fetched at the same time, whichever is waited for.
                 false => queues
                     .next()
-                    .map_or(Ok(None), |queue| self.first_of(part, queue, deadline)),
+                    .map_or(Ok(None), |queue| self.first_of(part, queue, deadline, stop)),
             })
             .collect()
     }
@@ -148,9 +148,13 @@ impl Probe {
         part: &Part,
         queue: &PartitionQueue<Hearing>,
         deadline: Instant,
+        stop: &CancellationToken,
     ) -> Result<Option<Record>, ReplayError> {
         let mut failure = KafkaError::MessageConsumption(RDKafkaErrorCode::OperationTimedOut);
         loop {
+            if stop.is_cancelled() {
+                return Err(ReplayError::Interrupted);
+            }
             match queue.poll(POLL) {
                 Some(Ok(message)) if message.offset() >= part.offsets.end => return Ok(None),
                 // What was asked for before.
@@ -158,7 +162,8 @@ impl Probe {
                 Some(Ok(message)) => return part.record(&message).map(Some),
                 // It is sent at the last stable offset, which never falls, and the part ends at or before it.
                 Some(Err(KafkaError::PartitionEOF(_))) => return Ok(None),
-                // The client goes on by itself after every other error.
+                // Also where the start was deleted since it was looked up: the next attempt looks it up anew, so the range is not lost by that.
+                Some(Err(error)) if is_fatal(&error) => return Err(unreachable(error)),
                 Some(Err(error)) => failure = error,
                 None => {
                     if let Some(Err(error)) = self.0.poll(Duration::ZERO) {
@@ -186,9 +191,6 @@ impl Probe {
     ) -> Result<Vec<Parting>, ReplayError> {
         let mut timestamps = vec![None; parts.len()];
         while parts.iter().any(|part| !part.offsets.is_empty()) {
-            if stop.is_cancelled() {
-                return Err(ReplayError::Interrupted);
-            }
             let middle = |Part { offsets, .. }: &Part| offsets.start + (offsets.end - offsets.start) / 2;
             let probed: Vec<_> = (parts.iter())
                 .map(|part| Part {
@@ -197,7 +199,7 @@ impl Probe {
                 })
                 .collect();
             near = false;
-            let found = probed.iter().zip(self.first(&probed)?);
+            let found = probed.iter().zip(self.first(&probed, stop)?);
             for ((part, timestamp), (probed, first)) in parts.iter_mut().zip(&mut timestamps).zip(found) {
                 match first.filter(&before) {
                     Some(record) => {
