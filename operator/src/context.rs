@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     future::Future,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -28,7 +28,7 @@ use crate::{
     lease::Claim,
     metrics::Metrics,
     pipeline::status::SILENCE,
-    progress::{Observation, ResourceKey, Tracker},
+    progress::{Kind, Observation, ResourceKey, Tracker},
     tls::Trust,
 };
 
@@ -80,6 +80,27 @@ pub struct Context {
     /// What the watches show.
     pub caches: Arc<Caches>,
     backoffs: Arc<Mutex<HashMap<ResourceKey, ExponentialBackoff>>>,
+    settled: Arc<Mutex<HashMap<Place, Settled>>>,
+}
+
+/// Names an object of a resource.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Place {
+    /// The resource.
+    pub key: ResourceKey,
+    /// Kind of the object.
+    pub kind: String,
+    /// Its name.
+    pub name: String,
+}
+
+/// What was asked of an object, and the resource version at which that is how it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settled {
+    /// Digest of what was asked.
+    pub hash: String,
+    /// The resource version.
+    pub version: Option<String>,
 }
 
 impl Context {
@@ -102,6 +123,7 @@ impl Context {
             metrics,
             caches,
             backoffs: Arc::default(),
+            settled: Arc::default(),
         }
     }
 
@@ -192,6 +214,22 @@ impl Context {
     pub fn forget(&self, key: &ResourceKey) {
         self.tracker.forget(key);
         self.backoffs.lock().unwrap_or_else(PoisonError::into_inner).remove(key);
+        self.settled().retain(|place, _| place.key != *key);
+    }
+
+    /// The same of those of a kind that the watch does not show, once it has shown all.
+    pub fn forget_missing(&self, kind: Kind, is_there: impl Fn(&ResourceKey) -> bool) {
+        let is_gone = |key: &ResourceKey| key.kind == kind && !is_there(key);
+        self.tracker.forget_missing(kind, &is_there);
+        let mut backoffs = self.backoffs.lock().unwrap_or_else(PoisonError::into_inner);
+        backoffs.retain(|key, _| !is_gone(key));
+        drop(backoffs);
+        self.settled().retain(|place, _| !is_gone(&place.key));
+    }
+
+    /// What an apply came to, of each object that the API server keeps in other words than it was told.
+    pub fn settled(&self) -> MutexGuard<'_, HashMap<Place, Settled>> {
+        self.settled.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -14,7 +14,7 @@ pub mod validate;
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
-use futures::{Stream, StreamExt as _};
+use futures::{Stream, StreamExt as _, TryStreamExt as _};
 use jiff::Timestamp;
 use kube::{
     Api, ResourceExt as _,
@@ -26,7 +26,7 @@ use kube::{
         predicates,
         reflector::{ObjectRef, store::Writer},
         utils::Predicate as _,
-        watcher::{self, watcher},
+        watcher::{self, Event, watcher},
     },
 };
 use meander_crds::CdcPipeline;
@@ -72,10 +72,21 @@ pub async fn run(
     let changes = predicates::generation
         .combine(predicates::finalizers)
         .combine(predicates::annotations);
+    let gone = context.clone();
     let pipelines = watcher(api_of(&context), watcher::Config::default())
         .default_backoff()
         .modify(|pipeline: &mut CdcPipeline| pipeline.metadata.managed_fields = None)
         .reflect(writer)
+        // One that is gone is reconciled no more.
+        .inspect_ok(move |event| match event {
+            Event::Delete(pipeline) => gone.forget(&key_of(pipeline)),
+            Event::InitDone => {
+                let object = |key: &ResourceKey| ObjectRef::new(&key.name).within(&key.namespace);
+                let is_there = |key: &ResourceKey| gone.caches.pipelines.get(&object(key)).is_some();
+                gone.forget_missing(Kind::CdcPipeline, is_there);
+            }
+            Event::Init | Event::Apply(_) | Event::InitApply(_) => {}
+        })
         .applied_objects()
         .predicate_filter(changes, Default::default());
     let known = store.clone();
@@ -97,13 +108,17 @@ pub async fn run(
 
 /// One reconcile of one pipeline. It never fails: an error is in the status, and decides when the next one is.
 pub async fn reconcile(pipeline: Arc<CdcPipeline>, context: Arc<Context>) -> Result<Action, Infallible> {
-    let key = ResourceKey {
+    let key = key_of(&pipeline);
+    let work = Box::pin(reconcile_key(&key, &context));
+    Ok(context.reconcile(&key, work).await)
+}
+
+fn key_of(pipeline: &CdcPipeline) -> ResourceKey {
+    ResourceKey {
         kind: Kind::CdcPipeline,
         namespace: pipeline.namespace().unwrap_or_default(),
         name: pipeline.name_any(),
-    };
-    let work = Box::pin(reconcile_key(&key, &context));
-    Ok(context.reconcile(&key, work).await)
+    }
 }
 
 async fn reconcile_key(key: &ResourceKey, context: &Context) -> Result<Action, Error> {

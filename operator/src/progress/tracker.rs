@@ -261,6 +261,17 @@ impl Tracker {
         retire(key, self.lock().remove(key));
     }
 
+    /// The resources of this kind of which `is_there` does not know are gone.
+    pub fn forget_missing(&self, kind: Kind, is_there: impl Fn(&ResourceKey) -> bool) {
+        let gone = self
+            .lock()
+            .extract_if(|key, _| key.kind == kind && !is_there(key))
+            .collect::<Vec<_>>();
+        for (key, entry) in gone {
+            retire(&key, Some(entry));
+        }
+    }
+
     /// A runtime has connected; what it is to be told. None for a resource that no controller has seen, or that was created
     /// again since.
     pub(super) fn connect(

@@ -48,7 +48,11 @@ pub async fn apply(
     }
     // What may change of a running replay reaches it as a directive, and by the ConfigMap the pod that replaces it.
     let job = match objects.job {
-        Some(job) => Some(applier.create(job).await?.0),
+        // One that was there already may have ended: it is judged when it is seen together with its pods.
+        Some(job) => {
+            let (job, made) = applier.create(job).await?;
+            made.then_some(job)
+        }
         None => None,
     };
     applier.sweep::<Job>(&[&name]).await?;

@@ -75,11 +75,22 @@ pub async fn dereference(context: &Context, replay: &ReplayJob, key: &ResourceKe
             context.caches.of::<Pod>(key)
         };
         facts.pods.retain(|pod| is_owned(pod, job.metadata.uid.as_ref()));
-        let config = context.caches.get::<ConfigMap>(key, &name);
+        let config = match context.caches.get::<ConfigMap>(key, &name) {
+            Some(config) => Some(config),
+            // Its watch may be behind that of the Job, and what it was started with is not to be made anew for that.
+            None => {
+                let configs: Api<ConfigMap> = Api::namespaced(context.client.clone(), &namespace);
+                configs
+                    .get_opt(&name)
+                    .await
+                    .map_err(api_error("reading the ConfigMap"))?
+            }
+        };
         facts.started = config.as_ref().and_then(|config| started(config, replay));
     }
     facts.job = job;
-    if facts.started.is_none() {
+    // One that is cancelled needs nothing any more.
+    if facts.started.is_none() && !replay.spec.cancel {
         let pipeline = ObjectRef::new(&replay.spec.pipeline_ref.name).within(&namespace);
         let pipeline = context.caches.pipelines.get(&pipeline);
         facts.pipeline = pipeline.map(|pipeline| (*pipeline).clone());

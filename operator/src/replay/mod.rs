@@ -67,15 +67,17 @@ pub async fn run(
         .reflect(writer)
         // An order goes out as soon as it is seen, however many reconciles are waiting for their turn.
         .inspect_ok(move |event| {
-            let (replay, is_gone) = match event {
-                Event::Apply(replay) | Event::InitApply(replay) => {
-                    (replay, replay.metadata.deletion_timestamp.is_some())
+            let replay = match event {
+                Event::Apply(replay) | Event::InitApply(replay) => replay,
+                Event::Delete(replay) => return orders.forget(&key_of(replay)),
+                Event::InitDone => {
+                    let is_there = |key: &ResourceKey| orders.caches.replays.get(&object(key)).is_some();
+                    return orders.forget_missing(Kind::ReplayJob, is_there);
                 }
-                Event::Delete(replay) => (replay, true),
-                Event::Init | Event::InitDone => return,
+                Event::Init => return,
             };
             let mut order = directive(replay);
-            order.cancel |= is_gone;
+            order.cancel |= replay.metadata.deletion_timestamp.is_some();
             let uid = replay.uid().unwrap_or_default();
             orders.tracker.direct(&key_of(replay), &uid, order);
         })
@@ -103,6 +105,10 @@ pub async fn reconcile(replay: Arc<ReplayJob>, context: Arc<Context>) -> Result<
     let key = key_of(&replay);
     let work = Box::pin(reconcile_key(&key, &context));
     Ok(context.reconcile(&key, work).await)
+}
+
+fn object(key: &ResourceKey) -> ObjectRef<ReplayJob> {
+    ObjectRef::new(&key.name).within(&key.namespace)
 }
 
 fn key_of(replay: &ReplayJob) -> ResourceKey {

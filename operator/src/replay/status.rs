@@ -178,8 +178,10 @@ fn end(inputs: &Inputs<'_>, report: Option<&v1::ReplayProgress>, word: Option<&F
     };
     match inputs.outcome {
         Ok(Outcome::Cancelled) => return Some(cancelled()),
-        // Neither the format of a pipeline nor what a replay needs of it can be changed.
-        Err(Error::Invalid(problem)) if problem.reason == Reason::FormatNotExact => {
+        // Neither the format of a pipeline nor what a replay needs of it can be changed. One that runs began with another pipeline of the name.
+        Err(Error::Invalid(problem))
+            if problem.reason == Reason::FormatNotExact && inputs.facts.is_some_and(|facts| facts.job.is_none()) =>
+        {
             return Some(End {
                 phase: ReplayPhase::Failed,
                 reason: problem.reason.to_string(),

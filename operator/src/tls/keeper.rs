@@ -154,14 +154,26 @@ impl Keeper {
     async fn look(&self) -> Result<(), Trouble> {
         let found = self.secrets.get_opt(&self.secret).await.map_err(Trouble::Read)?;
         let now = Timestamp::now().as_second();
-        let data = match (self.management, found) {
-            (Management::Managed, found) if self.claim.is_held() => self.renewed(found, now).await?,
-            (_, Some(secret)) => secret.data.unwrap_or_default(),
-            (Management::Managed, None) => return Err(Trouble::NotYet),
-            (Management::External, None) => return Err(Trouble::Missing),
-        };
+        match (self.management, found) {
+            (Management::Managed, found) if self.claim.is_held() => {
+                let old = found.as_ref().and_then(|secret| secret.data.clone());
+                match (self.renewed(found, now).await, old) {
+                    (Ok(data), _) => self.take(&data, now),
+                    // What cannot be replaced may be good for weeks.
+                    (Err(trouble), Some(old)) => self.take(&old, now).and(Err(trouble)),
+                    (Err(trouble), None) => Err(trouble),
+                }
+            }
+            (_, Some(secret)) => self.take(&secret.data.unwrap_or_default(), now),
+            (Management::Managed, None) => Err(Trouble::NotYet),
+            (Management::External, None) => Err(Trouble::Missing),
+        }
+    }
+
+    /// Shows this certificate from now on, and has its authorities be trusted.
+    fn take(&self, data: &Data, now: i64) -> Result<(), Trouble> {
         let host = self.names.first().map(String::as_str).unwrap_or_default();
-        let served = Served::read(&data, host, now)?;
+        let served = Served::read(data, host, now)?;
         self.ends.set(served.ends);
         // First who is to be trusted, then who has to be.
         self.authorities.send_if_modified(|known| {
