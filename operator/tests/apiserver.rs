@@ -1470,9 +1470,11 @@ async fn what_is_as_it_should_be_costs_no_request_and_progress_one_patch() {
     const REPORTS: u64 = 50;
     let cluster = Cluster::new().await;
     cluster.secrets().await;
+    // The API server keeps it in other words.
+    let half = json!({"spec": {"runtime": {"resources": {"limits": {"cpu": "0.5"}}}}});
     for number in 0..COUNT {
         cluster
-            .create::<CdcPipeline>(pipeline_json(&format!("p{number}")))
+            .create::<CdcPipeline>(merged(pipeline_json(&format!("p{number}")), &half))
             .await;
         let change = json!({"metadata": {"name": format!("r{number}")}, "spec": {"pipelineRef": {"name": format!("p{number}")}}});
         cluster

@@ -974,6 +974,13 @@ fn what_can_never_be_replayed_has_failed() {
     ] {
         assert_eq!(state(&status.conditions, type_), Some((is, "FormatNotExact")));
     }
+    // One that runs was started when its pipeline was another.
+    let facts = replay::dereference::Facts {
+        job: Some(from_value(json!({"metadata": {"name": "replay"}})).unwrap()),
+        ..facts
+    };
+    let status = compute_replay(&replay, &facts, Err(&error), &support::nothing_reported());
+    assert_ne!(status.phase, Some(ReplayPhase::Failed));
 }
 
 #[test]

@@ -420,6 +420,26 @@ mod tests {
     }
 
     #[test]
+    fn a_replay_that_is_gone_is_forgotten_and_its_runtime_told_to_end() {
+        let (tracker, _pokes) = Tracker::new();
+        let key = |name: &str| ResourceKey {
+            kind: Kind::ReplayJob,
+            namespace: "ns".into(),
+            name: name.into(),
+        };
+        let [stays, goes] = ["stays", "goes"].map(|name| {
+            tracker.observe(&key(name), "uid");
+            tracker.connect(&key(name), "uid").unwrap().1
+        });
+        tracker.forget_missing(Kind::CdcPipeline, |_| false);
+        tracker.forget_missing(Kind::ReplayJob, |key| key.name == "stays");
+        let cancelled =
+            |orders: &watch::Receiver<Option<Directive>>| orders.borrow().as_ref().is_some_and(|order| order.cancel);
+        assert!(cancelled(&goes) && !cancelled(&stays));
+        assert!(tracker.connect(&key("goes"), "uid").is_none() && tracker.connect(&key("stays"), "uid").is_some());
+    }
+
+    #[test]
     fn what_was_seen_counts_only_if_it_is_not_older_than_what_was_written() {
         let (tracker, _pokes) = Tracker::new();
         let key = ResourceKey {
