@@ -386,7 +386,7 @@ kill_leader_and_owner() {
 
 # With a pod that stands by, from the promise before.
 replaced_under_load() {
-  local image watch
+  local image
   # Another tag of the same images: to the operator and to Helm an upgrade like any other.
   for image in operator runtime; do
     "$cluster" node ctr -n k8s.io images tag --force "ghcr.io/meander-dev/meander-$image:dev" "ghcr.io/meander-dev/meander-$image:next"
@@ -396,6 +396,7 @@ replaced_under_load() {
   sed 's/"10000"/"1000000"/; s/restartPolicy: Never/restartPolicy: Never\n      terminationGracePeriodSeconds: 1/' deploy/demo/load.yaml | k apply -f -
   : >"$work/growth"
   watch_captured &
+  # Not local: the trap is run when the function is over.
   watch=$!
   trap 'kill "$watch" 2>/dev/null || true' EXIT
   disturbed "while nothing was done" k wait --for=jsonpath='{.status.ready}'=1 job/load --timeout=60s
