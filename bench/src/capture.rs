@@ -1,12 +1,15 @@
 //! Catch-up: the rows are there first, then the capture starts.
 
-use std::time::{Duration, Instant};
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
 
 use anyhow::Context as _;
 use meander_test_support::{Kafka, Postgres, Redis, Runtime, eventually};
 use serde::Serialize;
 
-use crate::process::{cpu_seconds, cpu_seconds_with_children, peak_resident};
+use crate::process::{cpu_seconds, peak_resident};
 
 const LIMIT: Duration = Duration::from_secs(600);
 
@@ -109,4 +112,20 @@ async fn round(kafka: &mut Kafka, redis: Option<&mut Redis>, rows: u64) -> anyho
     };
     runtime.terminate(LIMIT);
     Ok(round)
+}
+
+/// Processor time of a process and of those that it started, as PostgreSQL's are.
+fn cpu_seconds_with_children(process: u32) -> anyhow::Result<f64> {
+    let mut seconds = cpu_seconds(process)?;
+    for entry in fs::read_dir("/proc")? {
+        let Some(child) = entry?.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+            continue;
+        };
+        let status = fs::read_to_string(format!("/proc/{child}/status")).unwrap_or_default();
+        let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"));
+        if parent.and_then(|parent| parent.trim().parse().ok()) == Some(process) {
+            seconds += cpu_seconds(child).unwrap_or(0.0);
+        }
+    }
+    Ok(seconds)
 }

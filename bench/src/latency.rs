@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicUsize, Ordering},
     },
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -23,7 +23,7 @@ use redis::{
 use serde::Serialize;
 use tokio::{
     task::{JoinSet, spawn_blocking},
-    time::{Instant, interval_at},
+    time::{Instant, interval_at, timeout},
 };
 
 use crate::process::{cpu_seconds, peak_resident};
@@ -89,32 +89,34 @@ async fn round(kafka: &Kafka, load: Load) -> anyhow::Result<[Round; 2]> {
     );
     let topic = format!("{}.public.trades", config.kafka.topic_prefix);
 
-    let over = Arc::new(AtomicBool::new(false));
+    // Until all are made, nobody knows how many there are to be seen.
+    let expected = Arc::new(AtomicUsize::new(usize::MAX));
     let from_kafka = spawn_blocking({
-        let (consumer, over) = (consumer(kafka, &topic)?, Arc::clone(&over));
-        move || consume(&consumer, &over)
+        let (consumer, expected) = (consumer(kafka, &topic)?, Arc::clone(&expected));
+        move || consume(&consumer, &expected)
     });
-    let from_redis = tokio::spawn(read(redis.connection().await, stream, Arc::clone(&over)));
+    let from_redis = tokio::spawn(read(redis.connection().await, stream, Arc::clone(&expected)));
 
     let begin = Instant::now() + Duration::from_millis(100);
     let mut clients = JoinSet::new();
     for client in 0..load.clients {
         clients.spawn(insert(postgres.client().await, client, load, begin));
     }
+    // The warm-up is a stretch of time.
     tokio::time::sleep_until(begin + Duration::from_secs(load.warm_up)).await;
     let (used, since) = (cpu_seconds(process)?, Instant::now());
     let from = micros();
-    let made: u64 = clients.join_all().await.into_iter().sum::<anyhow::Result<u64>>()?;
+    let made = clients.join_all().await.into_iter().sum::<anyhow::Result<usize>>()?;
     let took = since.elapsed().as_secs_f64();
     let runtime_cores = (cpu_seconds(process)? - used) / took;
-    tokio::time::sleep(LOOK).await;
-    over.store(true, Ordering::Relaxed);
+    expected.store(made, Ordering::Relaxed);
+    let both = async { anyhow::Ok((from_kafka.await??, from_redis.await??)) };
+    let seen = timeout(LIMIT, both).await;
+    // Whoever still waits has waited long enough.
+    expected.store(0, Ordering::Relaxed);
+    let (in_kafka, in_redis) = seen.context("not every change has been seen")??;
     let round = |consumer, seen: Vec<(i64, i64)>| {
-        anyhow::ensure!(
-            seen.len() as u64 == made,
-            "{consumer} has {} of {made} changes",
-            seen.len()
-        );
+        anyhow::ensure!(seen.len() == made, "{consumer} has {} of {made} changes", seen.len());
         let mut latencies: Vec<i64> = seen
             .into_iter()
             .filter(|(written, _)| *written >= from)
@@ -137,16 +139,13 @@ async fn round(kafka: &Kafka, load: Load) -> anyhow::Result<[Round; 2]> {
             peak_resident_mebibytes: peak_resident(process)?,
         })
     };
-    let rounds = [
-        round("Kafka, read_committed", from_kafka.await??)?,
-        round("Redis", from_redis.await??)?,
-    ];
+    let rounds = [round("Kafka, read_committed", in_kafka)?, round("Redis", in_redis)?];
     runtime.terminate(LIMIT);
     Ok(rounds)
 }
 
 /// Commits at its share of the rate, by an absolute schedule. Returns how many.
-async fn insert(client: tokio_postgres::Client, number: u32, load: Load, begin: Instant) -> anyhow::Result<u64> {
+async fn insert(client: tokio_postgres::Client, number: u32, load: Load, begin: Instant) -> anyhow::Result<usize> {
     let insert = client
         .prepare(
             "INSERT INTO trades VALUES ($1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint, 'AAPL', 123.45, 100, 'buy')",
@@ -183,9 +182,9 @@ fn consumer(kafka: &Kafka, topic: &str) -> anyhow::Result<BaseConsumer> {
 }
 
 /// When each row was written, and when it was seen.
-fn consume(consumer: &BaseConsumer, over: &AtomicBool) -> anyhow::Result<Vec<(i64, i64)>> {
+fn consume(consumer: &BaseConsumer, expected: &AtomicUsize) -> anyhow::Result<Vec<(i64, i64)>> {
     let mut seen = Vec::new();
-    while !over.load(Ordering::Relaxed) {
+    while seen.len() < expected.load(Ordering::Relaxed) {
         // Before its first change the topic is not there.
         if let Some(Ok(message)) = consumer.poll(LOOK / 2) {
             seen.extend(written(message.payload().unwrap_or_default())?.map(|written| (written, micros())));
@@ -197,13 +196,13 @@ fn consume(consumer: &BaseConsumer, over: &AtomicBool) -> anyhow::Result<Vec<(i6
 async fn read(
     mut connection: redis::aio::MultiplexedConnection,
     stream: String,
-    over: Arc<AtomicBool>,
+    expected: Arc<AtomicUsize>,
 ) -> anyhow::Result<Vec<(i64, i64)>> {
     let options = StreamReadOptions::default()
         .block(LOOK.as_millis() as usize / 2)
         .count(1000);
     let (mut seen, mut last) = (Vec::new(), "0".to_owned());
-    while !over.load(Ordering::Relaxed) {
+    while seen.len() < expected.load(Ordering::Relaxed) {
         let reply: Option<StreamReadReply> = connection.xread_options(&[&stream], &[&last], &options).await?;
         let now = micros();
         for entry in reply.into_iter().flat_map(|reply| reply.keys).flat_map(|key| key.ids) {

@@ -17,22 +17,6 @@ pub(crate) fn cpu_seconds(process: u32) -> anyhow::Result<f64> {
     Ok(ticks as f64 / 100.0)
 }
 
-/// The same of a process and of those that it started, as PostgreSQL's are.
-pub(crate) fn cpu_seconds_with_children(process: u32) -> anyhow::Result<f64> {
-    let mut seconds = cpu_seconds(process)?;
-    for entry in fs::read_dir("/proc")? {
-        let Some(child) = entry?.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
-            continue;
-        };
-        let status = fs::read_to_string(format!("/proc/{child}/status")).unwrap_or_default();
-        let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"));
-        if parent.and_then(|parent| parent.trim().parse().ok()) == Some(process) {
-            seconds += cpu_seconds(child).unwrap_or(0.0);
-        }
-    }
-    Ok(seconds)
-}
-
 /// The most memory that it has had, in MiB.
 pub(crate) fn peak_resident(process: u32) -> anyhow::Result<f64> {
     let status = fs::read_to_string(format!("/proc/{process}/status"))?;

@@ -102,6 +102,7 @@ async fn ready(url: &Uri) -> anyhow::Result<()> {
             Instant::now() + AGAIN < end,
             "the operator at {url} {answer}; see the logs of its pods"
         );
+        // Nothing tells when it will be.
         sleep(AGAIN).await;
     }
 }

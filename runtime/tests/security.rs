@@ -2,6 +2,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
+#[path = "common/replay.rs"]
+mod replaying;
 
 use std::{
     fs,
@@ -11,8 +13,7 @@ use std::{
 use common::{LIMIT, config};
 use meander_config::{
     CaptureConfig, ClientCertificate, Durability, GrpcReceiver, KafkaSasl, KafkaSink, KafkaTls, PostgresSource,
-    RedisStreams, ReplayConfig, ReplayEnd, ReplayOrder, ReplayStart, ReplayTarget, ResourceIdentity, SaslMechanism,
-    Speed, SslMode, TopicManagement,
+    RedisStreams, ReplayConfig, ReplayTarget, ResourceIdentity, SaslMechanism, SslMode, TopicManagement,
 };
 use meander_runtime::{
     kafka_client::require_admission,
@@ -437,28 +438,16 @@ async fn kafka_is_used_over_tls_and_sasl_with_no_more_than_the_grants_of_the_doc
     assert_eq!(count("copy.public.t"), count(&topic));
 }
 
-/// A replay of everything that the pipeline has published.
+/// A replay of everything that the pipeline has published, under a name that the grants know.
 fn replay_of(config: &CaptureConfig, name: &str, target: ReplayTarget) -> ReplayConfig {
+    let everything = replaying::everything(config, target);
     ReplayConfig {
         job: ResourceIdentity {
             namespace: config.pipeline.namespace.clone(),
             name: name.to_owned(),
-            uid: "42".to_owned(),
+            ..everything.job
         },
-        pipeline: config.pipeline.clone(),
-        slot_name: config.source.slot_name.clone(),
-        kafka: config.kafka.log(),
-        from: ReplayStart::Beginning,
-        to: ReplayEnd::Now,
-        speed: Speed::Max,
-        suspended: false,
-        filter: None,
-        max_gap_seconds: None,
-        order: ReplayOrder::Commit,
-        target,
-        operator: None,
-        admin_address: free_address(),
-        termination_message_file: None,
+        ..everything
     }
 }
 

@@ -9,6 +9,8 @@
 
 mod audit;
 mod operator;
+#[path = "../../src/process.rs"]
+mod process;
 mod runtime;
 
 use std::{
@@ -43,6 +45,8 @@ use tokio::{sync::watch, time::sleep};
 
 const NAMESPACE: &str = "scale";
 const LIMIT: Duration = Duration::from_secs(600);
+/// What is written in turns, as statuses are, has had its turn by then. Nothing that can be asked says so.
+const TURNS: Duration = Duration::from_secs(15);
 /// Requests of this client that are under way at once.
 const AT_ONCE: usize = 16;
 
@@ -101,16 +105,16 @@ async fn main() -> anyhow::Result<()> {
     let (load, rounds) = watch::channel(runtime::Load::Idle);
     let runtimes = runtime::start_all(&client, operator.grpc(), arguments.pipelines, arguments.replays, rounds).await?;
     eventually("everything runs", async || runtime::all_run(&client).await).await?;
-    // What is written in turns has had its turn.
-    sleep(Duration::from_secs(15)).await;
+    sleep(TURNS).await;
     let mut audit = audit::Audit::open(&arguments.api_server.join("audit.log"))?;
+    // What is asked in a stretch of time is what is measured.
     let window = Duration::from_secs(arguments.window);
     sleep(window).await;
     let idle = audit.requests()?;
     idle.print("idle");
 
     load.send_replace(runtime::Load::Streaming);
-    sleep(Duration::from_secs(15)).await;
+    sleep(TURNS).await;
     audit.requests()?;
     let (before, cpu) = (operator.metrics().await?, operator.cpu_seconds()?);
     sleep(window).await;

@@ -12,7 +12,7 @@ use tokio::{
     process::{Child, Command},
 };
 
-use crate::NAMESPACE;
+use crate::{NAMESPACE, process};
 
 pub(crate) struct Operator {
     process: Child,
@@ -84,22 +84,12 @@ impl Operator {
         Ok(Metrics::parse(&text))
     }
 
-    /// User and system time, from `/proc/PID/stat` (fields 14 and 15, in hundredths of a second).
     pub(crate) fn cpu_seconds(&self) -> anyhow::Result<f64> {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.process.id().context("it has ended")?))?;
-        let (_, fields) = stat.rsplit_once(") ").context("no fields")?;
-        let ticks: u64 = (fields.split(' ').skip(11).take(2))
-            .map(|field| field.parse().unwrap_or(0))
-            .sum();
-        Ok(ticks as f64 / 100.0)
+        process::cpu_seconds(self.process.id().context("it has ended")?)
     }
 
-    /// The most memory that it has had, in MiB.
     pub(crate) fn peak_resident(&self) -> anyhow::Result<f64> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.process.id().context("it has ended")?))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-        let kibibytes: f64 = line.context("no VmHWM")?.trim().trim_end_matches(" kB").parse()?;
-        Ok(kibibytes / 1024.0)
+        process::peak_resident(self.process.id().context("it has ended")?)
     }
 
     pub(crate) async fn stop(mut self) -> anyhow::Result<()> {
