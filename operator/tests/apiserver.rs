@@ -1683,11 +1683,7 @@ async fn a_replay_from_waiting_to_its_last_word() {
     let status = async |name: &str| replays.get(name).await.unwrap().status.unwrap_or_default();
 
     // It waits for its pipeline, and heals by itself.
-    let body = merged(
-        replay_json("replayjob.yaml"),
-        &json!({"spec": {"ttlSecondsAfterFinished": 1}}),
-    );
-    let replay: ReplayJob = cluster.create(body).await;
+    let replay: ReplayJob = cluster.create(replay_json("replayjob.yaml")).await;
     eventually("the missing pipeline is said", async || {
         state(&status("last-seconds").await.conditions, "Accepted") == Some(("False", "PipelineNotFound"))
     })
@@ -1834,24 +1830,12 @@ async fn a_replay_from_waiting_to_its_last_word() {
     });
     let word = word.to_string();
     cluster.end_pod("last-seconds-replay-x", "Succeeded", &word).await;
-    let watched = replays.clone();
-    let succeeded = tokio::spawn(async move {
-        // Seen by watching: it is deleted soon after.
-        let done = kube::runtime::wait::await_condition(watched, "last-seconds", |replay: Option<&ReplayJob>| {
-            replay.is_some_and(|replay| {
-                replay
-                    .status
-                    .as_ref()
-                    .is_some_and(|status| status.phase == Some(ReplayPhase::Succeeded))
-            })
-        });
-        done.await.unwrap().unwrap().status.unwrap()
-    });
     finish(&cluster, "last-seconds-replay", "Complete").await;
-    let last = tokio::time::timeout(Duration::from_secs(30), succeeded)
-        .await
-        .unwrap()
-        .unwrap();
+    eventually("it has succeeded", async || {
+        status("last-seconds").await.phase == Some(ReplayPhase::Succeeded)
+    })
+    .await;
+    let last = status("last-seconds").await;
     let progress = last.progress.unwrap();
     assert_eq!(
         (progress.delivered, progress.percent, progress.delivery_millis),
@@ -1867,6 +1851,11 @@ async fn a_replay_from_waiting_to_its_last_word() {
         followed.message().await.unwrap().is_none(),
         "its end is the last that there is to see"
     );
+    let expire = Patch::Merge(json!({"spec": {"ttlSecondsAfterFinished": 1}}));
+    replays
+        .patch("last-seconds", &PatchParams::default(), &expire)
+        .await
+        .unwrap();
     eventually("it expires", async || {
         replays.get_opt("last-seconds").await.unwrap().is_none()
     })

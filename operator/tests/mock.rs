@@ -92,7 +92,7 @@ async fn play<T, F: Future<Output = T>>(calls: Vec<Call>, work: impl FnOnce(Clie
         }
     };
     let both = async { tokio::join!(server, work(client)).1 };
-    timeout(Duration::from_secs(10), both).await.expect("a call is missing")
+    timeout(Duration::from_secs(60), both).await.expect("a call is missing")
 }
 
 /// Caches that show these pipelines, and nothing of what was made for them.

@@ -687,7 +687,7 @@ async fn a_snapshot_in_chunks_reads_each_row_once_through_a_crash_and_before_its
     let mut runtime = Runtime::capture(&config);
     runtime.ready(LIMIT).await;
     eventually("some rows are read", LIMIT, async || {
-        let snapshot = checkpoint(&config).unwrap().snapshot;
+        let snapshot = checkpoint(&config).ok_or("no checkpoint yet")?.snapshot;
         assert!(
             snapshot.done.is_empty(),
             "the reading was over too soon to show anything"

@@ -101,5 +101,5 @@ async fn a_transaction_far_larger_than_memory_is_captured_once_and_in_order_thro
         complete,
         Position::end_of_transaction(complete.epoch, complete.commit_lsn)
     );
-    assert!(runtime.terminate(Duration::from_secs(60)).success());
+    assert!(runtime.terminate(LIMIT).success());
 }

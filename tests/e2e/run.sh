@@ -51,9 +51,9 @@ finish() {
 # condition KIND/NAME TYPE STATUS [REASON]: waits for it.
 condition() {
   local where=$1 type=$2 value=$3 reason=${4:-}
-  k wait "$where" --for=jsonpath="{.status.conditions[?(@.type==\"$type\")].status}=$value" --timeout=120s
+  k wait "$where" --for=jsonpath="{.status.conditions[?(@.type==\"$type\")].status}=$value" --timeout=240s
   [ -z "$reason" ] ||
-    k wait "$where" --for=jsonpath="{.status.conditions[?(@.type==\"$type\")].reason}=$reason" --timeout=120s
+    k wait "$where" --for=jsonpath="{.status.conditions[?(@.type==\"$type\")].reason}=$reason" --timeout=240s
 }
 
 retry() { # TIMES COMMAND...
@@ -64,22 +64,22 @@ retry() { # TIMES COMMAND...
 run_job() { # FILE NAME
   k delete job "$2" --ignore-not-found --wait
   k apply -f "$1"
-  k wait --for=jsonpath='{.status.conditions[?(@.type=="Complete")].status}'=True "job/$2" --timeout=180s ||
+  k wait --for=jsonpath='{.status.conditions[?(@.type=="Complete")].status}'=True "job/$2" --timeout=240s ||
     { k logs "job/$2" --tail=50; return 1; }
 }
 
 psql_superuser() { k exec -i postgres-0 -- psql -q -v ON_ERROR_STOP=1 -U postgres "$@"; }
 
 install() {
-  helm upgrade --install meander charts/meander -n "$system" --create-namespace --wait --timeout 120s
-  helm test meander -n "$system" --logs --timeout 60s
+  helm upgrade --install meander charts/meander -n "$system" --create-namespace --wait --timeout 240s
+  helm test meander -n "$system" --logs --timeout 240s
 }
 
 pipeline_becomes_ready() {
   k apply -f deploy/examples/pipeline.yaml
-  k wait --for=condition=Ready cdcpipeline/trades --timeout=120s
+  k wait --for=condition=Ready cdcpipeline/trades --timeout=240s
   # After Snapshotting, which the rows that are there take a moment of.
-  k wait cdcpipeline/trades --for=jsonpath='{.status.phase}'=Streaming --timeout=60s
+  k wait cdcpipeline/trades --for=jsonpath='{.status.phase}'=Streaming --timeout=240s
 }
 
 load_and_verify() {
@@ -93,15 +93,15 @@ status_tells_the_truth() {
   local published
   published=$(k logs job/verify --tail=1 | jq -er .postgres.changes)
   # The operator is told at least every ten seconds.
-  k wait cdcpipeline/trades --for=jsonpath='{.status.replication.eventsTotal}'="$published" --timeout=30s
+  k wait cdcpipeline/trades --for=jsonpath='{.status.replication.eventsTotal}'="$published" --timeout=240s
   k get cdcp trades | tail -n 1 | grep -E "True +Streaming +0s +$published"
 }
 
 replay_to_receiver() {
   k apply -f deploy/demo/receiver.yaml
-  k rollout status deployment/receiver --timeout=60s
+  k rollout status deployment/receiver --timeout=240s
   k apply -f deploy/examples/replayjob.yaml
-  k wait --for=condition=Complete replayjob/last-seconds --timeout=180s
+  k wait --for=condition=Complete replayjob/last-seconds --timeout=240s
   local records delivered
   delivered=$(k get rpj last-seconds -o jsonpath='{.status.progress.delivered}')
   k logs deployment/receiver --tail=1
@@ -113,7 +113,7 @@ replay_to_receiver() {
 
 replay_to_log() {
   k apply -f deploy/examples/replayjob-log.yaml
-  k wait --for=condition=Complete replayjob/to-log --timeout=180s
+  k wait --for=condition=Complete replayjob/to-log --timeout=240s
   local lines delivered
   delivered=$(k get rpj to-log -o jsonpath='{.status.progress.delivered}')
   lines=$(k logs -l job-name=to-log-replay --tail=-1 -c replay | grep -c '"commitTime":')
@@ -123,7 +123,7 @@ replay_to_log() {
 replay_to_subscriber() {
   k create secret generic replay-token --from-literal=token=e2e-token
   k apply -f deploy/examples/replayjob-serve.yaml
-  k wait pod -l meander.dev/replay=served --for=condition=Ready --timeout=60s
+  k wait pod -l meander.dev/replay=served --for=condition=Ready --timeout=240s
   local address call
   address=$(k get service served-replay -o jsonpath='{.spec.clusterIP}'):50052
   call=("$cluster" exec grpcurl -plaintext -connect-timeout 2)
@@ -134,7 +134,7 @@ replay_to_subscriber() {
   fi
   grep Unauthenticated "$work/denied"
   "${call[@]}" -H 'authorization: Bearer e2e-token' "$address" meander.v1.Replayer/ReplayEvent >"$work/stream"
-  k wait --for=condition=Complete replayjob/served --timeout=60s
+  k wait --for=condition=Complete replayjob/served --timeout=240s
   local coordinates
   coordinates=$(jq -c '.records[].coordinate' "$work/stream" | wc -l)
   [ "$coordinates" = "$(k get rpj served -o jsonpath='{.status.progress.delivered}')" ] && [ "$coordinates" -gt 0 ]
@@ -150,7 +150,7 @@ micros() { date +%s%6N; }
 
 # seen FILTER: waits until a report of the replay that is followed is so, and prints the first one that is.
 seen() {
-  jq -ecn --unbuffered "first(inputs | select($1))" < <(timeout 60 tail -n +1 -f "$work/progress")
+  jq -ecn --unbuffered "first(inputs | select($1))" < <(timeout 240 tail -n +1 -f "$work/progress")
 }
 
 # Milliseconds from $1 until the pod said that it does what was asked; a generous bound, the figure is what counts.
@@ -177,7 +177,7 @@ replay_is_driven() {
   replay='"namespace": "shop", "name": "driven"'
   sed "s/name: to-log/name: driven/; s/speed: max/speed: \"0.2\"/; s/from: .*/from: {time: \"$(cat "$work/loaded")\"}/" \
     deploy/examples/replayjob-log.yaml | k apply -f -
-  k wait replayjob/driven --for=jsonpath='{.status.phase}'=Running --timeout=60s
+  k wait replayjob/driven --for=jsonpath='{.status.phase}'=Running --timeout=240s
   operator_calls StreamProgress "{\"resource\": {\"kind\": \"ReplayJob\", $replay}}" >"$work/progress" &
   follow=$!
   # In the middle of its delivery: what has delivered nothing yet has no event time to measure a speed by.
@@ -186,7 +186,7 @@ replay_is_driven() {
   since=$(micros)
   operator_calls ControlReplay "{$replay, \"suspend\": true}"
   acted "$since" "a pause over gRPC" '.replay.phase == "PHASE_PAUSED"'
-  k wait replayjob/driven --for=jsonpath='{.status.phase}'=Paused --timeout=30s
+  k wait replayjob/driven --for=jsonpath='{.status.phase}'=Paused --timeout=240s
   # Nothing is delivered meanwhile: two reports later, it is where it was.
   paused=$(seen '.replay.phase == "PHASE_PAUSED"' | jq -r .timeMicros)
   seen ".replay.phase == \"PHASE_PAUSED\" and (.timeMicros | tonumber) > $paused + 2000000"
@@ -203,7 +203,7 @@ replay_is_driven() {
   since=$(micros)
   operator_calls ControlReplay "{$replay, \"cancel\": true}"
   acted "$since" "a cancel over gRPC" '.replay.phase == "PHASE_CANCELLED"'
-  k wait replayjob/driven --for=jsonpath='{.status.phase}'=Cancelled --timeout=60s
+  k wait replayjob/driven --for=jsonpath='{.status.phase}'=Cancelled --timeout=240s
   # The stream ends with the replay, and a replay that has ended takes no orders.
   wait "$follow"
   if operator_calls ControlReplay "{$replay, \"suspend\": false}" 2>"$work/denied"; then
@@ -217,14 +217,14 @@ deletion_stops_a_replay() {
   local since last ended followed
   sed "s/name: to-log/name: unwanted/; s/speed: max/speed: \"0.2\"/; s/from: .*/from: {time: \"$(cat "$work/loaded")\"}/" \
     deploy/examples/replayjob-log.yaml | k apply -f -
-  k wait replayjob/unwanted --for=jsonpath='{.status.phase}'=Running --timeout=60s
+  k wait replayjob/unwanted --for=jsonpath='{.status.phase}'=Running --timeout=240s
   # The runtime reports to the operator before the node reports its container, whose log can only be read after that.
-  k wait pod -l meander.dev/replay=unwanted --for=condition=Ready --timeout=60s
+  k wait pod -l meander.dev/replay=unwanted --for=condition=Ready --timeout=240s
   : >"$work/unwanted"
   k logs -f job/unwanted-replay >>"$work/unwanted" &
   followed=$!
   # Once it is followed; afterwards there is nothing to follow any more.
-  grep -m 1 . < <(timeout 60 tail -n +1 -f "$work/unwanted")
+  grep -m 1 . < <(timeout 240 tail -n +1 -f "$work/unwanted")
   since=$(micros)
   k delete replayjob unwanted --wait
   wait "$followed"
@@ -241,7 +241,7 @@ twenty_replays_at_once() {
     echo ---
     sed "s/name: last-seconds/name: twenty-$i\n  labels: {test: twenty}/; s/speed: 10/speed: max/" deploy/examples/replayjob.yaml
   done | k apply -f -
-  k wait replayjob/twenty-1 --for=jsonpath='{.status.startTime}' --timeout=60s
+  k wait replayjob/twenty-1 --for=jsonpath='{.status.startTime}' --timeout=240s
   kubectl -n "$system" delete pods -l app.kubernetes.io/name=meander-operator --grace-period=0 --force
   k wait replayjobs -l test=twenty --for=condition=Complete --timeout=240s
   note "all were done after $((SECONDS - start)) s"
@@ -288,9 +288,9 @@ standby_takes_over() {
   k create role pipeline-watch --verb=get --resource=cdcpipelines.meander.dev
   k create rolebinding pipeline-watch --role=pipeline-watch --serviceaccount="$namespace:ops"
   k patch cdcp trades --type=merge -p '{"spec": {"runtime": {"standby": "Hot"}}}'
-  k wait deployment/trades-capture --for=jsonpath='{.spec.replicas}'=2 --timeout=30s
-  k rollout status deployment/trades-capture --timeout=120s
-  k wait --for=condition=Ready cdcpipeline/trades --timeout=60s
+  k wait deployment/trades-capture --for=jsonpath='{.spec.replicas}'=2 --timeout=240s
+  k rollout status deployment/trades-capture --timeout=240s
+  k wait --for=condition=Ready cdcpipeline/trades --timeout=240s
   [ "$(k get pdb trades-capture -o jsonpath='{.spec.minAvailable}')" = 1 ]
   # The new pods may still be handing the slot from one to the other.
   retry 100 one_owner
@@ -314,9 +314,9 @@ standby_takes_over() {
   second=$(cat "$work/owner")
   [ "$second" != "$first" ]
   kill "$follow"
-  k wait --for=condition=Complete job/load --timeout=120s
+  k wait --for=condition=Complete job/load --timeout=240s
   run_job deploy/demo/verify.yaml verify
-  k rollout status deployment/trades-capture --timeout=60s
+  k rollout status deployment/trades-capture --timeout=240s
   condition cdcpipeline/trades Ready True
 }
 
@@ -344,34 +344,34 @@ disturbed() {
   since=$(micros)
   "$@"
   over=$(micros)
-  awk -v over="$over" '$1 > over { found = 1; exit } END { exit !found }' < <(timeout 60 tail -n +1 -f "$work/growth")
+  awk -v over="$over" '$1 > over { found = 1; exit } END { exit !found }' < <(timeout 240 tail -n +1 -f "$work/growth")
   pause=$(awk -v last="$since" '$1 > last { if ($1 - last > most) most = $1 - last; last = $1 } END { print int(most / 1000) }' "$work/growth")
   note "$what: no change was published for $pause ms at the most"
   [ "$pause" -lt 15000 ]
 }
 
 capture_runs() { # TAG: the pods that capture have the image of this tag
-  k wait deployment/trades-capture --timeout=60s \
+  k wait deployment/trades-capture --timeout=240s \
     --for=jsonpath='{.spec.template.spec.containers[0].image}'="ghcr.io/meander-dev/meander-runtime:$1"
-  k rollout status deployment/trades-capture --timeout=120s
+  k rollout status deployment/trades-capture --timeout=240s
 }
 
 upgrade() {
-  helm upgrade meander charts/meander -n "$system" --set image.tag=next,runtime.image.tag=next --wait --timeout 120s
+  helm upgrade meander charts/meander -n "$system" --set image.tag=next,runtime.image.tag=next --wait --timeout 240s
   capture_runs next
 }
 
 rollback() {
-  helm rollback meander -n "$system" --wait --timeout 120s
+  helm rollback meander -n "$system" --wait --timeout 240s
   capture_runs dev
 }
 
 # Resources and captures stay, and an operator that comes back takes them over.
 remove_and_install() {
-  helm uninstall meander -n "$system" --wait --timeout 60s
+  helm uninstall meander -n "$system" --wait --timeout 240s
   k get cdcpipeline/trades deployment/trades-capture configmap/trades-capture
   install
-  k wait cdcpipeline/trades --for=jsonpath='{.status.phase}'=Streaming --timeout=60s
+  k wait cdcpipeline/trades --for=jsonpath='{.status.phase}'=Streaming --timeout=240s
 }
 
 kill_leader_and_owner() {
@@ -399,14 +399,14 @@ replaced_under_load() {
   # Not local: the trap is run when the function is over.
   watch=$!
   trap 'kill "$watch" 2>/dev/null || true' EXIT
-  disturbed "while nothing was done" k wait --for=jsonpath='{.status.ready}'=1 job/load --timeout=60s
+  disturbed "while nothing was done" k wait --for=jsonpath='{.status.ready}'=1 job/load --timeout=240s
   disturbed "helm upgrade" upgrade
   disturbed "helm rollback" rollback
   disturbed "helm uninstall, helm install" remove_and_install
   disturbed "leader and capture pod killed" kill_leader_and_owner
   kill "$watch"
   k delete job load --cascade=foreground --wait
-  k rollout status deployment/trades-capture --timeout=60s
+  k rollout status deployment/trades-capture --timeout=240s
   run_job deploy/demo/verify.yaml verify
   condition cdcpipeline/trades Ready True
 }
@@ -453,11 +453,11 @@ wal_level_replica() {
           | .spec.template.metadata.labels = {app: "replica"}
           | .spec.template.spec.containers[0].args = (.spec.template.spec.containers[0].args | map(sub("wal_level=logical"; "wal_level=replica"))) end)' |
     k apply -f -
-  k rollout status statefulset/replica --timeout=120s
+  k rollout status statefulset/replica --timeout=240s
   sed 's/host: postgres/host: replica/; s/name: trades/name: replica/; s/Prefix: shop/Prefix: replica/' deploy/examples/pipeline.yaml | k apply -f -
   condition cdcpipeline/replica SourceReady False WalLevelNotLogical
   k get statefulset replica -o json | jq '.spec.template.spec.containers[0].args |= map(sub("wal_level=replica"; "wal_level=logical"))' | k apply -f -
-  k rollout status statefulset/replica --timeout=120s
+  k rollout status statefulset/replica --timeout=240s
   condition cdcpipeline/replica Ready True
 }
 
@@ -466,7 +466,7 @@ kafka_is_down() {
   k delete pods -l meander.dev/pipeline=broken --wait
   condition cdcpipeline/broken SinksReady False KafkaUnreachable
   k scale statefulset/kafka --replicas=1
-  k rollout status statefulset/kafka --timeout=180s
+  k rollout status statefulset/kafka --timeout=240s
   condition cdcpipeline/broken Ready True
   condition cdcpipeline/trades Ready True
 }
@@ -485,16 +485,16 @@ replay_outlives_its_pipeline() {
   k patch cdcp broken --type=merge -p '{"spec": {"suspend": true}}'
   sed 's/name: last-seconds/name: heir/; s/name: trades/name: broken/; s/receiver:50051/late:50051/; s/speed: 10/speed: max/' \
     deploy/examples/replayjob.yaml | k apply -f -
-  k wait pod -l meander.dev/replay=heir --for=condition=Ready --timeout=60s
+  k wait pod -l meander.dev/replay=heir --for=condition=Ready --timeout=240s
   deletion_drops_the_slot
   [ "$(k get rpj heir -o jsonpath='{.status.phase}')" = Pending ]
   k get service receiver -o json | jq 'del(.spec.clusterIP, .spec.clusterIPs) | .metadata = {name: "late"}' | k apply -f -
-  k wait --for=condition=Complete replayjob/heir --timeout=120s
+  k wait --for=condition=Complete replayjob/heir --timeout=240s
   [ "$(k get rpj heir -o jsonpath='{.status.progress.delivered}')" -gt 0 ]
 }
 
 deletion_drops_the_slot() {
-  k delete cdcp broken --wait --timeout=120s
+  k delete cdcp broken --wait --timeout=240s
   [ "$(psql_superuser -At -c "SELECT count(*) FROM pg_replication_slots WHERE slot_name LIKE '%broken%'")" = 0 ]
   [ "$(k get deploy,cm,sa -l meander.dev/pipeline=broken -o name | wc -l)" = 0 ]
 }

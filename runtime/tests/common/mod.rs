@@ -12,7 +12,7 @@ pub use meander_test_support::capture_config as config;
 use meander_test_support::{Kafka, Runtime, eventually};
 
 /// For every wait.
-pub const LIMIT: Duration = Duration::from_secs(60);
+pub const LIMIT: Duration = Duration::from_secs(240);
 
 /// Waits until a metric of the runtime has such a value.
 /// Waits until a metric, without its fraction, is so.

@@ -22,7 +22,7 @@ use tokio_stream::{
 use tonic::{Request, Response, Status, Streaming, transport::Server};
 
 /// Whatever is waited for either comes well before this, or never.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(240);
 
 /// An operator that shows what was reported and directs what it is told.
 #[derive(Clone)]

@@ -19,7 +19,7 @@ use crate::{
     process::{Process, folder, root},
 };
 
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(240);
 const USER: &str = "postgres";
 const PASSWORD: &str = "s3cret-of-the-tests";
 const DATABASE: &str = "postgres";

@@ -33,7 +33,7 @@ until rm -rf "$0" || [ $((tries += 1)) -gt 50 ]; do sleep 0.1; done
 const STARTER: &str = r#"echo $$ >"$0" && exec "$@""#;
 
 /// How long a killed process may take to be gone.
-const KILL_LIMIT: Duration = Duration::from_secs(10);
+const KILL_LIMIT: Duration = Duration::from_secs(60);
 
 /// How much of a log is shown.
 const TAIL_BYTES: i64 = 16 * 1024;

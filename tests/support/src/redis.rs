@@ -12,7 +12,7 @@ use crate::{
     tls::Identity,
 };
 
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(120);
 
 /// A Redis server that keeps nothing on disk by itself: it is empty after every start, unless it was told SAVE or to keep more.
 pub struct Redis {
