@@ -26,7 +26,7 @@ use kube::{
     runtime::{
         WatchStreamExt as _,
         reflector::{self, ObjectRef, Store, store::Writer},
-        watcher::{self, Event, watcher},
+        watcher::{Event, watcher},
     },
 };
 use meander_crds::{CdcPipeline, ReplayJob};
@@ -36,6 +36,7 @@ use tracing::warn;
 
 use crate::{
     apply::Object,
+    client::watching,
     naming::{MANAGED_SELECTOR, PIPELINE_LABEL, REPLAY_LABEL},
     progress::{Kind, ResourceKey},
 };
@@ -172,7 +173,7 @@ impl<K: Owned> Cache<K> {
     /// Follows the objects that carry the operator's label, without an end. What is there at the start changes nothing.
     async fn follow(&self, api: Api<K>, changes: &Changes, known: CancellationToken) {
         // A page of a list is in memory several times over while it is read.
-        let config = watcher::Config::default().labels(MANAGED_SELECTOR).page_size(100);
+        let config = watching().labels(MANAGED_SELECTOR).page_size(100);
         let mut events = pin!(watcher(api, config).default_backoff());
         let mut listed = Shown::default();
         while let Some(event) = events.next().await {

@@ -30,6 +30,8 @@ const DURATION: Duration = Duration::from_secs(15);
 const RETRY: Duration = Duration::from_secs(2);
 /// A writer may still be busy with a request when it looks; others take over only after this much more.
 const MARGIN: Duration = Duration::from_secs(3);
+/// One attempt may take this long: an answer that never comes leaves time for another one.
+const ATTEMPT: Duration = Duration::from_secs(4);
 
 /// What a writer asks before it writes.
 #[derive(Clone, Debug)]
@@ -114,9 +116,7 @@ impl Elector {
     pub async fn run(mut self, shutdown: CancellationToken) -> anyhow::Result<()> {
         loop {
             let asked = Instant::now();
-            let attempt = shutdown
-                .run_until_cancelled(timeout(DURATION - MARGIN, self.acquire()))
-                .await;
+            let attempt = shutdown.run_until_cancelled(timeout(ATTEMPT, self.acquire())).await;
             let held_until = *self.claim.borrow();
             match attempt {
                 None => break,

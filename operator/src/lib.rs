@@ -7,6 +7,7 @@ pub mod admin;
 pub mod apply;
 pub mod cache;
 pub mod check;
+pub mod client;
 pub mod conditions;
 pub mod context;
 pub mod error;

@@ -2,9 +2,10 @@
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
-use kube::Client;
+use kube::Config;
 use meander_operator::{
     check,
+    client::client,
     operator::{Options, run},
 };
 use mimalloc::MiMalloc;
@@ -41,7 +42,8 @@ async fn main() -> anyhow::Result<()> {
         .with_span_list(false)
         .with_env_filter(filter)
         .init();
-    let client = Client::try_default().await.context("finding the cluster")?;
+    let config = Config::infer().await.context("finding the cluster")?;
+    let client = client(config).context("finding the cluster")?;
     if let Some(Command::Check(options)) = arguments.command {
         return check::run(client, &options).await;
     }

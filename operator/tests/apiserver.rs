@@ -10,6 +10,8 @@ mod support;
 mod certificates;
 #[path = "apiserver/network.rs"]
 mod network;
+#[path = "apiserver/outages.rs"]
+mod outages;
 #[path = "apiserver/permissions.rs"]
 mod permissions;
 
@@ -94,8 +96,11 @@ struct Cluster {
 
 impl Cluster {
     async fn new() -> Self {
+        Self::on(tokio::task::spawn_blocking(ApiServer::shared).await.unwrap()).await
+    }
+
+    async fn on(server: Arc<ApiServer>) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
-        let server = tokio::task::spawn_blocking(ApiServer::shared).await.unwrap();
         let kubeconfig = server.kubeconfig();
         let config = Config::from_custom_kubeconfig(kubeconfig.clone(), &KubeConfigOptions::default())
             .await

@@ -18,7 +18,7 @@ use meander_operator::{
     cache::Caches,
     context::Context,
     events::Events,
-    lease::Claim,
+    lease::{Claim, Elector},
     metrics::Metrics,
     pipeline,
     progress::{Authenticator, Kind, ResourceKey, Tracker},
@@ -26,6 +26,7 @@ use meander_operator::{
 };
 use serde_json::{Value, json};
 use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 use tonic::{Code, metadata::MetadataMap};
 
 /// A call that is expected, and its answer.
@@ -162,6 +163,40 @@ fn dereferenced() -> Vec<Call> {
 /// Whether the next reconcile comes by itself. How soon is what the backoff's own bounds say.
 fn comes_back(action: &Action) -> bool {
     *action != Action::await_change()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_renewal_that_is_never_answered_does_not_cost_the_lease() {
+    let (service, mut handle) = tower_test::mock::pair::<Request<Body>, Response<Body>>();
+    let (elector, claim) = Elector::new(Client::new(service, "default"), "default", "lease", "one");
+    let end = CancellationToken::new();
+    let election = tokio::spawn(elector.run(end.clone()));
+    let lease = json!({
+        "apiVersion": "coordination.k8s.io/v1", "kind": "Lease",
+        "metadata": {"name": "lease", "resourceVersion": "1"}, "spec": {"holderIdentity": "one"},
+    });
+    let mut unanswered = Vec::new();
+    // Whether it was written is not known: it is read before it is written again.
+    for (method, answered) in [
+        ("GET", true),
+        ("PUT", true),
+        ("PUT", false),
+        ("GET", true),
+        ("PUT", true),
+    ] {
+        let (request, reply) = handle.next_request().await.expect("the election goes on");
+        assert_eq!(request.method(), method);
+        if answered {
+            let body = Body::from(serde_json::to_vec(&lease).unwrap());
+            reply.send_response(Response::new(body));
+        } else {
+            unanswered.push(reply);
+        }
+    }
+    handle.next_request().await.expect("the lease is renewed again");
+    assert!(claim.is_held());
+    end.cancel();
+    election.await.unwrap().unwrap();
 }
 
 #[tokio::test]

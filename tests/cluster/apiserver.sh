@@ -8,6 +8,8 @@
 #                           data in DIR (best on a memory disk, /dev/shm/...),
 #                           an administrator's DIR/kubeconfig, and in DIR/audit.log
 #                           what service accounts ask
+#   apiserver.sh stop DIR   kills the API server, and leaves etcd and DIR
+#   apiserver.sh start DIR  starts it again where it was
 #   apiserver.sh down DIR   ends just these two, and removes DIR
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -62,10 +64,18 @@ start_once() {
     --listen-client-urls="http://127.0.0.1:$etcd" --advertise-client-urls="http://127.0.0.1:$etcd" \
     --listen-peer-urls="http://127.0.0.1:$peer" --initial-advertise-peer-urls="http://127.0.0.1:$peer" \
     --initial-cluster="test=http://127.0.0.1:$peer"
-  mapfile -t flags < <(api_server_flags "$dir/pki" "http://127.0.0.1:$etcd" 10.96.0.0/16)
-  launch kube-apiserver "$KUBE_DIR/bin/kube-apiserver" "${flags[@]}" \
-    --bind-address=127.0.0.1 --secure-port="$port" --endpoint-reconciler-type=none \
-    --audit-policy-file="$here/audit-policy.yaml" --audit-log-path="$dir/audit.log"
+  {
+    api_server_flags "$dir/pki" "http://127.0.0.1:$etcd" 10.96.0.0/16
+    printf '%s\n' --bind-address=127.0.0.1 --secure-port="$port" --endpoint-reconciler-type=none \
+      --audit-policy-file="$here/audit-policy.yaml" --audit-log-path="$dir/audit.log"
+  } >"$dir/flags"
+  launch_api_server
+}
+
+launch_api_server() {
+  local flags
+  mapfile -t flags <"$dir/flags"
+  launch kube-apiserver "$KUBE_DIR/bin/kube-apiserver" "${flags[@]}"
   until_true 60 "the API server is ready" ready_or_failed && all_running
 }
 
@@ -98,13 +108,27 @@ up() {
   die "no API server; see $dir/kube-apiserver.log"
 }
 
+stop() {
+  local pid start name
+  read -r pid start name < <(grep ' kube-apiserver$' "$dir/processes") || die "no API server runs in $dir"
+  end_process KILL "$pid" "$start"
+  sed -i '/ kube-apiserver$/d' "$dir/processes"
+}
+
+start() {
+  server=$(sed -n 's/.*server: "\([^"]*\)".*/\1/p' "$dir/kubeconfig")
+  launch_api_server || die "the API server does not start; see $dir/kube-apiserver.log"
+}
+
 case $command in
   up) up ;;
+  stop) stop ;;
+  start) start ;;
   down)
     [ -d "$dir" ] || exit 0
     [ -d "$dir/pki" ] || die "$dir was not made here"
     end_all
     rm -rf "$dir"
     ;;
-  *) die "unknown command $command; there are up and down" ;;
+  *) die "unknown command $command; there are up, stop, start and down" ;;
 esac

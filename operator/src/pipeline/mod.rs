@@ -26,7 +26,7 @@ use kube::{
         predicates,
         reflector::{ObjectRef, store::Writer},
         utils::Predicate as _,
-        watcher::{self, Event, watcher},
+        watcher::{Event, watcher},
     },
 };
 use meander_crds::CdcPipeline;
@@ -36,6 +36,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::{cleanup::Ending, dereference::Facts, status::Inputs, validate::ValidPipeline};
 use crate::{
+    client::watching,
     conditions::{self, READY, RUNTIME_AVAILABLE, SOURCE_READY},
     context::{CONCURRENCY, Context, api_of, until_silent},
     error::Error,
@@ -73,7 +74,7 @@ pub async fn run(
         .combine(predicates::finalizers)
         .combine(predicates::annotations);
     let gone = context.clone();
-    let pipelines = watcher(api_of(&context), watcher::Config::default())
+    let pipelines = watcher(api_of(&context), watching())
         .default_backoff()
         .modify(|pipeline: &mut CdcPipeline| pipeline.metadata.managed_fields = None)
         .reflect(writer)

@@ -27,7 +27,7 @@ use kube::{
         predicates,
         reflector::{ObjectRef, store::Writer},
         utils::Predicate as _,
-        watcher::{self, Event, watcher},
+        watcher::{Event, watcher},
     },
 };
 use meander_crds::{ReplayJob, ReplayJobStatus};
@@ -39,6 +39,7 @@ use self::{
     status::{Inputs, Outcome, is_final},
 };
 use crate::{
+    client::watching,
     conditions::{self, ACCEPTED, COMPLETE, FAILED},
     context::{CONCURRENCY, Context, api_of, until_silent},
     error::Error,
@@ -61,7 +62,7 @@ pub async fn run(
     }
     let changes = predicates::generation.combine(predicates::finalizers);
     let orders = context.clone();
-    let replays = watcher(api_of(&context), watcher::Config::default())
+    let replays = watcher(api_of(&context), watching())
         .default_backoff()
         .modify(|replay: &mut ReplayJob| replay.metadata.managed_fields = None)
         .reflect(writer)
