@@ -6,7 +6,7 @@ export MEANDER_CACHE
 # Outside of the clone, so that a fresh clone builds in seconds what another one has built.
 export CARGO_TARGET_DIR ?= $(MEANDER_CACHE)/target
 
-.PHONY: help demo demo-down test test-long fuzz lint fmt crds released-crds binaries images sbom bench clean
+.PHONY: help demo demo-down test test-long chaos fuzz lint fmt crds released-crds binaries images sbom bench clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,8 +20,11 @@ demo-down: ## Take away what the demo made
 test: ## Everything that must hold before a change lands
 	@tests/run.sh
 
-test-long: ## The long forms of tests: a transaction of ten million rows, fifty kills
+test-long: ## The long forms of tests: a transaction of ten million rows, fifty kills, forty faults
 	@tests/run.sh long
+
+chaos: ## Forty faults under load, or MEANDER_CHAOS_FAULTS, and a comparison of everything
+	@tests/run.sh chaos
 
 fuzz: ## Ten minutes of wrong messages for the decoder
 	@tests/run.sh fuzz

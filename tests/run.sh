@@ -6,6 +6,7 @@
 #   tests/run.sh unit         the Rust and Go tests, with real services and a real API server
 #   tests/run.sh e2e          on a cluster of its own
 #   tests/run.sh long         what takes too long for every change
+#   tests/run.sh chaos        faults under load: forty, or MEANDER_CHAOS_FAULTS
 #   tests/run.sh fuzz         wrong messages for the decoder, for ten minutes or MEANDER_FUZZ_SECONDS
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -86,6 +87,11 @@ long() {
     cargo test --release --locked -p meander-runtime --test large -- --nocapture
   counted "fifty kills" "$RUST_RESULTS" \
     cargo test --release --locked -p meander-runtime --test kills -- --ignored --nocapture
+  chaos
+}
+
+chaos() {
+  check "faults under load" tests/chaos.sh
 }
 
 fuzz() {

@@ -30,6 +30,8 @@ type Change struct {
 	KeyChanged   bool
 	// SchemaVersion is that of the table's schema; OldSchemaVersion is the one before, where this record says that it is another.
 	SchemaVersion, OldSchemaVersion uint32
+	// Columns are those of the table from here on, where this record says that its schema is another.
+	Columns []string
 	// Dropped: this record says that the table, or one that had its name, was dropped.
 	Dropped bool
 }
@@ -97,6 +99,12 @@ func (d *Decoder) Decode(value []byte) (*Change, error) {
 	}
 	schemas := message(record, "schema_change")
 	change.Dropped = schemas.IsValid() && !schemas.Has(schemas.Descriptor().Fields().ByName("after"))
+	if change.Operation == "S" {
+		after := field(message(message(schemas, "after"), "relation"), "columns").List()
+		for i := range after.Len() {
+			change.Columns = append(change.Columns, field(after.Get(i).Message(), "name").String())
+		}
+	}
 	if change.Operation == "" {
 		return nil, fmt.Errorf("the value has no operation")
 	}

@@ -176,6 +176,9 @@ func CompareSink(ledger *Ledger, records []Record, differences *Differences) Tot
 		switch {
 		case change.Operation == "S":
 			totals.Schemas++
+			if !change.Dropped {
+				image.Reshape(change.Table, change.Columns)
+			}
 			continue
 		case !change.InLedger():
 			checkSnapshot(image, record, differences)
@@ -206,6 +209,7 @@ func CompareSink(ledger *Ledger, records []Record, differences *Differences) Tot
 		}
 	}
 	compareRows(ledger, image.Digests(), &totals, differences)
+	checkBalances(image, differences)
 	return totals
 }
 

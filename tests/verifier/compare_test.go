@@ -366,3 +366,27 @@ func TestReportSaysWhetherAllAgree(t *testing.T) {
 		}
 	}
 }
+
+func TestRowsHaveTheColumnsThatTheirTableHasFromThenOn(t *testing.T) {
+	ledger, records := history()
+	// After the first transaction the table has another column instead of the price.
+	row := func(key string) []Column { return []Column{{Name: "id", Value: key}, {Name: "fee", Null: true}} }
+	event := Record{Lane: "t[0]", Coordinate: Coordinate{1, 8 << 8, 0, 0}, Millis: 1008}
+	event.Change = &Change{
+		Coordinate: event.Coordinate, Operation: "S", Table: trades, SchemaVersion: 1, OldSchemaVersion: 0, Columns: []string{"id", "fee"},
+	}
+	for id := range ledger.Entries {
+		if id.Transaction == 9 {
+			delete(ledger.Entries, id)
+		}
+	}
+	for _, record := range records[:2] {
+		record.Change.SchemaVersion = 0
+	}
+	ledger.Rows = map[RowKey]string{{trades, "a"}: digestRow(row("a")), {trades, "b"}: digestRow(row("b"))}
+	var differences Differences
+	CompareSink(ledger, append(records[:2:2], event), &differences)
+	if differences.Count != 0 {
+		t.Errorf("differences: %q", differences.First)
+	}
+}

@@ -71,6 +71,24 @@ func (image Image) Apply(change *Change) ([]Column, error) {
 	return row, nil
 }
 
+// Reshape gives the rows of a table the columns that it has from now on: new ones are NULL in the rows that are there.
+// A column that was renamed, and one with a default, cannot be told by that.
+func (image Image) Reshape(table Table, columns []string) {
+	for place, before := range image {
+		if place.Table != table {
+			continue
+		}
+		row := make([]Column, len(columns))
+		for i, name := range columns {
+			row[i] = Column{Name: name, Null: true}
+			if index := slices.IndexFunc(before, func(old Column) bool { return old.Name == name }); index >= 0 {
+				row[i] = before[index]
+			}
+		}
+		image[place] = row
+	}
+}
+
 // Digests gives the digest of each row.
 func (image Image) Digests() map[RowKey]string {
 	digests := make(map[RowKey]string, len(image))

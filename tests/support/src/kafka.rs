@@ -39,7 +39,8 @@ const JVM: &[&str] = &[
 pub struct Kafka {
     process: Process,
     port: u16,
-    secure_port: u16,
+    /// Of the second listener, where there is one.
+    second_port: u16,
     /// Removed with the handle.
     _folder: TempDir,
 }
@@ -47,28 +48,40 @@ pub struct Kafka {
 impl Kafka {
     /// Starts a broker of the caller's own, which takes seconds; most tests are fine with [`Kafka::shared`].
     pub async fn start() -> Self {
-        Self::start_with(None).await
+        Self::start_with(|_, _| String::new()).await
+    }
+
+    /// Starts a broker that has a second listener, at [`second_port`](Self::second_port), whose clients are told to come to this address on
+    /// loopback: what listens there leads to it.
+    pub async fn start_behind(advertised: u16) -> Self {
+        Self::start_with(|_, ports| listener_behind(advertised, ports)).await
     }
 
     /// Starts a broker that has a second listener, [`secure_bootstrap`](Self::secure_bootstrap): TLS with this certificate, for
     /// `localhost`, and SASL by SCRAM-SHA-512 or PLAIN for the user `meander`, who has the password `one` and may do nothing. On the
     /// listener without authentication everything is allowed.
     pub async fn start_secure(certificate: &Identity) -> Self {
-        Self::start_with(Some(certificate)).await
-    }
-
-    async fn start_with(certificate: Option<&Identity>) -> Self {
-        let folder = folder("kafka");
-        let (port, controller_port, secure_port) = (free_port(), free_port(), free_port());
-        let properties = folder.path().join("server.properties");
-        let mut settings = server_properties(folder.path(), port, controller_port);
-        if let Some(certificate) = certificate {
+        Self::start_with(|folder, ports| {
             let mut keystore = fs::read_to_string(&certificate.key_file).unwrap();
             keystore.push_str(&fs::read_to_string(&certificate.certificate_file).unwrap());
-            let file = folder.path().join("keystore.pem");
+            let file = folder.join("keystore.pem");
             fs::write(&file, keystore).unwrap();
-            settings.push_str(&secure_listener(&file, port, controller_port, secure_port));
-        }
+            secure_listener(&file, ports)
+        })
+        .await
+    }
+
+    /// With more settings, made of its folder and its ports.
+    async fn start_with(more: impl FnOnce(&Path, &Ports) -> String) -> Self {
+        let folder = folder("kafka");
+        let ports = Ports {
+            first: free_port(),
+            controller: free_port(),
+            second: free_port(),
+        };
+        let properties = folder.path().join("server.properties");
+        let mut settings = server_properties(folder.path(), &ports);
+        settings.push_str(&more(folder.path(), &ports));
         fs::write(&properties, settings).unwrap();
         let home = home();
         format_storage(&home, &properties);
@@ -78,8 +91,8 @@ impl Kafka {
         let process = Process::start("kafka", folder.path(), &command, Signal::KILL);
         let mut kafka = Self {
             process,
-            port,
-            secure_port,
+            port: ports.first,
+            second_port: ports.second,
             _folder: folder,
         };
         kafka.ready().await;
@@ -101,7 +114,13 @@ impl Kafka {
     /// `localhost:port` of the listener with TLS and SASL.
     #[must_use]
     pub fn secure_bootstrap(&self) -> String {
-        format!("localhost:{}", self.secure_port)
+        format!("localhost:{}", self.second_port)
+    }
+
+    /// The port of the second listener on 127.0.0.1.
+    #[must_use]
+    pub fn second_port(&self) -> u16 {
+        self.second_port
     }
 
     /// Runs one of Kafka's own tools by its class, on the listener where everything is allowed.
@@ -149,7 +168,13 @@ impl Kafka {
         self.process.kill9();
     }
 
-    /// Starts a broker that was killed, with the same data at the same port.
+    /// Ends the broker in good order: what is under way is brought to its end.
+    pub fn stop(&mut self) {
+        self.process.signal(Signal::TERM);
+        self.process.wait(LIMIT);
+    }
+
+    /// Starts a broker that was ended, with the same data at the same port.
     pub async fn start_again(&mut self) {
         self.process.start_again();
         self.ready().await;
@@ -222,15 +247,22 @@ pub fn read_topics(client: &ClientConfig, wanted: impl Fn(&str) -> bool, mut tak
     }
 }
 
-fn server_properties(folder: &Path, port: u16, controller_port: u16) -> String {
+struct Ports {
+    first: u16,
+    controller: u16,
+    second: u16,
+}
+
+fn server_properties(folder: &Path, ports: &Ports) -> String {
+    let Ports { first, controller, .. } = ports;
     let logs = folder.join("data");
     let logs = logs.display();
     format!(
         "process.roles=broker,controller
 node.id=1
-controller.quorum.voters=1@127.0.0.1:{controller_port}
+controller.quorum.voters=1@127.0.0.1:{controller}
 controller.listener.names=CONTROLLER
-listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}
+listeners=PLAINTEXT://127.0.0.1:{first},CONTROLLER://127.0.0.1:{controller}
 listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
 log.dirs={logs}
 auto.create.topics.enable=false
@@ -254,11 +286,16 @@ background.threads=2
 }
 
 /// Later settings replace earlier ones.
-fn secure_listener(keystore: &Path, port: u16, controller_port: u16, secure_port: u16) -> String {
+fn secure_listener(keystore: &Path, ports: &Ports) -> String {
+    let Ports {
+        first,
+        controller,
+        second,
+    } = ports;
     let keystore = keystore.display();
     format!(
-        "listeners=PLAINTEXT://127.0.0.1:{port},SECURE://127.0.0.1:{secure_port},CONTROLLER://127.0.0.1:{controller_port}
-advertised.listeners=PLAINTEXT://127.0.0.1:{port},SECURE://localhost:{secure_port}
+        "listeners=PLAINTEXT://127.0.0.1:{first},SECURE://127.0.0.1:{second},CONTROLLER://127.0.0.1:{controller}
+advertised.listeners=PLAINTEXT://127.0.0.1:{first},SECURE://localhost:{second}
 listener.security.protocol.map=PLAINTEXT:PLAINTEXT,SECURE:SASL_SSL,CONTROLLER:PLAINTEXT
 inter.broker.listener.name=PLAINTEXT
 listener.name.secure.ssl.keystore.type=PEM
@@ -268,6 +305,21 @@ listener.name.secure.scram-sha-512.sasl.jaas.config=org.apache.kafka.common.secu
 listener.name.secure.plain.sasl.jaas.config=org.apache.kafka.common.security.plain.PlainLoginModule required user_meander=\"one\";
 authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
 super.users=User:ANONYMOUS
+"
+    )
+}
+
+fn listener_behind(advertised: u16, ports: &Ports) -> String {
+    let Ports {
+        first,
+        controller,
+        second,
+    } = ports;
+    format!(
+        "listeners=PLAINTEXT://127.0.0.1:{first},BEHIND://127.0.0.1:{second},CONTROLLER://127.0.0.1:{controller}
+advertised.listeners=PLAINTEXT://127.0.0.1:{first},BEHIND://127.0.0.1:{advertised}
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,BEHIND:PLAINTEXT,CONTROLLER:PLAINTEXT
+inter.broker.listener.name=PLAINTEXT
 "
     )
 }

@@ -84,6 +84,10 @@ impl Postgres {
             .arg("-a")
             .arg(self.folder.path().join("data"))
             .arg(&data));
+        // No copy has the slots of the other server; those of a failover come by being synced.
+        for slot in fs::read_dir(data.join("pg_replslot")).unwrap().map(Result::unwrap) {
+            fs::remove_dir_all(slot.path()).unwrap();
+        }
         run(as_postgres(Path::new("touch")).arg(data.join("standby.signal")));
         self.start_again().await;
         let primary = format!(

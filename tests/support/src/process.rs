@@ -178,22 +178,39 @@ impl Process {
         kill_process(pid(child), signal).unwrap();
     }
 
+    /// Sends a signal to the process and to its children, whatever session they are in.
+    ///
+    /// # Panics
+    /// When it does not run.
+    pub fn signal_all(&self, signal: Signal) {
+        self.signal(signal);
+        for child in self.children() {
+            // An error says that it is gone.
+            let _ = kill_process(child, signal);
+        }
+    }
+
+    fn children(&self) -> Vec<Pid> {
+        let path = self.id().map(|id| format!("/proc/{id}/task/{id}/children"));
+        let ids = path.and_then(|path| fs::read_to_string(path).ok()).unwrap_or_default();
+        ids.split_whitespace()
+            .filter_map(|id| Pid::from_raw(id.parse().ok()?))
+            .collect()
+    }
+
     /// SIGKILL for the whole process group, and for children that left it for a session of their own.
     pub fn kill9(&mut self) {
+        let children = self.children();
         let Some(mut child) = self.child.take() else { return };
-        let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", child.id())).unwrap_or_default();
         // An error says that it is gone already.
         let _ = kill_process_group(pid(&child), Signal::KILL);
-        for grandchild in children
-            .split_whitespace()
-            .filter_map(|id| Pid::from_raw(id.parse().ok()?))
-        {
-            let _ = kill_process(grandchild, Signal::KILL);
+        for grandchild in &children {
+            let _ = kill_process(*grandchild, Signal::KILL);
         }
         child.wait().unwrap();
         // Whoever starts again must find nothing of them: PostgreSQL refuses to while a backend still has its shared memory.
         let deadline = Instant::now() + KILL_LIMIT;
-        while children.split_whitespace().any(lives) && Instant::now() < deadline {
+        while children.iter().any(|child| lives(*child)) && Instant::now() < deadline {
             thread::sleep(INTERVAL);
         }
         self.forget();
@@ -292,7 +309,7 @@ fn pid(child: &Child) -> Pid {
 }
 
 /// False for a zombie, too, which holds nothing any more.
-fn lives(id: &str) -> bool {
-    fs::read_to_string(format!("/proc/{id}/stat"))
+fn lives(process: Pid) -> bool {
+    fs::read_to_string(format!("/proc/{}/stat", process.as_raw_nonzero()))
         .is_ok_and(|stat| !stat.rsplit_once(") ").is_some_and(|(_, state)| state.starts_with('Z')))
 }

@@ -1,0 +1,224 @@
+//! Whether what is promised held: the slot through the whole run, and at its end everything, by `tests/verifier`.
+
+use std::{
+    path::PathBuf,
+    process::{Command, Output},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use meander_config::KafkaCluster;
+use meander_runtime::{
+    checkpoint::{Tail, last_checkpoint},
+    position::Lsn,
+};
+use meander_test_support::{Kafka, eventually};
+use rdkafka::{
+    Message as _,
+    message::OwnedMessage,
+    producer::{FutureProducer, FutureRecord},
+};
+use tokio::{sync::watch, task::JoinHandle};
+use tokio_postgres::{Client, NoTls};
+
+use crate::{LIMIT, rig::Rig};
+
+/// How long the verifier may wait for what is missing.
+const WAIT: &str = "240s";
+const PACE: Duration = Duration::from_millis(500);
+/// A store that does not answer by then is asked anew.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Looks again and again whether the slot is ahead of the checkpoint.
+pub struct Sampler {
+    samples: Arc<AtomicU64>,
+    stop: watch::Sender<bool>,
+    task: JoinHandle<()>,
+}
+
+impl Sampler {
+    pub fn start(rig: &Rig) -> Self {
+        let samples = Arc::new(AtomicU64::new(0));
+        let (stop, mut stopped) = watch::channel(false);
+        let look = Look {
+            database: rig.database().1,
+            kafka: KafkaCluster {
+                bootstrap_servers: vec![rig.kafka.bootstrap()],
+                tls: None,
+                sasl: None,
+            },
+            checkpoint: rig.checkpoint(),
+            slot: rig.config.source.slot_name.clone(),
+        };
+        let taken = samples.clone();
+        let task = tokio::spawn(async move {
+            while !*stopped.borrow_and_update() {
+                tokio::time::sleep(PACE).await;
+                // A store that is away tells nothing.
+                if let Some((slot, checkpoint)) = look.once().await {
+                    assert!(
+                        slot <= checkpoint,
+                        "the slot is at {slot}, ahead of the checkpoint, which is at {checkpoint}"
+                    );
+                    taken.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+        });
+        Self { samples, stop, task }
+    }
+
+    /// Whether nothing wrong was found so far.
+    pub fn goes_on(&self) -> bool {
+        !self.task.is_finished()
+    }
+
+    /// Ends it; gives how often it was looked.
+    pub async fn stop(self) -> u64 {
+        self.stop.send_replace(true);
+        self.task.await.unwrap();
+        self.samples.load(Ordering::Relaxed)
+    }
+}
+
+struct Look {
+    database: String,
+    kafka: KafkaCluster,
+    checkpoint: (String, String),
+    slot: String,
+}
+
+impl Look {
+    /// Place of the slot, and of the checkpoint after it. The server is asked once more at the end: so it was that of the slot all the time.
+    async fn once(&self) -> Option<(Lsn, Lsn)> {
+        let (client, connection) = tokio::time::timeout(PATIENCE, tokio_postgres::connect(&self.database, NoTls))
+            .await
+            .ok()?
+            .ok()?;
+        tokio::spawn(connection);
+        let slot = tokio::time::timeout(PATIENCE, self.confirmed(&client)).await.ok()??;
+        let (kafka, (topic, key)) = (self.kafka.clone(), self.checkpoint.clone());
+        let read = tokio::task::spawn_blocking(move || {
+            last_checkpoint(&Tail::new(&kafka, PATIENCE).ok()?, &topic, &key).ok()?
+        });
+        let checkpoint = read.await.unwrap()?;
+        tokio::time::timeout(PATIENCE, self.confirmed(&client)).await.ok()??;
+        Some((slot, checkpoint.acknowledged))
+    }
+
+    async fn confirmed(&self, client: &Client) -> Option<Lsn> {
+        let sql = "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = $1";
+        let row = client.query_one(sql, &[&self.slot]).await.ok()?;
+        row.get::<_, Option<String>>(0)?.parse().ok()
+    }
+}
+
+/// Runs `tests/verifier`, which was built before.
+fn verifier(rig: &Rig, wait: &str) -> Output {
+    let dist = PathBuf::from(std::env::var_os("MEANDER_DIST").expect("MEANDER_DIST: run tests/chaos.sh"));
+    let prefix = &rig.config.kafka.topic_prefix;
+    Command::new(dist.join("meander-verify"))
+        .args([
+            "-postgres",
+            &rig.postgres.url(),
+            "-kafka",
+            &rig.kafka.bootstrap(),
+            "-redis",
+            &rig.redis.url(),
+        ])
+        .args([
+            "-topic-prefix",
+            prefix,
+            "-stream-prefix",
+            prefix,
+            "-wait",
+            wait,
+            "-proto",
+        ])
+        .arg(dist.join("proto"))
+        .output()
+        .unwrap()
+}
+
+/// Compares everything; gives what the verifier says.
+pub fn everything(rig: &Rig) -> String {
+    let output = verifier(rig, WAIT);
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(
+        output.status.success(),
+        "{said}\n{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    said
+}
+
+/// A verifier that always agrees is no good: a record that comes twice and an entry that is gone have to be found.
+pub async fn the_verifier(rig: &Rig) {
+    let name = format!("{}.public.orders", rig.config.kafka.topic_prefix);
+    double_last_record(&rig.kafka, &name).await;
+    let mut connection = rig.redis.connection().await;
+    let mut command = redis::cmd("XRANGE");
+    command.arg(&name).arg(&["-", "+", "COUNT", "1"]);
+    let first: redis::streams::StreamRangeReply = command.query_async(&mut connection).await.unwrap();
+    let mut command = redis::cmd("XDEL");
+    command.arg(&name).arg(&first.ids[0].id);
+    let () = command.query_async(&mut connection).await.unwrap();
+    let output = verifier(rig, "1s");
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    for (store, difference) in [("kafka: ", "duplicate: "), ("redis: ", "missing: ")] {
+        let of_store = said.split(store).nth(1).unwrap_or_default();
+        assert!(of_store.contains(difference), "{difference} is not found: {said}");
+    }
+}
+
+/// Publishes a record of a topic once more, as it is.
+async fn double_last_record(kafka: &Kafka, topic: &str) {
+    let config = kafka.client_config();
+    let mut last: Option<OwnedMessage> = None;
+    tokio::task::block_in_place(|| kafka.read(|name| name == topic, |message| last = Some(message.detach())));
+    let last = last.unwrap();
+    let producer: FutureProducer = config.create().unwrap();
+    let record = FutureRecord::to(topic)
+        .partition(last.partition())
+        .key(last.key().unwrap_or_default())
+        .payload(last.payload().unwrap())
+        .timestamp(last.timestamp().to_millis().unwrap())
+        .headers(last.headers().unwrap().clone());
+    producer.send(record, LIMIT).await.unwrap();
+}
+
+/// Waits until both captures are ready, one of them owns the slot, and Redis goes along.
+pub async fn all_is_well(rig: &mut Rig) {
+    rig.ready().await;
+    eventually("one owner, and Redis attached", LIMIT, async || {
+        let mut told = Vec::new();
+        for capture in &rig.captures {
+            let (_, metrics) = capture.get("/metrics").await.map_err(|error| error.to_string())?;
+            let has = |line: &str| metrics.lines().any(|other| other == line);
+            told.push((
+                has("meander_capture_owns_slot 1"),
+                has("meander_capture_redis_attached 1"),
+            ));
+        }
+        match told[..] {
+            [(true, true), (false, _)] | [(false, _), (true, true)] => Ok(()),
+            _ => Err(format!("{told:?}")),
+        }
+    })
+    .await;
+}
+
+/// No log of a capture has a password in it, or says that something panicked.
+pub fn logs(rig: &mut Rig) {
+    let password = std::fs::read_to_string(rig.config.source.password_file.clone()).unwrap();
+    for log in rig.logs() {
+        assert!(!log.is_empty());
+        for never in [password.as_str(), "panicked"] {
+            let line = log.lines().find(|line| line.contains(never));
+            assert!(line.is_none(), "{line:?}");
+        }
+    }
+}
