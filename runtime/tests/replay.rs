@@ -1607,6 +1607,35 @@ async fn the_last_committed_record_is_found_behind_what_nobody_sees() {
         .unwrap()
         .unwrap();
     assert_eq!(last.payload().unwrap(), b"value of 1:0/100:1");
+    // And so it is where the partitions of several topics are read at the same time, some of which hold nothing.
+    log.commit(&[
+        change(0x300, 0, START, "trades", 2),
+        change(0x300, 1, START, "trades", 0),
+        change(0x300, 2, START, "trades", 2),
+    ]);
+    let topics = ["trades", "orders", "empty", "none"].map(|table| log.topic(table));
+    let mut found: Vec<_> = (Tail::new(&cluster, LIMIT)
+        .unwrap()
+        .last_records(topics.to_vec())
+        .unwrap())
+    .into_iter()
+    .map(|(topic, record)| {
+        assert_eq!(topic, record.topic());
+        (topic, record.partition(), record.payload().unwrap().to_vec())
+    })
+    .collect();
+    found.sort();
+    let expected = [
+        ("orders", 0, "1:0/100:1"),
+        ("trades", 0, "1:0/300:1"),
+        ("trades", 2, "1:0/300:2"),
+    ];
+    assert_eq!(
+        found,
+        expected.map(|(table, partition, position)| {
+            (log.topic(table), partition, format!("value of {position}").into_bytes())
+        })
+    );
 
     // The checkpoints of another slot of the pipeline are in the same topic.
     log.producer.begin_transaction().unwrap();
@@ -1619,7 +1648,7 @@ async fn the_last_committed_record_is_found_behind_what_nobody_sees() {
         .unwrap()
         .unwrap();
     assert_eq!(checkpoint.complete, log.complete);
-    assert_eq!(checkpoint.events_total, 2);
+    assert_eq!(checkpoint.events_total, 5);
     assert!(
         read_checkpoint(&cluster, &checkpoints, "no such key", LIMIT)
             .unwrap()

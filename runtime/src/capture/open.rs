@@ -8,7 +8,10 @@ use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use meander_config::KafkaCluster;
 use meander_config::{OnSourceGap, PostgresSource};
-use rdkafka::{Message as _, message::Headers as _};
+use rdkafka::{
+    Message as _,
+    message::{Headers as _, OwnedMessage},
+};
 use tokio::{
     sync::watch,
     task::spawn_blocking,
@@ -612,22 +615,22 @@ async fn check_log(
 
 /// Topic and position of the last record of each partition that has one.
 fn last_positions(cluster: &KafkaCluster, topics: Vec<String>) -> Result<Vec<(String, String)>, TailError> {
-    let tail = Tail::new(cluster, TAIL_DEADLINE)?;
-    let mut last = Vec::new();
-    for topic in topics {
-        for partition in tail.partitions(&topic)? {
-            if let Some(record) = tail.last_record(&topic, partition)? {
-                let header = |name| {
-                    let found = record.headers()?.iter().find(|header| header.key == name)?.value?;
-                    Some(String::from_utf8_lossy(found).into_owned())
-                };
-                let text = match header(REPLAY_JOB_HEADER) {
-                    Some(job) => format!("what the replay {job} wrote"),
-                    None => header(POSITION_HEADER).unwrap_or_default(),
-                };
-                last.push((topic.clone(), text));
-            }
+    let last = Tail::new(cluster, TAIL_DEADLINE)?.last_records(topics)?;
+    let position = |record: &OwnedMessage| {
+        let header = |name| {
+            let found = record.headers()?.iter().find(|header| header.key == name)?.value?;
+            Some(String::from_utf8_lossy(found).into_owned())
+        };
+        match header(REPLAY_JOB_HEADER) {
+            Some(job) => format!("what the replay {job} wrote"),
+            None => header(POSITION_HEADER).unwrap_or_default(),
         }
-    }
-    Ok(last)
+    };
+    Ok(last
+        .into_iter()
+        .map(|(topic, record)| {
+            let position = position(&record);
+            (topic, position)
+        })
+        .collect())
 }
