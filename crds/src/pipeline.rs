@@ -623,9 +623,9 @@ pub enum PipelinePhase {
     Snapshotting,
     /// Changes flow.
     Streaming,
-    /// Changes flow, and something needs a look; the condition Degraded says what.
+    /// Changes flow, and something needs a look: the condition Degraded says what or, where they flow into Kafka and not into Redis, Ready.
     Degraded,
-    /// Changes do not flow everywhere; the condition Ready says why. It heals when the cause is gone.
+    /// Changes do not flow; the condition Ready says why. It heals when the cause is gone.
     Interrupted,
     /// `spec.suspend` is set.
     Suspended,

@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use k8s_openapi::{
     api::{
         core::v1::{
-            Capabilities, ConfigMap, ConfigMapVolumeSource, Container, ContainerPort, EnvVar, HTTPGetAction, KeyToPath,
-            LocalObjectReference, Pod, PodSecurityContext, PodSpec, PodTemplateSpec, Probe, ProjectedVolumeSource,
-            ResourceRequirements, SeccompProfile, SecretVolumeSource, SecurityContext, ServiceAccountTokenProjection,
-            Volume, VolumeMount, VolumeProjection,
+            Capabilities, ConfigMap, ConfigMapVolumeSource, Container, ContainerPort, ContainerStateTerminated, EnvVar,
+            HTTPGetAction, KeyToPath, LocalObjectReference, Pod, PodSecurityContext, PodSpec, PodTemplateSpec, Probe,
+            ProjectedVolumeSource, ResourceRequirements, SeccompProfile, SecretVolumeSource, SecurityContext,
+            ServiceAccountTokenProjection, Volume, VolumeMount, VolumeProjection,
         },
         networking::v1::{
             NetworkPolicy, NetworkPolicyIngressRule, NetworkPolicyPeer, NetworkPolicyPort, NetworkPolicySpec,
@@ -370,21 +370,20 @@ pub fn trouble(pods: &[Pod]) -> Option<String> {
                 continue;
             }
             let last = container.last_state.as_ref().and_then(|last| last.terminated.as_ref());
-            let detail = last
-                .map(|last| format!("the last attempt ended with exit code {}", last.exit_code))
-                .or_else(|| waiting.message.clone())
-                .unwrap_or_default();
-            return Some(format!(
-                "pod {name}: {reason}: {detail}; see kubectl logs {name} --previous"
-            ));
+            let detail = match last {
+                Some(last) => format!("the last attempt {}", end(pod, last, " --previous")),
+                None => format!(
+                    "{}; see {} describe pod {name}",
+                    waiting.message.as_deref().unwrap_or("the kubelet says no more"),
+                    kubectl(pod)
+                ),
+            };
+            return Some(format!("pod {name}: {reason}: {detail}"));
         }
         if let Some(terminated) = &state.terminated
             && terminated.exit_code != 0
         {
-            let code = terminated.exit_code;
-            return Some(format!(
-                "pod {name} ended with exit code {code}; see kubectl logs {name}"
-            ));
+            return Some(format!("pod {name} {}", end(pod, terminated, "")));
         }
     }
     status
@@ -398,6 +397,45 @@ pub fn trouble(pods: &[Pod]) -> Option<String> {
                 condition.message.as_deref().unwrap_or_default()
             )
         })
+}
+
+/// How a container of the pod ended, and where to read more: one that never ran has no log, and the kubelet's words instead.
+pub fn end(pod: &Pod, terminated: &ContainerStateTerminated, which: &str) -> String {
+    let reason = terminated.reason.as_deref().unwrap_or("Error");
+    if matches!(reason, "StartError" | "ContainerCannotRun") {
+        let message = terminated.message.as_deref().unwrap_or("the kubelet says no more");
+        return format!("could not be started: {reason}: {message}");
+    }
+    let why = if reason == "Error" {
+        String::new()
+    } else {
+        format!(" ({reason})")
+    };
+    let name = pod.metadata.name.as_deref().unwrap_or_default();
+    let code = terminated.exit_code;
+    format!(
+        "ended with exit code {code}{why}; see {} logs {name}{which}",
+        kubectl(pod)
+    )
+}
+
+/// The command, in the pod's namespace.
+fn kubectl(pod: &Pod) -> String {
+    format!("kubectl -n {}", pod.metadata.namespace.as_deref().unwrap_or("default"))
+}
+
+/// Where the log of the newest of these pods is read, if it has one: a container that has not run yet has none.
+pub fn log_of(pods: &[Pod]) -> Option<String> {
+    let pod = newest(pods)?;
+    let mut containers = pod.status.as_ref()?.container_statuses.iter().flatten();
+    let runs = containers.any(|container| container.state.as_ref().is_some_and(|state| state.running.is_some()));
+    runs.then(|| {
+        format!(
+            "{} logs {}",
+            kubectl(pod),
+            pod.metadata.name.as_deref().unwrap_or_default()
+        )
+    })
 }
 
 /// The pod that was created last.

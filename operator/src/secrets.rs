@@ -259,8 +259,10 @@ pub fn require(keys: &Keys, namespace: &str, secrets: &[SecretFiles]) -> Result<
             return waiting(Reason::SecretNotFound, message);
         };
         if let Some((key, _)) = wanted.files.iter().find(|(key, _)| !known.contains(key)) {
-            let message =
-                format!("Secret {name} has no value for the key {key}; add it, or create the Secret anew: {command}");
+            let message = format!(
+                "Secret {name} has no value for the key {key}; add it: kubectl -n {namespace} patch secret {name} -p \
+                 '{{\"stringData\":{{\"{key}\":\"...\"}}}}'"
+            );
             return waiting(Reason::SecretKeyNotFound, message);
         }
     }

@@ -70,6 +70,11 @@ fn a_pipeline_is_healthy_while_it_delivers() {
             "KafkaUnreachable: why",
         ),
         (
+            resource("Degraded", &[("Ready", "False", "RedisUnreachable")]),
+            "Degraded",
+            "RedisUnreachable: why",
+        ),
+        (
             resource("Failed", &[("Ready", "False", "SlotLost")]),
             "Degraded",
             "SlotLost: why",

@@ -319,7 +319,7 @@ fn a_transition_moves_the_time_of_its_condition_only() {
 
 #[test]
 fn each_state_has_its_phase_and_its_reason() {
-    use PipelinePhase::{Failed, Interrupted, Pending, Starting, Streaming, Suspended, Terminating};
+    use PipelinePhase::{Degraded, Failed, Interrupted, Pending, Starting, Streaming, Suspended, Terminating};
     let secret = Error::waiting("SourceReady", Reason::SecretNotFound, "create it");
     let invalid = Error::invalid("SpecValid", Reason::InvalidValue, "no");
     let blip = Error::transient("SourceReady", Reason::ApiServerUnavailable, "gone");
@@ -332,6 +332,7 @@ fn each_state_has_its_phase_and_its_reason() {
         said("SourceReady", true, "Connected"),
         said("SinksReady", false, "HistoryMissing"),
         said("RedisGap", true, "HistoryMissing"),
+        said("Progressing", true, "Streaming"),
     ]);
     let silent = Observation {
         silence: Duration::from_secs(31),
@@ -403,7 +404,7 @@ fn each_state_has_its_phase_and_its_reason() {
         Some(&up),
         Ok(&valid),
         &redis_gap,
-        (Some(Interrupted), "False", "HistoryMissing"),
+        (Some(Degraded), "False", "HistoryMissing"),
     );
     check(
         &suspended,
@@ -546,43 +547,77 @@ fn a_capture_that_is_held_says_nothing_of_what_nobody_looks_at() {
 }
 
 #[test]
-fn a_pod_that_fails_is_explained() {
+fn a_pod_that_does_not_run_is_explained_and_no_log_is_named_that_is_not_there() {
     let pipeline = support::pipeline();
-    let pod: Pod = from_value(json!({
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"name": "trades-capture-x"},
-        "status": {"containerStatuses": [{
-            "name": "capture", "image": "x", "imageID": "x", "ready": false, "restartCount": 0,
-            "state": {"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}},
-        }]},
-    }))
-    .unwrap();
-    let facts = Facts {
-        pods: vec![pod],
-        ..facts(false)
+    let silent = Observation {
+        silence: Duration::from_secs(31),
+        ..support::nothing_reported()
     };
-    let status = compute(
-        &pipeline,
-        Some(&facts),
-        Ok(&valid(&pipeline)),
-        &support::nothing_reported(),
-        at(0),
-    );
-    assert_eq!(
-        state(&status.conditions, "RuntimeAvailable"),
-        Some(("False", "PodFailing"))
-    );
-    let condition = status
-        .conditions
-        .iter()
-        .find(|condition| condition.type_ == "RuntimeAvailable")
-        .unwrap();
-    assert!(
-        condition.message.contains("ImagePullBackOff: no such image"),
-        "{}",
-        condition.message
-    );
+    let with = |state: Value, last: Value| -> Facts {
+        let pod = from_value(json!({
+            "metadata": {"name": "x", "namespace": "shop"},
+            "status": {"containerStatuses": [{
+                "name": "capture", "image": "x", "imageID": "x", "ready": false, "restartCount": 0,
+                "state": state, "lastState": last,
+            }]},
+        }));
+        Facts {
+            pods: vec![pod.unwrap()],
+            ..facts(false)
+        }
+    };
+    let refused = {
+        let mut facts = facts(false);
+        let status = facts.deployment.as_mut().unwrap().status.as_mut().unwrap();
+        let conditions = json!([{"type": "ReplicaFailure", "status": "True", "reason": "FailedCreate",
+            "message": "pods \"x\" is forbidden: exceeded quota: tight"}]);
+        status.conditions = from_value(conditions).unwrap();
+        facts
+    };
+    let crashed = json!({"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 5m0s"}});
+    for (facts, reason, message) in [
+        (refused, "PodRefused", "exceeded quota: tight"),
+        (
+            with(
+                json!({"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}}),
+                json!({}),
+            ),
+            "PodFailing",
+            "pod x: ImagePullBackOff: no such image; see kubectl -n shop describe pod x",
+        ),
+        (
+            with(
+                crashed.clone(),
+                json!({"terminated": {"exitCode": 128, "reason": "StartError", "message": "memory limit too low?"}}),
+            ),
+            "PodFailing",
+            "the last attempt could not be started: StartError: memory limit too low?",
+        ),
+        (
+            with(crashed, json!({"terminated": {"exitCode": 137, "reason": "OOMKilled"}})),
+            "PodFailing",
+            "exit code 137 (OOMKilled); see kubectl -n shop logs x --previous",
+        ),
+    ] {
+        let status = compute(&pipeline, Some(&facts), Ok(&valid(&pipeline)), &silent, at(0));
+        let condition = |type_: &str| {
+            status
+                .conditions
+                .iter()
+                .find(|condition| condition.type_ == type_)
+                .unwrap()
+        };
+        let available = condition("RuntimeAvailable");
+        assert_eq!(
+            (available.status.as_str(), available.reason.as_str()),
+            ("False", reason)
+        );
+        assert!(available.message.contains(message), "{}", available.message);
+        // It is what the event and `kubectl describe` begin with.
+        assert_eq!(condition("Ready").message, available.message);
+        let source = &condition("SourceReady").message;
+        assert!(source.ends_with("see the condition RuntimeAvailable."), "{source}");
+    }
 }
 
 #[test]
@@ -1026,9 +1061,18 @@ fn each_failure_is_told_by_what_caused_it() {
             "PodFailed",
             "exit code 139",
         ),
+        (
+            tried,
+            vec![ended_pod(
+                true,
+                json!({"exitCode": 128, "reason": "StartError", "message": "container init was OOM-killed"}),
+            )],
+            "PodFailed",
+            "StartError: container init was OOM-killed",
+        ),
         (tried, vec![drained], "EvictionByEvictionAPI", "drained"),
         (tried, vec![evicted], "Evicted", "Pod p failed"),
-        (tried, vec![], "JobFailed", "kubectl logs job/last-seconds-replay"),
+        (tried, vec![], "JobFailed", "describe job last-seconds-replay"),
     ] {
         let mut failed = job(Some("Failed"));
         let status = failed.status.as_mut().unwrap();
@@ -1058,6 +1102,7 @@ fn a_replay_that_says_nothing_is_not_said_to_deliver() {
     let mut replay = support::replay("replayjob.yaml");
     let facts = replay::dereference::Facts {
         job: Some(job(None)),
+        pods: vec![from_value(json!({"metadata": {"name": "p"}})).unwrap()],
         ..Default::default()
     };
     let delivering = replay_report(Phase::Running, 5, 1.0);
@@ -1081,6 +1126,25 @@ fn a_replay_that_says_nothing_is_not_said_to_deliver() {
     assert_eq!(
         progressing(&replay, &silent(new.clone())),
         is("Unknown", "RuntimeSilent")
+    );
+    // Where there is no pod, no log of one is named.
+    let none = replay::dereference::Facts {
+        pods: vec![],
+        ..facts.clone()
+    };
+    let refused = compute_replay(&replay, &none, Ok(Outcome::Started), &silent(new.clone()));
+    let condition = refused
+        .conditions
+        .iter()
+        .find(|condition| condition.type_ == "Progressing");
+    let condition = condition.unwrap();
+    assert_eq!(condition.reason, "NoPod");
+    assert!(
+        condition
+            .message
+            .ends_with("kubectl -n default describe job last-seconds-replay"),
+        "{}",
+        condition.message
     );
     // An operator that has just started goes on from what the last one wrote.
     replay.status = Some(compute_replay(&replay, &facts, Ok(Outcome::Started), &delivering));

@@ -117,3 +117,13 @@ pub fn lacks_standby(deployment: &Deployment) -> bool {
     let ready = deployment.status.as_ref().and_then(|status| status.ready_replicas);
     is_available(deployment) && ready < wanted
 }
+
+/// Why the API server lets no pod be made, in its own words: a quota, a LimitRange, Pod Security, a webhook.
+pub fn refusal(deployment: &Deployment) -> Option<String> {
+    let mut conditions = deployment.status.as_ref()?.conditions.iter().flatten();
+    let failure = conditions.find(|condition| condition.type_ == "ReplicaFailure" && condition.status == "True")?;
+    let message = failure.message.as_deref().unwrap_or_default();
+    Some(format!(
+        "The API server refuses the runtime's pod: {message}; Kubernetes tries again by itself."
+    ))
+}

@@ -17,7 +17,7 @@ use meander_proto::v1::{
 
 use super::{
     PAUSED,
-    dereference::{Facts, is_available, lacks_standby},
+    dereference::{Facts, is_available, lacks_standby, refusal},
     is_paused,
     validate::{ValidPipeline, slot_of},
 };
@@ -28,7 +28,7 @@ use crate::{
     },
     error::{Error, Reason},
     format,
-    pod::trouble,
+    pod::{log_of, trouble},
     progress::Observation,
 };
 
@@ -148,7 +148,8 @@ fn judge(inputs: &Inputs<'_>, old: &[Condition]) -> Vec<Judgement> {
     }
     if is_paused(inputs.pipeline) {
         let message = format!(
-            "The annotation {PAUSED} is set, so what the pipeline needs is left as it is; to go on: kubectl annotate cdcp {} {PAUSED}-",
+            "The annotation {PAUSED} is set, so what the pipeline needs is left as it is; to go on: kubectl -n {} annotate cdcp {} {PAUSED}-",
+            inputs.pipeline.namespace().unwrap_or_default(),
             inputs.pipeline.name_any()
         );
         judgements.push(Judgement::new(
@@ -184,7 +185,8 @@ fn standby_is_missing(inputs: &Inputs<'_>) -> Option<Judgement> {
         .deployment
         .as_ref()
         .filter(|deployment| lacks_standby(deployment))?;
-    let message = trouble(&facts.pods).unwrap_or_else(|| "The pod that stands by is not ready yet.".to_owned());
+    let why = trouble(&facts.pods).or_else(|| facts.deployment.as_ref().and_then(refusal));
+    let message = why.unwrap_or_else(|| "The pod that stands by is not ready yet.".to_owned());
     Some(Judgement::new(DEGRADED, Status::True, "StandbyNotReady", message))
 }
 
@@ -251,7 +253,7 @@ fn reported(inputs: &Inputs<'_>, type_: &'static str, old: &[Condition]) -> Judg
         Some(judgement) if !silent => judgement,
         None if !silent && let Some(standstill) = standstill(inputs) => {
             let message = format!(
-                "Capture stands still ({}), so nothing looks at this; see the condition {PROGRESSING}.",
+                "Capture stands still ({}), so nothing looks at this; see the condition {READY}.",
                 standstill.reason
             );
             Judgement::new(type_, Status::Unknown, "NotCapturing", message)
@@ -265,9 +267,11 @@ fn reported(inputs: &Inputs<'_>, type_: &'static str, old: &[Condition]) -> Judg
                 Judgement::new(type_, Status::Unknown, "RuntimeStarting", message)
             }),
         _ => {
+            let log = inputs.facts.and_then(|facts| log_of(&facts.pods));
             let message = format!(
-                "The runtime has not reported for {} s; see the condition {RUNTIME_AVAILABLE} and the log of the pod.",
-                SILENCE.as_secs()
+                "The runtime has not reported for {} s; see the condition {RUNTIME_AVAILABLE}{}.",
+                SILENCE.as_secs(),
+                log.map(|command| format!(", and {command}")).unwrap_or_default()
             );
             Judgement::new(type_, Status::Unknown, "RuntimeSilent", message)
         }
@@ -302,6 +306,12 @@ fn available(inputs: &Inputs<'_>, old: &[Condition]) -> Judgement {
             "PodReady",
             "The runtime's pod is ready.",
         ),
+        Some(deployment)
+            if facts.pods.is_empty()
+                && let Some(refusal) = refusal(deployment) =>
+        {
+            Judgement::new(RUNTIME_AVAILABLE, Status::False, "PodRefused", refusal)
+        }
         _ => match trouble(&facts.pods) {
             Some(trouble) => Judgement::new(RUNTIME_AVAILABLE, Status::False, "PodFailing", trouble),
             None => match standstill(inputs).filter(|_| inputs.observation.connected) {
@@ -389,6 +399,13 @@ fn phase(inputs: &Inputs<'_>, judgements: &[Judgement], old: Option<PipelinePhas
         }
     } else if inputs.outcome.is_err() && inputs.facts.is_some_and(|facts| facts.deployment.is_none()) {
         PipelinePhase::Pending
+    } else if flows(inputs)
+        && (is(SINKS_READY, Status::False) || is(REDIS_GAP, Status::True))
+        && !is(SOURCE_READY, Status::False)
+        && !is(RUNTIME_AVAILABLE, Status::False)
+    {
+        // Redis waits, and the log goes on.
+        PipelinePhase::Degraded
     } else if is(SOURCE_READY, Status::False)
         || is(SINKS_READY, Status::False)
         || is(REDIS_GAP, Status::True)
@@ -406,6 +423,15 @@ fn phase(inputs: &Inputs<'_>, judgements: &[Judgement], old: Option<PipelinePhas
     } else {
         PipelinePhase::Starting
     }
+}
+
+/// Whether changes are captured, by the word of a runtime that is heard.
+fn flows(inputs: &Inputs<'_>) -> bool {
+    let report = inputs.observation.report.as_ref();
+    inputs.observation.silence <= SILENCE
+        && report
+            .and_then(|report| said(report, PROGRESSING))
+            .is_some_and(|progressing| progressing.status == Status::True)
 }
 
 /// True if tables are left to read, and not only such as cannot be.

@@ -79,7 +79,8 @@ pub fn of_job(replay: &ReplayJob, facts: &Facts) -> Option<Cause> {
         Some(cause) => Some(cause),
         None => {
             let said = job::said(job, "Failed").unwrap_or_default();
-            let message = format!("{said}; see kubectl logs job/{}", job.name_any());
+            let namespace = job.namespace().unwrap_or_default();
+            let message = format!("{said}; see kubectl -n {namespace} describe job {}", job.name_any());
             Some(Cause::new("JobFailed", message))
         }
     }
@@ -128,8 +129,7 @@ fn cause(pod: &Pod) -> Cause {
             ),
         ),
         Some(terminated) => {
-            let code = terminated.exit_code;
-            let message = format!("Pod {name} ended with exit code {code}; see kubectl logs {name}.");
+            let message = format!("Pod {name} {}.", pod::end(pod, terminated, ""));
             Cause::new("PodFailed", message)
         }
         None => {

@@ -40,7 +40,7 @@ use self::{
 };
 use crate::{
     client::watching,
-    conditions::{self, ACCEPTED, COMPLETE, FAILED},
+    conditions::{self, ACCEPTED, COMPLETE, FAILED, PROGRESSING},
     context::{CONCURRENCY, Context, api_of, until_silent},
     error::Error,
     pipeline::status::SILENCE,
@@ -159,6 +159,12 @@ async fn reconcile_key(key: &ResourceKey, context: &Context) -> Result<Action, E
         context
             .events
             .transition(&replay, type_, &old.conditions, &new.conditions)
+            .await;
+    }
+    if conditions::state(&new.conditions, PROGRESSING) == Some(("False", status::NO_POD)) {
+        context
+            .events
+            .transition(&replay, PROGRESSING, &old.conditions, &new.conditions)
             .await;
     }
     tell_of_failures(context, &replay, &old, &new).await;

@@ -2,6 +2,7 @@
 
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use kube::ResourceExt as _;
 use meander_crds::{
     OtherTopics, ReplayFailures, ReplayJob, ReplayJobStatus, ReplayPhase, ReplayProgress, ReplayRange, TopicProgress,
 };
@@ -11,6 +12,7 @@ use meander_proto::{
 };
 
 use super::{
+    build::replay_name,
     dereference::Facts,
     failures::{self, Cause},
 };
@@ -22,7 +24,7 @@ use crate::{
     error::{Error, Reason},
     format, job,
     pipeline::status::SILENCE,
-    pod::trouble,
+    pod::{log_of, trouble},
     progress::Observation,
 };
 
@@ -51,6 +53,9 @@ pub struct Inputs<'a> {
     /// Now.
     pub now: Timestamp,
 }
+
+/// The reason of a Job that has made no pod, which nobody but Progressing tells of.
+pub const NO_POD: &str = "NoPod";
 
 const HELD: &str = "spec.suspend is set; set it to false to go on.";
 
@@ -355,7 +360,22 @@ fn progressing(inputs: &Inputs<'_>, end: Option<&End>, old: &[Condition]) -> Jud
             .unwrap_or_else(starting),
         _ => {
             let seconds = SILENCE.as_secs();
-            let message = format!("The runtime has not reported for {seconds} s; see its pod and the pod's log.");
+            let facts = inputs.facts.filter(|facts| facts.job.is_some());
+            if let Some(Facts { pods, .. }) = facts
+                && pods.is_empty()
+            {
+                let message = format!(
+                    "The replay's Job has no pod for {seconds} s: a quota, a LimitRange, Pod Security or a webhook may refuse it; see why: kubectl -n {} describe job {}",
+                    inputs.replay.namespace().unwrap_or_default(),
+                    replay_name(inputs.replay)
+                );
+                return judgement(Status::False, NO_POD, &message);
+            }
+            let log = facts.and_then(|facts| log_of(&facts.pods));
+            let message = format!(
+                "The runtime has not reported for {seconds} s; see its pod{}.",
+                log.map(|command| format!(", and {command}")).unwrap_or_default()
+            );
             judgement(Status::Unknown, "RuntimeSilent", &message)
         }
     }
