@@ -20,7 +20,7 @@ demo-down: ## Take away what the demo made
 test: ## Everything that must hold before a change lands
 	@tests/run.sh
 
-test-long: ## The long forms of tests: a transaction of ten million rows, fifty kills, forty faults
+test-long: ## The long forms of tests: a transaction of ten million rows, fifty kills, forty faults, the model further
 	@tests/run.sh long
 
 chaos: ## Forty faults under load, or MEANDER_CHAOS_FAULTS, and a comparison of everything

@@ -87,6 +87,8 @@ long() {
     cargo test --release --locked -p meander-runtime --test large -- --nocapture
   counted "fifty kills" "$RUST_RESULTS" \
     cargo test --release --locked -p meander-runtime --test kills -- --ignored --nocapture
+  counted "the model, explored further" "$RUST_RESULTS" \
+    cargo test --release --locked -p meander-model --test explored -- --ignored --nocapture
   chaos
 }
 

@@ -13,9 +13,12 @@ use common::LIMIT;
 use meander_config::{Acknowledgement, CaptureConfig, Durability, RedisSink};
 use meander_runtime::{
     checkpoint::Tail,
-    log::{PART_HEADER, POSITION_HEADER, checkpoint_key},
+    log::{Checkpoint, PART_HEADER, POSITION_HEADER, checkpoint_key},
     position::Position,
-    sink::redis::{EntryId, claim_key, mark_key},
+    sink::{
+        kafka::KafkaSink,
+        redis::{EntryId, claim_key, mark_key},
+    },
 };
 use meander_test_support::{Kafka, Postgres, Redis, Runtime, eventually};
 use meander_workload::load::{self, Load};
@@ -238,6 +241,27 @@ async fn a_redis_that_was_flushed_gets_everything_again() {
         } else {
             Err(format!("{now} of {before}"))
         }
+    })
+    .await;
+    rig.agrees().await;
+
+    // Nor does it stay with an owner that is gone: one that was stopped before it fenced anybody, and ended soon after it went on.
+    let generation = async || rig.redis::<u64>(&["HGET", &rig.mark(), "generation"]).await;
+    let stopped = Checkpoint {
+        owner_generation: generation().await + 1,
+        ..common::checkpoint(&rig.config).unwrap()
+    };
+    let taken = stopped.owner_generation;
+    let config = rig.config.clone();
+    let fence = move || KafkaSink::open(&config).unwrap().commit_checkpoint(&stopped).unwrap();
+    tokio::task::spawn_blocking(fence).await.unwrap();
+    let () = rig
+        .redis(&["HSET", &rig.mark(), "generation", &taken.to_string()])
+        .await;
+    rig.detached("RedisTaken").await;
+    eventually("the next session has Redis", LIMIT, async || match generation().await {
+        now if now > taken => Ok(()),
+        now => Err(now),
     })
     .await;
     rig.agrees().await;

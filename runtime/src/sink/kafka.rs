@@ -227,7 +227,10 @@ impl KafkaSink {
             if let Some(redis) = &redis {
                 safe = self.note_redis(&mut checkpoint, redis.borrow().durable, safe);
             }
-            let acknowledges = safe > checkpoint.acknowledged && last_commit.elapsed() >= ACKNOWLEDGE_INTERVAL;
+            // Who has taken Redis has fenced this producer before, and only a transaction finds that out.
+            let is_taken = redis.as_ref().is_some_and(|redis| redis.borrow().is_taken());
+            let says_more = safe > checkpoint.acknowledged || is_taken;
+            let acknowledges = says_more && last_commit.elapsed() >= ACKNOWLEDGE_INTERVAL;
             if transaction.deadline.is_some() || acknowledges {
                 let deadline = transaction.deadline.map_or_else(|| self.producer.begin(), Ok)?;
                 checkpoint.acknowledged = checkpoint.acknowledged.max(safe);

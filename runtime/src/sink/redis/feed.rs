@@ -51,6 +51,13 @@ pub struct Progress {
     pub phantoms: Option<String>,
 }
 
+impl Progress {
+    /// A later owner has the mark.
+    pub(in crate::sink) fn is_taken(&self) -> bool {
+        self.state == State::Detached && matches!(self.last_error.as_deref(), Some(SinkError::RedisTaken(_)))
+    }
+}
+
 /// Whether Redis gets changes as they come.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum State {
