@@ -7,17 +7,16 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 use meander_config::KafkaCluster;
-use meander_runtime::{
-    checkpoint::{Tail, last_checkpoint},
-    position::Lsn,
-};
+use meander_runtime::{checkpoint::Tail, log::Checkpoint, position::Lsn};
 use meander_test_support::{Kafka, eventually};
 use rdkafka::{
-    Message as _,
+    ClientConfig, Message as _,
+    consumer::{BaseConsumer, Consumer as _},
     message::OwnedMessage,
     producer::{FutureProducer, FutureRecord},
 };
@@ -100,9 +99,7 @@ impl Look {
         tokio::spawn(connection);
         let slot = tokio::time::timeout(PATIENCE, self.confirmed(&client)).await.ok()??;
         let (kafka, (topic, key)) = (self.kafka.clone(), self.checkpoint.clone());
-        let read = tokio::task::spawn_blocking(move || {
-            last_checkpoint(&Tail::new(&kafka, PATIENCE).ok()?, &topic, &key).ok()?
-        });
+        let read = tokio::task::spawn_blocking(move || checkpoint_so_far(&kafka, &topic, &key));
         let checkpoint = read.await.unwrap()?;
         tokio::time::timeout(PATIENCE, self.confirmed(&client)).await.ok()??;
         Some((slot, checkpoint.acknowledged))
@@ -115,28 +112,48 @@ impl Look {
     }
 }
 
+/// The last checkpoint of those that are written by now, once it is decided which of them are committed.
+///
+/// Kafka promises a commit before it writes so into the partitions, and while it is started again readers see that much later. Whatever
+/// is promised now lies before the end of the partition.
+fn checkpoint_so_far(kafka: &KafkaCluster, topic: &str, key: &str) -> Option<Checkpoint> {
+    let reader: BaseConsumer = ClientConfig::new()
+        .set("bootstrap.servers", kafka.bootstrap_servers.join(","))
+        .set("isolation.level", "read_uncommitted")
+        .create()
+        .unwrap();
+    let (start, end) = reader.fetch_watermarks(topic, 0, PATIENCE).ok()?;
+    let tail = Tail::new(kafka, PATIENCE).ok()?;
+    let deadline = Instant::now() + LIMIT;
+    while tail.stretch(topic, 0).ok()?.end < end {
+        assert!(
+            Instant::now() < deadline,
+            "a transaction of the checkpoint's is neither committed nor aborted"
+        );
+        thread::sleep(PACE);
+    }
+    let last = tail.find_last_in(topic, 0, start..end, |record| record.key() == Some(key.as_bytes()));
+    serde_json::from_slice(last.ok()??.payload()?).ok()
+}
+
 /// Runs `tests/verifier`, which was built before.
 fn verifier(rig: &Rig, wait: &str) -> Output {
-    let dist = PathBuf::from(std::env::var_os("MEANDER_DIST").expect("MEANDER_DIST: run tests/chaos.sh"));
     let prefix = &rig.config.kafka.topic_prefix;
+    compare(
+        rig,
+        prefix,
+        &["-redis", &rig.redis.url(), "-stream-prefix", prefix, "-wait", wait],
+    )
+}
+
+/// Compares the ledger with what topics of this prefix hold, and what else is asked for.
+fn compare(rig: &Rig, topics: &str, more: &[&str]) -> Output {
+    let dist = PathBuf::from(std::env::var_os("MEANDER_DIST").expect("MEANDER_DIST: run tests/chaos.sh"));
     Command::new(dist.join("meander-verify"))
-        .args([
-            "-postgres",
-            &rig.postgres.url(),
-            "-kafka",
-            &rig.kafka.bootstrap(),
-            "-redis",
-            &rig.redis.url(),
-        ])
-        .args([
-            "-topic-prefix",
-            prefix,
-            "-stream-prefix",
-            prefix,
-            "-wait",
-            wait,
-            "-proto",
-        ])
+        .args(["-postgres", &rig.postgres.url(), "-kafka", &rig.kafka.bootstrap()])
+        .args(["-topic-prefix", topics])
+        .args(more)
+        .arg("-proto")
         .arg(dist.join("proto"))
         .output()
         .unwrap()
@@ -152,6 +169,17 @@ pub fn everything(rig: &Rig) -> String {
         String::from_utf8_lossy(&output.stderr)
     );
     said
+}
+
+/// Compares the topics that a replay has written.
+pub fn copy(rig: &Rig, topics: &str) {
+    let output = compare(rig, topics, &["-wait", "1s"]);
+    assert!(
+        output.status.success(),
+        "the replay's copy: {}\n{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
 
 /// A verifier that always agrees is no good: a record that comes twice and an entry that is gone have to be found.

@@ -32,6 +32,8 @@ pub enum Kind {
     RedisCutOff,
     NetworkSlow,
     ConnectionsReset,
+    ReplayKilled,
+    ReplayStopped,
 }
 
 /// What it befalls: nothing befalls one part twice at a time.
@@ -42,10 +44,12 @@ pub enum Part {
     Redis,
     Postgres,
     Network,
+    Replay,
 }
 
 impl Kind {
-    pub const ALL: [Self; 24] = [
+    /// What befalls a capture and what it stands on.
+    const CAPTURE: [Self; 24] = [
         Self::OwnerKilled,
         Self::OwnerTerminated,
         Self::OwnerStopped,
@@ -70,6 +74,15 @@ impl Kind {
         Self::RedisCutOff,
         Self::NetworkSlow,
         Self::ConnectionsReset,
+    ];
+    /// What befalls a replay and what it stands on.
+    const REPLAY: [Self; 6] = [
+        Self::ReplayKilled,
+        Self::ReplayStopped,
+        Self::ReplayKilled,
+        Self::KafkaRestarted,
+        Self::KafkaStopped,
+        Self::KafkaCutOff,
     ];
 
     /// As in the report.
@@ -99,6 +112,8 @@ impl Kind {
             Self::RedisCutOff => "capture cut off from Redis",
             Self::NetworkSlow => "network slow",
             Self::ConnectionsReset => "all connections reset",
+            Self::ReplayKilled => "replay killed",
+            Self::ReplayStopped => "replay stopped",
         }
     }
 
@@ -122,6 +137,7 @@ impl Kind {
             Self::OwnerCutOff | Self::KafkaCutOff | Self::RedisCutOff | Self::NetworkSlow | Self::ConnectionsReset => {
                 Part::Network
             }
+            Self::ReplayKilled | Self::ReplayStopped => Part::Replay,
         }
     }
 
@@ -145,6 +161,7 @@ impl Kind {
             | Self::OwnerCutOff
             | Self::KafkaCutOff
             | Self::RedisCutOff
+            | Self::ReplayStopped
             | Self::NetworkSlow => Duration::from_millis(random.u64(5000..=longest.max(5) * 1000)),
             Self::SenderTerminated | Self::ConnectionsReset | Self::PostgresFailedOver => Duration::ZERO,
             _ => Duration::from_millis(random.u64(..3000)),
@@ -176,15 +193,25 @@ pub struct Round {
     pub pause: Duration,
 }
 
-/// As many faults as asked, each kind as often as any other.
-pub fn schedule(seed: u64, faults: usize, longest: u64) -> Vec<Round> {
+/// What befalls the captures.
+pub fn of_captures(seed: u64, faults: usize, longest: u64) -> Vec<Round> {
+    schedule(&Kind::CAPTURE, seed, faults, longest)
+}
+
+/// What befalls a replay.
+pub fn of_replay(seed: u64, faults: usize, longest: u64) -> Vec<Round> {
+    schedule(&Kind::REPLAY, seed, faults, longest)
+}
+
+/// As many faults as asked, each of these as often as any other.
+fn schedule(kinds: &[Kind], seed: u64, faults: usize, longest: u64) -> Vec<Round> {
     let mut random = Rng::with_seed(seed);
     let mut deck: Vec<Kind> = Vec::new();
     let mut rounds = Vec::new();
     let mut left = faults;
     while left > 0 {
         if deck.is_empty() {
-            deck = Kind::ALL.to_vec();
+            deck = kinds.to_vec();
             random.shuffle(&mut deck);
         }
         let Some(first) = deck.pop() else { break };

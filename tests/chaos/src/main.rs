@@ -9,6 +9,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod check;
+mod copy;
 mod fault;
 mod flow;
 mod load;
@@ -27,6 +28,7 @@ use std::{
 use clap::Parser;
 use fault::Round;
 use flow::Flow;
+use meander_test_support::Postgres;
 use report::{Outcome, Report};
 use rig::Rig;
 use tokio::time::sleep_until;
@@ -75,7 +77,7 @@ fn main() -> ExitCode {
 }
 
 async fn run(arguments: Arguments, seed: u64) {
-    let rounds = fault::schedule(seed, arguments.faults, arguments.longest);
+    let rounds = fault::of_captures(seed, arguments.faults, arguments.longest);
     let mut rig = Rig::start().await;
     let (port, database) = rig.database();
     let flow = Flow::start(
@@ -119,12 +121,19 @@ async fn run(arguments: Arguments, seed: u64) {
     let said = tokio::task::block_in_place(|| check::everything(&rig));
     check::logs(&mut rig);
 
+    println!("a replay of everything into other topics");
+    let rounds = fault::of_replay(seed, (arguments.faults / 8).max(1), arguments.longest);
+    let copy = copy::make(&mut rig, start.elapsed(), rounds).await;
+    tokio::task::block_in_place(|| check::copy(&rig, &copy.topics));
+
     let faults = outcomes.iter().map(|outcome| outcome.round.faults.len()).sum();
     let report = Report {
         seed,
         faults,
         seconds,
         slot_samples,
+        replay_faults: copy.faults,
+        replay_attempts: copy.attempts,
         kinds: report::lines(&outcomes),
         rounds: outcomes,
         verified: serde_json::from_str(said.lines().last().unwrap()).unwrap(),
@@ -133,6 +142,10 @@ async fn run(arguments: Arguments, seed: u64) {
     println!("\n{said}\n{}", report.table());
     println!(
         "{faults} faults in {seconds} s; the slot was looked at {slot_samples} times and never ahead of the checkpoint"
+    );
+    println!(
+        "a replay of everything was the log once more, through {} faults, by {} processes",
+        copy.faults, copy.attempts
     );
     check::the_verifier(&rig).await;
     println!("ok - chaos with seed {seed}; a record put there twice and an entry taken away were found");
@@ -148,7 +161,20 @@ async fn suffer(rig: &mut Rig, flow: &Flow, round: Round, names: &str) -> Outcom
         flows(flow, Instant::now(), "changes flow with a standby server").await;
     }
     let start = Instant::now();
-    // What begins and what ends, in the order of time.
+    perform(rig, &round, standby).await;
+    let lasted = start.elapsed();
+    flows(flow, Instant::now(), names).await;
+    Outcome {
+        round,
+        lasted,
+        kafka_silent: flow.kafka.silence(start),
+        redis_silent: flow.redis.silence(start),
+    }
+}
+
+/// What begins and what ends, in the order of time.
+async fn perform(rig: &mut Rig, round: &Round, mut standby: Option<Postgres>) {
+    let start = Instant::now();
     let mut steps: Vec<(Duration, Step)> = Vec::new();
     for (number, fault) in round.faults.iter().enumerate() {
         steps.push((fault.after, Step::Begin(number)));
@@ -166,14 +192,6 @@ async fn suffer(rig: &mut Rig, flow: &Flow, round: Round, names: &str) -> Outcom
                 }
             }
         }
-    }
-    let lasted = start.elapsed();
-    flows(flow, Instant::now(), names).await;
-    Outcome {
-        round,
-        lasted,
-        kafka_silent: flow.kafka.silence(start),
-        redis_silent: flow.redis.silence(start),
     }
 }
 

@@ -28,6 +28,9 @@ pub struct Report {
     pub seconds: u64,
     /// Looks at the slot and the checkpoint.
     pub slot_samples: u64,
+    /// What befell the replay of everything, and how many processes it took.
+    pub replay_faults: usize,
+    pub replay_attempts: usize,
     pub kinds: Vec<Line>,
     pub rounds: Vec<Outcome>,
     /// What the verifier counted.

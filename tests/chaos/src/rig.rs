@@ -42,6 +42,8 @@ pub struct Rig {
     to_kafka: Relay,
     ways: Vec<Ways>,
     pub captures: Vec<Runtime>,
+    /// Once one has begun.
+    pub replay: Option<Runtime>,
     pub config: CaptureConfig,
     /// Removed with the handle.
     _folder: TempDir,
@@ -111,6 +113,7 @@ impl Rig {
             to_kafka,
             ways,
             captures,
+            replay: None,
             config,
             _folder: folder,
         }
@@ -228,6 +231,8 @@ impl Rig {
                 let sql = "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE active";
                 client.batch_execute(sql).await.unwrap();
             }
+            Kind::ReplayKilled => self.replay().kill9(),
+            Kind::ReplayStopped => self.replay().process().signal(Signal::STOP),
             Kind::OwnerCutOff => self.ways[owner].postgres.set(Way::Silent),
             Kind::KafkaCutOff => self.to_kafka.set(Way::Silent),
             Kind::RedisCutOff => self.ways.iter().for_each(|way| way.redis.set(Way::Silent)),
@@ -256,8 +261,19 @@ impl Rig {
             Kind::OwnerCutOff | Kind::KafkaCutOff | Kind::RedisCutOff | Kind::NetworkSlow => {
                 self.relays().for_each(|relay| relay.set(Way::Open));
             }
+            Kind::ReplayKilled => self.replay().start_again(),
+            Kind::ReplayStopped => self.replay().process().signal(Signal::CONT),
             Kind::PostgresFailedOver | Kind::SenderTerminated | Kind::ConnectionsReset => {}
         }
+    }
+
+    fn replay(&mut self) -> &mut Runtime {
+        self.replay.as_mut().expect("a replay has begun")
+    }
+
+    /// Where captures and replays find Kafka.
+    pub fn relayed_kafka(&self) -> String {
+        format!("127.0.0.1:{}", self.to_kafka.port())
     }
 
     fn relays(&self) -> impl Iterator<Item = &Relay> {
