@@ -26,7 +26,7 @@ test-long: ## The long forms of tests: a transaction of ten million rows, fifty 
 chaos: ## Forty faults under load, or MEANDER_CHAOS_FAULTS, and a comparison of everything
 	@tests/run.sh chaos
 
-fuzz: ## Ten minutes of wrong messages for the decoder
+fuzz: ## Ten minutes of wrong input for everything that reads it
 	@tests/run.sh fuzz
 
 lint: ## Formatting, clippy, dependency rules, generated files

@@ -7,7 +7,7 @@
 #   tests/run.sh e2e          on a cluster of its own
 #   tests/run.sh long         what takes too long for every change
 #   tests/run.sh chaos        faults under load: forty, or MEANDER_CHAOS_FAULTS
-#   tests/run.sh fuzz         wrong messages for the decoder, for ten minutes or MEANDER_FUZZ_SECONDS
+#   tests/run.sh fuzz         wrong input for everything that reads it, for ten minutes or MEANDER_FUZZ_SECONDS
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 : "${MEANDER_CACHE:=${XDG_CACHE_HOME:-$HOME/.cache}/meander}"
@@ -97,8 +97,9 @@ chaos() {
 }
 
 fuzz() {
-  counted "fuzzing" "$RUST_RESULTS" env MEANDER_FUZZ_SECONDS="${MEANDER_FUZZ_SECONDS:-600}" \
-    cargo test --locked -p meander-runtime --test fuzz -- --nocapture
+  local seconds=${MEANDER_FUZZ_SECONDS:-600}
+  counted "fuzzing" "$RUST_RESULTS" env MEANDER_FUZZ_SECONDS=$((seconds / 2)) \
+    cargo test --locked -p meander-runtime --test fuzz --test fuzz_inputs -- --nocapture
 }
 
 e2e() {
