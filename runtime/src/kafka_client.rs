@@ -53,7 +53,9 @@ pub fn settings(cluster: &KafkaCluster) -> Result<ClientConfig, ClientError> {
     let mut config = ClientConfig::new();
     config
         .set("bootstrap.servers", cluster.bootstrap_servers.join(","))
-        .set("client.id", "meander-runtime");
+        .set("client.id", "meander-runtime")
+        // By default a client whose broker is back looks for it up to ten seconds later.
+        .set("reconnect.backoff.max.ms", "1000");
     config.set(
         "security.protocol",
         match (&cluster.tls, &cluster.sasl) {
