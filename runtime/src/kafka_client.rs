@@ -144,8 +144,9 @@ impl ClientContext for Hearing {
         if code == Some(RDKafkaErrorCode::PartitionEOF) {
             return;
         }
+        // What the client's library prints where it has no cause.
+        let reason = reason.replace(": (null)", "");
         tracing::warn!(%error, reason, "Kafka client");
-        let reason = reason.to_owned();
         match code {
             Some(RDKafkaErrorCode::Authentication | RDKafkaErrorCode::SaslAuthenticationFailed) => {
                 self.note(Refusal::Authentication(reason));

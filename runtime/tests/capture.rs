@@ -4,20 +4,28 @@
 mod common;
 #[path = "common/log.rs"]
 mod log;
+#[path = "common/operator.rs"]
+mod operator;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use common::{LIMIT, checkpoint, cluster, config};
 use log::{read_topic, wait_for_records};
 use meander_config::{CaptureConfig, Format, PublicationManagement};
-use meander_proto::v1::{Operation, value::Kind};
+use meander_proto::v1::{Directive, Operation, value::Kind};
 use meander_runtime::{
     checkpoint::Tail,
     log::{checkpoint_key, message_topic},
     sink::claims::Claims,
 };
 use meander_test_support::{Kafka, Postgres, Redis, Runtime, eventually, free_address, unique_name};
+use operator::Operator;
 use prost::Message as _;
+use rdkafka::{
+    Message as _,
+    admin::{AdminClient, AdminOptions, NewPartitions},
+    client::DefaultClientContext,
+};
 
 async fn execute(postgres: &Postgres, sql: &str) {
     postgres.client().await.batch_execute(sql).await.unwrap();
@@ -520,4 +528,61 @@ async fn a_topic_prefix_belongs_to_one_pipeline() {
     refused.claim().await.unwrap_err();
     holds.withdraw().await.unwrap();
     refused.claim().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_stays_in_its_partition_when_somebody_adds_partitions() {
+    let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    execute(&postgres, "CREATE TABLE t (id int PRIMARY KEY, n int)").await;
+    let (operator, folder) = (
+        Operator::start(Directive::default()).await,
+        tempfile::tempdir().unwrap(),
+    );
+    let mut config = config(&postgres, kafka, None);
+    config.kafka.partitions = 2;
+    config.operator = operator.link(&folder);
+    let topic = format!("{}.public.t", config.kafka.topic_prefix);
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    execute(&postgres, "INSERT INTO t SELECT id, 0 FROM generate_series(1, 20) id").await;
+    wait_for_records(kafka, &topic, 20).await;
+    assert!(runtime.terminate(LIMIT).success());
+
+    let admin: AdminClient<DefaultClientContext> = kafka.client_config().create().unwrap();
+    let more = NewPartitions::new(&topic, 5);
+    let added = admin.create_partitions([&more], &AdminOptions::new()).await.unwrap();
+    assert_eq!(added[0].as_deref(), Ok(topic.as_str()));
+    eventually("the partitions are there", LIMIT, async || {
+        let partitions = tokio::task::block_in_place(|| Tail::new(&cluster(kafka), LIMIT)?.partitions(&topic));
+        match partitions {
+            Ok(partitions) if partitions.len() == 5 => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    })
+    .await;
+    runtime.start_again();
+    runtime.ready(LIMIT).await;
+    execute(
+        &postgres,
+        "UPDATE t SET n = 1; INSERT INTO t SELECT id, 0 FROM generate_series(21, 60) id",
+    )
+    .await;
+    wait_for_records(kafka, &topic, 80).await;
+    let mut places: BTreeMap<Vec<u8>, BTreeSet<i32>> = BTreeMap::new();
+    tokio::task::block_in_place(|| {
+        kafka.read(
+            |name| name == topic,
+            |message| {
+                let key = message.key().unwrap().to_vec();
+                places.entry(key).or_default().insert(message.partition());
+            },
+        );
+    });
+    assert_eq!(places.len(), 60);
+    assert!(places.values().all(|partitions| partitions.len() == 1), "{places:?}");
+    let used: BTreeSet<i32> = places.into_values().flatten().collect();
+    assert_eq!(used, BTreeSet::from([0, 1]), "what was added stays empty");
+    let degraded = operator.condition("Degraded", "PartitionsAdded").await;
+    assert!(degraded.message.contains("has 5 partitions and not 2"), "{degraded:?}");
+    assert!(runtime.terminate(LIMIT).success());
 }

@@ -18,6 +18,7 @@ use meander_runtime::{
     sink::{
         kafka::KafkaSink,
         redis::{EntryId, claim_key, mark_key},
+        topics::Remarks,
     },
 };
 use meander_test_support::{Kafka, Postgres, Redis, Runtime, eventually};
@@ -253,7 +254,12 @@ async fn a_redis_that_was_flushed_gets_everything_again() {
     };
     let taken = stopped.owner_generation;
     let config = rig.config.clone();
-    let fence = move || KafkaSink::open(&config).unwrap().commit_checkpoint(&stopped).unwrap();
+    let fence = move || {
+        KafkaSink::open(&config, Remarks::default())
+            .unwrap()
+            .commit_checkpoint(&stopped)
+            .unwrap()
+    };
     tokio::task::spawn_blocking(fence).await.unwrap();
     let () = rig
         .redis(&["HSET", &rig.mark(), "generation", &taken.to_string()])

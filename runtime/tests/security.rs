@@ -17,7 +17,7 @@ use meander_config::{
 };
 use meander_runtime::{
     kafka_client::require_admission,
-    sink::topics::Topics,
+    sink::topics::{Remarks, Topics},
     source::postgres::{
         preflight::{self, Credentials, wire_failure},
         wire::ReplicationConnection,
@@ -491,7 +491,25 @@ async fn topics_of_somebody_else_are_checked_and_those_that_are_made_are_as_aske
     config.kafka.topic_config = [("retention.ms".to_owned(), "5".to_owned())].into();
     let other = outcome(&config.kafka, &topic).await.unwrap_err();
     assert!(other.contains("--add-config retention.ms=5"), "{other}");
+    // One that this pipeline would have made keeps its setting, and that is said.
+    config.kafka.topic_management = TopicManagement::Managed;
+    let remarks = Remarks::default();
+    let mut topics = Topics::new(&config.kafka).unwrap().with_remarks(remarks.clone());
+    topics.ensure_data(&topic, "public.t").await.unwrap();
+    let (reason, remark) = remarks.first().unwrap();
+    assert_eq!(reason, "TopicConfigDiffers");
+    assert!(remark.contains("--add-config retention.ms=5"), "{remark}");
+    config.kafka.topic_management = TopicManagement::External;
     config.kafka.partitions = 4;
+    let missing = ["a", "b"].map(|name| (format!("{topic}_{name}"), name.to_owned()));
+    let all = Topics::new(&config.kafka).unwrap().ensure_all(missing.clone()).await;
+    let all = all.unwrap_err().to_string();
+    assert!(
+        missing
+            .iter()
+            .all(|(topic, _)| all.contains(&format!("--topic {topic} "))),
+        "{all}"
+    );
     let count = outcome(&config.kafka, &topic).await.unwrap_err();
     assert!(count.contains("has 3 partitions and not 4"), "{count}");
 

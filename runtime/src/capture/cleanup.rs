@@ -10,7 +10,7 @@ use crate::{
     capture::CaptureError,
     checkpoint::{TailError, read_checkpoint},
     log::{checkpoint_key, checkpoint_topic},
-    sink::{SinkError, claims::Claims, kafka::KafkaSink, redis},
+    sink::{SinkError, claims::Claims, kafka::KafkaSink, redis, topics::Remarks},
     source::postgres::preflight::{Catalog, Credentials, SourceError},
 };
 
@@ -83,7 +83,7 @@ async fn release(config: CaptureConfig) -> Result<(), CaptureError> {
             Ok(_) => {}
         }
         // A runtime that still lives, against all expectation, cannot commit after this; so what is read now is the last word.
-        let kafka = KafkaSink::open(&config)?;
+        let kafka = KafkaSink::open(&config, Remarks::default())?;
         if let Some(mut checkpoint) = read()? {
             checkpoint.released = true;
             kafka.commit_checkpoint(&checkpoint)?;

@@ -31,7 +31,7 @@ use crate::{
     admin::Admin,
     encode::{EncodeError, Keyless},
     progress::{self, ConditionType, ProgressReporter},
-    sink::{SinkError, redis::Rival},
+    sink::{SinkError, redis::Rival, topics::Remarks},
     source::postgres::{assemble::AssembleError, pgoutput::DecodeError, preflight::SourceError, start::SourceGap},
 };
 
@@ -104,6 +104,8 @@ struct Context {
     snapshot_problems: snapshot::Problems,
     /// What a person has to know of rows that are published without their key.
     keyless: Keyless,
+    /// What a person has to know of topics.
+    remarks: Remarks,
     heartbeats: heartbeat::Heartbeats,
     rival: Rival,
     /// The first chunk whose changes were left out, since nothing tells what hypertable it was of.
@@ -172,6 +174,7 @@ pub async fn run(config: CaptureConfig, shutdown: CancellationToken) -> Result<(
         phantoms: watch::Sender::new(None),
         snapshot_problems: snapshot::Problems::new(vec![]),
         keyless: Keyless::default(),
+        remarks: Remarks::default(),
         heartbeats: heartbeat::Heartbeats::default(),
         rival: Rival::default(),
         ownerless: watch::Sender::new(None),

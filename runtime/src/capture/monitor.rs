@@ -137,6 +137,7 @@ pub(super) fn report(context: &Context, slot: Option<&SlotState>, seen: Option<(
                     .map(|chunk| ("ChunkLeftOut", without_hypertable(chunk))),
             )
             .chain(context.snapshot_problems.borrow().clone())
+            .chain(context.remarks.first())
             .chain(context.keyless.message().map(|message| ("KeyWithoutForm", message)))
             .chain(context.heartbeats.failure().map(|failure| ("HeartbeatFailed", failure)))
             .collect();

@@ -112,14 +112,17 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
     }
 
     let kafka = &config.kafka;
-    let mut topics = Topics::new(kafka)?;
+    let mut topics = Topics::new(kafka)?.with_remarks(context.remarks.clone());
+    let published = known_checkpoint.and_then(|checkpoint| checkpoint.published);
+    if !makes_slot || published.is_some() {
+        topics.begun();
+    }
     topics.ensure_compacted(CLAIMS_TOPIC).await?;
     Claims::new(kafka.cluster(), &kafka.topic_prefix, own_key(context))
         .claim()
         .await?;
     if makes_slot {
         // With the prefix ours, what is in its topics past the checkpoint is no other pipeline's that could be named.
-        let published = known_checkpoint.and_then(|checkpoint| checkpoint.published);
         check_log(context, &tables, published, &checkpoint_topic).await?;
         stream_prefix_is_free(context).await?;
     }
@@ -128,23 +131,23 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
     topics
         .ensure_compacted(&schemas_topic(&pipeline.namespace, &pipeline.name))
         .await?;
-    for table in &tables {
+    let own = |table: &Table| {
         let topic = topic_name(&kafka.topic_prefix, &table.schema, &table.name);
-        topics
-            .ensure_data(&topic, &format!("{}.{}", table.schema, table.name))
-            .await?;
-    }
+        (topic, format!("{}.{}", table.schema, table.name))
+    };
+    let mut wanted: Vec<_> = tables.iter().map(own).collect();
     // What is wrong with these is said now, and not in the midst of the stream.
     let encoder = encoder(context);
     if let Some(transactions) = encoder.transactions() {
-        topics.ensure_data(&transactions.topic, "transactions").await?;
+        wanted.push((transactions.topic.clone(), "transactions".to_owned()));
     }
     if source.heartbeat_interval_seconds.is_some()
         && let Some(record) = encoder.heartbeat(0)
     {
-        topics.ensure_data(&record.topic, "heartbeats").await?;
+        wanted.push((record.topic, "heartbeats".to_owned()));
     }
     drop(encoder);
+    topics.ensure_all(wanted).await?;
     // Where there is a slot, the publication is its owner's to change.
     if makes_slot {
         if slot.is_some() {
@@ -195,6 +198,7 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
     if context.config.redis.is_none() {
         context.sinks_are_ready();
     }
+    topics.begun();
     tracing::info!(
         generation = checkpoint.owner_generation,
         epoch = checkpoint.epoch,
@@ -303,6 +307,7 @@ fn start(
     server: &ServerIdentity,
 ) -> Result<Start, CaptureError> {
     let pipeline = Pipeline {
+        namespace: &context.config.pipeline.namespace,
         name: &context.config.pipeline.name,
         slot: &context.config.source.slot_name,
         accepted: context.config.accept_source_gap.as_deref(),
@@ -384,8 +389,8 @@ async fn open_kafka(
     credentials: &Credentials,
     accepted_loss: Option<Loss>,
 ) -> Result<(KafkaSink, Checkpoint, Schemas, HashSet<Table>), CaptureError> {
-    let config = context.config.clone();
-    let kafka = spawn_blocking(move || KafkaSink::open(&config)).await??;
+    let (config, remarks) = (context.config.clone(), context.remarks.clone());
+    let kafka = spawn_blocking(move || KafkaSink::open(&config, remarks)).await??;
     let before = read_own_checkpoint(context, checkpoint_topic, true).await?;
     // Only now: while the slot is ours nobody else can move it, and what is published cannot be newer than the server.
     let slot = catalog.slot(&context.config.source).await?;

@@ -69,6 +69,7 @@ pub(super) fn encoder(context: &Context) -> Box<dyn Encoder> {
 pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Result<(), CaptureError> {
     let config = &context.config;
     context.keyless.clear();
+    context.remarks.clear();
     let Session {
         catalog,
         selection,

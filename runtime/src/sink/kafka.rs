@@ -33,6 +33,7 @@ use crate::{
         partition::ByRow,
         producer::{PAUSE_AFTER_COMMIT, TransactionalProducer},
         redis::feed::{Progress as RedisProgress, State as RedisState},
+        topics::Remarks,
     },
 };
 
@@ -65,11 +66,13 @@ impl KafkaSink {
     ///
     /// # Errors
     /// When Kafka does not answer in time.
-    pub fn open(config: &CaptureConfig) -> Result<Self, SinkError> {
+    pub fn open(config: &CaptureConfig, remarks: Remarks) -> Result<Self, SinkError> {
         let (namespace, name) = (&config.pipeline.namespace, &config.pipeline.name);
         let checkpoint_key = checkpoint_key(namespace, name, &config.source.slot_name);
         let partitioner = ByRow {
             schemas: matches!(config.format, Format::DebeziumJson { schemas: true, .. }),
+            partitions: config.kafka.partitions,
+            remarks,
         };
         let producer = TransactionalProducer::open(&config.kafka.cluster(), &checkpoint_key, partitioner)?;
         Ok(Self {

@@ -95,7 +95,7 @@ pub enum SinkError {
     },
     /// The prefix is another pipeline's.
     #[error(
-        "topicPrefix {prefix:?} is not free: pipeline {owner} publishes under {taken:?}, and nobody could tell the topics of both apart; choose another topicPrefix, or delete that pipeline with reclaimPolicy Delete; if it no longer exists, remove its claim, by a record with key {} and no value in topic {CLAIMS_TOPIC}",
+        "topicPrefix {prefix:?} is not free: pipeline {owner} publishes under {taken:?}, and nobody could tell the topics of both apart; topicPrefix is immutable, so delete this pipeline and create it with another, or delete that one with reclaimPolicy Delete; if it no longer exists, remove its claim, by a record with key {} and no value in topic {CLAIMS_TOPIC}",
         claim_key(.taken, .owner)
     )]
     TopicPrefixTaken {
@@ -127,7 +127,7 @@ pub enum SinkError {
     Checkpoint(#[from] TailError),
     /// The log is ahead of the checkpoint that should describe it.
     #[error(
-        "topic {topic:?} holds {found}, past the checkpoint at {checkpoint}: the checkpoint was lost, or a pipeline that is gone left the topic; choose another topicPrefix, delete the topic if nobody needs it, or restore the topic {checkpoint_topic:?}"
+        "topic {topic:?} holds {found}, past the checkpoint at {checkpoint}: the checkpoint was lost, or a pipeline that is gone left the topic; delete the topic if nobody needs it, restore the topic {checkpoint_topic:?}, or delete this pipeline and create it with another topicPrefix, which is immutable"
     )]
     LogAhead {
         /// A data topic.
@@ -192,7 +192,7 @@ pub enum SinkError {
     },
     /// A later owner has the mark.
     #[error(
-        "Redis was taken by owner generation {0}; if no other runtime runs, Kafka lost the checkpoint: choose another streamPrefix"
+        "Redis was taken by owner generation {0}; if no other runtime runs, Kafka lost the checkpoint: delete this pipeline and create it with another streamPrefix, which is immutable"
     )]
     RedisTaken(String),
     /// Redis lost entries that it had acknowledged.

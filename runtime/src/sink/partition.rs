@@ -2,21 +2,28 @@
 
 use rdkafka::producer::Partitioner;
 
-use crate::encode::debezium_key_payload;
+use crate::{encode::debezium_key_payload, sink::topics::Remarks};
 
 /// Places keys as Java's producers do, so that topics of both can be joined.
 ///
 /// A key that carries its schema is placed by its payload: the schema changes with the table, by a new default or another label of an
-/// enum, and the row stays the same, and so in its partition and its order.
+/// enum, and the row stays the same, and so in its partition and its order. So it does where somebody adds partitions to a topic: keys
+/// go by the number that the pipeline began with, and what was added stays empty, and is remarked upon.
 pub struct ByRow {
     /// The keys carry their schemas.
     pub schemas: bool,
+    /// Partitions of each topic.
+    pub partitions: i32,
+    /// Where it is told of a topic that has more.
+    pub remarks: Remarks,
 }
 
 impl Partitioner for ByRow {
-    fn partition(&self, _topic: &str, key: Option<&[u8]>, count: i32, _available: impl Fn(i32) -> bool) -> i32 {
-        let key = key.unwrap_or_default();
-        place(key, self.schemas, count)
+    fn partition(&self, topic: &str, key: Option<&[u8]>, count: i32, _available: impl Fn(i32) -> bool) -> i32 {
+        if count > self.partitions {
+            self.remarks.partitions_added(topic, count, self.partitions);
+        }
+        place(key.unwrap_or_default(), self.schemas, self.partitions)
     }
 }
 
@@ -74,7 +81,18 @@ mod tests {
 
     #[test]
     fn a_row_stays_in_its_partition_whatever_becomes_of_its_schema() {
-        let place = |schemas, key: &str| ByRow { schemas }.partition("t", Some(key.as_bytes()), 1000, |_| true);
+        let place = |schemas, key: &str| {
+            let by_row = ByRow {
+                schemas,
+                partitions: 1000,
+                remarks: Remarks::default(),
+            };
+            // Partitions that were added later are none of the row's.
+            let placed = [1000, 1001, 3000].map(|count| by_row.partition("t", Some(key.as_bytes()), count, |_| true));
+            assert_eq!(placed, [placed[0]; 3]);
+            assert_eq!(by_row.remarks.first().unwrap().0, "PartitionsAdded");
+            placed[0]
+        };
         let payload = r#"{"id":1,"payload":{"schema":2}}"#;
         let with = |schema: &str| format!(r#"{{"schema":{schema},"payload":{payload}}}"#);
         let alone = place(false, payload);

@@ -1,8 +1,8 @@
 //! Makes and checks Kafka topics.
 
 use std::{
-    collections::{HashMap, HashSet},
-    sync::Arc,
+    collections::{BTreeMap, HashMap, HashSet},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -19,6 +19,49 @@ use crate::{
 };
 
 const DEADLINE: Duration = Duration::from_secs(15);
+/// The most topics that a message names.
+const NAMED: usize = 10;
+
+/// What a person has to know of topics that are used all the same, by topic.
+#[derive(Clone, Debug, Default)]
+pub struct Remarks(Arc<Mutex<BTreeMap<String, (&'static str, String)>>>);
+
+impl Remarks {
+    /// That a topic has more partitions than its keys go by.
+    pub fn partitions_added(&self, topic: &str, has: i32, used: i32) {
+        let mut remarks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // It is called for each record.
+        if !remarks.contains_key(topic) {
+            let message = format!(
+                "topic {topic:?} has {has} partitions and not {used}: somebody added to them; every key stays in its partition, so that its order holds, and what was added stays empty; to have more partitions, create another CdcPipeline with topics.partitions: {has} and another topicPrefix"
+            );
+            tracing::warn!("{message}");
+            remarks.insert(topic.to_owned(), ("PartitionsAdded", message));
+        }
+    }
+
+    fn differs(&self, topic: &str, message: String) {
+        tracing::warn!("{message}");
+        let mut remarks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        remarks.insert(topic.to_owned(), ("TopicConfigDiffers", message));
+    }
+
+    /// The first, with its reason, and how many more there are.
+    #[must_use]
+    pub fn first(&self) -> Option<(&'static str, String)> {
+        let remarks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (reason, message) = remarks.values().next()?.clone();
+        Some(match remarks.len() - 1 {
+            0 => (reason, message),
+            more => (reason, format!("{message}; the same or the like of {more} more topics")),
+        })
+    }
+
+    /// Begins anew.
+    pub fn clear(&self) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+}
 
 /// Makes topics that are missing, or checks those that somebody else made, each once.
 pub struct Topics {
@@ -27,6 +70,9 @@ pub struct Topics {
     config: KafkaSink,
     ensured: HashSet<String>,
     owners: HashMap<String, String>,
+    remarks: Remarks,
+    /// Whether a topic with more partitions than asked for is used: keys have their places in it already.
+    begun: bool,
 }
 
 impl Topics {
@@ -44,7 +90,48 @@ impl Topics {
             config: config.clone(),
             ensured: HashSet::new(),
             owners: HashMap::new(),
+            remarks: Remarks::default(),
+            begun: false,
         })
+    }
+
+    /// Tells there what a person has to know of topics.
+    #[must_use]
+    pub fn with_remarks(mut self, remarks: Remarks) -> Self {
+        self.remarks = remarks;
+        self
+    }
+
+    /// From here on partitions that were added to a topic are no reason to stop: keys go by the number that was asked for, and there is
+    /// no way to take any away.
+    pub fn begun(&mut self) {
+        self.begun = true;
+    }
+
+    /// The same for several topics and their tables. What does not fit is said of all of them at once.
+    ///
+    /// # Errors
+    /// As of one.
+    pub async fn ensure_all(&mut self, topics: impl IntoIterator<Item = (String, String)>) -> Result<(), SinkError> {
+        let mut unfit = Vec::new();
+        for (topic, table) in topics {
+            match self.ensure_data(&topic, &table).await {
+                Err(SinkError::Topic { topic, cause }) => unfit.push((topic, cause)),
+                ensured => ensured?,
+            }
+        }
+        let more = unfit.len().saturating_sub(NAMED);
+        let mut unfit = unfit.into_iter().take(NAMED);
+        let Some((topic, mut cause)) = unfit.next() else {
+            return Ok(());
+        };
+        for (topic, also) in unfit {
+            cause.push_str(&format!(". Also: topic {topic:?}: {also}"));
+        }
+        if more > 0 {
+            cause.push_str(&format!(". Also: {more} more topics"));
+        }
+        Err(SinkError::Topic { topic, cause })
     }
 
     /// Makes a compacted topic of one partition, for the checkpoint, the schemas or the claims, if it is missing, or checks it.
@@ -86,6 +173,7 @@ impl Topics {
             wanted = wanted.set(name, value);
         }
         let found = self.ensure(&wanted).await?;
+        let mut differing = Vec::new();
         for (name, asked) in &config.topic_config {
             if !found.is_empty() && !found.contains_key(name) {
                 let cause = format!("Kafka has no setting {name} of topics; correct topics.config");
@@ -99,15 +187,17 @@ impl Topics {
                         &format!("has {name}={has}, and topics.config asks for {asked}; {remedy}"),
                     ));
                 }
-                tracing::warn!(
-                    topic,
-                    name,
-                    has,
-                    asked,
-                    remedy,
-                    "the topic was there before, and keeps its own setting"
-                );
+                differing.push(format!(
+                    "has {name}={has}, and topics.config asks for {asked}; {remedy}"
+                ));
             }
+        }
+        if !differing.is_empty() {
+            let message = format!(
+                "topic {topic:?} was there before topics.config asked, and keeps its own settings: it {}",
+                differing.join("; it ")
+            );
+            self.remarks.differs(topic, message);
         }
         self.ensured.insert(topic.to_owned());
         Ok(())
@@ -162,11 +252,13 @@ impl Topics {
         }
         let asked = wanted.num_partitions;
         // Where there are none the broker does not know them yet.
-        if partitions != 0 && partitions != asked {
+        if partitions > asked && self.begun {
+            self.remarks.partitions_added(topic, partitions, asked);
+        } else if partitions != 0 && partitions != asked {
             return Err(self.unusable(
                 topic,
                 &format!(
-                    "has {partitions} partitions and not {asked}: which one a key is in depends on their number, and with it its order; set topics.partitions to {partitions}, or delete the topic"
+                    "has {partitions} partitions and not {asked}: which one a key is in depends on their number, and with it its order; topics.partitions is immutable, so delete this resource and create it with topics.partitions: {partitions}, or delete the topic if nobody needs it"
                 ),
             ));
         }

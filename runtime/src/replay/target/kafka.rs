@@ -38,7 +38,7 @@ use crate::{
         SinkError, claims,
         partition::{ByRow, partition_of},
         producer::{PAUSE_AFTER_COMMIT, TransactionalProducer},
-        topics::Topics,
+        topics::{Remarks, Topics},
     },
 };
 
@@ -103,7 +103,12 @@ impl Resumable for Kafka {
         let job = job_id(job);
         blocking(move || {
             let cluster = settings.cluster.cluster();
-            let producer = TransactionalProducer::open(&cluster, &id, ByRow { schemas: false })?;
+            let by_row = ByRow {
+                schemas: false,
+                partitions: settings.cluster.partitions,
+                remarks: Remarks::default(),
+            };
+            let producer = TransactionalProducer::open(&cluster, &id, by_row)?;
             let (place, checkpoint) = read_place(&cluster, &place_topic, &job)?;
             let kafka = Self {
                 producer,

@@ -106,7 +106,9 @@ pub enum SourceError {
         cause: String,
     },
     /// The database does not exist.
-    #[error("database {0:?} does not exist on the server; create it or correct postgres.database in the spec")]
+    #[error(
+        "database {0:?} does not exist on the server; create it there, or delete this resource and create it with another database, which is immutable"
+    )]
     NoDatabase(String),
     /// Several prerequisites are missing. The first gives the reason.
     #[error("{}", several(.0))]
@@ -137,7 +139,7 @@ pub enum SourceError {
     OriginFilter(String),
     /// The server does not write what logical decoding needs.
     #[error(
-        "wal_level is {0}, and capture needs logical; run ALTER SYSTEM SET wal_level = logical; and restart PostgreSQL"
+        "wal_level is {0}, and capture needs logical; run ALTER SYSTEM SET wal_level = logical; (or change it where the server is started with -c wal_level) and restart PostgreSQL"
     )]
     WalLevel(String),
     /// The role may not replicate.

@@ -112,7 +112,7 @@ pub enum SourceGap {
         loss: Loss,
         /// Names this gap and no other: the epoch, and the place up to which it was captured.
         id: String,
-        /// The name of the pipeline.
+        /// The pipeline as `kubectl` takes it: `-n shop trades`.
         pipeline: String,
         /// The gap that was accepted, which is another one.
         other: Option<String>,
@@ -340,6 +340,8 @@ impl SourceGap {
 /// What a pipeline says about itself when it starts.
 #[derive(Clone, Copy, Debug)]
 pub struct Pipeline<'a> {
+    /// Its namespace.
+    pub namespace: &'a str,
     /// Its name.
     pub name: &'a str,
     /// Its slot's name.
@@ -382,7 +384,7 @@ pub fn decide(
             Err(SourceGap::Lost {
                 loss,
                 id,
-                pipeline: pipeline.name.to_owned(),
+                pipeline: format!("-n {} {}", pipeline.namespace, pipeline.name),
                 other: pipeline.accepted.map(str::to_owned),
             })
         }
@@ -587,6 +589,7 @@ mod tests {
         slot: Option<SlotState>,
     ) -> Result<Start, SourceGap> {
         let pipeline = Pipeline {
+            namespace: "n",
             name: "p",
             slot: "s",
             accepted,
@@ -849,6 +852,7 @@ mod tests {
     #[test]
     fn a_gap_that_reading_makes_good_needs_nobody_if_that_is_asked_for() {
         let pipeline = Pipeline {
+            namespace: "n",
             name: "p",
             slot: "s",
             accepted: None,
