@@ -6,7 +6,9 @@ use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomRe
 use kube::CustomResourceExt as _;
 use serde_json::{Map, Value};
 
-use crate::{CdcPipeline, ReplayJob};
+use schemars::schema_for;
+
+use crate::{CdcPipeline, CdcPipelineSpec, CdcPipelineStatus, ReplayJob, ReplayJobSpec, ReplayJobStatus};
 
 /// A generated file.
 #[derive(Clone, Debug)]
@@ -22,7 +24,12 @@ pub struct File {
 /// # Errors
 /// When a derived definition is not JSON, which would be a bug in the types.
 pub fn definitions() -> Result<[CustomResourceDefinition; 2], serde_json::Error> {
-    Ok([definition(CdcPipeline::crd())?, definition(ReplayJob::crd())?])
+    let pipeline = [schema_for!(CdcPipelineSpec), schema_for!(CdcPipelineStatus)];
+    let replay = [schema_for!(ReplayJobSpec), schema_for!(ReplayJobStatus)];
+    Ok([
+        definition(CdcPipeline::crd(), pipeline)?,
+        definition(ReplayJob::crd(), replay)?,
+    ])
 }
 
 /// Every generated file.
@@ -59,12 +66,20 @@ pub fn files() -> Result<Vec<File>, Box<dyn std::error::Error>> {
     ])
 }
 
-fn definition(derived: CustomResourceDefinition) -> Result<CustomResourceDefinition, serde_json::Error> {
+fn definition(
+    derived: CustomResourceDefinition,
+    types: [schemars::Schema; 2],
+) -> Result<CustomResourceDefinition, serde_json::Error> {
     let mut value = serde_json::to_value(derived)?;
     if let Some(versions) = value.pointer_mut("/spec/versions").and_then(Value::as_array_mut) {
         for version in versions {
             if let Some(schema) = version.pointer_mut("/schema/openAPIV3Schema") {
                 tidy(schema);
+                for (part, types) in ["spec", "status"].into_iter().zip(&types) {
+                    if let Some(schema) = schema.pointer_mut(&format!("/properties/{part}")) {
+                        explain(part, schema, types.as_value(), types.as_value());
+                    }
+                }
             }
         }
     }
@@ -88,6 +103,12 @@ fn tidy(schema: &mut Value) {
     if let Some(Value::String(description)) = object.get_mut("description") {
         *description = description.replace('\n', " ");
     }
+    // `kubectl explain` would put it after that of the list.
+    if let Some(Value::Object(items)) = object.get_mut("items")
+        && !items.contains_key("properties")
+    {
+        items.remove("description");
+    }
     for key in ["items", "additionalProperties"] {
         if let Some(inner) = object.get_mut(key) {
             tidy(inner);
@@ -96,6 +117,65 @@ fn tidy(schema: &mut Value) {
     if let Some(Value::Object(properties)) = object.get_mut("properties") {
         properties.values_mut().for_each(tidy);
     }
+}
+
+/// Adds to descriptions what `kubectl explain` shows nowhere else: what the values of an enumeration mean, of which fields exactly one is
+/// to be written, and the default. The first is in the types, and not in what Kubernetes makes of them.
+fn explain(part: &str, schema: &mut Value, types: &Value, root: &Value) {
+    let types = resolve(types, root);
+    let Some(Value::Object(properties)) = schema.get_mut("properties") else {
+        return;
+    };
+    for (name, field) in properties {
+        let own = &types["properties"][name];
+        let items = &resolve(own, root)["items"];
+        let mut notes = meanings(own, root);
+        notes.extend(meanings(items, root));
+        let rules = field.get("x-kubernetes-validations").and_then(Value::as_array);
+        for message in rules.into_iter().flatten().filter_map(|rule| rule["message"].as_str()) {
+            notes.extend(
+                message
+                    .strip_prefix("write exactly one")
+                    .map(|fields| format!("Write exactly one{fields}.")),
+            );
+        }
+        // What nobody writes has none to know.
+        match field.get("default").filter(|_| part == "spec") {
+            None | Some(Value::Object(_)) => {}
+            Some(Value::String(default)) => notes.push(format!("The default is {default}.")),
+            Some(default) => notes.push(format!("The default is {default}.")),
+        }
+        if let Some(Value::String(description)) = field.get_mut("description") {
+            for note in notes {
+                description.push(' ');
+                description.push_str(&note);
+            }
+        }
+        explain(part, field, own, root);
+        if let Some(field) = field.get_mut("items") {
+            explain(part, field, items, root);
+        }
+    }
+}
+
+/// A type by what names it.
+fn resolve<'a>(types: &'a Value, root: &'a Value) -> &'a Value {
+    // An optional one is it, or null.
+    let types = types.pointer("/anyOf/0").unwrap_or(types);
+    let named = types.get("$ref").and_then(Value::as_str);
+    named
+        .and_then(|name| root.pointer(name.strip_prefix('#')?))
+        .unwrap_or(types)
+}
+
+/// What each value of an enumeration means.
+fn meanings(types: &Value, root: &Value) -> Vec<String> {
+    let values = resolve(types, root).get("oneOf").and_then(Value::as_array);
+    let meaning = |value: &Value| {
+        let (name, description) = (value.get("const")?.as_str()?, value.get("description")?.as_str()?);
+        Some(format!("`{name}`: {}", description.replace('\n', " ")))
+    };
+    values.into_iter().flatten().filter_map(meaning).collect()
 }
 
 fn manifest(definition: &CustomResourceDefinition) -> Result<String, Box<dyn std::error::Error>> {
@@ -184,9 +264,6 @@ fn fields(out: &mut String, prefix: &str, schema: &Value) {
         let mut notes = Vec::new();
         if required.contains(&name.as_str()) && !field.as_object().is_some_and(|f| f.contains_key("default")) {
             notes.push("*required*".to_owned());
-        }
-        if let Some(default) = field.get("default").filter(|default| !default.is_object()) {
-            notes.push(format!("default `{default}`"));
         }
         if let Some(description) = field.get("description").and_then(Value::as_str) {
             notes.push(description.replace('|', "\\|"));
