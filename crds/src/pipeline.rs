@@ -592,6 +592,9 @@ pub struct CdcPipelineStatus {
     /// How far capture has come.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replication: Option<Replication>,
+    /// How often capture began anew; left out when it has gone on for 10 minutes since.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restarts: Option<Restarts>,
     /// The replication slot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub slot: Option<SlotStatus>,
@@ -623,7 +626,8 @@ pub enum PipelinePhase {
     Snapshotting,
     /// Changes flow.
     Streaming,
-    /// Changes flow, and something needs a look: the condition Degraded says what or, where they flow into Kafka and not into Redis, Ready.
+    /// Changes flow, and something needs a look: the condition Degraded says what, or Ready, where they flow into Kafka and not into Redis, or as
+    /// an older spec has it.
     Degraded,
     /// Changes do not flow; the condition Ready says why. It heals when the cause is gone.
     Interrupted,
@@ -671,6 +675,18 @@ pub struct Replication {
     /// Grows whenever another process takes the slot over.
     #[serde(default)]
     pub owner_generation: u64,
+}
+
+/// How often capture began anew.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Restarts {
+    /// How often since it last went on for 10 minutes: by itself after a failure, in a new pod, or in the one that stood by. Attempts that did
+    /// not come to read the slot are not counted.
+    pub count: u64,
+    /// When the last one was seen.
+    #[schemars(extend("format" = "date-time"))]
+    pub last_time: String,
 }
 
 /// The replication slot.

@@ -177,24 +177,31 @@ impl Applier<'_> {
         is_owned(object, Some(&self.owner.uid))
     }
 
-    /// The object as it is sent: with its owner, and with a digest of what was said last time, so that what is no longer said is
-    /// noticed too.
-    fn owned<K: Object>(&self, mut desired: K, what: &str) -> Result<Value, Error> {
-        let json = |desired: &K| {
-            serde_json::to_value(desired)
-                .map_err(|error| Error::transient(self.condition, Reason::Rejected, format!("{what} failed: {error}")))
-        };
-        desired.meta_mut().owner_references = Some(vec![self.owner.clone()]);
-        let hash = digest(&json(&desired)?.to_string(), 16);
-        desired
-            .annotations_mut()
-            .insert(APPLIED_HASH_ANNOTATION.to_owned(), hash);
-        json(&desired)
+    fn owned<K: Object>(&self, desired: K, what: &str) -> Result<Value, Error> {
+        owned(desired, self.owner)
+            .and_then(serde_json::to_value)
+            .map_err(|error| Error::transient(self.condition, Reason::Rejected, format!("{what} failed: {error}")))
     }
 
     fn count(&self, outcome: &str) {
         self.context.metrics.applies.with_label_values(&[outcome]).inc();
     }
+}
+
+/// The object as it is sent: with its owner, and with a digest of what was said last time, so that what is no longer said is noticed too.
+fn owned<K: Object>(mut desired: K, owner: &OwnerReference) -> serde_json::Result<K> {
+    desired.meta_mut().owner_references = Some(vec![owner.clone()]);
+    let hash = digest(&serde_json::to_value(&desired)?.to_string(), 16);
+    desired
+        .annotations_mut()
+        .insert(APPLIED_HASH_ANNOTATION.to_owned(), hash);
+    Ok(desired)
+}
+
+/// Whether just this was asked of the object last.
+pub fn was_asked<K: Object>(object: &K, desired: K, owner: &OwnerReference) -> bool {
+    let asked = |object: &K| object.annotations().get(APPLIED_HASH_ANNOTATION).cloned();
+    owned(desired, owner).is_ok_and(|desired| asked(object) == asked(&desired))
 }
 
 /// Whether the object belongs to the one with this uid. A name alone says nothing: what a deleted resource of the same name had is

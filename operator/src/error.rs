@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use kube::core::Status;
+
 /// Why a reconcile could not finish, by what is to be done.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
@@ -52,6 +54,8 @@ pub enum Reason {
     InvalidValue,
     /// An object of the name that is needed belongs to somebody else.
     NameTaken,
+    /// The namespace is being deleted, and takes nothing new.
+    NamespaceTerminating,
     /// The operator's role lacks a permission.
     Forbidden,
     /// The API server refused an object.
@@ -67,7 +71,7 @@ pub enum Reason {
 }
 
 impl Reason {
-    const ALL: [Self; 14] = [
+    const ALL: [Self; 15] = [
         Self::SecretNotFound,
         Self::SecretKeyNotFound,
         Self::SlotConflict,
@@ -76,6 +80,7 @@ impl Reason {
         Self::FormatNotExact,
         Self::InvalidValue,
         Self::NameTaken,
+        Self::NamespaceTerminating,
         Self::Forbidden,
         Self::Rejected,
         Self::Conflict,
@@ -134,6 +139,12 @@ impl Error {
 
     /// What the API server's answer means. It is a problem of `condition`, met while doing `what`.
     pub fn from_api(condition: &'static str, what: &str, error: &kube::Error) -> Self {
+        if let kube::Error::Api(status) = error
+            && is_terminating(status)
+        {
+            let message = format!("{what} failed: the namespace is being deleted, and takes nothing new");
+            return Self::waiting(condition, Reason::NamespaceTerminating, message);
+        }
         let (reason, remedy) = match error {
             kube::Error::Api(status) => match status.code {
                 401 | 403 => (
@@ -159,4 +170,10 @@ impl Error {
             Self::Invalid(problem) | Self::Waiting(problem) | Self::Transient(problem) => problem,
         }
     }
+}
+
+/// Whether the API server refused to make something because the namespace is being deleted.
+fn is_terminating(status: &Status) -> bool {
+    let causes = status.details.iter().flat_map(|details| &details.causes);
+    status.code == 403 && causes.into_iter().any(|cause| cause.reason == "NamespaceTerminating")
 }

@@ -6,8 +6,12 @@
 
 mod support;
 
+#[path = "apiserver/adoption.rs"]
+mod adoption;
 #[path = "apiserver/certificates.rs"]
 mod certificates;
+#[path = "apiserver/namespaces.rs"]
+mod namespaces;
 #[path = "apiserver/network.rs"]
 mod network;
 #[path = "apiserver/outages.rs"]
@@ -660,6 +664,8 @@ async fn a_replay_that_can_never_work_is_refused() {
             spec(json!({"speed": 0})),
             "speed is a positive number such as 10 or \"0.5\", or \"max\"",
         ),
+        // Kubernetes knows integers and strings, and nothing else that may be either of two.
+        (spec(json!({"speed": 0.5})), "spec.speed"),
         (
             spec(json!({"speed": "0.0"})),
             "speed is a positive number such as 10 or \"0.5\", or \"max\"",
@@ -1357,6 +1363,45 @@ async fn a_pipeline_from_its_first_secret_to_its_last_slot() {
     })
     .await;
 
+    // A spec that cannot be applied leaves alone what runs.
+    let deployments = cluster.api::<Deployment>();
+    let running = deployments.get("trades-capture").await.unwrap().resource_version();
+    let credentials = json!({"spec": {"source": {"postgres": {"credentialsSecretRef": {"name": "rotated"}}}}});
+    pipelines
+        .patch("trades", &PatchParams::default(), &Patch::Merge(credentials))
+        .await
+        .unwrap();
+    eventually("the other Secret is missed", async || {
+        ready("False", "SecretNotFound").await
+    })
+    .await;
+    let status = pipelines.get("trades").await.unwrap().status.unwrap();
+    assert_eq!(
+        (status.observed_generation, status.phase),
+        (Some(2), Some(PipelinePhase::Degraded))
+    );
+    assert_eq!(
+        deployments.get("trades-capture").await.unwrap().resource_version(),
+        running
+    );
+    assert_eq!(directives.message().await.unwrap().unwrap().generation, 2);
+    cluster.secret("rotated", &["username", "password"]).await;
+    eventually("the pod is to have the other Secret", async || {
+        let deployment = deployments.get("trades-capture").await.unwrap();
+        let pod = deployment.spec.unwrap().template.spec.unwrap();
+        let mut volumes = pod.volumes.into_iter().flatten();
+        volumes.any(|volume| {
+            volume
+                .secret
+                .is_some_and(|secret| secret.secret_name.as_deref() == Some("rotated"))
+        })
+    })
+    .await;
+    eventually("the Secret is no longer missed", async || {
+        ready("False", "PodNotReady").await
+    })
+    .await;
+
     // Suspended, it has no pod; the Deployment stays.
     let patch = Patch::Merge(json!({"spec": {"suspend": true}}));
     pipelines
@@ -1364,8 +1409,8 @@ async fn a_pipeline_from_its_first_secret_to_its_last_slot() {
         .await
         .unwrap();
     eventually("it is suspended", async || ready("False", "Suspended").await).await;
-    assert_eq!(directives.message().await.unwrap().unwrap().generation, 2);
-    let deployment = cluster.api::<Deployment>().get("trades-capture").await.unwrap();
+    assert_eq!(directives.message().await.unwrap().unwrap().generation, 3);
+    let deployment = deployments.get("trades-capture").await.unwrap();
     assert_eq!(deployment.spec.unwrap().replicas, Some(0));
     drop(reports);
     assert!(

@@ -3,10 +3,7 @@
 
 mod support;
 
-use meander_crds::{
-    Acknowledgement, CdcPipeline, OnSourceGap, PipelineFormat, RedisDurability, RedisSink, ReplayJob,
-    SecretKeyReference, SecretReference, SslMode,
-};
+use meander_crds::{CdcPipeline, PipelineFormat, ReplayJob, SecretKeyReference, SecretReference};
 use meander_operator::{error::Error, pipeline, replay, secrets::Keys};
 use support::settings;
 
@@ -20,7 +17,7 @@ fn pipeline_facts() -> pipeline::dereference::Facts {
 fn replay_facts() -> replay::dereference::Facts {
     replay::dereference::Facts {
         pipeline: Some(support::pipeline()),
-        secrets: support::keys(),
+        secrets: Some(support::keys()),
         ..Default::default()
     }
 }
@@ -60,56 +57,7 @@ fn a_deleted_pipeline_becomes_a_job() {
 
 #[test]
 fn every_setting_reaches_the_pod() {
-    let mut pipeline = support::pipeline();
-    let annotation = ("meander.dev/accept-source-gap".into(), "1:0/16B3748".into());
-    pipeline.metadata.annotations = Some([annotation].into());
-    let spec = &mut pipeline.spec;
-    spec.suspend = true;
-    spec.on_source_gap = OnSourceGap::Resnapshot;
-    spec.format = PipelineFormat::DebeziumJson;
-    spec.debezium = serde_json::from_str(r#"{"schemas": false, "transactionMetadata": true}"#).unwrap();
-    spec.runtime = serde_json::from_value(serde_json::json!({
-        "image": "elsewhere/runtime:1",
-        "logLevel": "Debug",
-        "resources": {"limits": {"cpu": 1}},
-    }))
-    .unwrap();
-    spec.source.postgres.slot.name = Some("a_slot".into());
-    spec.source.postgres.ssl_mode = SslMode::VerifyFull;
-    spec.source.postgres.ca_secret_ref = Some(secret_key("shop-ca", "ca.crt"));
-    spec.source.postgres.client_cert_secret_ref = Some(secret("shop-client"));
-    spec.source.postgres.slot.failover = Some(true);
-    spec.source.postgres.heartbeat_interval_seconds = Some(10.try_into().unwrap());
-    spec.source.postgres.publication =
-        serde_json::from_str(r#"{"name": "a_pub", "management": "External", "partitions": "Leaf"}"#).unwrap();
-    spec.source.postgres.tables.exclude = vec!["public.secrets".into()];
-    spec.source.postgres.message_prefixes = vec!["app.*".into()];
-    spec.source.postgres.origin = meander_crds::Origin::None;
-    spec.source.postgres.snapshot = serde_json::from_str(
-        r#"{"mode": "Bulk", "parallelism": 4, "requests": [{"id": "repair", "tables": ["public.orders"]}]}"#,
-    )
-    .unwrap();
-    spec.sinks.kafka.topics = serde_json::from_value(serde_json::json!({
-        "partitions": 6, "replicationFactor": 3, "config": {"retention.ms": "1000"}, "management": "External",
-    }))
-    .unwrap();
-    spec.sinks.kafka.tls = serde_json::from_value(serde_json::json!({
-        "caSecretRef": {"name": "shop-ca", "key": "ca.crt"}, "clientCertSecretRef": {"name": "shop-client"},
-    }))
-    .unwrap();
-    spec.sinks.kafka.sasl = serde_json::from_value(serde_json::json!({
-        "mechanism": "ScramSha512", "credentialsSecretRef": {"name": "shop-cdc"},
-    }))
-    .unwrap();
-    spec.sinks.redis = Some(RedisSink {
-        url_secret_ref: None,
-        url: Some("rediss://redis:6379/1".into()),
-        ca_secret_ref: Some(secret_key("shop-ca", "ca.crt")),
-        stream_prefix: "s".into(),
-        retention: serde_json::from_str(r#"{"maxLength": 1000}"#).unwrap(),
-        durability: RedisDurability::Aof,
-        acknowledgement: Acknowledgement::Required,
-    });
+    let pipeline = support::with_every_setting();
     let valid = pipeline::validate::validate(&pipeline, &pipeline_facts(), &settings()).unwrap();
     let objects = pipeline::build::build(&pipeline, &valid, &settings());
     insta::assert_yaml_snapshot!("every_setting_config_map", objects.config_map);
@@ -277,7 +225,7 @@ fn a_replay_waits_for_its_pipeline_and_its_secret() {
             let now = k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(jiff::Timestamp::UNIX_EPOCH);
             facts.pipeline.as_mut().unwrap().metadata.deletion_timestamp = Some(now);
         }),
-        ("no token", |_, facts| facts.secrets.clear()),
+        ("no token", |_, facts| facts.secrets = Some(Keys::new())),
         ("a time that is none", |replay, _| {
             replay.spec.from = serde_json::from_str(r#"{"time": "yesterday"}"#).unwrap();
         }),
@@ -306,7 +254,7 @@ fn a_replay_waits_for_its_pipeline_and_its_secret() {
     let error = replay::validate::validate(&replay_of_rows, &facts, &settings()).unwrap_err();
     assert_eq!(error.problem().reason.to_string(), "FormatNotExact");
     facts.pipeline = replay_facts().pipeline;
-    facts.secrets.remove("analytics");
+    facts.secrets.as_mut().unwrap().remove("analytics");
     let mut dry = replay.clone();
     dry.spec.dry_run = true;
     let valid = replay::validate::validate(&dry, &facts, &settings()).unwrap();

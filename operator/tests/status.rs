@@ -243,6 +243,38 @@ fn a_capture_that_starts_again_does_not_take_back_how_far_it_was() {
 }
 
 #[test]
+fn a_capture_that_begins_anew_is_counted_until_it_has_gone_on_for_long() {
+    let mut pipeline = support::pipeline();
+    let valid = valid(&pipeline);
+    let mut look = |generation: u64, flows: bool, second: i64| {
+        let mut observation = healthy();
+        let report = observation.report.as_mut().unwrap();
+        if !flows {
+            report.conditions = vec![said("Progressing", false, "DatabaseUnreachable")];
+        }
+        if let Some(Progress::Capture(progress)) = &mut report.progress {
+            progress.owner_generation = generation;
+        }
+        let status = compute(&pipeline, Some(&facts(true)), Ok(&valid), &observation, at(second));
+        let restarts = status.restarts.clone();
+        pipeline.status = Some(status);
+        restarts.map(|restarts| (restarts.count, restarts.last_time))
+    };
+    let time = |second| at(second).to_string();
+    assert_eq!(look(3, true, 0), None, "its first begin that is seen");
+    assert_eq!(look(4, true, 10), Some((1, time(10))));
+    assert_eq!(look(6, true, 20), Some((3, time(20))), "two between two looks");
+    assert_eq!(look(6, true, 600), Some((3, time(20))));
+    assert_eq!(
+        look(6, false, 900),
+        Some((3, time(20))),
+        "it stands still, and is not well"
+    );
+    assert_eq!(look(6, true, 901), None);
+    assert_eq!(look(7, true, 902), Some((1, time(902))));
+}
+
+#[test]
 fn what_needs_a_look_while_changes_flow_is_degraded_and_ready() {
     let pipeline = support::pipeline();
     let mut observation = healthy();
@@ -460,6 +492,13 @@ fn each_state_has_its_phase_and_its_reason() {
         Some(&up),
         Err(&secret),
         &healthy(),
+        (Some(Degraded), "False", "SecretNotFound"),
+    );
+    check(
+        &plain,
+        Some(&up),
+        Err(&secret),
+        &silent,
         (Some(Interrupted), "False", "SecretNotFound"),
     );
     check(

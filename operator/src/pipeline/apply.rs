@@ -7,9 +7,9 @@ use k8s_openapi::api::{
 use kube::Resource as _;
 use meander_crds::CdcPipeline;
 
-use super::build::{CleanupObjects, Objects, capture_name};
+use super::build::{self, CleanupObjects, Objects, capture_name};
 use crate::{
-    apply::Applier,
+    apply::{Applier, is_owned},
     conditions::RUNTIME_AVAILABLE,
     context::Context,
     error::{Error, Reason},
@@ -53,6 +53,24 @@ pub async fn apply(
     applier.sweep::<ConfigMap>(&[&name]).await?;
     applier.sweep::<ServiceAccount>(&[&name]).await?;
     Ok(applied)
+}
+
+/// Has pods that run know the operator by what it shows now, while the spec is not fit to be applied: they go on by the last that was.
+pub async fn keep_trust(context: &Context, pipeline: &CdcPipeline, key: &ResourceKey) -> Result<(), Error> {
+    let known = context.caches.get::<ConfigMap>(key, &capture_name(pipeline));
+    let owner = owner(pipeline)?;
+    let Some(config) = known.filter(|known| is_owned(known, Some(&owner.uid))) else {
+        return Ok(());
+    };
+    let applier = Applier {
+        context,
+        key,
+        owner: &owner,
+        condition: RUNTIME_AVAILABLE,
+    };
+    let config = build::config_of_running(pipeline, config.data.unwrap_or_default(), &context.settings);
+    applier.apply(config).await?;
+    Ok(())
 }
 
 /// Applies what a deleted pipeline needs. Returns the Job.

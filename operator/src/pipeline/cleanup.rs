@@ -70,8 +70,8 @@ pub async fn cleanup(
     let objects = build_cleanup(pipeline, valid, &context.settings);
     let job = match Box::pin(apply_cleanup(context, pipeline, key, objects)).await {
         Ok(job) => job,
-        // Nothing can be created in a namespace that is being deleted.
-        Err(error) if error.problem().reason == Reason::Forbidden => {
+        // It will never be otherwise.
+        Err(error) if error.problem().reason == Reason::NamespaceTerminating => {
             return Ok(Some(Ending::LeftBehind(error.problem().message.clone())));
         }
         Err(error) => return Err(error),

@@ -1,20 +1,18 @@
 //! Reads what the spec refers to, and what there is of the pipeline already.
 
 use k8s_openapi::api::{apps::v1::Deployment, core::v1::Pod};
-use kube::{Api, ResourceExt as _, api::ListParams};
+use kube::{Api, Resource as _, ResourceExt as _, api::ListParams};
 use meander_crds::CdcPipeline;
 
 use super::{
     build::{capture_name, capture_selector, is_capture},
     slot,
-    validate::ValidPipeline,
 };
 use crate::{
-    apply::is_owned,
+    apply::{is_owned, was_asked},
     conditions::RUNTIME_AVAILABLE,
     context::Context,
     error::Error,
-    naming::CONFIG_HASH_ANNOTATION,
     progress::ResourceKey,
     secrets::{self, Keys},
 };
@@ -71,17 +69,12 @@ pub async fn deployment(context: &Context, pipeline: &CdcPipeline) -> Result<Opt
 }
 
 /// Whether what is asked for was started already, and does not wait for what it mounts: then nobody needs the Secrets. A pod keeps what it
-/// has of one that is deleted.
-pub fn is_started(facts: &Facts, valid: &ValidPipeline) -> bool {
-    let spec = facts
-        .deployment
-        .as_ref()
-        .and_then(|deployment| deployment.spec.as_ref());
-    let hash = spec
-        .and_then(|spec| spec.template.metadata.as_ref())
-        .and_then(|template| template.annotations.as_ref()?.get(CONFIG_HASH_ANNOTATION));
-    let is_wanted = spec.is_some_and(|spec| (spec.replicas == Some(0)) == valid.suspend);
-    hash == Some(&valid.config_hash) && is_wanted && !facts.pods.iter().any(is_being_made)
+/// has of one that is deleted; one that would take its place does not come up without it.
+pub fn is_started(facts: &Facts, pipeline: &CdcPipeline, wanted: Deployment) -> bool {
+    let (Some(deployment), Some(owner)) = (&facts.deployment, pipeline.controller_owner_ref(&())) else {
+        return false;
+    };
+    was_asked(deployment, wanted, &owner) && !facts.pods.iter().any(is_being_made)
 }
 
 /// Whether the pod has a node, and its containers have yet to be made there.

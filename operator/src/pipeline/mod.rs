@@ -206,7 +206,8 @@ async fn look(
 ) -> Result<ValidPipeline, Error> {
     let facts = facts.insert(dereference::known(context, pipeline, key));
     let valid = validate::validate(pipeline, facts, &context.settings)?;
-    if dereference::is_started(facts, &valid) {
+    let wanted = build::build(pipeline, &valid, &context.settings).deployment;
+    if dereference::is_started(facts, pipeline, wanted) {
         return Ok(valid);
     }
     facts.secrets = dereference::secrets(context, pipeline).await?;
@@ -220,7 +221,13 @@ async fn stages(
     key: &ResourceKey,
     facts: &mut Option<Facts>,
 ) -> Result<ValidPipeline, Error> {
-    let valid = look(context, pipeline, key, facts).await?;
+    let valid = match look(context, pipeline, key, facts).await {
+        Ok(valid) => valid,
+        Err(error) => {
+            apply::keep_trust(context, pipeline, key).await?;
+            return Err(error);
+        }
+    };
     let objects = build::build(pipeline, &valid, &context.settings);
     // Before there can be a slot.
     if !pipeline.finalizers().iter().any(|finalizer| finalizer == FINALIZER) {
@@ -297,6 +304,8 @@ async fn conclude(context: &Context, pipeline: &CdcPipeline, key: &ResourceKey, 
         Ending::LeftBehind(cause) => {
             // The remedy comes first: a long cause must not push it out of the event.
             let note = format!("{} Cause: {cause}", cleanup::remedy(pipeline));
+            // A namespace that is being deleted takes no event.
+            tracing::warn!(namespace = key.namespace, name = key.name, "{note}");
             context
                 .events
                 .publish(pipeline, EventType::Warning, "Cleanup", "SlotLeftBehind", &note)

@@ -7,8 +7,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::ResourceExt as _;
 use meander_crds::{
     AcceptedGap, CdcPipeline, CdcPipelineStatus, PipelinePhase, RedisState, RedisStatus, RefusedTable, Replication,
-    SchemaVersion, SinkPosition, SinkPositions, SlotStatus, SnapshotStatus, TableSnapshot, TableSnapshotState,
-    TablesStatus,
+    Restarts, SchemaVersion, SinkPosition, SinkPositions, SlotStatus, SnapshotStatus, TableSnapshot,
+    TableSnapshotState, TablesStatus,
 };
 use meander_proto::v1::{
     CaptureProgress, ProgressUpdate, RedisState as Reported, SnapshotProgress, progress_update::Progress,
@@ -34,6 +34,8 @@ use crate::{
 
 /// After this long without a report nothing is known of the source and the sinks.
 pub const SILENCE: Duration = Duration::from_secs(30);
+/// A capture that goes on for this long without beginning anew is well, in seconds.
+const WELL: i64 = 600;
 
 /// What a status is computed from.
 #[derive(Debug)]
@@ -74,8 +76,10 @@ pub fn status(inputs: &Inputs<'_>) -> CdcPipelineStatus {
     };
     // A capture that has not opened its source yet has nothing to say of how far it is, and what was said before still holds.
     let progress = report.filter(|progress| progress.epoch > 0);
+    let flows = is_measured(inputs, &judgements);
+    let restarts = restarts(&old, progress, flows, inputs.now);
     let mut replication = progress.map(replication).or(old.replication);
-    if let Some(replication) = replication.as_mut().filter(|_| !lag_is_known(inputs, &judgements)) {
+    if let Some(replication) = replication.as_mut().filter(|_| !flows) {
         replication.lag_bytes = None;
         replication.lag_millis = None;
         replication.lag = Some("unknown".to_owned());
@@ -85,6 +89,7 @@ pub fn status(inputs: &Inputs<'_>) -> CdcPipelineStatus {
         phase: Some(phase),
         conditions: conditions(&old.conditions, judgements, generation.unwrap_or(0), inputs.now),
         replication,
+        restarts,
         slot: Some(slot(inputs.pipeline, report, old.slot)),
         tables: report.and_then(tables).or(old.tables),
         accepted_gap: progress.and_then(accepted_gap).or(old.accepted_gap),
@@ -127,10 +132,15 @@ pub fn significant(status: &CdcPipelineStatus) -> impl PartialEq + '_ {
 
 fn judge(inputs: &Inputs<'_>, old: &[Condition]) -> Vec<Judgement> {
     let problem = inputs.outcome.err().map(Error::problem);
+    let goes_on = goes_on_as_before(inputs);
     let failed = |type_: &'static str| {
         problem
             .filter(|problem| problem.condition == type_ && !problem.reason.is_passing())
-            .map(|problem| Judgement::new(type_, Status::False, problem.reason, &problem.message))
+            .map(|problem| {
+                let before = "Capture goes on as before; what is asked of it now cannot be done: ";
+                let message = format!("{}{}", if goes_on { before } else { "" }, problem.message);
+                Judgement::new(type_, Status::False, problem.reason, message)
+            })
     };
     let mut judgements = vec![
         failed(SPEC_VALID).unwrap_or_else(|| Judgement::new(SPEC_VALID, Status::True, "Valid", "The spec is valid.")),
@@ -178,6 +188,21 @@ fn judge(inputs: &Inputs<'_>, old: &[Condition]) -> Vec<Judgement> {
     judgements
 }
 
+/// Changes flow as an older spec has it, and the newest is not fit to be applied.
+fn goes_on_as_before(inputs: &Inputs<'_>) -> bool {
+    let is_good = |report: &ProgressUpdate| {
+        let judged = [SOURCE_READY, SINKS_READY, PROGRESSING].map(|type_| said(report, type_));
+        judged
+            .iter()
+            .all(|judged| judged.as_ref().is_some_and(|judged| judged.status == Status::True))
+    };
+    let deployment = inputs.facts.and_then(|facts| facts.deployment.as_ref());
+    inputs.outcome.is_err_and(|error| !error.problem().reason.is_passing())
+        && deployment.is_some_and(is_available)
+        && inputs.observation.silence <= SILENCE
+        && inputs.observation.report.as_ref().is_some_and(is_good)
+}
+
 /// Changes flow, and nothing would take over.
 fn standby_is_missing(inputs: &Inputs<'_>) -> Option<Judgement> {
     let facts = inputs.facts?;
@@ -220,9 +245,9 @@ fn said(report: &ProgressUpdate, type_: &'static str) -> Option<Judgement> {
     ))
 }
 
-/// A lag is measured while changes move. The last one is not true of a capture that stopped, as the positions still are, nor of one that
+/// Whether a lag is known: it is measured while changes move. The last one is not true of a capture that stopped, as the positions still are, nor of one that
 /// spoke and hung up.
-fn lag_is_known(inputs: &Inputs<'_>, judgements: &[Judgement]) -> bool {
+fn is_measured(inputs: &Inputs<'_>, judgements: &[Judgement]) -> bool {
     let Observation {
         report,
         connected,
@@ -399,12 +424,13 @@ fn phase(inputs: &Inputs<'_>, judgements: &[Judgement], old: Option<PipelinePhas
         }
     } else if inputs.outcome.is_err() && inputs.facts.is_some_and(|facts| facts.deployment.is_none()) {
         PipelinePhase::Pending
-    } else if flows(inputs)
-        && (is(SINKS_READY, Status::False) || is(REDIS_GAP, Status::True))
-        && !is(SOURCE_READY, Status::False)
-        && !is(RUNTIME_AVAILABLE, Status::False)
+    } else if goes_on_as_before(inputs)
+        || (flows(inputs)
+            && (is(SINKS_READY, Status::False) || is(REDIS_GAP, Status::True))
+            && !is(SOURCE_READY, Status::False)
+            && !is(RUNTIME_AVAILABLE, Status::False))
     {
-        // Redis waits, and the log goes on.
+        // As an older spec has it; or Redis waits, and the log goes on.
         PipelinePhase::Degraded
     } else if is(SOURCE_READY, Status::False)
         || is(SINKS_READY, Status::False)
@@ -500,6 +526,28 @@ fn tables(progress: &CaptureProgress) -> Option<TablesStatus> {
                 since: schema.since.clone(),
             })
             .collect(),
+    })
+}
+
+/// Each begin takes the slot over from the one before, also where both are in one process.
+fn restarts(
+    old: &CdcPipelineStatus,
+    progress: Option<&CaptureProgress>,
+    flows: bool,
+    now: Timestamp,
+) -> Option<Restarts> {
+    let before = old.replication.as_ref().map_or(0, |before| before.owner_generation);
+    let began = progress.map_or(0, |progress| progress.owner_generation.saturating_sub(before));
+    let counted = old.restarts.clone();
+    if before > 0 && began > 0 {
+        return Some(Restarts {
+            count: began + counted.map_or(0, |counted| counted.count),
+            last_time: format::time(now),
+        });
+    }
+    counted.filter(|counted| {
+        let last: Option<Timestamp> = counted.last_time.parse().ok();
+        !flows || last.is_some_and(|last| now.as_second() - last.as_second() < WELL)
     })
 }
 

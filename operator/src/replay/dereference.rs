@@ -12,7 +12,7 @@ use meander_proto::FinalWord;
 use super::build::{CONFIG_FILE, replay_name, selector};
 use crate::{
     apply::is_owned,
-    conditions::ACCEPTED,
+    conditions::{ACCEPTED, state},
     context::Context,
     error::Error,
     job, pod,
@@ -28,8 +28,8 @@ pub struct Facts {
     pub started: Option<ReplayConfig>,
     /// The pipeline whose log is replayed.
     pub pipeline: Option<CdcPipeline>,
-    /// Keys of the Secrets that the spec and its pipeline's name.
-    pub secrets: Keys,
+    /// Keys of the Secrets that the spec and its pipeline's name; none where nobody needs them yet.
+    pub secrets: Option<Keys>,
     /// The Job that replays.
     pub job: Option<Job>,
     /// Its pods.
@@ -94,10 +94,22 @@ pub async fn dereference(context: &Context, replay: &ReplayJob, key: &ResourceKe
         let pipeline = ObjectRef::new(&replay.spec.pipeline_ref.name).within(&namespace);
         let pipeline = context.caches.pipelines.get(&pipeline);
         facts.pipeline = pipeline.map(|pipeline| (*pipeline).clone());
-        let mounted = secrets::of_replay(replay, facts.pipeline.as_ref());
-        facts.secrets = secrets::keys(context, &namespace, &mounted).await?;
+        if facts.job.is_some() || !is_saved(replay) {
+            let mounted = secrets::of_replay(replay, facts.pipeline.as_ref());
+            facts.secrets = Some(secrets::keys(context, &namespace, &mounted).await?);
+        }
     }
     Ok(facts)
+}
+
+/// Whether it was looked at as a whole, and then kept to be started later.
+fn is_saved(replay: &ReplayJob) -> bool {
+    let status = replay.status.as_ref();
+    replay.spec.suspend
+        && status.is_some_and(|status| {
+            status.observed_generation == replay.metadata.generation
+                && state(&status.conditions, ACCEPTED).is_some_and(|(status, _)| status == "True")
+        })
 }
 
 /// Whether a pod of the Job has ended of which the status does not tell yet. Its last word is there then, whether the watch of the pods has

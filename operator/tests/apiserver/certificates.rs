@@ -4,9 +4,12 @@ use k8s_openapi::api::{
     apps::v1::Deployment,
     core::v1::{ConfigMap, Secret},
 };
-use kube::api::{DeleteParams, PostParams};
+use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
 use meander_crds::CdcPipeline;
-use meander_operator::tls::{issued::renewed, served::Data};
+use meander_operator::{
+    conditions::state,
+    tls::{issued::renewed, served::Data},
+};
 use serde_json::json;
 use tonic::transport::{Certificate, ClientTlsConfig, Endpoint};
 
@@ -72,7 +75,18 @@ async fn a_new_authority_reaches_pods_that_stay_and_the_next_certificate_is_show
     assert!(is_known(&operator, &authorities(&old)).await, "a pod that lags behind");
     assert!(!is_known(&operator, &authorities(&issued(None, 0))).await, "a stranger");
 
-    // Somebody wants no more of all that.
+    // Somebody wants no more of all that, while the pipeline's newest spec cannot be applied.
+    let pipelines = cluster.api::<CdcPipeline>();
+    let missing = json!({"spec": {"source": {"postgres": {"credentialsSecretRef": {"name": "missing"}}}}});
+    pipelines
+        .patch("trades", &PatchParams::default(), &Patch::Merge(missing))
+        .await
+        .unwrap();
+    eventually("the other Secret is missed", async || {
+        let status = pipelines.get("trades").await.unwrap().status.unwrap_or_default();
+        state(&status.conditions, "Ready") == Some(("False", "SecretNotFound"))
+    })
+    .await;
     let secrets = cluster.api::<Secret>();
     secrets
         .delete("meander-operator-tls", &DeleteParams::default())

@@ -6,9 +6,12 @@ pub mod apiserver;
 use std::{fs, path::Path, time::Duration};
 
 use k8s_openapi::{api::networking::v1::NetworkPolicyPeer, apimachinery::pkg::apis::meta::v1::LabelSelector};
-use meander_crds::{CdcPipeline, ReplayJob};
+use meander_crds::{
+    Acknowledgement, CdcPipeline, OnSourceGap, Origin, PipelineFormat, RedisDurability, RedisSink, ReplayJob, SslMode,
+};
 use meander_operator::{context::Settings, progress::Observation, secrets::Keys, tls::Trust};
 use serde::de::DeserializeOwned;
+use serde_json::json;
 use tokio::time::Instant;
 
 pub fn settings() -> Settings {
@@ -39,6 +42,61 @@ pub fn pipeline() -> CdcPipeline {
     pipeline.metadata.namespace = Some("default".into());
     pipeline.metadata.uid = Some("11111111-1111-1111-1111-111111111111".into());
     pipeline.metadata.generation = Some(1);
+    pipeline
+}
+
+/// A pipeline with a value in every field.
+pub fn with_every_setting() -> CdcPipeline {
+    let mut pipeline = pipeline();
+    let annotation = ("meander.dev/accept-source-gap".into(), "1:0/16B3748".into());
+    pipeline.metadata.annotations = Some([annotation].into());
+    let spec = &mut pipeline.spec;
+    spec.suspend = true;
+    spec.on_source_gap = OnSourceGap::Resnapshot;
+    spec.format = PipelineFormat::DebeziumJson;
+    spec.debezium = serde_json::from_str(r#"{"schemas": false, "transactionMetadata": true}"#).unwrap();
+    spec.runtime = serde_json::from_value(json!({
+        "image": "elsewhere/runtime:1",
+        "logLevel": "Debug",
+        "resources": {"limits": {"cpu": 1}},
+    }))
+    .unwrap();
+    spec.source.postgres.slot.name = Some("a_slot".into());
+    spec.source.postgres.ssl_mode = SslMode::VerifyFull;
+    spec.source.postgres.ca_secret_ref = serde_json::from_str(r#"{"name": "shop-ca", "key": "ca.crt"}"#).unwrap();
+    spec.source.postgres.client_cert_secret_ref = serde_json::from_str(r#"{"name": "shop-client"}"#).unwrap();
+    spec.source.postgres.slot.failover = Some(true);
+    spec.source.postgres.heartbeat_interval_seconds = Some(10.try_into().unwrap());
+    spec.source.postgres.publication =
+        serde_json::from_str(r#"{"name": "a_pub", "management": "External", "partitions": "Leaf"}"#).unwrap();
+    spec.source.postgres.tables.exclude = vec!["public.secrets".into()];
+    spec.source.postgres.message_prefixes = vec!["app.*".into()];
+    spec.source.postgres.origin = Origin::None;
+    spec.source.postgres.snapshot = serde_json::from_str(
+        r#"{"mode": "Bulk", "parallelism": 4, "requests": [{"id": "repair", "tables": ["public.orders"]}]}"#,
+    )
+    .unwrap();
+    spec.sinks.kafka.topics = serde_json::from_value(json!({
+        "partitions": 6, "replicationFactor": 3, "config": {"retention.ms": "1000"}, "management": "External",
+    }))
+    .unwrap();
+    spec.sinks.kafka.tls = serde_json::from_value(json!({
+        "caSecretRef": {"name": "shop-ca", "key": "ca.crt"}, "clientCertSecretRef": {"name": "shop-client"},
+    }))
+    .unwrap();
+    spec.sinks.kafka.sasl = serde_json::from_value(json!({
+        "mechanism": "ScramSha512", "credentialsSecretRef": {"name": "shop-cdc"},
+    }))
+    .unwrap();
+    spec.sinks.redis = Some(RedisSink {
+        url_secret_ref: None,
+        url: Some("rediss://redis:6379/1".into()),
+        ca_secret_ref: serde_json::from_str(r#"{"name": "shop-ca", "key": "ca.crt"}"#).unwrap(),
+        stream_prefix: "s".into(),
+        retention: serde_json::from_str(r#"{"maxLength": 1000}"#).unwrap(),
+        durability: RedisDurability::Aof,
+        acknowledgement: Acknowledgement::Required,
+    });
     pipeline
 }
 
