@@ -85,7 +85,7 @@ fn shell(server: &ApiServer, command: &str, input: &str) {
 
 /// Really applied, since a dry run knows nothing of what comes before: a pod's ServiceAccount has to be there.
 #[test]
-fn every_form_of_the_chart_is_accepted_by_the_api_server() {
+fn every_form_of_the_chart_is_accepted_by_the_api_server_and_one_that_would_fight_another_is_not() {
     let server = ApiServer::shared();
     let crds = std::env::var("PROMETHEUS_CRDS").expect("run `eval \"$(tests/setup.sh env)\"` first");
     shell(&server, &format!("kubectl apply --server-side -f '{crds}'"), "");
@@ -133,6 +133,29 @@ fn every_form_of_the_chart_is_accepted_by_the_api_server() {
             &manifests,
         );
     }
+
+    // One of them looks after the namespace `shop`, the others after all.
+    let beside = |release: &str, watch: &str| {
+        let output = Command::new("helm")
+            .args(["install", release, "charts/meander", "--namespace", "meander-system"])
+            .args(["--dry-run=server", "--skip-crds", "--set", &format!("watchNamespace={watch}")])
+            .current_dir(root())
+            .env("KUBECONFIG", server.folder.join("kubeconfig"))
+            .output()
+            .unwrap();
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let only_shop = "kubectl -n meander-system delete deployment \
+        form-0-meander-operator form-2-meander-operator form-3-meander-operator form-4-meander-operator";
+    let refused = beside("second", "other");
+    assert!(refused.contains("looks after all namespaces already"), "{refused}");
+    shell(&server, only_shop, "");
+    for watch in ["", "shop"] {
+        let refused = beside("second", watch);
+        assert!(refused.contains("looks after the namespace shop already"), "{watch}: {refused}");
+    }
+    let accepted = beside("second", "other");
+    assert!(!accepted.contains("already"), "{accepted}");
 }
 
 #[tokio::test]

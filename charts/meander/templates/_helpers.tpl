@@ -31,6 +31,28 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{ .root.Values.registry }}/{{ .image.repository }}:{{ .image.tag | default .root.Chart.AppVersion }}
 {{- end -}}
 
+{{/*
+Refuses a release beside another one that looks after the same namespaces: both would write each pipeline's objects in turns, for ever. The cluster is
+asked by `helm install` and `helm upgrade` alone, not by `helm template`.
+*/}}
+{{- define "meander.alone" -}}
+{{- $ours := .Values.watchNamespace -}}
+{{- range (lookup "apps/v1" "Deployment" "" "").items -}}
+{{- $name := printf "%s/%s" .metadata.namespace .metadata.name -}}
+{{- if and (eq (dig "metadata" "labels" "app.kubernetes.io/name" "" .) "meander-operator") (ne $name (printf "%s/%s" $.Release.Namespace (include "meander.name" $))) -}}
+{{- $theirs := "" -}}
+{{- range (first .spec.template.spec.containers).env -}}
+{{- if eq .name "WATCH_NAMESPACE" -}}
+{{- $theirs = .value -}}
+{{- end -}}
+{{- end -}}
+{{- if or (empty $theirs) (empty $ours) (eq $theirs $ours) -}}
+{{- fail (printf "the operator %s looks after %s already: upgrade or uninstall that release, or set watchNamespace of both to namespaces that differ" $name (empty $theirs | ternary "all namespaces" (printf "the namespace %s" $theirs))) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
 {{/* What the operator may do with the resources and their objects, in all namespaces or in one. */}}
 {{- define "meander.rules" -}}
 # The resources it looks after. `update` on finalizers lets its objects block the deletion of their owner.
