@@ -7,6 +7,7 @@
 
 use std::{
     sync::{Mutex, PoisonError},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -35,6 +36,9 @@ const TRANSACTION_TIMEOUT: Duration = Duration::from_secs(60);
 /// A transaction that begins sooner after a commit is told CONCURRENT_TRANSACTIONS, and the client waits 20 ms: the coordinator is
 /// still writing the markers of the one before.
 pub const PAUSE_AFTER_COMMIT: Duration = Duration::from_millis(3);
+/// How often delivery reports are looked for while they are waited for. The client's own wait would take its whole time, whatever comes
+/// meanwhile, and keep a processor busy in its last millisecond.
+const REPORT_INTERVAL: Duration = Duration::from_micros(250);
 
 /// The first delivery that failed since the producer was made, and what else it has heard.
 struct Deliveries {
@@ -161,7 +165,8 @@ impl TransactionalProducer {
                     if Instant::now() < deadline =>
                 {
                     record = returned;
-                    self.producer.poll(Duration::from_millis(10));
+                    thread::sleep(REPORT_INTERVAL);
+                    self.serve();
                     self.check_deliveries()?;
                 }
                 Err((KafkaError::MessageProduction(RDKafkaErrorCode::MessageSizeTooLarge), returned)) => {
@@ -175,9 +180,19 @@ impl TransactionalProducer {
     }
 
     fn wait_for_deliveries(&self, deadline: Instant) -> Result<(), SinkError> {
-        while self.producer.in_flight_count() > 0 {
-            self.producer.poll(Duration::from_millis(10));
+        let mut known = i32::MAX;
+        loop {
+            self.serve();
             self.check_deliveries()?;
+            let in_flight = self.producer.in_flight_count();
+            if in_flight == 0 {
+                return Ok(());
+            }
+            if in_flight < known {
+                // There may be more reports.
+                known = in_flight;
+                continue;
+            }
             if Instant::now() > deadline {
                 return Err(SinkError::KafkaUnreachable {
                     servers: self.servers.clone(),
@@ -187,8 +202,8 @@ impl TransactionalProducer {
                     ),
                 });
             }
+            thread::sleep(REPORT_INTERVAL);
         }
-        self.check_deliveries()
     }
 
     fn check_deliveries(&self) -> Result<(), SinkError> {
