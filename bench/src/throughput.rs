@@ -167,6 +167,7 @@ fn write(kafka: &Kafka, records: u64, partitions: i32, data: &str, checkpoints: 
             events_total: until,
             snapshot: SnapshotState::default(),
             records_total: until,
+            partitions: None,
             released: false,
             accepted_gap: None,
         };

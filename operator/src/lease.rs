@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::bail;
+use anyhow::{Context as _, bail};
 use jiff::Timestamp;
 use k8s_openapi::{
     api::coordination::v1::{Lease, LeaseSpec},
@@ -30,8 +30,8 @@ const DURATION: Duration = Duration::from_secs(15);
 const RETRY: Duration = Duration::from_secs(2);
 /// A writer may still be busy with a request when it looks; others take over only after this much more.
 const MARGIN: Duration = Duration::from_secs(3);
-/// One attempt may take this long: an answer that never comes leaves time for another one.
-const ATTEMPT: Duration = Duration::from_secs(4);
+/// One request may take this long: an answer that never comes leaves time for another attempt.
+const ANSWER: Duration = Duration::from_secs(4);
 
 /// What a writer asks before it writes.
 #[derive(Clone, Debug)]
@@ -116,21 +116,20 @@ impl Elector {
     pub async fn run(mut self, shutdown: CancellationToken) -> anyhow::Result<()> {
         loop {
             let asked = Instant::now();
-            let attempt = shutdown.run_until_cancelled(timeout(ATTEMPT, self.acquire())).await;
+            let attempt = shutdown.run_until_cancelled(self.acquire()).await;
             let held_until = *self.claim.borrow();
             match attempt {
                 None => break,
-                Some(Ok(Ok(true))) => {
+                Some(Ok(true)) => {
                     if held_until.is_none() {
                         info!(identity = self.identity, "this operator leads");
                         self.since.get_or_init(Timestamp::now);
                     }
                     self.claim.send_replace(Some(asked + DURATION - MARGIN));
                 }
-                Some(Ok(Ok(false))) if held_until.is_some() => bail!("another operator holds the lease {}", self.name),
-                Some(Ok(Ok(false))) => {}
-                Some(Ok(Err(error))) => warn!(%error, "cannot renew the lease"),
-                Some(Err(_)) => warn!("cannot renew the lease: the API server does not answer"),
+                Some(Ok(false)) if held_until.is_some() => bail!("another operator holds the lease {}", self.name),
+                Some(Ok(false)) => {}
+                Some(Err(error)) => warn!("cannot take or renew the lease: {error:#}"),
             }
             if self.claim.borrow().is_some_and(|until| Instant::now() >= until) {
                 bail!("the lease {} could not be renewed in time", self.name);
@@ -158,19 +157,19 @@ impl Elector {
         Ok(())
     }
 
-    /// Whether the Lease is ours after this attempt.
-    async fn acquire(&mut self) -> kube::Result<bool> {
+    /// Whether the Lease is ours after this attempt; if not, it shows another holder.
+    async fn acquire(&mut self) -> anyhow::Result<bool> {
         let now = MicroTime(Timestamp::now());
         // Whoever wrote since, perhaps nothing but a label, makes this fail; then it is read.
         if let Some(mut lease) = self.ours.take() {
             if let Some(spec) = &mut lease.spec {
                 spec.renew_time = Some(now.clone());
             }
-            if self.write(&lease).await? {
+            if self.write(&lease).await.is_ok() {
                 return Ok(true);
             }
         }
-        let Some(mut lease) = self.api.get_opt(&self.name).await? else {
+        let Some(mut lease) = answered(self.api.get_opt(&self.name)).await?? else {
             let lease = Lease {
                 metadata: ObjectMeta {
                     name: Some(self.name.clone()),
@@ -178,7 +177,7 @@ impl Elector {
                 },
                 spec: Some(self.spec(now, 0)),
             };
-            let created = self.api.create(&PostParams::default(), &lease).await;
+            let created = answered(self.api.create(&PostParams::default(), &lease)).await?;
             return self.written(created);
         };
         let spec = lease.spec.clone().unwrap_or_default();
@@ -199,21 +198,15 @@ impl Elector {
         self.write(&lease).await
     }
 
-    async fn write(&mut self, lease: &Lease) -> kube::Result<bool> {
-        let replaced = self.api.replace(&self.name, &PostParams::default(), lease).await;
+    async fn write(&mut self, lease: &Lease) -> anyhow::Result<bool> {
+        let replaced = answered(self.api.replace(&self.name, &PostParams::default(), lease)).await?;
         self.written(replaced)
     }
 
-    /// A conflict is an answer: somebody else was first.
-    fn written(&mut self, result: kube::Result<Lease>) -> kube::Result<bool> {
-        match result {
-            Ok(lease) => {
-                self.ours = Some(lease);
-                Ok(true)
-            }
-            Err(kube::Error::Api(status)) if status.code == 409 => Ok(false),
-            Err(error) => Err(error),
-        }
+    /// A conflict does not say that another one holds it: what was written meanwhile can be our own, of an attempt whose answer was lost.
+    fn written(&mut self, result: kube::Result<Lease>) -> anyhow::Result<bool> {
+        self.ours = Some(result?);
+        Ok(true)
     }
 
     fn spec(&self, now: MicroTime, transitions: i32) -> LeaseSpec {
@@ -237,4 +230,9 @@ impl Elector {
             }
         }
     }
+}
+
+/// The answer to a request, if it comes in time.
+async fn answered<T>(request: impl Future<Output = kube::Result<T>>) -> anyhow::Result<kube::Result<T>> {
+    timeout(ANSWER, request).await.context("the API server does not answer")
 }

@@ -138,7 +138,12 @@ fn every_form_of_the_chart_is_accepted_by_the_api_server_and_one_that_would_figh
     let beside = |release: &str, watch: &str| {
         let output = Command::new("helm")
             .args(["install", release, "charts/meander", "--namespace", "meander-system"])
-            .args(["--dry-run=server", "--skip-crds", "--set", &format!("watchNamespace={watch}")])
+            .args([
+                "--dry-run=server",
+                "--skip-crds",
+                "--set",
+                &format!("watchNamespace={watch}"),
+            ])
             .current_dir(root())
             .env("KUBECONFIG", server.folder.join("kubeconfig"))
             .output()
@@ -152,7 +157,10 @@ fn every_form_of_the_chart_is_accepted_by_the_api_server_and_one_that_would_figh
     shell(&server, only_shop, "");
     for watch in ["", "shop"] {
         let refused = beside("second", watch);
-        assert!(refused.contains("looks after the namespace shop already"), "{watch}: {refused}");
+        assert!(
+            refused.contains("looks after the namespace shop already"),
+            "{watch}: {refused}"
+        );
     }
     let accepted = beside("second", "other");
     assert!(!accepted.contains("already"), "{accepted}");

@@ -176,22 +176,29 @@ async fn a_renewal_that_is_never_answered_does_not_cost_the_lease() {
         "metadata": {"name": "lease", "resourceVersion": "1"}, "spec": {"holderIdentity": "one"},
     });
     let mut unanswered = Vec::new();
-    // Whether it was written is not known: it is read before it is written again.
-    for (method, answered) in [
-        ("GET", true),
-        ("PUT", true),
-        ("PUT", false),
-        ("GET", true),
-        ("PUT", true),
+    // Whether it was written is not known: it is read before it is written again, and it can be written in between.
+    for (method, answer) in [
+        ("GET", Some(200)),
+        ("PUT", Some(200)),
+        ("PUT", None),
+        ("GET", Some(200)),
+        ("PUT", Some(409)),
+        ("GET", Some(200)),
+        ("PUT", Some(200)),
     ] {
         let (request, reply) = handle.next_request().await.expect("the election goes on");
         assert_eq!(request.method(), method);
-        if answered {
-            let body = Body::from(serde_json::to_vec(&lease).unwrap());
-            reply.send_response(Response::new(body));
-        } else {
-            unanswered.push(reply);
-        }
+        let body = match answer {
+            None => {
+                unanswered.push(reply);
+                continue;
+            }
+            Some(200) => lease.clone(),
+            Some(code) => refusal(code),
+        };
+        let body = Body::from(serde_json::to_vec(&body).unwrap());
+        let status = answer.unwrap_or_default();
+        reply.send_response(Response::builder().status(status).body(body).unwrap());
     }
     handle.next_request().await.expect("the lease is renewed again");
     assert!(claim.is_held());

@@ -28,6 +28,8 @@ use crate::{
 /// How many offsets the first look back from the end takes in, and how much further each next one goes.
 const FIRST_STEP: i64 = 16;
 const STEP_GROWTH: i64 = 8;
+/// Partitions whose ends are fetched at the same time. Each can bring a batch of a megabyte.
+const FETCHED_TOGETHER: usize = 32;
 /// Pause between two tries of a request that a broker could not answer.
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
 
@@ -213,28 +215,44 @@ impl Tail {
         self.find_last(topic, partition, |_| true)
     }
 
-    /// The last committed record of each partition of these topics that has one, with its topic.
+    /// What `what` makes of the last committed record of each partition of these topics that has one, with its topic.
     ///
-    /// All of them are fetched at the same time: at the end of a partition a broker waits for what is still to come, and one after the other that
-    /// adds up to minutes where a pipeline has a thousand tables.
+    /// Many are fetched at the same time: at the end of a partition a broker waits for what is still to come, and one after the other that
+    /// adds up to minutes where a pipeline has a thousand tables. So many, and no more, that their ends fit into memory.
     ///
     /// # Errors
     /// When a partition cannot be read in time.
-    pub fn last_records(&self, topics: Vec<String>) -> Result<Vec<(String, OwnedMessage)>, TailError> {
-        let mut open = Vec::new();
+    pub fn last_records<T>(
+        &self,
+        topics: Vec<String>,
+        what: impl Fn(&BorrowedMessage<'_>) -> T,
+    ) -> Result<Vec<(String, T)>, TailError> {
+        let mut ends = Vec::new();
         for topic in topics {
             for partition in self.partitions(&topic)? {
                 let deadline = Instant::now() + self.timeout;
                 let (low, end) = self.offsets(&topic, partition, deadline)?;
-                open.push((topic.clone(), partition, low..end));
+                ends.push((topic.clone(), partition, low..end));
             }
         }
         let mut found = Vec::new();
+        for ends in ends.chunks(FETCHED_TOGETHER) {
+            self.last_of(ends.to_vec(), &what, &mut found)?;
+        }
+        Ok(found)
+    }
+
+    fn last_of<T>(
+        &self,
+        mut open: Vec<(String, i32, Range<i64>)>,
+        what: &impl Fn(&BorrowedMessage<'_>) -> T,
+        found: &mut Vec<(String, T)>,
+    ) -> Result<(), TailError> {
         let mut step = FIRST_STEP;
         loop {
             open.retain(|(_, _, stretch)| !stretch.is_empty());
             if open.is_empty() {
-                return Ok(found);
+                return Ok(());
             }
             let mut assignment = TopicPartitionList::new();
             let mut queues = Vec::new();
@@ -267,12 +285,12 @@ impl Tail {
                         })
                 };
                 take(poll, from..stretch.end, deadline, |record| {
-                    last = Some(record.detach());
+                    last = Some(what(record));
                     ControlFlow::Continue(())
                 })
                 .map_err(|source| self.unreadable(&topic, partition, source))?;
                 match last {
-                    Some(record) => found.push((topic, record)),
+                    Some(last) => found.push((topic, last)),
                     None => rest.push((topic, partition, stretch.start..from)),
                 }
             }

@@ -247,6 +247,9 @@ pub struct Checkpoint {
     pub snapshot: SnapshotState,
     /// Records published since then: some changes are several.
     pub records_total: u64,
+    /// How many partitions of each topic the keys go by.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub partitions: Option<i32>,
     /// The slot was dropped on purpose after this; a new one starts a new epoch and is no gap.
     #[serde(default)]
     pub released: bool,

@@ -585,4 +585,11 @@ async fn a_key_stays_in_its_partition_when_somebody_adds_partitions() {
     let degraded = operator.condition("Degraded", "PartitionsAdded").await;
     assert!(degraded.message.contains("has 5 partitions and not 2"), "{degraded:?}");
     assert!(runtime.terminate(LIMIT).success());
+
+    // Not even as a resource that was made again with what the topics have now.
+    config.kafka.partitions = 5;
+    let mut runtime = Runtime::capture(&config);
+    let refused = operator.condition("SinksReady", "TopicNotUsable").await;
+    assert!(refused.message.contains("keys go by 2 partitions since"), "{refused:?}");
+    runtime.terminate(LIMIT);
 }

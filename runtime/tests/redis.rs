@@ -248,23 +248,25 @@ async fn a_redis_that_was_flushed_gets_everything_again() {
 
     // Nor does it stay with an owner that is gone: one that was stopped before it fenced anybody, and ended soon after it went on.
     let generation = async || rig.redis::<u64>(&["HGET", &rig.mark(), "generation"]).await;
-    let stopped = Checkpoint {
-        owner_generation: generation().await + 1,
-        ..common::checkpoint(&rig.config).unwrap()
-    };
-    let taken = stopped.owner_generation;
-    let config = rig.config.clone();
-    let fence = move || {
-        KafkaSink::open(&config, Remarks::default())
-            .unwrap()
-            .commit_checkpoint(&stopped)
-            .unwrap()
-    };
-    tokio::task::spawn_blocking(fence).await.unwrap();
+    let taken = generation().await + 1;
     let () = rig
         .redis(&["HSET", &rig.mark(), "generation", &taken.to_string()])
         .await;
-    rig.detached("RedisTaken").await;
+    let config = rig.config.clone();
+    let fence = move || loop {
+        let kafka = KafkaSink::open(&config, Remarks::default()).unwrap();
+        // What the one before it committed last; it can commit no more.
+        let known = common::checkpoint(&config).unwrap();
+        let stopped = Checkpoint {
+            owner_generation: known.owner_generation.max(taken),
+            ..known
+        };
+        // Where its successor was quicker, that one is fenced in its turn.
+        if kafka.commit_checkpoint(&stopped).is_ok() {
+            break;
+        }
+    };
+    tokio::task::spawn_blocking(fence).await.unwrap();
     eventually("the next session has Redis", LIMIT, async || match generation().await {
         now if now > taken => Ok(()),
         now => Err(now),

@@ -33,11 +33,12 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 
 {{/*
 Refuses a release beside another one that looks after the same namespaces: both would write each pipeline's objects in turns, for ever. The cluster is
-asked by `helm install` and `helm upgrade` alone, not by `helm template`.
+asked by `helm install` and `helm upgrade` alone, not by `helm template`; of other namespaces only for a release that looks after all of them, since
+whoever installs one for a namespace may not be allowed to look further.
 */}}
 {{- define "meander.alone" -}}
 {{- $ours := .Values.watchNamespace -}}
-{{- range (lookup "apps/v1" "Deployment" "" "").items -}}
+{{- range (lookup "apps/v1" "Deployment" (empty $ours | ternary "" .Release.Namespace) "").items -}}
 {{- $name := printf "%s/%s" .metadata.namespace .metadata.name -}}
 {{- if and (eq (dig "metadata" "labels" "app.kubernetes.io/name" "" .) "meander-operator") (ne $name (printf "%s/%s" $.Release.Namespace (include "meander.name" $))) -}}
 {{- $theirs := "" -}}

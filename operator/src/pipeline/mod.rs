@@ -224,7 +224,10 @@ async fn stages(
     let valid = match look(context, pipeline, key, facts).await {
         Ok(valid) => valid,
         Err(error) => {
-            apply::keep_trust(context, pipeline, key).await?;
+            // What is wrong with the spec is what a person waits for.
+            if let Err(lost) = apply::keep_trust(context, pipeline, key).await {
+                tracing::warn!(error = %lost, "what runs was not told of the operator's authority");
+            }
             return Err(error);
         }
     };

@@ -365,7 +365,7 @@ fn progressing(inputs: &Inputs<'_>, end: Option<&End>, old: &[Condition]) -> Jud
                 && pods.is_empty()
             {
                 let message = format!(
-                    "The replay's Job has no pod for {seconds} s: a quota, a LimitRange, Pod Security or a webhook may refuse it; see why: kubectl -n {} describe job {}",
+                    "The replay's Job has no pod, and nothing was heard of it for {seconds} s: a quota, a LimitRange, Pod Security or a webhook may refuse it; see why: kubectl -n {} describe job {}",
                     inputs.replay.namespace().unwrap_or_default(),
                     replay_name(inputs.replay)
                 );

@@ -6,6 +6,7 @@ use std::{
     io,
     net::SocketAddr,
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 use futures::StreamExt as _;
@@ -283,7 +284,10 @@ async fn whatever_befalls_the_api_server_what_changed_meanwhile_is_put_right() {
         tokio::task::spawn_blocking(move || what(&server)).await.unwrap();
     };
     run(ApiServer::stop).await;
-    ended.wait_for(|ended| *ended > before).await.unwrap();
+    tokio::time::timeout(Duration::from_secs(240), ended.wait_for(|ended| *ended > before))
+        .await
+        .expect("an operator without a lease ends")
+        .unwrap();
     run(ApiServer::start).await;
     change(&cluster, faults.len()).await;
     eventually("after the API server all is right", async || {

@@ -10,7 +10,7 @@ use meander_config::KafkaCluster;
 use meander_config::{OnSourceGap, PostgresSource};
 use rdkafka::{
     Message as _,
-    message::{Headers as _, OwnedMessage},
+    message::{BorrowedMessage, Headers as _},
 };
 use tokio::{
     sync::watch,
@@ -106,6 +106,7 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
         // There is no slot to own yet, so this look fences nobody, and what it finds is looked at again by the owner. But a pipeline
         // that will be refused must not leave a slot behind, which would keep WAL for nobody.
         known_checkpoint = read_own_checkpoint(context, &checkpoint_topic, false).await?;
+        keys_stay(context, known_checkpoint.as_ref())?;
         if let Start::Accept { loss, .. } = start(known_checkpoint.as_ref(), context, slot.as_ref(), &server)? {
             accepted_loss = Some(loss);
         }
@@ -392,6 +393,7 @@ async fn open_kafka(
     let (config, remarks) = (context.config.clone(), context.remarks.clone());
     let kafka = spawn_blocking(move || KafkaSink::open(&config, remarks)).await??;
     let before = read_own_checkpoint(context, checkpoint_topic, true).await?;
+    keys_stay(context, before.as_ref())?;
     // Only now: while the slot is ours nobody else can move it, and what is published cannot be newer than the server.
     let slot = catalog.slot(&context.config.source).await?;
     (server.position, server.standby) = catalog.wal_position().await?;
@@ -420,9 +422,11 @@ async fn open_kafka(
         events_total: 0,
         snapshot: SnapshotState::default(),
         records_total: 0,
+        partitions: None,
         released: false,
         accepted_gap: None,
     });
+    checkpoint.partitions = Some(context.config.kafka.partitions);
     let selected = [tables, refused].concat();
     let known = check_log(context, &selected, checkpoint.published, checkpoint_topic).await?;
     let mut records = Batch::default();
@@ -574,6 +578,24 @@ fn accept(
     Ok(records)
 }
 
+/// Refuses another number of partitions than the one that the keys in the log went by: each would move to another one, past what is there of it.
+fn keys_stay(context: &Context, before: Option<&Checkpoint>) -> Result<(), SinkError> {
+    let kafka = &context.config.kafka;
+    let began = before
+        .filter(|before| before.published.is_some())
+        .and_then(|before| before.partitions);
+    match began {
+        Some(began) if began != kafka.partitions => Err(SinkError::Topic {
+            topic: format!("{}.*", kafka.topic_prefix),
+            cause: format!(
+                "keys go by {began} partitions since this pipeline began, and topics.partitions is {}: each key would go to another partition, and lose its order; create the CdcPipeline with topics.partitions: {began}, or with another topicPrefix and another name",
+                kafka.partitions
+            ),
+        }),
+        _ => Ok(()),
+    }
+}
+
 /// The independent check of the checkpoint: no partition may hold a change past it. Says which tables the log has changes of.
 async fn check_log(
     context: &Context,
@@ -620,8 +642,7 @@ async fn check_log(
 
 /// Topic and position of the last record of each partition that has one.
 fn last_positions(cluster: &KafkaCluster, topics: Vec<String>) -> Result<Vec<(String, String)>, TailError> {
-    let last = Tail::new(cluster, TAIL_DEADLINE)?.last_records(topics)?;
-    let position = |record: &OwnedMessage| {
+    let position = |record: &BorrowedMessage<'_>| {
         let header = |name| {
             let found = record.headers()?.iter().find(|header| header.key == name)?.value?;
             Some(String::from_utf8_lossy(found).into_owned())
@@ -631,11 +652,5 @@ fn last_positions(cluster: &KafkaCluster, topics: Vec<String>) -> Result<Vec<(St
             None => header(POSITION_HEADER).unwrap_or_default(),
         }
     };
-    Ok(last
-        .into_iter()
-        .map(|(topic, record)| {
-            let position = position(&record);
-            (topic, position)
-        })
-        .collect())
+    Tail::new(cluster, TAIL_DEADLINE)?.last_records(topics, position)
 }

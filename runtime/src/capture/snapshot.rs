@@ -825,6 +825,7 @@ mod tests {
                 ..SnapshotState::default()
             },
             records_total: 0,
+            partitions: None,
             released: false,
             accepted_gap: None,
         };

@@ -22,36 +22,44 @@ const DEADLINE: Duration = Duration::from_secs(15);
 /// The most topics that a message names.
 const NAMED: usize = 10;
 
-/// What a person has to know of topics that are used all the same, by topic.
+/// What a person has to know of topics that are used all the same, by reason and topic.
 #[derive(Clone, Debug, Default)]
-pub struct Remarks(Arc<Mutex<BTreeMap<String, (&'static str, String)>>>);
+pub struct Remarks(Arc<Mutex<BTreeMap<&'static str, BTreeMap<String, String>>>>);
 
 impl Remarks {
     /// That a topic has more partitions than its keys go by.
     pub fn partitions_added(&self, topic: &str, has: i32, used: i32) {
         let mut remarks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let remarks = remarks.entry("PartitionsAdded").or_default();
         // It is called for each record.
         if !remarks.contains_key(topic) {
             let message = format!(
                 "topic {topic:?} has {has} partitions and not {used}: somebody added to them; every key stays in its partition, so that its order holds, and what was added stays empty; to have more partitions, create another CdcPipeline with topics.partitions: {has} and another topicPrefix"
             );
             tracing::warn!("{message}");
-            remarks.insert(topic.to_owned(), ("PartitionsAdded", message));
+            remarks.insert(topic.to_owned(), message);
         }
     }
 
     fn differs(&self, topic: &str, message: String) {
         tracing::warn!("{message}");
         let mut remarks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        remarks.insert(topic.to_owned(), ("TopicConfigDiffers", message));
+        let remarks = remarks.entry("TopicConfigDiffers").or_default();
+        remarks.insert(topic.to_owned(), message);
     }
 
     /// The first, with its reason, and how many more there are.
     #[must_use]
     pub fn first(&self) -> Option<(&'static str, String)> {
         let remarks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let (reason, message) = remarks.values().next()?.clone();
-        Some(match remarks.len() - 1 {
+        let each = || {
+            remarks
+                .iter()
+                .flat_map(|(reason, topics)| topics.values().map(|message| (*reason, message)))
+        };
+        let (reason, message) = each().next()?;
+        let message = message.clone();
+        Some(match each().count() - 1 {
             0 => (reason, message),
             more => (reason, format!("{message}; the same or the like of {more} more topics")),
         })
@@ -179,7 +187,7 @@ impl Topics {
                 let cause = format!("Kafka has no setting {name} of topics; correct topics.config");
                 return Err(self.unusable(topic, &cause));
             }
-            if let Some(has) = found.get(name).filter(|has| *has != asked) {
+            if let Some(has) = found.get(name).filter(|has| !is_same(has, asked)) {
                 let remedy = self.alter(topic, name, asked);
                 if config.topic_management == TopicManagement::External {
                     return Err(self.unusable(
@@ -194,7 +202,7 @@ impl Topics {
         }
         if !differing.is_empty() {
             let message = format!(
-                "topic {topic:?} was there before topics.config asked, and keeps its own settings: it {}",
+                "topic {topic:?} was there before topics.config asked, and keeps its own settings: it {}; it is looked at again when the pod starts anew",
                 differing.join("; it ")
             );
             self.remarks.differs(topic, message);
@@ -398,6 +406,13 @@ impl Topics {
             cause: cause.to_owned(),
         }
     }
+}
+
+/// Whether Kafka has a setting as it was asked for: it prints some in its own way.
+fn is_same(has: &str, asked: &str) -> bool {
+    let number = |text: &str| text.trim().parse::<i64>();
+    has.eq_ignore_ascii_case(asked.trim())
+        || matches!((number(has), number(asked)), (Ok(has), Ok(asked)) if has == asked)
 }
 
 /// What became of the wish to make a topic.

@@ -130,8 +130,15 @@ fn binary() -> PathBuf {
     path
 }
 
-/// One HTTP request; nothing that the admin server does needs more.
+/// How long an answer may take: one that was stopped gives none.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+
 async fn get(address: SocketAddr, path: &str) -> std::io::Result<(u16, String)> {
+    tokio::time::timeout(ANSWER_LIMIT, ask(address, path)).await?
+}
+
+/// One HTTP request; nothing that the admin server does needs more.
+async fn ask(address: SocketAddr, path: &str) -> std::io::Result<(u16, String)> {
     let mut stream = TcpStream::connect(address).await?;
     stream
         .write_all(format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n").as_bytes())

@@ -110,6 +110,9 @@ impl Resumable for Kafka {
             };
             let producer = TransactionalProducer::open(&cluster, &id, by_row)?;
             let (place, checkpoint) = read_place(&cluster, &place_topic, &job)?;
+            if checkpoint.is_some() {
+                topics.begun();
+            }
             let kafka = Self {
                 producer,
                 topics,

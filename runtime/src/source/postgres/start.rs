@@ -541,6 +541,7 @@ mod tests {
             events_total: 0,
             snapshot: SnapshotState::default(),
             records_total: 0,
+            partitions: None,
             released: false,
             accepted_gap: None,
         }
