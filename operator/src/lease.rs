@@ -178,7 +178,8 @@ impl Elector {
                 spec: Some(self.spec(now, 0)),
             };
             let created = answered(self.api.create(&PostParams::default(), &lease)).await?;
-            return self.written(created);
+            self.ours = Some(created?);
+            return Ok(true);
         };
         let spec = lease.spec.clone().unwrap_or_default();
         let holder = spec.holder_identity.as_deref().unwrap_or_default();
@@ -195,18 +196,15 @@ impl Elector {
             self.spec(now, transitions + 1)
         });
         // The resource version in `lease` makes this fail if anybody wrote since.
-        self.write(&lease).await
-    }
-
-    async fn write(&mut self, lease: &Lease) -> anyhow::Result<bool> {
-        let replaced = answered(self.api.replace(&self.name, &PostParams::default(), lease)).await?;
-        self.written(replaced)
-    }
-
-    /// A conflict does not say that another one holds it: what was written meanwhile can be our own, of an attempt whose answer was lost.
-    fn written(&mut self, result: kube::Result<Lease>) -> anyhow::Result<bool> {
-        self.ours = Some(result?);
+        self.write(&lease).await?;
         Ok(true)
+    }
+
+    /// That it conflicts is an error like another, and does not say that another one holds it: what was written meanwhile can be our own, of an
+    /// attempt whose answer was lost.
+    async fn write(&mut self, lease: &Lease) -> anyhow::Result<()> {
+        self.ours = Some(answered(self.api.replace(&self.name, &PostParams::default(), lease)).await??);
+        Ok(())
     }
 
     fn spec(&self, now: MicroTime, transitions: i32) -> LeaseSpec {
