@@ -449,8 +449,13 @@ fn every_value_is_in_the_schema_and_documented_and_a_mistyped_one_is_refused() {
         "prometheus.rules.enable=true",
         "registry=",
         "image.pullPolicy=Sometimes",
+        "logLevel=verbose",
+        "logLevel=info;debug",
     ] {
         let refusal = rendered("meander", &[mistake]).unwrap_err();
         assert!(refusal.contains("values don't meet the specifications"), "{refusal}");
+    }
+    for level in ["debug", r"info\,meander_operator=debug", r"warn\,kube::client=trace"] {
+        rendered("meander", &[&format!("logLevel={level}")]).unwrap();
     }
 }
