@@ -12,16 +12,25 @@ use super::{FINALIZER, validate::slot_of};
 
 /// `namespace/name` of the pipeline that has this one's slot, if it is another one. `known` is a cache, so nobody is asked for this.
 pub fn held_by(pipeline: &CdcPipeline, known: &[Arc<CdcPipeline>]) -> Option<String> {
-    let place = place_of(pipeline);
+    let slot = slot_of(pipeline);
+    let server = server_of(pipeline);
     known
         .iter()
-        .filter(|other| !is_same(other, pipeline) && holds(other) && place_of(other) == place)
+        // Every pipeline is compared with every other, and next to none have a slot of the same name.
+        .filter(|other| names(other, pipeline, &slot) && !is_same(other, pipeline))
+        .filter(|other| holds(other) && server_of(other) == server)
         .find(|other| came_first(other, pipeline) == Ordering::Less)
         .map(|other| format!("{}/{}", other.namespace().unwrap_or_default(), other.name_any()))
 }
 
-/// The server, as it is called from everywhere in the cluster, and the slot. Names of slots are the server's, not a database's.
-fn place_of(pipeline: &CdcPipeline) -> (String, u16, String) {
+/// Whether `other` has a slot of the name that `pipeline` has. Names that are made from those of two pipelines are never the same.
+fn names(other: &CdcPipeline, pipeline: &CdcPipeline, slot: &str) -> bool {
+    let written = |pipeline: &CdcPipeline| pipeline.spec.source.postgres.slot.name.is_some();
+    (written(other) || written(pipeline)) && slot_of(other) == slot
+}
+
+/// The server, as it is called from everywhere in the cluster. Names of slots are the server's, not a database's.
+fn server_of(pipeline: &CdcPipeline) -> (String, u16) {
     let postgres = &pipeline.spec.source.postgres;
     let host = postgres.host.to_ascii_lowercase();
     let host = host.trim_end_matches('.');
@@ -31,7 +40,7 @@ fn place_of(pipeline: &CdcPipeline) -> (String, u16, String) {
     if !host.contains(['.', ':']) {
         host = format!("{host}.{}", pipeline.namespace().unwrap_or_default());
     }
-    (host, postgres.port, slot_of(pipeline))
+    (host, postgres.port)
 }
 
 fn is_same(one: &CdcPipeline, other: &CdcPipeline) -> bool {
