@@ -322,7 +322,8 @@ impl Tracker {
         let Some(entry) = entries.get_mut(key).filter(|entry| entry.uid == uid) else {
             return false;
         };
-        if stands_by(&update) && entry.reporter != Some(stream) && entry.report.is_some() && entry.connected() {
+        let counts = |last: &ProgressUpdate| !stands_by(&update) && owner(&update) >= owner(last);
+        if entry.reporter != Some(stream) && entry.connected() && !entry.report.as_ref().is_none_or(counts) {
             return true;
         }
         let now = Instant::now();
@@ -366,6 +367,14 @@ fn stands_by(update: &ProgressUpdate) -> bool {
     conditions.any(|condition| condition.r#type == PROGRESSING && condition.reason == "Standby")
 }
 
+/// The generation of the owner whose report it is: a capture that owned the slot before may not know yet that another one does.
+fn owner(update: &ProgressUpdate) -> u64 {
+    match &update.progress {
+        Some(Progress::Capture(capture)) => capture.owner_generation,
+        _ => 0,
+    }
+}
+
 /// What of a report must be in the status at once.
 fn significant(update: &ProgressUpdate) -> (Vec<(&str, bool, &str)>, i32) {
     let conditions = update
@@ -384,7 +393,7 @@ fn significant(update: &ProgressUpdate) -> (Vec<(&str, bool, &str)>, i32) {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use meander_proto::v1::Condition;
+    use meander_proto::v1::{CaptureProgress, Condition};
 
     fn report(reason: &str) -> ProgressUpdate {
         let condition = Condition {
@@ -534,6 +543,37 @@ mod tests {
         assert_eq!(shown(), ("Streaming".to_owned(), true));
         tracker.disconnect(&key, "uid", standby);
         assert_eq!(shown(), ("Streaming".to_owned(), false));
+    }
+
+    #[tokio::test]
+    async fn who_owned_the_slot_before_says_nothing_of_it_while_its_owner_is_there() {
+        let (tracker, _pokes) = Tracker::new();
+        let key = ResourceKey {
+            kind: Kind::CdcPipeline,
+            namespace: "ns".into(),
+            name: "p".into(),
+        };
+        let owned = |owner_generation| ProgressUpdate {
+            progress: Some(Progress::Capture(CaptureProgress {
+                owner_generation,
+                ..CaptureProgress::default()
+            })),
+            ..ProgressUpdate::default()
+        };
+        tracker.observe(&key, "uid");
+        let (before, _) = tracker.connect(&key, "uid").unwrap();
+        let (after, _) = tracker.connect(&key, "uid").unwrap();
+        let shown = |stream, generation| {
+            assert!(tracker.accept(&key, "uid", stream, owned(generation)));
+            owner(&tracker.observe(&key, "uid").report.unwrap())
+        };
+        let said = [(before, 3), (after, 4), (before, 3), (after, 4), (before, 5)];
+        assert_eq!(
+            said.map(|(stream, generation)| shown(stream, generation)),
+            [3, 4, 4, 4, 5]
+        );
+        tracker.disconnect(&key, "uid", before);
+        assert_eq!(shown(after, 4), 4, "nobody else is there");
     }
 
     #[tokio::test]
