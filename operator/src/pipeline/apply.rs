@@ -9,10 +9,11 @@ use meander_crds::CdcPipeline;
 
 use super::build::{self, CleanupObjects, Objects, capture_name};
 use crate::{
-    apply::{Applier, is_owned},
+    apply::{Applier, is_owned, was_asked},
     conditions::RUNTIME_AVAILABLE,
     context::Context,
     error::{Error, Reason},
+    pod,
     progress::ResourceKey,
 };
 
@@ -55,20 +56,25 @@ pub async fn apply(
     Ok(applied)
 }
 
-/// Has pods that run know the operator by what it shows now, while the spec is not fit to be applied: they go on by the last that was.
+/// Has pods that run know the operator by what it shows now, while the spec is not fit to be applied: they go on by the last that was. What somebody
+/// else wrote there is not made the operator's own by that: it is put right once the spec is fit.
 pub async fn keep_trust(context: &Context, pipeline: &CdcPipeline, key: &ResourceKey) -> Result<(), Error> {
     let known = context.caches.get::<ConfigMap>(key, &capture_name(pipeline));
     let owner = owner(pipeline)?;
-    let Some(config) = known.filter(|known| is_owned(known, Some(&owner.uid))) else {
+    let Some(known) = known.filter(|known| is_owned(known, Some(&owner.uid))) else {
         return Ok(());
     };
+    let running = build::config_of_running(pipeline, known.data.clone().unwrap_or_default());
+    if !was_asked(&known, running.clone(), &owner) {
+        return Ok(());
+    }
     let applier = Applier {
         context,
         key,
         owner: &owner,
         condition: RUNTIME_AVAILABLE,
     };
-    let config = build::config_of_running(pipeline, config.data.unwrap_or_default(), &context.settings);
+    let config = pod::config_map(running.metadata, running.data.unwrap_or_default(), &context.settings);
     applier.apply(config).await?;
     Ok(())
 }

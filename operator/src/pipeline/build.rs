@@ -144,9 +144,13 @@ pub fn build(pipeline: &CdcPipeline, valid: &ValidPipeline, settings: &Settings)
 }
 
 /// The ConfigMap of pods that run with this configuration, whatever the spec has become since.
-pub fn config_of_running(pipeline: &CdcPipeline, config: BTreeMap<String, String>, settings: &Settings) -> ConfigMap {
+pub fn config_of_running(pipeline: &CdcPipeline, data: BTreeMap<String, String>) -> ConfigMap {
     let labels = labels(PIPELINE_LABEL, &pipeline.name_any(), CAPTURE);
-    pod::config_map(metadata(&capture_name(pipeline), &labels), config, settings)
+    ConfigMap {
+        metadata: metadata(&capture_name(pipeline), &labels),
+        data: Some(data),
+        ..ConfigMap::default()
+    }
 }
 
 /// One writer per slot: without a standby, the old pod goes before the new one comes. With one, a new pod stands by before an old one goes.

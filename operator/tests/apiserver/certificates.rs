@@ -97,6 +97,31 @@ async fn a_new_authority_reaches_pods_that_stay_and_the_next_certificate_is_show
     assert!(!is_known(&operator, &both).await, "the old certificate is still shown");
     let generation = deployments.get("trades-capture").await.unwrap().metadata.generation;
     assert_eq!(generation, Some(1), "the pods were replaced");
+
+    // What somebody writes there meanwhile is not taken for the operator's own.
+    let configs = cluster.api::<ConfigMap>();
+    let asked = async || {
+        let annotations = configs
+            .get("trades-capture")
+            .await
+            .unwrap()
+            .metadata
+            .annotations
+            .unwrap();
+        annotations["meander.dev/applied-hash"].clone()
+    };
+    let before = asked().await;
+    let edited = Patch::Merge(json!({"data": {"config.yaml": "edited"}}));
+    configs
+        .patch("trades-capture", &PatchParams::default(), &edited)
+        .await
+        .unwrap();
+    let so_far = operator.reconciles().await;
+    eventually("it was looked at twice", async || {
+        operator.reconciles().await >= so_far + 2
+    })
+    .await;
+    assert_eq!(asked().await, before);
     operator.stop().await;
 }
 
