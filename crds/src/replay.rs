@@ -27,6 +27,7 @@ use crate::{
     doc = "A ReplayJob takes a stretch of a CdcPipeline's log back out of Kafka, in commit order and at a chosen pace, and delivers it.",
     validation = Rule::new("self.metadata.name.size() <= 50").message("metadata.name must have at most 50 characters: the names of the pods are made from it"),
     validation = Rule::new("self.metadata.name.matches('^[a-z][a-z0-9-]*$')").message("metadata.name must start with a letter and have no dot: it becomes the name of a Service"),
+    validation = Rule::new("!has(oldSelf.status) || !has(oldSelf.status.phase) || !(oldSelf.status.phase in ['Succeeded', 'Failed', 'Cancelled']) || (self.spec.speed == oldSelf.spec.speed && self.spec.suspend == oldSelf.spec.suspend && self.spec.cancel == oldSelf.spec.cancel)").message("this replay has ended, and does nothing with another speed, suspend or cancel: create another ReplayJob"),
     printcolumn(name = "Pipeline", type_ = "string", json_path = ".spec.pipelineRef.name"),
     printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),
     printcolumn(name = "Speed", type_ = "string", json_path = ".spec.speed"),

@@ -359,6 +359,10 @@ async fn every_rule_refuses<K>(
         api.create(&PostParams::default(), &serde_json::from_value(object).unwrap())
             .await
             .unwrap();
+        if let Some(status) = before.get("status") {
+            let status = Patch::Merge(json!({"status": status}));
+            api.patch_status(&name, &PatchParams::default(), &status).await.unwrap();
+        }
         let params = PatchParams {
             dry_run: true,
             ..PatchParams::default()
@@ -811,6 +815,7 @@ async fn a_replay_that_can_never_work_is_refused() {
         ),
     ];
     let none = json!({});
+    let ended = json!({"status": {"phase": "Succeeded"}});
     let updates = [
         (
             none.clone(),
@@ -872,6 +877,13 @@ async fn a_replay_that_can_never_work_is_refused() {
             spec(json!({"cancel": false})),
             "cancel cannot be taken back: create another ReplayJob",
         ),
+        (
+            ended.clone(),
+            spec(json!({"speed": "max"})),
+            "this replay has ended, and does nothing with another speed, suspend or cancel: create another ReplayJob",
+        ),
+        (ended.clone(), spec(json!({"suspend": true})), "this replay has ended"),
+        (ended.clone(), spec(json!({"cancel": true})), "this replay has ended"),
     ];
     every_rule_refuses::<ReplayJob>(
         &cluster,
