@@ -1,6 +1,9 @@
 //! Whether the Secrets that a spec names hold what they should. Their content is looked at here and goes nowhere.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+};
 
 use k8s_openapi::api::core::v1::Secret;
 use kube::Api;
@@ -31,6 +34,14 @@ pub struct SecretFiles {
     pub files: Vec<(String, &'static str)>,
     /// The condition that is false while it is not there.
     pub condition: &'static str,
+}
+
+impl fmt::Display for SecretFiles {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let keys: Vec<&str> = self.files.iter().map(|(key, _)| key.as_str()).collect();
+        let plural = if keys.len() > 1 { "s" } else { "" };
+        write!(f, "Secret {} (key{plural} {})", self.secret, keys.join(" and "))
+    }
 }
 
 impl SecretFiles {
@@ -211,6 +222,24 @@ fn of_redis(redis: &RedisSink) -> Vec<SecretFiles> {
         .into_iter()
         .chain(authority.map(|reference| SecretFiles::one("redis-ca", reference, "ca.crt", SINKS_READY)))
         .collect()
+}
+
+/// Names the Secrets that a reason of the runtime is about. Its message does not: the runtime sees files, and not what they come from.
+pub fn meant_by(reason: &str, secrets: &[SecretFiles]) -> Option<String> {
+    let [kafka, kafka_ca, kafka_client] = KAFKA_FOLDERS;
+    let folders: &[&str] = match reason {
+        "AuthenticationFailed" | "CredentialsUnreadable" => &["postgres", "postgres-client"],
+        "CertificateRefused" => &["postgres-ca"],
+        "CertificateUnreadable" => &["postgres-ca", "postgres-client"],
+        "KafkaAuthenticationFailed" => &[kafka, kafka_client],
+        "KafkaTlsFailed" => &[kafka_ca, kafka_client],
+        "KafkaCredentialsUnreadable" => &KAFKA_FOLDERS,
+        "RedisUnreachable" | "RedisUrlInvalid" => &["redis", "redis-ca"],
+        _ => return None,
+    };
+    let meant = secrets.iter().filter(|files| folders.contains(&files.folder));
+    let named: Vec<String> = meant.map(SecretFiles::to_string).collect();
+    (!named.is_empty()).then(|| named.join(" and "))
 }
 
 /// The keys that have a value, of each Secret that exists.

@@ -511,6 +511,37 @@ fn each_state_has_its_phase_and_its_reason() {
 }
 
 #[test]
+fn what_may_be_wrong_in_a_secret_names_it() {
+    for (type_, reason, named) in [
+        (
+            "SourceReady",
+            "AuthenticationFailed",
+            Some("Secret shop-cdc (keys username and password)"),
+        ),
+        ("SinksReady", "RedisUnreachable", Some("Secret shop-redis (key url)")),
+        ("SinksReady", "KafkaAuthenticationFailed", None),
+        ("SourceReady", "WalLevelNotLogical", None),
+    ] {
+        let mut pipeline = support::pipeline();
+        let valid = valid(&pipeline);
+        let expected = format!(
+            "{reason}.{}",
+            named.map_or_else(String::new, |named| format!("; this pipeline uses {named}"))
+        );
+        let observation = capture_report(vec![said(type_, false, reason)]);
+        // The second time by what is remembered, when the operator has started anew.
+        for observation in [observation, support::nothing_reported()] {
+            let status = compute(&pipeline, Some(&facts(true)), Ok(&valid), &observation, at(0));
+            for type_ in [type_, "Ready"] {
+                let condition = status.conditions.iter().find(|condition| condition.type_ == type_);
+                assert_eq!(condition.unwrap().message, expected, "{type_}");
+            }
+            pipeline.status = Some(status);
+        }
+    }
+}
+
+#[test]
 fn a_lag_is_said_only_while_it_is_measured() {
     let mut pipeline = support::pipeline();
     let valid = valid(&pipeline);

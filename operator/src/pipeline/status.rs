@@ -30,6 +30,7 @@ use crate::{
     format,
     pod::{log_of, trouble},
     progress::Observation,
+    secrets::{self, SecretFiles},
 };
 
 /// After this long without a report nothing is known of the source and the sinks.
@@ -63,6 +64,11 @@ pub fn status(inputs: &Inputs<'_>) -> CdcPipelineStatus {
         inputs.pipeline.metadata.generation
     };
     let mut judgements = judge(inputs, &old.conditions);
+    let secrets = secrets::of_pipeline(inputs.pipeline);
+    judgements = judgements
+        .into_iter()
+        .map(|judgement| naming_secrets(judgement, &secrets))
+        .collect();
     judgements.insert(0, ready(inputs, &judgements));
     let phase = phase(inputs, &judgements, old.phase);
     let report = match inputs
@@ -226,6 +232,20 @@ fn as_last_seen(judgement: Judgement) -> Judgement {
         &judgement.reason,
         format!("{THEN}{message}"),
     )
+}
+
+/// With the Secrets that are used, where what is wrong may be in one of them.
+fn naming_secrets(judgement: Judgement, secrets: &[SecretFiles]) -> Judgement {
+    let meant = (judgement.status != Status::True || judgement.type_ == DEGRADED)
+        .then(|| secrets::meant_by(&judgement.reason, secrets))
+        .flatten();
+    let Some(named) = meant.map(|meant| format!("; this pipeline uses {meant}")) else {
+        return judgement;
+    };
+    // What is remembered may have been said like this before.
+    let message = judgement.message.strip_suffix(&named).unwrap_or(&judgement.message);
+    let message = format!("{message}{named}");
+    Judgement::new(judgement.type_, judgement.status, &judgement.reason, message)
 }
 
 fn is_stopped(judgements: &[Judgement]) -> bool {
