@@ -1681,7 +1681,12 @@ async fn a_finalizer_is_always_released() {
         pipeline_json("retained"),
         &json!({"spec": {"source": {"postgres": {"slot": {"reclaimPolicy": "Retain"}}}}}),
     );
-    for body in [retained, pipeline_json("failing"), pipeline_json("secretless")] {
+    for body in [
+        retained,
+        pipeline_json("failing"),
+        pipeline_json("secretless"),
+        pipeline_json("unseen"),
+    ] {
         let created: CdcPipeline = cluster.create(body).await;
         let name = created.name_any();
         eventually("the finalizer is set and the Deployment made", async || {
@@ -1696,6 +1701,14 @@ async fn a_finalizer_is_always_released() {
         })
         .await;
     }
+    // What a capture would have said of its slot.
+    for name in ["failing", "secretless"] {
+        let seen = Patch::Merge(json!({"status": {"slot": {"name": name, "walStatus": "reserved"}}}));
+        pipelines
+            .patch_status(name, &PatchParams::default(), &seen)
+            .await
+            .unwrap();
+    }
     pipelines.delete("retained", &DeleteParams::default()).await.unwrap();
     gone("retained").await;
     assert!(
@@ -1707,13 +1720,16 @@ async fn a_finalizer_is_always_released() {
             .is_none()
     );
 
-    pipelines.delete("failing", &DeleteParams::default()).await.unwrap();
-    eventually("cleaning up is tried", async || {
-        cluster.api::<Job>().get_opt("failing-cleanup").await.unwrap().is_some()
-    })
-    .await;
-    finish(&cluster, "failing-cleanup", "Failed").await;
-    gone("failing").await;
+    for name in ["failing", "unseen"] {
+        pipelines.delete(name, &DeleteParams::default()).await.unwrap();
+        let job = format!("{name}-cleanup");
+        eventually("cleaning up is tried", async || {
+            cluster.api::<Job>().get_opt(&job).await.unwrap().is_some()
+        })
+        .await;
+        finish(&cluster, &job, "Failed").await;
+        gone(name).await;
+    }
 
     cluster
         .api::<Secret>()
@@ -1724,13 +1740,19 @@ async fn a_finalizer_is_always_released() {
     gone("secretless").await;
 
     let events = cluster.api::<Event>().list(&ListParams::default()).await.unwrap().items;
-    let left: Vec<String> = events
-        .into_iter()
-        .filter(|event| event.reason.as_deref() == Some("SlotLeftBehind"))
-        .filter_map(|event| event.note)
-        .collect();
+    let told = |reason: &str| -> Vec<(String, String)> {
+        let told = events.iter().filter(|event| event.reason.as_deref() == Some(reason));
+        told.map(|event| (event.type_.clone().unwrap(), event.note.clone().unwrap()))
+            .collect()
+    };
+    let left = told("SlotLeftBehind");
     assert_eq!(left.len(), 2, "{left:?}");
-    for note in left {
+    assert!(left.iter().all(|(type_, _)| type_ == "Warning"), "{left:?}");
+    // To make the Secret again is of no use to a pipeline that is gone.
+    assert!(left.iter().all(|(_, note)| !note.contains("create secret")), "{left:?}");
+    let unseen = told("SlotNeverSeen");
+    assert!(matches!(&unseen[..], [(type_, _)] if type_ == "Normal"), "{unseen:?}");
+    for (_, note) in left.iter().chain(&unseen) {
         assert!(note.contains("SELECT pg_drop_replication_slot(slot_name)"), "{note}");
     }
     operator.stop().await;

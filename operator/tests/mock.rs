@@ -369,6 +369,7 @@ async fn what_cannot_be_read_or_written_holds_no_finalizer() {
         pipeline["metadata"]["deletionTimestamp"] = json!(jiff::Timestamp::from_second(second).unwrap().to_string());
         pipeline["metadata"]["finalizers"] = json!([pipeline::FINALIZER]);
         pipeline["spec"]["source"]["postgres"]["slot"]["reclaimPolicy"] = json!(policy);
+        pipeline["status"] = json!({"slot": {"name": "meander_default_trades", "walStatus": "reserved"}});
         pipeline
     };
     let now = jiff::Timestamp::now().as_second();

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use k8s_openapi::api::{apps::v1::Deployment, batch::v1::Job};
-use kube::{Api, ResourceExt as _, api::DeleteParams};
+use kube::{Api, ResourceExt as _, api::DeleteParams, runtime::events::EventType};
 use meander_crds::{CdcPipeline, PublicationManagement, SlotReclaimPolicy};
 
 use super::{
@@ -16,7 +16,7 @@ use super::{
 use crate::{
     conditions::RUNTIME_AVAILABLE,
     context::Context,
-    error::{Error, Reason},
+    error::{Error, Problem, Reason},
     job,
     naming::slot_name,
     progress::ResourceKey,
@@ -65,7 +65,7 @@ pub async fn cleanup(
         Err(error) if error.problem().reason == Reason::SlotConflict => {
             return Ok(Some(Ending::Anothers(error.problem().message.clone())));
         }
-        Err(error) => return Ok(Some(Ending::LeftBehind(error.problem().message.clone()))),
+        Err(error) => return Ok(Some(Ending::LeftBehind(unfit(error.problem())))),
     };
     let objects = build_cleanup(pipeline, valid, &context.settings);
     let job = match Box::pin(apply_cleanup(context, pipeline, key, objects)).await {
@@ -120,8 +120,58 @@ fn drop_publication(pipeline: &CdcPipeline) -> Option<String> {
     })
 }
 
+/// The event that tells of an ending: its type, its reason and its note. A remedy comes first: a long cause must not push it out.
+pub fn told(pipeline: &CdcPipeline, ending: &Ending) -> (EventType, &'static str, String) {
+    let slot = slot_of(pipeline);
+    match ending {
+        Ending::Dropped if was_seen(pipeline) => {
+            let note = format!("Dropped the replication slot {slot}.");
+            (EventType::Normal, "SlotDropped", note)
+        }
+        Ending::Dropped => {
+            let note = format!(
+                "There is no replication slot {slot}: this pipeline was never seen to have one, and one that was there is dropped."
+            );
+            (EventType::Normal, "SlotNeverSeen", note)
+        }
+        Ending::Retained => {
+            let note = format!("The replication slot {slot} stays, as reclaimPolicy says.");
+            (EventType::Normal, "SlotRetained", note)
+        }
+        Ending::Anothers(cause) => {
+            let note = format!("Nothing was dropped.{} Cause: {cause}", left_of_conflict(pipeline));
+            (EventType::Normal, "SlotRetained", note)
+        }
+        Ending::LeftBehind(cause) if was_seen(pipeline) => {
+            let host = &pipeline.spec.source.postgres.host;
+            let note = format!(
+                "The replication slot {slot} may be left behind, and then fills the disk of {host}. {} Cause: {cause}",
+                by_hand(pipeline)
+            );
+            (EventType::Warning, "SlotLeftBehind", note)
+        }
+        Ending::LeftBehind(cause) => {
+            let note = format!(
+                "This pipeline was never seen to have a replication slot, and nobody could look for one named {slot}. To be sure: {} Cause: {cause}",
+                by_hand(pipeline)
+            );
+            (EventType::Normal, "SlotNeverSeen", note)
+        }
+    }
+}
+
+/// Whether a capture ever said that it had opened its source, or what PostgreSQL says of its slot. A slot can be there all the same: for the moment
+/// between its making and the first word of it, or from an earlier pipeline of the name.
+fn was_seen(pipeline: &CdcPipeline) -> bool {
+    let status = pipeline.status.as_ref();
+    status.is_some_and(|status| {
+        let slot = status.slot.as_ref();
+        status.replication.is_some() || slot.is_some_and(|slot| slot.wal_status.is_some() || slot.restart_lsn.is_some())
+    })
+}
+
 /// What may be left of a pipeline whose slot is another's. That one may read through the same publication, so a person decides.
-pub fn left_of_conflict(pipeline: &CdcPipeline) -> String {
+fn left_of_conflict(pipeline: &CdcPipeline) -> String {
     drop_publication(pipeline)
         .map(|sql| {
             let database = &pipeline.spec.source.postgres.database;
@@ -131,18 +181,24 @@ pub fn left_of_conflict(pipeline: &CdcPipeline) -> String {
 }
 
 /// The SQL that does by hand what could not be done.
-pub fn remedy(pipeline: &CdcPipeline) -> String {
-    let postgres = &pipeline.spec.source.postgres;
-    let slot = slot_of(pipeline);
-    let mut sql =
-        format!("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = '{slot}';");
-    if let Some(publication) = drop_publication(pipeline) {
-        sql.push_str(&format!(" {publication}"));
-    }
+fn by_hand(pipeline: &CdcPipeline) -> String {
+    let (slot, database) = (slot_of(pipeline), &pipeline.spec.source.postgres.database);
+    let publication = drop_publication(pipeline).map(|sql| format!(" {sql}"));
     format!(
-        "The replication slot {slot} may be left behind, and then fills the disk of {}. Run in the database {}: {sql}",
-        postgres.host, postgres.database
+        "Run in the database {database}: SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = '{slot}';{}",
+        publication.unwrap_or_default()
     )
+}
+
+/// Why nothing could be dropped, where the spec was not fit for it. What it takes to mend a pipeline mends nothing of one that goes.
+fn unfit(problem: &Problem) -> String {
+    match problem.reason {
+        Reason::SecretNotFound | Reason::SecretKeyNotFound => {
+            let what = problem.message.split(';').next().unwrap_or_default();
+            format!("{what}, and so nothing could sign in to clean up: a pipeline needs its Secrets until it is gone")
+        }
+        _ => problem.message.clone(),
+    }
 }
 
 #[cfg(test)]

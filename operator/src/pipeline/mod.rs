@@ -275,46 +275,12 @@ async fn last_stages(
 /// Says how it ended, and lets the resource go.
 async fn conclude(context: &Context, pipeline: &CdcPipeline, key: &ResourceKey, ending: Ending) -> Result<(), Error> {
     context.may_write(RUNTIME_AVAILABLE)?;
-    match &ending {
-        Ending::Dropped => {
-            let note = format!("Dropped the replication slot {}.", validate::slot_of(pipeline));
-            context
-                .events
-                .publish(pipeline, EventType::Normal, "Cleanup", "SlotDropped", &note)
-                .await;
-        }
-        Ending::Retained => {
-            let note = format!(
-                "The replication slot {} stays, as reclaimPolicy says.",
-                validate::slot_of(pipeline)
-            );
-            context
-                .events
-                .publish(pipeline, EventType::Normal, "Cleanup", "SlotRetained", &note)
-                .await;
-        }
-        Ending::Anothers(cause) => {
-            // The remedy comes first here too.
-            let note = format!(
-                "Nothing was dropped.{} Cause: {cause}",
-                cleanup::left_of_conflict(pipeline)
-            );
-            context
-                .events
-                .publish(pipeline, EventType::Normal, "Cleanup", "SlotRetained", &note)
-                .await;
-        }
-        Ending::LeftBehind(cause) => {
-            // The remedy comes first: a long cause must not push it out of the event.
-            let note = format!("{} Cause: {cause}", cleanup::remedy(pipeline));
-            // A namespace that is being deleted takes no event.
-            tracing::warn!(namespace = key.namespace, name = key.name, "{note}");
-            context
-                .events
-                .publish(pipeline, EventType::Warning, "Cleanup", "SlotLeftBehind", &note)
-                .await;
-        }
+    let (type_, reason, note) = cleanup::told(pipeline, &ending);
+    if type_ == EventType::Warning {
+        // A namespace that is being deleted takes no event.
+        tracing::warn!(namespace = key.namespace, name = key.name, "{note}");
     }
+    context.events.publish(pipeline, type_, "Cleanup", reason, &note).await;
     // The status may just have been written, and then the resource version has moved on.
     let api: Api<CdcPipeline> = Api::namespaced(context.client.clone(), &key.namespace);
     let current = api.get_opt(&pipeline.name_any()).await;
