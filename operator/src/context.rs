@@ -27,7 +27,7 @@ use crate::{
     events::Events,
     lease::Claim,
     metrics::Metrics,
-    pipeline::status::SILENCE,
+    pipeline::{rollout::Rollout, status::SILENCE},
     progress::{Kind, Observation, ResourceKey, Tracker},
     tls::Trust,
 };
@@ -79,6 +79,8 @@ pub struct Context {
     pub metrics: Arc<Metrics>,
     /// What the watches show.
     pub caches: Arc<Caches>,
+    /// How far the operator's image of the runtime has come.
+    pub rollout: Arc<Rollout>,
     backoffs: Arc<Mutex<HashMap<ResourceKey, ExponentialBackoff>>>,
     settled: Arc<Mutex<HashMap<Place, Settled>>>,
 }
@@ -122,6 +124,7 @@ impl Context {
             events,
             metrics,
             caches,
+            rollout: Arc::default(),
             backoffs: Arc::default(),
             settled: Arc::default(),
         }

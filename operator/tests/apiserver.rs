@@ -18,6 +18,8 @@ mod network;
 mod outages;
 #[path = "apiserver/permissions.rs"]
 mod permissions;
+#[path = "apiserver/rollout.rs"]
+mod rollout;
 
 use std::{
     collections::BTreeSet,
@@ -1190,8 +1192,6 @@ impl Operator {
             "meander-operator",
             "--namespace",
             &cluster.namespace,
-            "--runtime-image",
-            "meander-runtime:test",
             "--progress-endpoint",
             &endpoint,
             "--lease-namespace",
@@ -1203,7 +1203,9 @@ impl Operator {
             "--admin-address",
             &admin_text,
         ];
-        let options = Options::parse_from(options.iter().chain(more));
+        let image = ["--runtime-image", "meander-runtime:test"];
+        let image = image.iter().filter(|_| !more.contains(&image[0]));
+        let options = Options::parse_from(options.iter().chain(image).chain(more));
         let shutdown = CancellationToken::new();
         let task = tokio::spawn(Box::pin(run(options, cluster.operator.clone(), shutdown.clone())));
         Self {

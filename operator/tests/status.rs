@@ -49,6 +49,7 @@ fn deployment(available: bool) -> Deployment {
 fn facts(available: bool) -> Facts {
     Facts {
         slot_held_by: None,
+        waits_for: None,
         secrets: Some(support::keys()),
         deployment: Some(deployment(available)),
         pods: Vec::new(),

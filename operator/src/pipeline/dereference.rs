@@ -24,6 +24,8 @@ pub struct Facts {
     pub secrets: Option<Keys>,
     /// The other pipeline that has its slot.
     pub slot_held_by: Option<String>,
+    /// The pipeline that tries the operator's image of the runtime, while this one goes on with its own.
+    pub waits_for: Option<ResourceKey>,
     /// The Deployment that captures.
     pub deployment: Option<Deployment>,
     /// Its pods, where they are needed to say why one is not available.
@@ -45,6 +47,7 @@ pub fn known(context: &Context, pipeline: &CdcPipeline, key: &ResourceKey) -> Fa
     Facts {
         slot_held_by: slot::held_by(pipeline, &context.caches.pipelines.state()),
         secrets: None,
+        waits_for: None,
         deployment,
         pods,
     }

@@ -8,6 +8,7 @@ pub mod build;
 pub mod cleanup;
 pub mod dereference;
 pub mod metrics;
+pub mod rollout;
 pub mod slot;
 pub mod status;
 pub mod validate;
@@ -154,6 +155,9 @@ async fn reconcile_key(key: &ResourceKey, context: &Context) -> Result<Action, E
         // Somebody else's finalizer keeps it; there is nothing left to do here.
         return Ok(Action::await_change());
     };
+    if outcome.is_err() {
+        rollout::give_up(context, key, facts.as_ref());
+    }
     let observation = context.tracker.observe(key, &uid);
     let inputs = Inputs {
         pipeline: &pipeline,
@@ -188,9 +192,12 @@ async fn reconcile_key(key: &ResourceKey, context: &Context) -> Result<Action, E
     outcome?;
     let next = if pipeline.metadata.deletion_timestamp.is_some() {
         Duration::from_secs(2)
-    } else if facts.is_some_and(|facts| facts.secrets.is_some()) {
+    } else if facts.as_ref().is_some_and(|facts| facts.secrets.is_some()) {
         // Secrets are not watched.
         Duration::from_secs(5)
+    } else if facts.is_some_and(|facts| facts.waits_for.is_some()) {
+        // Nobody tells when its turn comes, and to look costs no request.
+        Duration::from_secs(10)
     } else {
         until_silent(&observation)
     };
@@ -206,6 +213,10 @@ async fn look(
 ) -> Result<ValidPipeline, Error> {
     let facts = facts.insert(dereference::known(context, pipeline, key));
     let valid = validate::validate(pipeline, facts, &context.settings)?;
+    facts.waits_for = rollout::waits_for(context, pipeline, key, facts.deployment.as_ref());
+    if facts.waits_for.is_some() {
+        return Ok(valid);
+    }
     let wanted = build::build(pipeline, &valid, &context.settings).deployment;
     if dereference::is_started(facts, pipeline, wanted) {
         return Ok(valid);
@@ -231,6 +242,10 @@ async fn stages(
             return Err(error);
         }
     };
+    if facts.as_ref().is_some_and(|facts| facts.waits_for.is_some()) {
+        apply::keep_trust(context, pipeline, key).await?;
+        return Ok(valid);
+    }
     let objects = build::build(pipeline, &valid, &context.settings);
     // Before there can be a slot.
     if !pipeline.finalizers().iter().any(|finalizer| finalizer == FINALIZER) {

@@ -29,7 +29,7 @@ use crate::{
     error::{Error, Reason},
     format,
     pod::{log_of, trouble},
-    progress::Observation,
+    progress::{Observation, ResourceKey},
     secrets::{self, SecretFiles},
 };
 
@@ -107,7 +107,7 @@ pub fn status(inputs: &Inputs<'_>) -> CdcPipelineStatus {
         config_hash: inputs
             .outcome
             .ok()
-            .filter(|_| !paused)
+            .filter(|_| !paused && waits_for(inputs).is_none())
             .map(|valid| valid.config_hash.clone())
             .or(old.config_hash),
     }
@@ -345,12 +345,16 @@ fn available(inputs: &Inputs<'_>, old: &[Condition]) -> Judgement {
             "NotStarted",
             "Nothing was started yet.",
         ),
-        Some(deployment) if is_available(deployment) => Judgement::new(
-            RUNTIME_AVAILABLE,
-            Status::True,
-            "PodReady",
-            "The runtime's pod is ready.",
-        ),
+        Some(deployment) if is_available(deployment) => {
+            let waits = waits_for(inputs).map(|first| {
+                let (namespace, name) = (&first.namespace, &first.name);
+                format!(
+                    " It keeps its image until that of this operator is seen to run: pipeline {namespace}/{name} tries it first."
+                )
+            });
+            let message = format!("The runtime's pod is ready.{}", waits.unwrap_or_default());
+            Judgement::new(RUNTIME_AVAILABLE, Status::True, "PodReady", message)
+        }
         Some(deployment)
             if facts.pods.is_empty()
                 && let Some(refusal) = refusal(deployment) =>
@@ -376,6 +380,11 @@ fn available(inputs: &Inputs<'_>, old: &[Condition]) -> Judgement {
             },
         },
     }
+}
+
+/// The pipeline that tries the image of this operator first.
+fn waits_for<'a>(inputs: &Inputs<'a>) -> Option<&'a ResourceKey> {
+    inputs.facts?.waits_for.as_ref()
 }
 
 /// True if everything is; otherwise what the first thing says that is not.
