@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Installs what the tests and the demo need and a bare Debian 12 machine lacks.
 #
-#   tests/setup.sh [base|rust|kafka|postgres|debezium|cluster|lint|sbom]...   these parts (default: all but sbom)
+#   tests/setup.sh [base|rust|kafka|postgres|debezium|cluster|lint|sbom|peers]...   these parts (default: all but sbom and peers)
 #   tests/setup.sh path                           prints what to put before PATH
-#   eval "$(tests/setup.sh env)"                  exports PATH, MEANDER_CACHE, KAFKA_HOME, DEBEZIUM_HOME, PROMETHEUS_CRDS
+#   eval "$(tests/setup.sh env)"                  exports PATH, MEANDER_CACHE, KAFKA_HOME, DEBEZIUM_HOME, DEBEZIUM_SERVER_HOME, PEERS_JAVA, PROMETHEUS_CRDS
 #
 # Running it again is cheap: what is there is skipped. Everything but the
 # distribution's packages goes to $MEANDER_CACHE (default ~/.cache/meander).
@@ -135,6 +135,35 @@ setup_debezium() {
   step "debezium: $DEBEZIUM_VERSION" in_place "$DEBEZIUM_HOME" make_debezium
 }
 
+# The newest Java of the machine, for the peers of the benchmarks: Debezium Server needs 21.
+peers_java() {
+  local java home version newest='' least=20
+  for java in "$(command -v java)" /usr/lib/jvm/*/bin/java; do
+    home=$(dirname "$(dirname "$(readlink -f "$java")")")
+    version=$(sed -n 's/^JAVA_VERSION="\([0-9]*\).*/\1/p' "$home/release" 2>/dev/null) || continue
+    [ "${version:-0}" -le "$least" ] || newest=$java least=$version
+  done
+  echo "$newest"
+}
+
+make_debezium_server() {
+  local artifact=io.debezium:debezium-server-dist:$DEBEZIUM_SERVER_VERSION:tar.gz archive
+  mvn -B -q dependency:copy -Dartifact="$artifact" -DoutputDirectory="$1" || return
+  archive=$1/debezium-server-dist-$DEBEZIUM_SERVER_VERSION.tar.gz
+  echo "$DEBEZIUM_SERVER_SHA256  $archive" | sha256sum --check --quiet || return
+  tar -xzf "$archive" -C "$1" --strip-components=1 debezium-server/lib \
+    "debezium-server/debezium-server-dist-$DEBEZIUM_SERVER_VERSION-runner.jar" || return
+  rm "$archive"
+}
+
+setup_peers() {
+  setup_debezium
+  [ -n "$(peers_java)" ] || die "part peers needs a Java from 21 on, as java or in /usr/lib/jvm"
+  [ ! -d "$DEBEZIUM_SERVER_HOME" ] || return 0
+  command -v mvn >/dev/null || die "part peers needs mvn (part base installs it)"
+  step "peers: Debezium Server $DEBEZIUM_SERVER_VERSION" in_place "$DEBEZIUM_SERVER_HOME" make_debezium_server
+}
+
 # build_go ARGUMENT...: the machine's own Go as it is where it is new enough,
 # since fetching another one takes minutes.
 build_go() {
@@ -205,8 +234,8 @@ setup_sbom() {
 
 environment() {
   # shellcheck disable=SC2016 # the reader's shell expands it
-  printf 'export MEANDER_CACHE=%q KAFKA_HOME=%q DEBEZIUM_HOME=%q PROMETHEUS_CRDS=%q PATH=%q:"$PATH"\n' \
-    "$MEANDER_CACHE" "$KAFKA_HOME" "$DEBEZIUM_HOME" "$PROMETHEUS_CRDS" "$TOOLS_PATH:$KAFKA_HOME/bin"
+  printf 'export MEANDER_CACHE=%q KAFKA_HOME=%q DEBEZIUM_HOME=%q DEBEZIUM_SERVER_HOME=%q PEERS_JAVA=%q PROMETHEUS_CRDS=%q PATH=%q:"$PATH"\n' \
+    "$MEANDER_CACHE" "$KAFKA_HOME" "$DEBEZIUM_HOME" "$DEBEZIUM_SERVER_HOME" "$(peers_java)" "$PROMETHEUS_CRDS" "$TOOLS_PATH:$KAFKA_HOME/bin"
 }
 
 main() {
@@ -214,10 +243,10 @@ main() {
   [ $# -gt 0 ] || set -- base rust kafka postgres debezium cluster lint
   for part; do
     case $part in
-      base | rust | kafka | postgres | debezium | cluster | lint | sbom) "setup_$part" ;;
+      base | rust | kafka | postgres | debezium | cluster | lint | sbom | peers) "setup_$part" ;;
       path) echo "$TOOLS_PATH:$KAFKA_HOME/bin" ;;
       env) environment ;;
-      *) die "unknown part $part; there are base, rust, kafka, postgres, debezium, cluster, lint, sbom, path, env" ;;
+      *) die "unknown part $part; there are base, rust, kafka, postgres, debezium, cluster, lint, sbom, peers, path, env" ;;
     esac
   done
 }

@@ -15,7 +15,9 @@ PROMETHEUS_OPERATOR_VERSION=0.85.0 # its CRDs, for the chart's monitors and rule
 CARGO_DENY_VERSION=0.20.2
 CARGO_CYCLONEDX_VERSION=0.5.9
 KAFKA_VERSION=4.3.1         # also in kafka/pom.xml and ../differential/pom.xml
-DEBEZIUM_VERSION=3.7.0.Final # also in ../differential/pom.xml
+DEBEZIUM_VERSION=3.7.0.Final # also in ../differential/pom.xml and bench/src/peers.rs
+DEBEZIUM_SERVER_VERSION=3.6.0.Final # also in bench/src/peers.rs; there is no newer one
+DEBEZIUM_SERVER_SHA256=901ce7b0b75b4dafaac4aa57dac6dfcad5937f96fb7159e25d22759bbf5192e4
 # The servers that the tests run against besides Debian's: version and SHA-256 of the archive inside the package.
 POSTGRES_VERSIONS=(
   14.24.0:a22637a4a9904f6a7ed42ca0849f3db96f29a6d7dc719d9da8487fe4522e5017
@@ -40,6 +42,7 @@ GRPCURL_DIR=$MEANDER_CACHE/grpcurl-$GRPCURL_VERSION
 PROMETHEUS_CRDS=$MEANDER_CACHE/prometheus-crds-$PROMETHEUS_OPERATOR_VERSION
 KAFKA_HOME=$MEANDER_CACHE/kafka-$KAFKA_VERSION-$(digest_of "$MEANDER_TESTS"/cluster/kafka/pom.xml "$MEANDER_TESTS"/cluster/kafka/run-class.sh)
 DEBEZIUM_HOME=$MEANDER_CACHE/debezium-$DEBEZIUM_VERSION-$(digest_of "$MEANDER_TESTS"/differential/pom.xml)
+DEBEZIUM_SERVER_HOME=$MEANDER_CACHE/peer-debezium-server-$DEBEZIUM_SERVER_VERSION
 TOOLS_PATH=$KUBE_DIR/bin:$HELM_DIR/bin:$KUBECONFORM_DIR/bin:$GRPCURL_DIR/bin:$CARGO_DENY_DIR/bin
 
 # log MESSAGE...: progress, on standard error so that output can be captured.

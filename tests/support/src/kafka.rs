@@ -35,6 +35,16 @@ const JVM: &[&str] = &[
     "-XX:+UseSerialGC",
 ];
 
+/// What Kafka's own script gives a broker.
+const JVM_AS_SHIPPED: &[&str] = &[
+    "-Xms1G",
+    "-Xmx1G",
+    "-XX:+UseG1GC",
+    "-XX:MaxGCPauseMillis=20",
+    "-XX:InitiatingHeapOccupancyPercent=35",
+    "-XX:+ExplicitGCInvokesConcurrent",
+];
+
 /// A broker that is its own controller (KRaft). Topics are not created by using them.
 pub struct Kafka {
     process: Process,
@@ -48,20 +58,25 @@ pub struct Kafka {
 impl Kafka {
     /// Starts a broker of the caller's own, which takes seconds; most tests are fine with [`Kafka::shared`].
     pub async fn start() -> Self {
-        Self::start_with(|_, _| String::new()).await
+        Self::start_with(JVM, |_, _| String::new()).await
+    }
+
+    /// Starts a broker with the memory and the compilers that it has by its own script, for measurements.
+    pub async fn start_as_shipped() -> Self {
+        Self::start_with(JVM_AS_SHIPPED, |_, _| String::new()).await
     }
 
     /// Starts a broker that has a second listener, at [`second_port`](Self::second_port), whose clients are told to come to this address on
     /// loopback: what listens there leads to it.
     pub async fn start_behind(advertised: u16) -> Self {
-        Self::start_with(|_, ports| listener_behind(advertised, ports)).await
+        Self::start_with(JVM, |_, ports| listener_behind(advertised, ports)).await
     }
 
     /// Starts a broker that has a second listener, [`secure_bootstrap`](Self::secure_bootstrap): TLS with this certificate, for
     /// `localhost`, and SASL by SCRAM-SHA-512 or PLAIN for the user `meander`, who has the password `one` and may do nothing. On the
     /// listener without authentication everything is allowed.
     pub async fn start_secure(certificate: &Identity) -> Self {
-        Self::start_with(|folder, ports| {
+        Self::start_with(JVM, |folder, ports| {
             let mut keystore = fs::read_to_string(&certificate.key_file).unwrap();
             keystore.push_str(&fs::read_to_string(&certificate.certificate_file).unwrap());
             let file = folder.join("keystore.pem");
@@ -71,8 +86,8 @@ impl Kafka {
         .await
     }
 
-    /// With more settings, made of its folder and its ports.
-    async fn start_with(more: impl FnOnce(&Path, &Ports) -> String) -> Self {
+    /// With these options of Java, and more settings, made of its folder and its ports.
+    async fn start_with(jvm: &[&str], more: impl FnOnce(&Path, &Ports) -> String) -> Self {
         let folder = folder("kafka");
         let ports = Ports {
             first: free_port(),
@@ -86,7 +101,7 @@ impl Kafka {
         let home = home();
         format_storage(&home, &properties);
 
-        let mut command = java(&home);
+        let mut command = java(&home, jvm);
         command.arg("kafka.Kafka").arg(&properties);
         let process = Process::start("kafka", folder.path(), &command, Signal::KILL);
         let mut kafka = Self {
@@ -128,7 +143,7 @@ impl Kafka {
     /// # Panics
     /// When it fails.
     pub async fn tool(&self, class: &str, arguments: &str) {
-        let mut command = java(&home());
+        let mut command = java(&home(), JVM);
         command
             .arg(class)
             .args(["--bootstrap-server", &self.bootstrap()])
@@ -326,7 +341,7 @@ inter.broker.listener.name=PLAINTEXT
 
 /// Writes the identity of a new cluster; the broker does not start without.
 fn format_storage(home: &Path, properties: &Path) {
-    let output = java(home)
+    let output = java(home, JVM)
         .args([
             "kafka.tools.StorageTool",
             "format",
@@ -348,9 +363,9 @@ fn format_storage(home: &Path, properties: &Path) {
     );
 }
 
-fn java(home: &Path) -> Command {
+fn java(home: &Path, jvm: &[&str]) -> Command {
     let mut command = Command::new("java");
-    command.args(JVM).arg("-cp").arg(home.join("libs/*"));
+    command.args(jvm).arg("-cp").arg(home.join("libs/*"));
     command.arg(format!(
         "-Dlog4j2.configurationFile={}",
         home.join("config/log4j2.properties").display()

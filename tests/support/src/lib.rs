@@ -39,6 +39,8 @@ use std::{
 
 /// What [`process::Process::signal`] sends.
 pub use rustix::process::Signal;
+/// What [`process::folder`] makes.
+pub use tempfile::TempDir;
 
 pub use crate::{
     config::capture_config,

@@ -123,6 +123,12 @@ impl Postgres {
         postgres
     }
 
+    /// One of the programs that come with the machine's own server.
+    #[must_use]
+    pub fn program(name: &str) -> PathBuf {
+        own_programs().join(name)
+    }
+
     /// The port on 127.0.0.1.
     #[must_use]
     pub fn port(&self) -> u16 {

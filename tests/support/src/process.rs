@@ -72,7 +72,8 @@ pub(crate) fn root() -> &'static Path {
 }
 
 /// A folder for one service, removed with its handle.
-pub(crate) fn folder(name: &str) -> TempDir {
+#[must_use]
+pub fn folder(name: &str) -> TempDir {
     let folder = tempfile::Builder::new()
         .prefix(&format!("{name}-"))
         .tempdir_in(root())
@@ -93,8 +94,9 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts a program; the log goes to `<folder>/log`.
-    pub(crate) fn start(name: &str, folder: &Path, program: &Command, stop_signal: Signal) -> Self {
+    /// Starts a program, for which `stop_signal` is the good way to end; the log goes to `<folder>/log`.
+    #[must_use]
+    pub fn start(name: &str, folder: &Path, program: &Command, stop_signal: Signal) -> Self {
         let pid_file = root().join("pids").join(crate::unique_name(name));
         let log = folder.join("log");
         let output = File::options().create(true).append(true).open(&log).unwrap();
