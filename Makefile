@@ -53,5 +53,5 @@ images: binaries ## Container images; sizes are printed
 sbom: ## What the images are made of, as CycloneDX, in dist/
 	@deploy/sbom.sh
 
-bench: ## Pacing of a replay, and speed of a capture, measured
+bench: ## Speed, cost and latency, side by side with the peers and the limits, for hours
 	@bench/run.sh

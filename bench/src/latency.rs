@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::Context as _;
 use meander_proto::v1::{ChangeRecord, value::Kind};
-use meander_test_support::{Kafka, Postgres, Redis, Runtime};
+use meander_test_support::Kafka;
 use prost::Message as _;
 use rdkafka::{
     Message as _, Offset, TopicPartitionList,
@@ -20,34 +20,21 @@ use redis::{
     AsyncCommands as _,
     streams::{StreamReadOptions, StreamReadReply},
 };
-use serde::Serialize;
 use tokio::{
-    task::{JoinSet, spawn_blocking},
+    task::{JoinHandle, JoinSet, spawn_blocking},
     time::{Instant, interval_at, timeout},
 };
 
-use crate::process::{cpu_seconds, peak_resident};
+use crate::{
+    contestant::{Capture, Contestant, Variant},
+    process::{peak_resident, resident},
+    report::{Figure, Figures, Report},
+    stage::Stage,
+};
 
 const LIMIT: Duration = Duration::from_secs(60);
 /// How long one look for something new takes at most.
-const LOOK: Duration = Duration::from_millis(500);
-/// Where in a row the time is at which it was written, in microseconds since the Unix epoch.
-const WRITTEN: usize = 1;
-
-#[derive(Serialize)]
-struct Round {
-    consumer: &'static str,
-    commits_per_second: f64,
-    changes: usize,
-    /// Milliseconds from the INSERT, just before its commit is flushed, until the consumer has the record.
-    p50: f64,
-    p99: f64,
-    p999: f64,
-    max: f64,
-    /// Processors that the runtime kept busy.
-    runtime_cores: f64,
-    peak_resident_mebibytes: f64,
-}
+const LOOK: Duration = Duration::from_millis(250);
 
 /// What was asked for.
 #[derive(Clone, Copy)]
@@ -59,64 +46,92 @@ pub(crate) struct Load {
     pub(crate) seconds: u64,
 }
 
-pub(crate) async fn measure(load: Load, rounds: u32) -> anyhow::Result<()> {
-    let kafka = Kafka::start().await;
+pub(crate) async fn measure(report: &Report, load: Load, peers: &[Variant], rounds: u32) -> anyhow::Result<()> {
+    let mut contestants = Contestant::with(&[Contestant::KafkaAndRedis], peers);
     for _ in 0..rounds {
-        for round in round(&kafka, load).await? {
-            println!("{}", serde_json::to_string(&round)?);
+        Contestant::take_turns(&mut contestants);
+        for contestant in &contestants {
+            for (consumer, figures) in round(*contestant, load).await? {
+                let name = match contestant {
+                    Contestant::KafkaAndRedis => format!("Meander to Kafka and Redis, {consumer}"),
+                    peer => peer.name(),
+                };
+                let work = format!("latency at {} commits/s", crate::report::thousands(load.rate));
+                report.add(&work, &name, &contestant.version(), figures)?;
+            }
         }
     }
     Ok(())
 }
 
-async fn round(kafka: &Kafka, load: Load) -> anyhow::Result<[Round; 2]> {
-    let postgres = Postgres::start(&[("max_wal_size", "8GB"), ("shared_buffers", "1GB")]).await;
-    let redis = Redis::start().await;
-    postgres
-        .client()
-        .await
+async fn round(contestant: Contestant, load: Load) -> anyhow::Result<Vec<(&'static str, Figures)>> {
+    let mut stage = Stage::start().await;
+    let client = stage.postgres.client().await;
+    client
         .batch_execute(
             "CREATE TABLE trades (trade_id bigint PRIMARY KEY, written bigint, symbol text, price numeric(12,2), quantity int, side text)",
         )
         .await?;
-    let config = crate::config(&postgres, kafka, Some(&redis));
-    let mut runtime = Runtime::capture(&config);
-    runtime.ready(LIMIT).await;
-    let process = runtime.process().id().context("the runtime has ended")?;
-    let stream = format!(
-        "{}.public.trades",
-        config.redis.as_ref().context("there is a Redis")?.stream_prefix
-    );
-    let topic = format!("{}.public.trades", config.kafka.topic_prefix);
+    let mut capture = Capture::of_changes(contestant, &stage).await?;
+    capture.start();
+    let process = capture.process_id()?;
+    let decode = if capture.marks_ends() { written } else { written_in_json };
 
     // Until all are made, nobody knows how many there are to be seen.
     let expected = Arc::new(AtomicUsize::new(usize::MAX));
-    let from_kafka = spawn_blocking({
-        let (consumer, expected) = (consumer(kafka, &topic)?, Arc::clone(&expected));
-        move || consume(&consumer, &expected)
-    });
-    let from_redis = tokio::spawn(read(redis.connection().await, stream, Arc::clone(&expected)));
+    let first = Arc::new(AtomicUsize::new(0));
+    let mut consumers: Vec<(&'static str, JoinHandle<Seen>)> = Vec::new();
+    if let Some(topic) = capture.topic("trades") {
+        let consumer = consumer(&stage.kafka, &topic)?;
+        let (expected, first) = (Arc::clone(&expected), Arc::clone(&first));
+        let seen = spawn_blocking(move || consume(&consumer, &expected, &first, decode));
+        consumers.push(("read in Kafka", seen));
+    }
+    if let Some(stream) = capture.stream("trades") {
+        let connection = stage.redis.connection().await;
+        let (expected, first) = (Arc::clone(&expected), Arc::clone(&first));
+        consumers.push((
+            "read in Redis",
+            tokio::spawn(read(connection, stream, expected, first, decode)),
+        ));
+    }
+    // One change shows that the contestant is at work; then the clock starts.
+    client
+        .execute("INSERT INTO trades VALUES (-1, 0, 'AAPL', 1, 1, 'buy')", &[])
+        .await?;
+    let deadline = Instant::now() + LIMIT;
+    while first.load(Ordering::Relaxed) < consumers.len() {
+        anyhow::ensure!(Instant::now() < deadline, "the first change has not been seen");
+        capture.process_id()?;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 
     let begin = Instant::now() + Duration::from_millis(100);
     let mut clients = JoinSet::new();
     for client in 0..load.clients {
-        clients.spawn(insert(postgres.client().await, client, load, begin));
+        clients.spawn(insert(stage.postgres.client().await, client, load, begin));
     }
     // The warm-up is a stretch of time.
     tokio::time::sleep_until(begin + Duration::from_secs(load.warm_up)).await;
-    let (used, since) = (cpu_seconds(process)?, Instant::now());
+    let (meter, since) = (stage.meter(Some(process))?, Instant::now());
     let from = micros();
-    let made = clients.join_all().await.into_iter().sum::<anyhow::Result<usize>>()?;
+    let made = clients.join_all().await.into_iter().sum::<anyhow::Result<usize>>()? + 1;
     let took = since.elapsed().as_secs_f64();
-    let runtime_cores = (cpu_seconds(process)? - used) / took;
+    let mut used = meter.read()?;
+    let cores = used.get(&Figure::Cpu).copied().unwrap_or_default() / took;
+    used.insert(Figure::Cores, cores);
+    used.insert(Figure::PeakResident, peak_resident(process)?);
+    used.insert(Figure::Resident, resident(process)?);
     expected.store(made, Ordering::Relaxed);
-    let both = async { anyhow::Ok((from_kafka.await??, from_redis.await??)) };
-    let seen = timeout(LIMIT, both).await;
-    // Whoever still waits has waited long enough.
-    expected.store(0, Ordering::Relaxed);
-    let (in_kafka, in_redis) = seen.context("not every change has been seen")??;
-    let round = |consumer, seen: Vec<(i64, i64)>| {
-        anyhow::ensure!(seen.len() == made, "{consumer} has {} of {made} changes", seen.len());
+    let mut rounds = Vec::new();
+    for (consumer, seen) in consumers {
+        let seen = timeout(LIMIT, seen).await;
+        if seen.is_err() {
+            // Whoever still waits has waited long enough.
+            expected.store(0, Ordering::Relaxed);
+        }
+        let seen = seen.with_context(|| format!("{consumer}: not every change has been seen"))???;
+        anyhow::ensure!(seen.len() == made, "{consumer}: {} of {made} changes", seen.len());
         let mut latencies: Vec<i64> = seen
             .into_iter()
             .filter(|(written, _)| *written >= from)
@@ -127,20 +142,17 @@ async fn round(kafka: &Kafka, load: Load) -> anyhow::Result<[Round; 2]> {
             let index = ((latencies.len() as f64 * share) as usize).min(latencies.len() - 1);
             latencies[index] as f64 / 1000.0
         };
-        Ok(Round {
-            consumer,
-            commits_per_second: latencies.len() as f64 / took,
-            changes: latencies.len(),
-            p50: at(0.5),
-            p99: at(0.99),
-            p999: at(0.999),
-            max: at(1.0),
-            runtime_cores,
-            peak_resident_mebibytes: peak_resident(process)?,
-        })
-    };
-    let rounds = [round("Kafka, read_committed", in_kafka)?, round("Redis", in_redis)?];
-    runtime.terminate(LIMIT);
+        let mut figures = used.clone();
+        figures.extend([
+            (Figure::CommitsPerSecond, latencies.len() as f64 / took),
+            (Figure::P50, at(0.5)),
+            (Figure::P99, at(0.99)),
+            (Figure::P999, at(0.999)),
+            (Figure::Max, at(1.0)),
+        ]);
+        rounds.push((consumer, figures));
+    }
+    capture.end(&stage).await?;
     Ok(rounds)
 }
 
@@ -182,12 +194,16 @@ fn consumer(kafka: &Kafka, topic: &str) -> anyhow::Result<BaseConsumer> {
 }
 
 /// When each row was written, and when it was seen.
-fn consume(consumer: &BaseConsumer, expected: &AtomicUsize) -> anyhow::Result<Vec<(i64, i64)>> {
+type Seen = anyhow::Result<Vec<(i64, i64)>>;
+
+fn consume(consumer: &BaseConsumer, expected: &AtomicUsize, first: &AtomicUsize, decode: Decode) -> Seen {
     let mut seen = Vec::new();
     while seen.len() < expected.load(Ordering::Relaxed) {
         // Before its first change the topic is not there.
-        if let Some(Ok(message)) = consumer.poll(LOOK / 2) {
-            seen.extend(written(message.payload().unwrap_or_default())?.map(|written| (written, micros())));
+        if let Some(Ok(message)) = consumer.poll(LOOK) {
+            let now = micros();
+            seen.extend(decode(message.payload().unwrap_or_default())?.map(|written| (written, now)));
+            first.fetch_add(usize::from(seen.len() == 1), Ordering::Relaxed);
         }
     }
     Ok(seen)
@@ -197,17 +213,22 @@ async fn read(
     mut connection: redis::aio::MultiplexedConnection,
     stream: String,
     expected: Arc<AtomicUsize>,
-) -> anyhow::Result<Vec<(i64, i64)>> {
+    first: Arc<AtomicUsize>,
+    decode: Decode,
+) -> Seen {
     let options = StreamReadOptions::default()
-        .block(LOOK.as_millis() as usize / 2)
+        .block(LOOK.as_millis() as usize)
         .count(1000);
     let (mut seen, mut last) = (Vec::new(), "0".to_owned());
     while seen.len() < expected.load(Ordering::Relaxed) {
         let reply: Option<StreamReadReply> = connection.xread_options(&[&stream], &[&last], &options).await?;
         let now = micros();
         for entry in reply.into_iter().flat_map(|reply| reply.keys).flat_map(|key| key.ids) {
-            let value: Vec<u8> = entry.get("value").context("an entry without a value")?;
-            seen.extend(written(&value)?.map(|written| (written, now)));
+            // Ours has the field `value`; Debezium's only field is named by the key.
+            let value = entry.map.get("value").or_else(|| entry.map.values().next());
+            let value: Vec<u8> = redis::from_redis_value(value.cloned().context("an entry without a value")?)?;
+            seen.extend(decode(&value)?.map(|written| (written, now)));
+            first.fetch_add(usize::from(seen.len() == 1), Ordering::Relaxed);
             last = entry.id;
         }
     }
@@ -215,6 +236,11 @@ async fn read(
 }
 
 /// When the row of a record was written; none where it is no row.
+type Decode = fn(&[u8]) -> anyhow::Result<Option<i64>>;
+
+/// Where in a row that is: in microseconds since the Unix epoch.
+const WRITTEN: usize = 1;
+
 fn written(value: &[u8]) -> anyhow::Result<Option<i64>> {
     let Some(row) = ChangeRecord::decode(value)?.after else {
         return Ok(None);
@@ -223,6 +249,19 @@ fn written(value: &[u8]) -> anyhow::Result<Option<i64>> {
         Some(Kind::Integer(written)) => Ok(Some(*written)),
         other => anyhow::bail!("{other:?} is no time"),
     }
+}
+
+fn written_in_json(value: &[u8]) -> anyhow::Result<Option<i64>> {
+    #[derive(serde::Deserialize)]
+    struct Event {
+        after: Option<Row>,
+    }
+    #[derive(serde::Deserialize)]
+    struct Row {
+        written: i64,
+    }
+    let event: Event = serde_json::from_slice(value)?;
+    Ok(event.after.map(|row| row.written))
 }
 
 fn micros() -> i64 {

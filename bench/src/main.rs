@@ -1,34 +1,96 @@
-//! Measures Meander against real services on loopback, which it starts itself.
+//! Measures Meander, beside what a user would pick instead and beside what bounds everybody, against real services on loopback, which it
+//! starts itself.
 //!
-//! `bench/run.sh` builds and runs it. Each measurement ends with one line of JSON; `docs/benchmarks.md` says what was measured where.
+//! `bench/run.sh` builds and runs it; `docs/benchmarks.md` says what was measured where.
 
 // A failure here is the measurement's failure.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod capture;
+mod contestant;
+mod idle;
 mod latency;
+mod limits;
+mod observer;
 mod pacing;
+mod peers;
+mod plot;
 mod process;
+mod report;
+mod snapshot;
+mod stage;
 mod throughput;
 
-use clap::{Parser, Subcommand};
-use meander_config::CaptureConfig;
-use meander_test_support::{Kafka, Postgres, Redis, capture_config};
+use std::{path::PathBuf, time::Duration};
+
+use clap::{Parser, Subcommand, ValueEnum};
+
+use crate::{contestant::Variant, report::Report};
+
+/// How long anything may take.
+pub(crate) const LIMIT: Duration = Duration::from_secs(600);
 
 #[derive(Parser)]
 struct Arguments {
+    /// Gets a line of JSON for each contestant in each round, behind what is there
+    #[arg(long, default_value = "dist/bench.jsonl", global = true)]
+    results: PathBuf,
     #[command(subcommand)]
-    measurement: Measurement,
+    work: Work,
+}
+
+/// How often, and with whom.
+#[derive(clap::Args)]
+struct Rounds {
+    #[arg(long, default_value_t = 5)]
+    rounds: u32,
+    /// How the peers are set up: each of these ways is a contestant
+    #[arg(long, value_delimiter = ',', default_value = "default,tuned")]
+    peers: Vec<Peers>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Peers {
+    /// No peers
+    None,
+    /// As they come
+    Default,
+    /// For rate: larger batches and queues, a shorter wait, compression
+    Tuned,
+    /// For latency: the shortest wait, whatever it costs
+    LowLatency,
+}
+
+impl Rounds {
+    fn variants(&self) -> Vec<Variant> {
+        let variant = |peers: &Peers| match peers {
+            Peers::None => None,
+            Peers::Default => Some(Variant::Default),
+            Peers::Tuned => Some(Variant::Tuned),
+            Peers::LowLatency => Some(Variant::LowLatency),
+        };
+        self.peers.iter().filter_map(variant).collect()
+    }
 }
 
 #[derive(Subcommand)]
-enum Measurement {
-    /// Catch-up with rows that were inserted before the capture started
-    Capture {
+enum Work {
+    /// Catch-up with changes that were made before the start
+    CatchUp {
+        #[arg(long, value_enum, default_value = "inserts")]
+        load: capture::Load,
+        /// How many; by default 1,000,000, or 200,000 wide ones, or 30,000 large ones
+        #[arg(long)]
+        changes: Option<u64>,
+        #[command(flatten)]
+        rounds: Rounds,
+    },
+    /// Snapshot of a table that nobody writes to, into Kafka
+    Snapshot {
         #[arg(long, default_value_t = 1_000_000)]
         rows: u64,
-        #[arg(long, default_value_t = 5)]
-        rounds: u32,
+        #[command(flatten)]
+        rounds: Rounds,
     },
     /// From the commit of a change until consumers of Kafka and of Redis have it
     Latency {
@@ -42,7 +104,26 @@ enum Measurement {
         warm_up: u64,
         #[arg(long, default_value_t = 60)]
         seconds: u64,
-        #[arg(long, default_value_t = 3)]
+        #[command(flatten)]
+        rounds: Rounds,
+    },
+    /// Many tables, and no change
+    Idle {
+        #[arg(long, default_value_t = 1000)]
+        tables: u32,
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
+        #[command(flatten)]
+        rounds: Rounds,
+    },
+    /// From the start of the process until the first change is in every sink
+    Start {
+        #[command(flatten)]
+        rounds: Rounds,
+    },
+    /// What Kafka and Redis take from their own tools
+    Limits {
+        #[arg(long, default_value_t = 5)]
         rounds: u32,
     },
     /// Replay of a recorded load at several speeds, and how far each delivery is from its due time
@@ -63,13 +144,24 @@ enum Measurement {
         #[arg(long, default_value_t = 3)]
         rounds: u32,
     },
+    /// Tables of everything that was measured
+    Summary {
+        /// A folder that gets plots
+        #[arg(long)]
+        plots: Option<PathBuf>,
+    },
 }
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    match Arguments::parse().measurement {
-        Measurement::Capture { rows, rounds } => capture::measure(rows, rounds).await,
-        Measurement::Latency {
+    let Arguments { results, work } = Arguments::parse();
+    let report = Report::new(results);
+    match work {
+        Work::CatchUp { load, changes, rounds } => {
+            capture::catch_up(&report, load, changes, &rounds.variants(), rounds.rounds).await
+        }
+        Work::Snapshot { rows, rounds } => snapshot::measure(&report, rows, &rounds.variants(), rounds.rounds).await,
+        Work::Latency {
             rate,
             clients,
             warm_up,
@@ -82,21 +174,21 @@ async fn main() -> anyhow::Result<()> {
                 warm_up,
                 seconds,
             };
-            latency::measure(load, rounds).await
+            latency::measure(&report, load, &rounds.variants(), rounds.rounds).await
         }
-        Measurement::Throughput {
+        Work::Idle {
+            tables,
+            seconds,
+            rounds,
+        } => idle::measure(&report, tables, seconds, &rounds.variants(), rounds.rounds).await,
+        Work::Start { rounds } => capture::start(&report, &rounds.variants(), rounds.rounds).await,
+        Work::Limits { rounds } => limits::measure(&report, rounds).await,
+        Work::Pacing { changes, rate, speeds } => pacing::measure(&report, changes, rate, &speeds).await,
+        Work::Throughput {
             records,
             partitions,
             rounds,
-        } => throughput::measure(records, partitions, rounds).await,
-        Measurement::Pacing { changes, rate, speeds } => pacing::measure(changes, rate, &speeds).await,
+        } => throughput::measure(&report, records, partitions, rounds).await,
+        Work::Summary { plots } => report.summarize(plots.as_deref()),
     }
-}
-
-/// A capture of `public.trades` under names that nobody else uses.
-fn config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>) -> CaptureConfig {
-    let mut config = capture_config(postgres, kafka, redis);
-    config.source.tables.include = vec!["public.trades".to_owned()];
-    config.kafka.partitions = 1;
-    config
 }

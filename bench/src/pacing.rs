@@ -4,22 +4,26 @@ use std::{
     io::{BufRead as _, BufReader},
     path::PathBuf,
     process::{Child, Command, Stdio},
-    time::Duration,
 };
 
 use anyhow::Context as _;
 use meander_config::{GrpcReceiver, ReplayConfig, ReplayEnd, ReplayOrder, ReplayStart, ReplayTarget, ResourceIdentity};
-use meander_test_support::{Kafka, Postgres, Runtime, eventually, free_address};
+use meander_test_support::{Kafka, Postgres, Runtime, capture_config, eventually, free_address};
 use meander_workload::load::{self, Load};
+use serde::Deserialize;
 
-const LIMIT: Duration = Duration::from_secs(600);
+use crate::{
+    LIMIT, contestant,
+    report::{Figure, Figures, Report},
+};
 
-pub(crate) async fn measure(changes: u64, rate: f64, speeds: &[f64]) -> anyhow::Result<()> {
+pub(crate) async fn measure(report: &Report, changes: u64, rate: f64, speeds: &[f64]) -> anyhow::Result<()> {
     let kafka = Kafka::start().await;
     let postgres = Postgres::start(&[]).await;
     let database: tokio_postgres::Config = postgres.url().parse()?;
     load::prepare(&load::connect(&database).await?, "public.trades").await?;
-    let config = crate::config(&postgres, &kafka, None);
+    let mut config = capture_config(&postgres, &kafka, None);
+    config.kafka.partitions = 1;
     let mut runtime = Runtime::capture(&config);
     runtime.ready(LIMIT).await;
     let load = Load {
@@ -64,7 +68,13 @@ pub(crate) async fn measure(changes: u64, rate: f64, speeds: &[f64]) -> anyhow::
         });
         let status = tokio::task::block_in_place(|| replay.process().wait(LIMIT));
         anyhow::ensure!(status.success(), "the replay failed:\n{}", replay.process().log_tail());
-        println!("{{\"speed\":{speed},\"replay\":{}}}", receiver.summary()?);
+        let contestant = format!("replay at the speed {speed}");
+        report.add(
+            "pace of a replay",
+            &contestant,
+            &contestant::our_version(),
+            receiver.figures(made.changes)?,
+        )?;
     }
     Ok(())
 }
@@ -89,15 +99,46 @@ impl Receiver {
         Ok(Self { process, lines })
     }
 
-    fn summary(&mut self) -> anyhow::Result<String> {
+    fn figures(&mut self, changes: u64) -> anyhow::Result<Figures> {
         for line in self.lines.by_ref() {
             let line = line?;
-            if line.starts_with('{') {
-                return Ok(line);
+            if !line.starts_with('{') {
+                continue;
             }
+            let summary: Summary = serde_json::from_str(&line)?;
+            anyhow::ensure!(
+                summary.records >= changes && summary.order_ok,
+                "the replay is not whole: {line}"
+            );
+            let error = summary.pacing_error_ms.context("no pace was judged")?;
+            return Ok(Figures::from([
+                (Figure::Seconds, summary.wall_seconds),
+                (Figure::Speed, summary.ratio.context("no time passed")?),
+                (Figure::P50, error.p50),
+                (Figure::P99, error.p99),
+                (Figure::Max, error.max),
+            ]));
         }
         anyhow::bail!("the receiver ended without a summary")
     }
+}
+
+/// What the receiver says in the end, as far as it is wanted here.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Summary {
+    records: u64,
+    order_ok: bool,
+    wall_seconds: f64,
+    ratio: Option<f64>,
+    pacing_error_ms: Option<Error>,
+}
+
+#[derive(Deserialize)]
+struct Error {
+    p50: f64,
+    p99: f64,
+    max: f64,
 }
 
 impl Drop for Receiver {

@@ -2,7 +2,7 @@
 
 use std::{
     sync::{Arc, Mutex},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use anyhow::Context as _;
@@ -31,7 +31,6 @@ use rdkafka::{
     message::{Header, OwnedHeaders},
     producer::{BaseProducer, BaseRecord, Producer as _},
 };
-use serde::Serialize;
 use tokio::{
     sync::{mpsc, watch},
     time::timeout,
@@ -39,9 +38,12 @@ use tokio::{
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Request, Response, Status, Streaming, transport::Server};
 
-use crate::process::{cpu_seconds, peak_resident};
+use crate::{
+    LIMIT, contestant,
+    process::{cpu_seconds, peak_resident},
+    report::{Figure, Figures, Report},
+};
 
-const LIMIT: Duration = Duration::from_secs(600);
 const NAME: &str = "throughput";
 /// What the receiver lets be under way at a time, and in one frame of HTTP/2.
 const WINDOW: u32 = 4 << 20;
@@ -54,37 +56,22 @@ const TRANSACTION: u64 = 1000;
 /// 2025-11-20T10:00:00Z.
 const START: i64 = 1_763_632_800_000_000;
 
-#[derive(Serialize)]
-struct Round {
-    reader: &'static str,
-    records: u64,
-    /// From the first record to the last.
-    seconds: f64,
-    records_per_second: f64,
-    /// Processor time up to the last record, of the process that reads.
-    cpu_seconds: f64,
-    /// Of the receiver, which is in the process of the benchmark.
-    receiver_cpu_seconds: Option<f64>,
-    /// Of the broker.
-    broker_cpu_seconds: f64,
-    /// Of that process; not told of the consumer, which is in the process of the benchmark.
-    peak_resident_mebibytes: Option<f64>,
-}
+const WORK: &str = "throughput of a replay";
 
-pub(crate) async fn measure(records: u64, partitions: i32, rounds: u32) -> anyhow::Result<()> {
+pub(crate) async fn measure(report: &Report, records: u64, partitions: i32, rounds: u32) -> anyhow::Result<()> {
     let mut kafka = Kafka::start().await;
     let broker = kafka.process().id().context("the broker has ended")?;
     record(&kafka, records, partitions).await?;
     for _ in 0..rounds {
         let bootstrap = kafka.bootstrap();
         let consumed = tokio::task::spawn_blocking(move || consume(&bootstrap, broker, records, partitions)).await??;
-        println!("{}", serde_json::to_string(&consumed)?);
+        report.add(WORK, "plain consumer", "", consumed)?;
         for (reader, order) in [
             ("replay, Commit", ReplayOrder::Commit),
             ("replay, PerKey", ReplayOrder::PerKey),
         ] {
-            let replayed = replay(&kafka, broker, (records, partitions), (reader, order)).await?;
-            println!("{}", serde_json::to_string(&replayed)?);
+            let replayed = replay(&kafka, broker, (records, partitions), order).await?;
+            report.add(WORK, reader, &contestant::our_version(), replayed)?;
         }
     }
     Ok(())
@@ -223,7 +210,7 @@ fn value(number: u64) -> Vec<u8> {
 }
 
 /// Reads all records with the client that a replay reads with, and looks at none.
-fn consume(bootstrap: &str, broker: u32, records: u64, partitions: i32) -> anyhow::Result<Round> {
+fn consume(bootstrap: &str, broker: u32, records: u64, partitions: i32) -> anyhow::Result<Figures> {
     let process = std::process::id();
     let consumer: BaseConsumer = rdkafka::ClientConfig::new()
         .set("bootstrap.servers", bootstrap)
@@ -254,24 +241,19 @@ fn consume(bootstrap: &str, broker: u32, records: u64, partitions: i32) -> anyho
         bytes >= SIZE * usize::try_from(records)? * 9 / 10,
         "the records are too small"
     );
-    Ok(Round {
-        reader: "plain consumer",
-        records,
-        seconds,
-        records_per_second: records as f64 / seconds,
-        cpu_seconds: cpu_seconds(process)? - before.0,
-        receiver_cpu_seconds: None,
-        broker_cpu_seconds: cpu_seconds(broker)? - before.1,
-        peak_resident_mebibytes: None,
-    })
+    Ok(Figures::from([
+        (Figure::EventsPerSecond, records as f64 / seconds),
+        (Figure::Cpu, cpu_seconds(process)? - before.0),
+        (Figure::KafkaCpu, cpu_seconds(broker)? - before.1),
+    ]))
 }
 
 async fn replay(
     kafka: &Kafka,
     broker: u32,
     (records, partitions): (u64, i32),
-    (reader, order): (&'static str, ReplayOrder),
-) -> anyhow::Result<Round> {
+    order: ReplayOrder,
+) -> anyhow::Result<Figures> {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
     let address = listener.local_addr()?;
     let receiver = Receiver {
@@ -333,16 +315,13 @@ async fn replay(
     anyhow::ensure!(status.success(), "the replay failed:\n{}", replay.process().log_tail());
     server.abort();
     let seconds = ended.duration_since(started).as_secs_f64();
-    Ok(Round {
-        reader,
-        records,
-        seconds,
-        records_per_second: records as f64 / seconds,
-        cpu_seconds: cpu,
-        receiver_cpu_seconds: Some(receiver_cpu),
-        broker_cpu_seconds: broker_cpu,
-        peak_resident_mebibytes: Some(peak),
-    })
+    Ok(Figures::from([
+        (Figure::EventsPerSecond, records as f64 / seconds),
+        (Figure::Cpu, cpu),
+        (Figure::ReceiverCpu, receiver_cpu),
+        (Figure::KafkaCpu, broker_cpu),
+        (Figure::PeakResident, peak),
+    ]))
 }
 
 /// Decodes what it is sent, looks at the table and the coordinate of each record, answers, and counts.
