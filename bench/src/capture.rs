@@ -207,9 +207,9 @@ pub(crate) async fn start(report: &Report, peers: &[Variant], rounds: u32) -> an
         let captures = slots(&Contestant::with(&ours, peers), &stage).await?;
         client.batch_execute(&Load::Inserts.last()).await?;
         for mut capture in captures {
-            let (_, _, mut figures) = run(&mut capture, &mut stage, 1).await?;
-            // There is no other record to come.
-            figures.remove(&Figure::OtherCores);
+            let (seen, started, mut figures) = run(&mut capture, &mut stage, 1).await?;
+            // The first record is the last one.
+            figures.insert(Figure::FirstRecordSeconds, (seen.last - started).as_secs_f64());
             report.add(
                 "start",
                 &capture.contestant.name(),

@@ -32,7 +32,7 @@ pub(crate) enum Last {
     OfRows,
 }
 
-/// When the first record and the last one were there.
+/// When the first record was in any of the sinks, committed or not, and when the last one was visible in all of them.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Seen {
     pub(crate) first: Instant,
@@ -65,7 +65,7 @@ pub(crate) async fn all_are_there(capture: &Capture, stage: &Stage, changes: u64
     let seen = [in_kafka, in_redis];
     let seen = seen.iter().flatten();
     Ok(Seen {
-        first: seen.clone().map(|seen| seen.first).max().context("it has no sink")?,
+        first: seen.clone().map(|seen| seen.first).min().context("it has no sink")?,
         last: seen.map(|seen| seen.last).max().context("it has no sink")?,
     })
 }

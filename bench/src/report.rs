@@ -24,7 +24,7 @@ pub(crate) enum Figure {
     /// From the start of the process to the last record.
     #[serde(rename = "events/s with start-up")]
     EventsPerSecondWithStart,
-    /// From the start of the process until its first record is in every sink.
+    /// From the start of the process to the first record.
     #[serde(rename = "first record, s")]
     FirstRecordSeconds,
     #[serde(rename = "took, s")]
