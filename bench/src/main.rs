@@ -99,8 +99,8 @@ enum Work {
         rate: f64,
         #[arg(long, default_value_t = 8)]
         clients: u32,
-        /// Seconds that are thrown away
-        #[arg(long, default_value_t = 10)]
+        /// Seconds that are thrown away: a Java machine takes that long to get going
+        #[arg(long, default_value_t = 20)]
         warm_up: u64,
         #[arg(long, default_value_t = 60)]
         seconds: u64,
