@@ -53,6 +53,11 @@ fn main() -> ExitCode {
         log.json().flatten_event(true).init();
     }
     let command = Arguments::parse().command;
+    if matches!(command, Command::Capture(_)) {
+        // A dozen threads take memory in small pieces: most of each huge page would be held for nothing. A kernel that has none refuses,
+        // which is as good.
+        let _ = rustix::thread::disable_transparent_huge_pages(true);
+    }
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => {
