@@ -3,14 +3,16 @@
 # MEANDER_CHAOS_FAULTS, _SECONDS, _LONGEST and _SEED say how much; arguments are options of the same meaning.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-tests/setup.sh base rust kafka postgres
+tests/setup.sh base rust kafka postgres chaos
 eval "$(tests/setup.sh env)"
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$MEANDER_CACHE/target}
 deploy/build-binaries.sh
 cargo build -q --locked -p meander-chaos
 report=$CARGO_TARGET_DIR/chaos.json
 status=0
-env MEANDER_DIST="$PWD/dist" "CARGO_BIN_EXE_meander-runtime=$PWD/dist/meander-runtime" \
+# In namespaces of its own it can lose packets and fill disks.
+unshare --net --mount sh -c 'ip link set lo up && exec "$@"' chaos \
+  env MEANDER_DIST="$PWD/dist" "CARGO_BIN_EXE_meander-runtime=$PWD/dist/meander-runtime" \
   "$CARGO_TARGET_DIR/debug/meander-chaos" --report "$report" "$@" || status=$?
 [ "$status" != 0 ] || echo "$report has the figures"
 exit "$status"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the tests and the demo need and a bare Debian 12 machine lacks.
 #
-#   tests/setup.sh [base|rust|kafka|postgres|debezium|cluster|lint|sbom|peers]...   these parts (default: all but sbom and peers)
+#   tests/setup.sh [base|rust|kafka|postgres|debezium|chaos|cluster|lint|sbom|peers]...   these parts (default: all but chaos, sbom and peers)
 #   tests/setup.sh path                           prints what to put before PATH
 #   eval "$(tests/setup.sh env)"                  exports PATH, MEANDER_CACHE, KAFKA_HOME, DEBEZIUM_HOME, DEBEZIUM_SERVER_HOME, PEERS_JAVA, PROMETHEUS_CRDS
 #
@@ -202,6 +202,8 @@ make_prometheus_crds() {
   done
 }
 
+setup_chaos() { packages chaos iptables iproute2 util-linux; }
+
 setup_cluster() {
   local dir
   packages cluster etcd-server containerd runc containernetworking-plugins iptables iproute2 \
@@ -243,10 +245,10 @@ main() {
   [ $# -gt 0 ] || set -- base rust kafka postgres debezium cluster lint
   for part; do
     case $part in
-      base | rust | kafka | postgres | debezium | cluster | lint | sbom | peers) "setup_$part" ;;
+      base | rust | kafka | postgres | debezium | chaos | cluster | lint | sbom | peers) "setup_$part" ;;
       path) echo "$TOOLS_PATH:$KAFKA_HOME/bin" ;;
       env) environment ;;
-      *) die "unknown part $part; there are base, rust, kafka, postgres, debezium, cluster, lint, sbom, peers, path, env" ;;
+      *) die "unknown part $part; there are base, rust, kafka, postgres, debezium, chaos, cluster, lint, sbom, peers, path, env" ;;
     esac
   done
 }

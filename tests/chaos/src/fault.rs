@@ -22,15 +22,18 @@ pub enum Kind {
     RedisEmptied,
     RedisStopped,
     RedisFull,
+    RedisDiskFull,
     PostgresCrashed,
     PostgresRestarted,
     PostgresStopped,
     PostgresFailedOver,
+    PostgresDiskFull,
     SenderTerminated,
     OwnerCutOff,
     KafkaCutOff,
     RedisCutOff,
     NetworkSlow,
+    PacketsLost,
     ConnectionsReset,
     ReplayKilled,
     ReplayStopped,
@@ -49,7 +52,7 @@ pub enum Part {
 
 impl Kind {
     /// What befalls a capture and what it stands on.
-    const CAPTURE: [Self; 24] = [
+    const CAPTURE: [Self; 27] = [
         Self::OwnerKilled,
         Self::OwnerTerminated,
         Self::OwnerStopped,
@@ -64,15 +67,18 @@ impl Kind {
         Self::RedisEmptied,
         Self::RedisStopped,
         Self::RedisFull,
+        Self::RedisDiskFull,
         Self::PostgresCrashed,
         Self::PostgresRestarted,
         Self::PostgresStopped,
         Self::PostgresFailedOver,
+        Self::PostgresDiskFull,
         Self::SenderTerminated,
         Self::OwnerCutOff,
         Self::KafkaCutOff,
         Self::RedisCutOff,
         Self::NetworkSlow,
+        Self::PacketsLost,
         Self::ConnectionsReset,
     ];
     /// What befalls a replay and what it stands on.
@@ -101,16 +107,19 @@ impl Kind {
             Self::RedisSetBack => "Redis killed, its last data lost",
             Self::RedisEmptied => "Redis killed, all its data lost",
             Self::RedisStopped => "Redis stopped",
-            Self::RedisFull => "Redis full",
+            Self::RedisFull => "memory of Redis full",
+            Self::RedisDiskFull => "disk of Redis full",
             Self::PostgresCrashed => "PostgreSQL crashed",
             Self::PostgresRestarted => "PostgreSQL restarted",
             Self::PostgresStopped => "PostgreSQL stopped",
             Self::PostgresFailedOver => "PostgreSQL failed over",
+            Self::PostgresDiskFull => "disk of PostgreSQL full",
             Self::SenderTerminated => "WAL sender terminated",
             Self::OwnerCutOff => "owner cut off from PostgreSQL",
             Self::KafkaCutOff => "capture cut off from Kafka",
             Self::RedisCutOff => "capture cut off from Redis",
             Self::NetworkSlow => "network slow",
+            Self::PacketsLost => "one packet in twenty lost",
             Self::ConnectionsReset => "all connections reset",
             Self::ReplayKilled => "replay killed",
             Self::ReplayStopped => "replay stopped",
@@ -126,17 +135,24 @@ impl Kind {
             | Self::StandbyStopped
             | Self::BothKilled => Part::Capture,
             Self::KafkaKilled | Self::KafkaRestarted | Self::KafkaStopped => Part::Kafka,
-            Self::RedisKilled | Self::RedisSetBack | Self::RedisEmptied | Self::RedisStopped | Self::RedisFull => {
-                Part::Redis
-            }
+            Self::RedisKilled
+            | Self::RedisSetBack
+            | Self::RedisEmptied
+            | Self::RedisStopped
+            | Self::RedisFull
+            | Self::RedisDiskFull => Part::Redis,
             Self::PostgresCrashed
             | Self::PostgresRestarted
             | Self::PostgresStopped
             | Self::PostgresFailedOver
+            | Self::PostgresDiskFull
             | Self::SenderTerminated => Part::Postgres,
-            Self::OwnerCutOff | Self::KafkaCutOff | Self::RedisCutOff | Self::NetworkSlow | Self::ConnectionsReset => {
-                Part::Network
-            }
+            Self::OwnerCutOff
+            | Self::KafkaCutOff
+            | Self::RedisCutOff
+            | Self::NetworkSlow
+            | Self::PacketsLost
+            | Self::ConnectionsReset => Part::Network,
             Self::ReplayKilled | Self::ReplayStopped => Part::Replay,
         }
     }
@@ -157,12 +173,15 @@ impl Kind {
             | Self::KafkaStopped
             | Self::RedisStopped
             | Self::RedisFull
+            | Self::RedisDiskFull
             | Self::PostgresStopped
+            | Self::PostgresDiskFull
             | Self::OwnerCutOff
             | Self::KafkaCutOff
             | Self::RedisCutOff
             | Self::ReplayStopped
-            | Self::NetworkSlow => Duration::from_millis(random.u64(5000..=longest.max(5) * 1000)),
+            | Self::NetworkSlow
+            | Self::PacketsLost => Duration::from_millis(random.u64(5000..=longest.max(5) * 1000)),
             Self::SenderTerminated | Self::ConnectionsReset | Self::PostgresFailedOver => Duration::ZERO,
             _ => Duration::from_millis(random.u64(..3000)),
         }

@@ -58,6 +58,15 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    for of in ["net", "mnt"] {
+        let parent = format!("/proc/{}/ns/{of}", std::os::unix::process::parent_id());
+        // What it mounts and which packets it loses would otherwise be the machine's.
+        assert_ne!(
+            fs::read_link(format!("/proc/self/ns/{of}")).unwrap(),
+            fs::read_link(parent).unwrap(),
+            "tests/chaos.sh gives it namespaces of its own"
+        );
+    }
     let seed = arguments.seed.unwrap_or_else(|| fastrand::u64(..1_000_000));
     println!("seed {seed}: MEANDER_CHAOS_SEED={seed} makes the same faults and the same load");
     // What blocks is a process that ends or a file that is read, for a moment.

@@ -4,12 +4,13 @@ use std::{
     fs,
     net::{Ipv4Addr, SocketAddr},
     path::Path,
+    process::Command,
     time::Duration,
 };
 
 use meander_config::CaptureConfig;
 use meander_runtime::log::{checkpoint_key, checkpoint_topic};
-use meander_test_support::{Kafka, Postgres, Redis, Runtime, Signal, capture_config, eventually, free_address};
+use meander_test_support::{Kafka, Postgres, Redis, Runtime, Signal, capture_config, disk, eventually, free_address};
 use tempfile::TempDir;
 
 use crate::{
@@ -62,6 +63,7 @@ fn loopback(port: u16) -> SocketAddr {
 impl Rig {
     /// Starts everything, and waits until one capture owns the slot and the other one stands by.
     pub async fn start() -> Self {
+        disk::limit();
         let postgres = Postgres::start_version(POSTGRES, &[("hot_standby_feedback", "on")]).await;
         load::prepare(&postgres).await;
         // What it has acknowledged it keeps, unless that is taken away.
@@ -205,6 +207,7 @@ impl Rig {
             }
             Kind::RedisStopped => self.redis.process().signal(Signal::STOP),
             Kind::RedisFull => self.let_redis_have("1").await,
+            Kind::RedisDiskFull => disk::fill(self.redis.folder()),
             Kind::PostgresCrashed => self.postgres.kill9(),
             Kind::PostgresRestarted => self.postgres.stop(),
             Kind::PostgresStopped => self.postgres.process().signal_all(Signal::STOP),
@@ -226,6 +229,7 @@ impl Rig {
                     way.postgres.lead_to(now);
                 }
             }
+            Kind::PostgresDiskFull => disk::fill(self.postgres.folder()),
             Kind::SenderTerminated => {
                 let client = self.postgres.client().await;
                 let sql = "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE active";
@@ -237,6 +241,7 @@ impl Rig {
             Kind::KafkaCutOff => self.to_kafka.set(Way::Silent),
             Kind::RedisCutOff => self.ways.iter().for_each(|way| way.redis.set(Way::Silent)),
             Kind::NetworkSlow => self.relays().for_each(|relay| relay.set(Way::Slow(DELAY))),
+            Kind::PacketsLost => loss("-A"),
             Kind::ConnectionsReset => self.relays().for_each(Relay::reset),
         }
         Done { fault, captures }
@@ -256,11 +261,25 @@ impl Rig {
             Kind::RedisKilled | Kind::RedisSetBack | Kind::RedisEmptied => self.redis.restart().await,
             Kind::RedisStopped => self.redis.process().signal(Signal::CONT),
             Kind::RedisFull => self.let_redis_have("0").await,
+            Kind::RedisDiskFull => {
+                disk::free(self.redis.folder());
+                if self.redis.process().exit_status().is_some() {
+                    self.redis.restart().await;
+                }
+            }
+            Kind::PostgresDiskFull => {
+                disk::free(self.postgres.folder());
+                if self.postgres.process().exit_status().is_none() {
+                    self.postgres.stop();
+                }
+                self.postgres.start_again().await;
+            }
             Kind::PostgresCrashed | Kind::PostgresRestarted => self.postgres.start_again().await,
             Kind::PostgresStopped => self.postgres.process().signal_all(Signal::CONT),
             Kind::OwnerCutOff | Kind::KafkaCutOff | Kind::RedisCutOff | Kind::NetworkSlow => {
                 self.relays().for_each(|relay| relay.set(Way::Open));
             }
+            Kind::PacketsLost => loss("-D"),
             Kind::ReplayKilled => self.replay().start_again(),
             Kind::ReplayStopped => self.replay().process().signal(Signal::CONT),
             Kind::PostgresFailedOver | Kind::SenderTerminated | Kind::ConnectionsReset => {}
@@ -288,7 +307,7 @@ impl Rig {
     }
 
     fn redis_folder(&self) -> std::path::PathBuf {
-        self.redis.url_file().with_file_name("appendonlydir")
+        self.redis.folder().join("appendonlydir")
     }
 
     async fn let_redis_have(&self, memory: &str) {
@@ -315,6 +334,22 @@ impl Rig {
         logs.map(|log| String::from_utf8_lossy(&fs::read(log).unwrap()).into_owned())
             .collect()
     }
+}
+
+/// Adds or deletes the rule that loses packets of every connection, in the network namespace that this process has for itself.
+fn loss(how: &str) {
+    let rule = "INPUT -p tcp -m statistic --mode random --probability 0.05 -j DROP";
+    let output = Command::new("iptables")
+        .arg("-w")
+        .arg(how)
+        .args(rule.split(' '))
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "iptables: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
 
 /// Takes the younger half of what Redis wrote, as a server that is restored to an earlier state.

@@ -21,6 +21,7 @@
 
 mod config;
 mod debezium;
+pub mod disk;
 pub mod instrumentation;
 mod kafka;
 mod ports;

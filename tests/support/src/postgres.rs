@@ -201,6 +201,12 @@ impl Postgres {
         self.start_again().await;
     }
 
+    /// Where its files are.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
     /// The process, for whoever wants to hurt it in other ways.
     pub fn process(&mut self) -> &mut Process {
         &mut self.process

@@ -19,11 +19,12 @@ use std::{
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use tempfile::TempDir;
 
-use crate::wait::INTERVAL;
+use crate::{disk, wait::INTERVAL};
 
 const GUARD: &str = r#"
 cat >/dev/null
 for file in "$0"/pids/*; do [ ! -e "$file" ] || kill -s KILL -- "-$(cat "$file")"; done
+for folder in "$0"/*; do umount "$folder" 2>/dev/null; done
 tries=0
 until rm -rf "$0" || [ $((tries += 1)) -gt 50 ]; do sleep 0.1; done
 "#;
@@ -79,6 +80,7 @@ pub fn folder(name: &str) -> TempDir {
         .tempdir_in(root())
         .unwrap();
     fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    disk::give(folder.path());
     folder
 }
 

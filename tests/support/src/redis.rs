@@ -1,6 +1,11 @@
 //! Redis.
 
-use std::{fs, path::PathBuf, process::Command, time::Duration};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
 
 use redis::aio::MultiplexedConnection;
 use rustix::process::Signal;
@@ -119,6 +124,12 @@ impl Redis {
         self.process.kill9();
         self.process.start_again();
         self.ready().await;
+    }
+
+    /// Where its files are.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
     }
 
     /// The process, for whoever wants to hurt it in other ways.
