@@ -8,7 +8,8 @@ use meander_test_support::eventually;
 use crate::{
     LIMIT,
     contestant::{Capture, Contestant, Variant},
-    process::{peak_resident, resident},
+    meter::resident,
+    process::peak_resident,
     report::{Figure, Report},
     stage::Stage,
 };

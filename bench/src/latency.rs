@@ -27,7 +27,8 @@ use tokio::{
 
 use crate::{
     contestant::{Capture, Contestant, Variant},
-    process::{peak_resident, resident},
+    meter::resident,
+    process::peak_resident,
     report::{Figure, Figures, Report},
     stage::Stage,
 };

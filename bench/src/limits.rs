@@ -8,7 +8,7 @@ use tokio::process::Command;
 
 use crate::{
     contestant::text_of,
-    process::ended_children_cpu,
+    meter::ended_children_cpu,
     report::{Figure, Figures, Report},
     stage::Stage,
 };

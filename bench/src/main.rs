@@ -11,6 +11,8 @@ mod contestant;
 mod idle;
 mod latency;
 mod limits;
+mod meter;
+mod meter;
 mod observer;
 mod pacing;
 mod peers;

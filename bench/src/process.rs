@@ -1,17 +1,16 @@
-//! What processes cost.
+//! What a process costs, from `/proc`.
 
-use std::{collections::BTreeMap, fs, time::Instant};
+use std::fs;
 
 use anyhow::Context as _;
 
-use crate::report::{Figure, Figures};
-
 /// Ticks of `/proc` in a second.
-const TICKS: f64 = 100.0;
+pub(crate) const TICKS: f64 = 100.0;
 
-/// User and system time of a process.
+/// User and system time of a process, in seconds.
 pub(crate) fn cpu_seconds(process: u32) -> anyhow::Result<f64> {
-    Ok(times(process)?.own)
+    let numbers = stat(process)?;
+    Ok(f64::from(numbers[11] + numbers[12]) / TICKS)
 }
 
 /// The most memory that it has had, in MiB.
@@ -19,116 +18,8 @@ pub(crate) fn peak_resident(process: u32) -> anyhow::Result<f64> {
     memory(process, "VmHWM:")
 }
 
-/// The memory that it has now, in MiB.
-pub(crate) fn resident(process: u32) -> anyhow::Result<f64> {
-    memory(process, "VmRSS:")
-}
-
-/// What the parts have used since it was made.
-pub(crate) struct Meter {
-    /// The process, whether its children count, as PostgreSQL's do, and what they had used.
-    parts: Vec<(Figure, u32, bool, f64)>,
-    machine: f64,
-    own: f64,
-    since: Instant,
-}
-
-impl Meter {
-    /// Of these processes; the one in the figure of [`Figure::PostgresCpu`] has children.
-    pub(crate) fn start(parts: impl IntoIterator<Item = (Figure, u32)>) -> anyhow::Result<Self> {
-        let with_cost = |(figure, process)| {
-            let children = figure == Figure::PostgresCpu;
-            anyhow::Ok((figure, process, children, cpu_of(process, children)?))
-        };
-        Ok(Self {
-            parts: parts.into_iter().map(with_cost).collect::<anyhow::Result<_>>()?,
-            machine: machine_cpu()?,
-            own: own_cpu()?,
-            since: Instant::now(),
-        })
-    }
-
-    /// Processor seconds of each part, and how many processors were kept busy by what is neither a part nor the benchmark itself.
-    pub(crate) fn read(&self) -> anyhow::Result<Figures> {
-        let mut figures = BTreeMap::new();
-        for (figure, process, children, before) in &self.parts {
-            figures.insert(*figure, cpu_of(*process, *children)? - before);
-        }
-        let known: f64 = figures.values().sum::<f64>() + own_cpu()? - self.own;
-        let others = (machine_cpu()? - self.machine - known) / self.since.elapsed().as_secs_f64();
-        // The kernel's sums are samples: those of an idle machine can be a little less than those of its processes.
-        figures.insert(Figure::OtherCores, others.max(0.0));
-        Ok(figures)
-    }
-}
-
-/// Processor seconds of the programs that the benchmark ran and has waited for.
-pub(crate) fn ended_children_cpu() -> anyhow::Result<f64> {
-    Ok(times(std::process::id())?.ended_children)
-}
-
-fn own_cpu() -> anyhow::Result<f64> {
-    let times = times(std::process::id())?;
-    Ok(times.own + times.ended_children)
-}
-
-struct Times {
-    own: f64,
-    /// Of children that were waited for.
-    ended_children: f64,
-    parent: u32,
-}
-
-/// From `/proc/PID/stat`: field 4, and 14 to 17.
-fn times(process: u32) -> anyhow::Result<Times> {
-    let stat = fs::read_to_string(format!("/proc/{process}/stat"))?;
-    let (_, fields) = stat.rsplit_once(") ").context("no fields")?;
-    let fields: Vec<&str> = fields.split(' ').collect();
-    let field = |index: usize| fields.get(index).and_then(|field| field.parse::<u32>().ok());
-    let ticks = |index| field(index).map(|ticks| f64::from(ticks) / TICKS).context("no time");
-    Ok(Times {
-        own: ticks(11)? + ticks(12)?,
-        ended_children: ticks(13)? + ticks(14)?,
-        parent: field(1).context("no parent")?,
-    })
-}
-
-/// With `children`, of those as well that a process has and has had.
-fn cpu_of(process: u32, children: bool) -> anyhow::Result<f64> {
-    let Times {
-        own, ended_children, ..
-    } = times(process)?;
-    if !children {
-        return Ok(own);
-    }
-    let mut seconds = own + ended_children;
-    for entry in fs::read_dir("/proc")? {
-        let child = entry?.file_name().to_str().and_then(|name| name.parse().ok());
-        // One that has ended meanwhile is counted next time.
-        if let Some(times) = child.and_then(|child| times(child).ok()) {
-            seconds += if times.parent == process { times.own } else { 0.0 };
-        }
-    }
-    Ok(seconds)
-}
-
-/// Processor seconds that were not idle.
-fn machine_cpu() -> anyhow::Result<f64> {
-    let stat = fs::read_to_string("/proc/stat")?;
-    let line = stat.lines().next().context("no processors")?;
-    // user nice system idle iowait irq softirq steal
-    let ticks: f64 = line
-        .split_whitespace()
-        .skip(1)
-        .take(8)
-        .enumerate()
-        .filter(|(index, _)| ![3, 4].contains(index))
-        .filter_map(|(_, ticks)| ticks.parse::<f64>().ok())
-        .sum();
-    Ok(ticks / TICKS)
-}
-
-fn memory(process: u32, field: &str) -> anyhow::Result<f64> {
+/// A line of `/proc/PID/status`, in MiB.
+pub(crate) fn memory(process: u32, field: &str) -> anyhow::Result<f64> {
     let status = fs::read_to_string(format!("/proc/{process}/status"))?;
     let line = status
         .lines()
@@ -136,4 +27,16 @@ fn memory(process: u32, field: &str) -> anyhow::Result<f64> {
         .with_context(|| format!("no {field}"))?;
     let kibibytes: f64 = line.trim().trim_end_matches(" kB").parse()?;
     Ok(kibibytes / 1024.0)
+}
+
+/// The fields of `/proc/PID/stat` up to `cstime`, from the state on: 1 is `ppid`, 11 to 14 are `utime`, `stime`, `cutime`, `cstime`. What is
+/// no such number is 0.
+pub(crate) fn stat(process: u32) -> anyhow::Result<[u32; 15]> {
+    let stat = fs::read_to_string(format!("/proc/{process}/stat"))?;
+    let (_, fields) = stat.rsplit_once(") ").context("no fields")?;
+    let mut numbers = [0; 15];
+    for (number, field) in numbers.iter_mut().zip(fields.split(' ')) {
+        *number = field.parse().unwrap_or_default();
+    }
+    Ok(numbers)
 }

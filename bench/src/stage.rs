@@ -8,7 +8,7 @@ use rdkafka::{
     consumer::{BaseConsumer, Consumer as _},
 };
 
-use crate::{LIMIT, process::Meter, report::Figure};
+use crate::{LIMIT, meter::Meter, report::Figure};
 
 /// Commits wait for the disk, as they do where it matters; memory and WAL are enough for the works.
 const SETTINGS: &[(&str, &str)] = &[
