@@ -12,7 +12,6 @@ mod idle;
 mod latency;
 mod limits;
 mod meter;
-mod meter;
 mod observer;
 mod pacing;
 mod peers;

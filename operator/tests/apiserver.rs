@@ -881,7 +881,7 @@ async fn a_replay_that_can_never_work_is_refused() {
         ),
         (
             ended.clone(),
-            spec(json!({"speed": "max"})),
+            spec(json!({"speed": "2"})),
             "this replay has ended, and does nothing with another speed, suspend or cancel: create another ReplayJob",
         ),
         (ended.clone(), spec(json!({"suspend": true})), "this replay has ended"),
