@@ -157,6 +157,7 @@ fn write(kafka: &Kafka, records: u64, partitions: i32, data: &str, checkpoints: 
             partitions: None,
             released: false,
             accepted_gap: None,
+            oversized: Default::default(),
         };
         let value = serde_json::to_vec(&checkpoint)?;
         let record = BaseRecord::to(checkpoints).partition(0).key(&key).payload(&value);

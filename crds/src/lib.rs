@@ -11,11 +11,11 @@ mod replay;
 pub use common::{LogLevel, Resources, SecretKeyReference, SecretReference};
 pub use pipeline::{
     AcceptedGap, Acknowledgement, CdcPipeline, CdcPipelineSpec, CdcPipelineStatus, Debezium, KafkaSasl, KafkaSink,
-    KafkaTls, KafkaTopics, OnSourceGap, Origin, Partitions, PipelineFormat, PipelinePhase, PostgresSource, Publication,
-    PublicationManagement, RedisDurability, RedisRetention, RedisSink, RedisState, RedisStatus, RefusedTable,
-    Replication, Restarts, Runtime, SaslMechanism, SchemaVersion, SinkPosition, SinkPositions, Sinks, Slot,
-    SlotReclaimPolicy, SlotStatus, Snapshot, SnapshotMode, SnapshotRequest, SnapshotStatus, Source, SslMode, Standby,
-    TableSelection, TableSnapshot, TableSnapshotState, TablesStatus, TopicManagement,
+    KafkaTls, KafkaTopics, OnOversizedRow, OnSourceGap, Origin, OversizedStatus, Partitions, PipelineFormat,
+    PipelinePhase, PostgresSource, Publication, PublicationManagement, RedisDurability, RedisRetention, RedisSink,
+    RedisState, RedisStatus, RefusedTable, Replication, Restarts, Runtime, SaslMechanism, SchemaVersion, SinkPosition,
+    SinkPositions, Sinks, Slot, SlotReclaimPolicy, SlotStatus, Snapshot, SnapshotMode, SnapshotRequest, SnapshotStatus,
+    Source, SslMode, Standby, TableSelection, TableSnapshot, TableSnapshotState, TablesStatus, TopicManagement,
 };
 pub use replay::{
     Beginning, ChangePosition, EndAt, GrpcTarget, HttpTarget, KafkaTarget, KafkaTargetTopics, LogTarget, OtherTopics,

@@ -57,6 +57,9 @@ pub struct CdcPipelineSpec {
     /// or a standby promoted that lacks them. Where the host leads to another server, or to one that was set back, it is `Stop` anyway.
     #[serde(default)]
     pub on_source_gap: OnSourceGap,
+    /// What becomes of a row whose record is larger than its topic takes (`max.message.bytes`, compressed as it is sent), in Kafka and in Redis alike.
+    #[serde(default)]
+    pub on_oversized_row: OnOversizedRow,
     /// Stop capturing. The slot stays, and with it the WAL that has not been read: the database's disk fills while a busy
     /// pipeline is suspended.
     #[serde(default)]
@@ -75,6 +78,17 @@ pub enum OnSourceGap {
     /// The gap is accepted, which is recorded as if somebody had done it, and every captured table is read anew, in chunks beside the
     /// changes, whatever `snapshot.mode` says.
     Resnapshot,
+}
+
+/// What becomes of a row whose record is larger than its topic takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum OnOversizedRow {
+    /// Capture stands still before it until the topic takes more: `RecordTooLarge`.
+    #[default]
+    Stop,
+    /// It is published in its place without its large values, which are marked as left out; `status.oversized` counts such records, and the condition Degraded
+    /// says how the rows are read again. What is too large even so, as a logical message is, stops the capture all the same.
+    OmitValues,
 }
 
 /// What keys and values look like.
@@ -604,6 +618,9 @@ pub struct CdcPipelineStatus {
     /// The last gap that was accepted, by the annotation `meander.dev/accept-source-gap` or by `onSourceGap`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub accepted_gap: Option<AcceptedGap>,
+    /// Records without their large values, by `onOversizedRow: OmitValues`; left out where there are none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub oversized: Option<OversizedStatus>,
     /// The rows that are read beside the changes; left out when nothing is to be read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshot: Option<SnapshotStatus>,
@@ -746,6 +763,20 @@ pub struct AcceptedGap {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("format" = "date-time"))]
     pub time: Option<String>,
+}
+
+/// Records that were published without their large values, since their topics would not take them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct OversizedStatus {
+    /// How many, since the pipeline was created. It does not fall when rows are read again.
+    pub records: u64,
+    /// The table of the last one.
+    pub last_table: String,
+    /// `epoch:LSN:ordinal` of the last one.
+    pub last_position: String,
+    /// What the last one would have taken, in bytes.
+    pub last_bytes: u64,
 }
 
 /// The tables that `tables` selects.

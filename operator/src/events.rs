@@ -7,7 +7,7 @@ use kube::{
 };
 use tracing::debug;
 
-use crate::conditions::state;
+use crate::conditions::{DEGRADED, state};
 
 /// Publishes events.
 #[derive(Clone)]
@@ -60,7 +60,8 @@ impl Events {
         if let Some(condition) = new.iter().find(|condition| condition.type_ == type_) {
             // These are false because of what somebody asked for.
             let wanted = matches!(condition.reason.as_str(), "Suspended" | "Terminating" | "PodNotReady");
-            let severity = if condition.status == "False" && !wanted {
+            let bad = if type_ == DEGRADED { "True" } else { "False" };
+            let severity = if condition.status == bad && !wanted {
                 EventType::Warning
             } else {
                 EventType::Normal

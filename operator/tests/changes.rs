@@ -131,6 +131,7 @@ fn what_a_change_of_a_running_pipeline_does_is_as_the_table_says() {
         ("sinks.redis.durability", json!("None")),
         ("sinks.redis.acknowledgement", json!("BestEffort")),
         ("onSourceGap", json!("Stop")),
+        ("onOversizedRow", json!("Stop")),
         ("suspend", json!(false)),
         ("runtime.image", json!("other")),
         ("runtime.resources", json!({})),

@@ -25,8 +25,8 @@ use meander_operator::{
     replay::{self, status::Outcome},
 };
 use meander_proto::v1::{
-    AcceptedGap, CaptureProgress, Condition, OtherTopics, ProgressUpdate, RedisState, RefusedTable, ReplayProgress,
-    ResolvedRange, SchemaVersion, SlotHealth, SnapshotProgress, TableSnapshot, TopicProgress,
+    AcceptedGap, CaptureProgress, Condition, OtherTopics, OversizedRecords, ProgressUpdate, RedisState, RefusedTable,
+    ReplayProgress, ResolvedRange, SchemaVersion, SlotHealth, SnapshotProgress, TableSnapshot, TopicProgress,
     progress_update::Progress, replay_progress::Phase, table_snapshot,
 };
 use serde_json::{Value, from_value, json};
@@ -104,6 +104,12 @@ fn capture_report(conditions: Vec<Condition>) -> Observation {
             lost_after_lsn: 0x16B_3700,
             resumed_lsn: 0x16B_3748,
             time_micros: 1_763_632_800_500_000,
+        }),
+        oversized: Some(OversizedRecords {
+            records_total: 2,
+            last_table: "public.trades".into(),
+            last_position: "1:0/16B3700:1".into(),
+            last_bytes: 3_000_123,
         }),
         snapshot: None,
         schemas: vec![SchemaVersion {

@@ -6,6 +6,7 @@ use crate::{
     log::SnapshotState,
     position::{Lsn, Position},
     schema::Note,
+    size_limit::SizeLimit,
 };
 
 /// A batch is handed on when it holds this many bytes, so a batch is at most this much and one record.
@@ -14,12 +15,40 @@ const FULL_BYTES: usize = 512 * 1024;
 const FULL_RECORDS: usize = 4096;
 
 /// Where the records of one table go: the Kafka topic and the Redis stream.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 pub struct Destination {
     /// Kafka topic.
     pub topic: String,
     /// Redis stream; empty without a Redis sink.
     pub stream: String,
+    /// What the topic takes of one record; what is not in the one sink for its size is not in the other.
+    pub limit: SizeLimit,
+}
+
+/// A record that would have been larger than its topic takes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Oversized {
+    /// OID of the table; 0 if it is no table's.
+    pub oid: u32,
+    /// The table, as people call it.
+    pub table: String,
+    /// Its topic.
+    pub topic: String,
+    /// The change.
+    pub position: Position,
+    /// What it would have taken, in bytes.
+    pub bytes: u64,
+    /// What the topic takes, in bytes.
+    pub limit: u64,
+    /// As it is in the batch, without its large values, the topic takes it.
+    pub fits: bool,
+}
+
+/// A place in a batch to go back to.
+#[derive(Clone, Copy, Debug)]
+pub struct Mark {
+    bytes: usize,
+    records: usize,
 }
 
 /// One encoded record.
@@ -77,6 +106,10 @@ pub struct Batch {
     pub ended_at: Option<Lsn>,
     /// Schemas of tables that the log knows once this batch is in Kafka.
     pub schemas: Vec<Note>,
+    /// Records that lack values for their size, in the order of their positions.
+    pub oversized: Vec<Oversized>,
+    /// Tables, by OID, of which nothing is lacking any more that came before a place: every row was read after it, or is gone.
+    pub mended: Vec<(u32, Position)>,
 }
 
 impl Batch {
@@ -157,6 +190,27 @@ impl Batch {
         if let Some(record) = self.records.last_mut() {
             record.headers.push((name, start..self.bytes.len()));
         }
+    }
+
+    /// The end as it is now.
+    #[must_use]
+    pub fn mark(&self) -> Mark {
+        Mark {
+            bytes: self.bytes.len(),
+            records: self.records.len(),
+        }
+    }
+
+    /// Keys, values and headers of the records since then.
+    #[must_use]
+    pub fn since(&self, mark: &Mark) -> &[u8] {
+        &self.bytes[mark.bytes..]
+    }
+
+    /// Takes the records since then out again.
+    pub fn rewind(&mut self, mark: &Mark) {
+        self.bytes.truncate(mark.bytes);
+        self.records.truncate(mark.records);
     }
 
     /// The records in commit order.

@@ -12,5 +12,6 @@ pub mod progress;
 pub mod replay;
 pub mod schema;
 pub mod sink;
+pub mod size_limit;
 pub mod source;
 pub mod tls;

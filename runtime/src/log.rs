@@ -16,6 +16,10 @@ pub const PART_HEADER: &str = "meander-part";
 /// timestamp is the running maximum of these, in milliseconds.
 pub const COMMIT_TIME_HEADER: &str = "meander-commit-time";
 
+/// Header of a record that lacks values, since with them it would have been larger than its topic takes: its size with them in bytes, as decimal
+/// text. The value says which they are.
+pub const OVERSIZED_HEADER: &str = "meander-oversized";
+
 /// Headers that a replay gives every record that it writes, beside those that the record had: `namespace/name/UID` of the `ReplayJob`,
 /// and how many times it has begun or gone on. No reader of a log takes such a record for history.
 pub const REPLAY_JOB_HEADER: &str = "meander-replay-job";
@@ -193,6 +197,87 @@ pub struct TableCursor {
     pub rows: u64,
 }
 
+/// Records that lack values, since with them they would have been larger than their topics take.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct OversizedRecords {
+    /// How many there are.
+    pub total: u64,
+    /// The last one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last: Option<OversizedRecord>,
+    /// The last one of each table, by OID, whose rows were not read again since.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub tables: BTreeMap<u32, OversizedRecord>,
+}
+
+/// A record that lacks values.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct OversizedRecord {
+    /// Its table, as people call it.
+    pub table: String,
+    /// Its topic.
+    pub topic: String,
+    /// Its position.
+    pub position: Position,
+    /// What it would have taken, in bytes.
+    pub bytes: u64,
+    /// What the topic took, in bytes.
+    pub limit: u64,
+}
+
+impl OversizedRecords {
+    /// The most tables that are kept: the checkpoint is one record itself.
+    const MOST_TABLES: usize = 1000;
+
+    /// True if there never was one.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.total == 0
+    }
+
+    /// One more, of the table with this OID.
+    pub fn add(&mut self, oid: u32, record: OversizedRecord) {
+        self.total += 1;
+        self.last = Some(record.clone());
+        self.tables.insert(oid, record);
+        if self.tables.len() > Self::MOST_TABLES
+            && let Some((&oldest, _)) = self.tables.iter().min_by_key(|(_, record)| record.position)
+        {
+            self.tables.remove(&oldest);
+        }
+    }
+
+    /// Nothing of the table is lacking any more that came before this place.
+    pub fn mended(&mut self, oid: u32, before: Position) {
+        if self.tables.get(&oid).is_some_and(|record| record.position < before) {
+            self.tables.remove(&oid);
+        }
+    }
+
+    /// What a person has to know, if a table lacks something.
+    #[must_use]
+    pub fn message(&self) -> Option<String> {
+        let newest = self.tables.values().max_by_key(|record| record.position)?;
+        let OversizedRecord {
+            table,
+            topic,
+            position,
+            bytes,
+            limit,
+        } = newest;
+        let more = match self.tables.len() - 1 {
+            0 => String::new(),
+            more => format!(", and records of {more} more tables"),
+        };
+        Some(format!(
+            "records of {table}{more} lack values that their topics would not take, the last one at {position}: with them it would have {bytes} bytes, and topic {topic:?} takes {limit}; raise the topics' max.message.bytes (kafka-configs.sh --alter --entity-type topics --entity-name {topic} --add-config max.message.bytes={}), and then read the tables again by an entry in snapshot.requests, which ends this",
+            bytes + bytes / 4
+        ))
+    }
+}
+
 /// Where an epoch ended in the midst of a server's WAL: a standby took over, and its timeline parts there from the one captured before.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -247,6 +332,9 @@ pub struct Checkpoint {
     pub snapshot: SnapshotState,
     /// Records published since then: some changes are several.
     pub records_total: u64,
+    /// Those of them that lack values for their size.
+    #[serde(default, skip_serializing_if = "OversizedRecords::is_empty")]
+    pub oversized: OversizedRecords,
     /// How many partitions of each topic the keys go by.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub partitions: Option<i32>,

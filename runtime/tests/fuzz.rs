@@ -48,6 +48,7 @@ fn run(stream: &[Vec<u8>]) -> usize {
     let destination = Arc::new(Destination {
         topic: "t".to_owned(),
         stream: "s".to_owned(),
+        ..Destination::default()
     });
     for (index, bytes) in stream.iter().enumerate() {
         let Ok(message) = decode(bytes) else { return index };

@@ -151,6 +151,7 @@ fn values(mut encoder: impl Encoder) -> Vec<Vec<u8>> {
     let destination = Arc::new(Destination {
         topic: "t".to_owned(),
         stream: "t".to_owned(),
+        ..Destination::default()
     });
     for bytes in include_str!("fixtures/pgoutput.hex").lines().map(hex) {
         let message = decode(&bytes).unwrap();

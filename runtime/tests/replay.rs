@@ -241,6 +241,7 @@ impl Log {
             partitions: None,
             released: false,
             accepted_gap: None,
+            oversized: Default::default(),
         };
         let topic = checkpoint_topic(&self.pipeline.namespace, &self.pipeline.name);
         let value = serde_json::to_vec(&checkpoint).unwrap();

@@ -48,6 +48,8 @@ type Column struct {
 	Null  bool
 	// Unsaid: the value is what it was before.
 	Unsaid bool
+	// Oversized: the value was left out for its size.
+	Oversized bool
 }
 
 // Decoder decodes ChangeRecords by their .proto file.
@@ -115,6 +117,11 @@ func (d *Decoder) Decode(value []byte) (*Change, error) {
 	if change.After, err = row(record, "after", columns); err != nil {
 		return nil, err
 	}
+	for _, c := range change.After {
+		if c.Oversized {
+			return nil, fmt.Errorf("the value of column %s was left out for its size: nobody can tell from the log what it is", c.Name)
+		}
+	}
 	switch change.Operation {
 	case "I", "U", "R":
 		change.Key = key(columns, change.After)
@@ -175,7 +182,8 @@ func column(name string, value protoreflect.Message) Column {
 	case "text":
 		c.Value = v.String()
 	case "absent":
-		c.Unsaid = true
+		c.Oversized = v.Enum() == 3
+		c.Unsaid = !c.Oversized
 	}
 	return c
 }

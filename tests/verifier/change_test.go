@@ -77,8 +77,10 @@ func TestDecode(t *testing.T) {
 func TestDecodeRefuses(t *testing.T) {
 	decoder := newDecoder(t)
 	for name, value := range map[string][]byte{
-		"no message":     []byte("\xff"),
-		"no operation":   encode(t, decoder, `transaction_id: 1`),
+		"no message":   []byte("\xff"),
+		"no operation": encode(t, decoder, `transaction_id: 1`),
+		"a value that was left out for its size": encode(t, decoder,
+			`operation: OPERATION_INSERT relation { columns { name: "id" } } after { values { absent: 3 } }`),
 		"too few values": encode(t, decoder, `operation: OPERATION_INSERT relation { columns { name: "id" } } after {}`),
 	} {
 		if change, err := decoder.Decode(value); err == nil {

@@ -38,7 +38,7 @@ use tokio_util::sync::CancellationToken;
 use self::{cleanup::Ending, dereference::Facts, status::Inputs, validate::ValidPipeline};
 use crate::{
     client::watching,
-    conditions::{self, READY, RUNTIME_AVAILABLE, SOURCE_READY},
+    conditions::{self, DEGRADED, READY, RUNTIME_AVAILABLE, SOURCE_READY},
     context::{CONCURRENCY, Context, api_of, until_silent},
     error::Error,
     naming::FIELD_MANAGER,
@@ -175,6 +175,13 @@ async fn reconcile_key(key: &ResourceKey, context: &Context) -> Result<Action, E
             .events
             .transition(&pipeline, READY, &old.conditions, &new.conditions)
             .await;
+        // Ready does not tell of it, and what a reader of the log must know of is said once.
+        if conditions::state(&new.conditions, DEGRADED) == Some(("True", "ValuesOmitted")) {
+            context
+                .events
+                .transition(&pipeline, DEGRADED, &old.conditions, &new.conditions)
+                .await;
+        }
         // Once the server is there again, all is as before: nothing else would tell of it later.
         if conditions::state(&new.conditions, SOURCE_READY) == Some(("True", "Upgraded")) {
             context

@@ -6,8 +6,8 @@ use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::ResourceExt as _;
 use meander_crds::{
-    AcceptedGap, CdcPipeline, CdcPipelineStatus, PipelinePhase, RedisState, RedisStatus, RefusedTable, Replication,
-    Restarts, SchemaVersion, SinkPosition, SinkPositions, SlotStatus, SnapshotStatus, TableSnapshot,
+    AcceptedGap, CdcPipeline, CdcPipelineStatus, OversizedStatus, PipelinePhase, RedisState, RedisStatus, RefusedTable,
+    Replication, Restarts, SchemaVersion, SinkPosition, SinkPositions, SlotStatus, SnapshotStatus, TableSnapshot,
     TableSnapshotState, TablesStatus,
 };
 use meander_proto::v1::{
@@ -99,6 +99,7 @@ pub fn status(inputs: &Inputs<'_>) -> CdcPipelineStatus {
         slot: Some(slot(inputs.pipeline, report, old.slot)),
         tables: report.and_then(tables).or(old.tables),
         accepted_gap: progress.and_then(accepted_gap).or(old.accepted_gap),
+        oversized: progress.and_then(oversized).or(old.oversized),
         snapshot: match progress {
             Some(progress) => progress.snapshot.as_ref().map(snapshot),
             None => old.snapshot,
@@ -528,6 +529,16 @@ fn accepted_gap(progress: &CaptureProgress) -> Option<AcceptedGap> {
         lost_after_lsn: format::lsn(gap.lost_after_lsn),
         resumed_lsn: format::lsn(gap.resumed_lsn),
         time: format::time_of_micros(gap.time_micros),
+    })
+}
+
+fn oversized(progress: &CaptureProgress) -> Option<OversizedStatus> {
+    let oversized = progress.oversized.as_ref()?;
+    Some(OversizedStatus {
+        records: oversized.records_total,
+        last_table: oversized.last_table.clone(),
+        last_position: oversized.last_position.clone(),
+        last_bytes: oversized.last_bytes,
     })
 }
 

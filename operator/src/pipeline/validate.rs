@@ -2,8 +2,8 @@
 
 use kube::ResourceExt as _;
 use meander_config::{
-    CaptureConfig, Durability, Format, KafkaSink, OnSourceGap, Origin, Partitions, PostgresSource, Publication,
-    PublicationManagement, RedisSink, ResourceIdentity, Snapshot, SnapshotMode, SnapshotRequest, SslMode,
+    CaptureConfig, Durability, Format, KafkaSink, OnOversizedRow, OnSourceGap, Origin, Partitions, PostgresSource,
+    Publication, PublicationManagement, RedisSink, ResourceIdentity, Snapshot, SnapshotMode, SnapshotRequest, SslMode,
     TableSelection, TopicManagement,
 };
 use meander_crds::{
@@ -226,6 +226,10 @@ pub fn validate(pipeline: &CdcPipeline, facts: &Facts, settings: &Settings) -> R
         on_source_gap: match spec.on_source_gap {
             meander_crds::OnSourceGap::Stop => OnSourceGap::Stop,
             meander_crds::OnSourceGap::Resnapshot => OnSourceGap::Resnapshot,
+        },
+        on_oversized_row: match spec.on_oversized_row {
+            meander_crds::OnOversizedRow::Stop => OnOversizedRow::Stop,
+            meander_crds::OnOversizedRow::OmitValues => OnOversizedRow::OmitValues,
         },
         standby: spec.runtime.standby == Standby::Hot,
         operator: Some(pod::operator_link(settings)),

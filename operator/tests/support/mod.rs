@@ -7,7 +7,8 @@ use std::{fs, path::Path, time::Duration};
 
 use k8s_openapi::{api::networking::v1::NetworkPolicyPeer, apimachinery::pkg::apis::meta::v1::LabelSelector};
 use meander_crds::{
-    Acknowledgement, CdcPipeline, OnSourceGap, Origin, PipelineFormat, RedisDurability, RedisSink, ReplayJob, SslMode,
+    Acknowledgement, CdcPipeline, OnOversizedRow, OnSourceGap, Origin, PipelineFormat, RedisDurability, RedisSink,
+    ReplayJob, SslMode,
 };
 use meander_operator::{context::Settings, progress::Observation, secrets::Keys, tls::Trust};
 use serde::de::DeserializeOwned;
@@ -53,6 +54,7 @@ pub fn with_every_setting() -> CdcPipeline {
     let spec = &mut pipeline.spec;
     spec.suspend = true;
     spec.on_source_gap = OnSourceGap::Resnapshot;
+    spec.on_oversized_row = OnOversizedRow::OmitValues;
     spec.format = PipelineFormat::DebeziumJson;
     spec.debezium = serde_json::from_str(r#"{"schemas": false, "transactionMetadata": true}"#).unwrap();
     spec.runtime = serde_json::from_value(json!({

@@ -31,6 +31,9 @@ pub struct CaptureConfig {
     /// What becomes of a `SourceGap` that nobody has accepted.
     #[serde(default, skip_serializing_if = "OnSourceGap::is_stop")]
     pub on_source_gap: OnSourceGap,
+    /// What becomes of a change whose record is larger than its topic takes.
+    #[serde(default, skip_serializing_if = "OnOversizedRow::is_stop")]
+    pub on_oversized_row: OnOversizedRow,
     /// The durable log.
     pub kafka: KafkaSink,
     /// The fast path.
@@ -55,6 +58,22 @@ pub enum OnSourceGap {
     Stop,
     /// It is accepted, where a new start can follow it, and every captured table is read anew.
     Resnapshot,
+}
+
+/// What becomes of a change whose record is larger than its topic takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum OnOversizedRow {
+    /// Capture stands still before it.
+    #[default]
+    Stop,
+    /// It is published without its large values.
+    OmitValues,
+}
+
+impl OnOversizedRow {
+    fn is_stop(&self) -> bool {
+        *self == Self::Stop
+    }
 }
 
 fn is_false(value: &bool) -> bool {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use globset::{GlobBuilder, GlobMatcher};
 use meander_config::CaptureConfig;
 
-use crate::{batch::Destination, log::message_topic, source::Message};
+use crate::{batch::Destination, log::message_topic, sink::topics::Topics, source::Message};
 
 /// Prefixes of the messages that the runtime writes for itself.
 const OURS: &str = "meander.";
@@ -17,7 +17,8 @@ pub(super) struct Messages {
 }
 
 impl Messages {
-    pub(super) fn new(config: &CaptureConfig) -> Self {
+    pub(super) fn new(config: &CaptureConfig, topics: &mut Topics) -> Self {
+        let topic = message_topic(&config.kafka.topic_prefix);
         Self {
             prefixes: config
                 .source
@@ -26,7 +27,8 @@ impl Messages {
                 .filter_map(|glob| matcher(glob))
                 .collect(),
             destination: Arc::new(Destination {
-                topic: message_topic(&config.kafka.topic_prefix),
+                limit: topics.limit(&topic),
+                topic,
                 stream: config
                     .redis
                     .as_ref()

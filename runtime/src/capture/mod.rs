@@ -100,6 +100,8 @@ struct Context {
     ready: watch::Sender<bool>,
     /// What a person has to know of entries in Redis that stand for nothing.
     phantoms: watch::Sender<Option<String>>,
+    /// What a person has to know of records that lack values for their size.
+    oversized: watch::Sender<Option<String>>,
     /// What a person has to know of the snapshot.
     snapshot_problems: snapshot::Problems,
     /// What a person has to know of rows that are published without their key.
@@ -172,6 +174,7 @@ pub async fn run(config: CaptureConfig, shutdown: CancellationToken) -> Result<(
         metrics,
         ready,
         phantoms: watch::Sender::new(None),
+        oversized: watch::Sender::new(None),
         snapshot_problems: snapshot::Problems::new(vec![]),
         keyless: Keyless::default(),
         remarks: Remarks::default(),

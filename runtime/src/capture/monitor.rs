@@ -131,6 +131,13 @@ pub(super) fn report(context: &Context, slot: Option<&SlotState>, seen: Option<(
             )
             .chain(
                 context
+                    .oversized
+                    .borrow()
+                    .clone()
+                    .map(|message| ("ValuesOmitted", message)),
+            )
+            .chain(
+                context
                     .ownerless
                     .borrow()
                     .as_deref()

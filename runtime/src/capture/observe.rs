@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use meander_proto::v1::{AcceptedGap, CaptureProgress, RedisState, SchemaVersion, SnapshotProgress};
+use meander_proto::v1::{AcceptedGap, CaptureProgress, OversizedRecords, RedisState, SchemaVersion, SnapshotProgress};
 use prometheus::{Gauge, IntCounter, IntCounterVec, IntGauge, Opts, Registry, core::Collector};
 use tokio::{sync::watch, time::interval};
 
@@ -53,6 +53,7 @@ pub(super) struct Metrics {
     pub(super) owns_slot: IntGauge,
     events: IntCounter,
     checkpoint_events: IntGauge,
+    oversized: IntCounter,
     lag_bytes: IntGauge,
     lag: Gauge,
     received: IntGauge,
@@ -89,6 +90,10 @@ impl Metrics {
                 checkpoint_events: gauge(
                     "meander_capture_checkpoint_events",
                     "Changes published since the pipeline was created, as the checkpoint counts them.",
+                )?,
+                oversized: IntCounter::new(
+                    "meander_capture_oversized_records_total",
+                    "Records that this process published without their large values, since their topics would not take them.",
                 )?,
                 lag_bytes: gauge(
                     "meander_capture_lag_bytes",
@@ -162,6 +167,7 @@ impl Metrics {
             Box::new(self.owns_slot.clone()),
             Box::new(self.events.clone()),
             Box::new(self.checkpoint_events.clone()),
+            Box::new(self.oversized.clone()),
             Box::new(self.lag_bytes.clone()),
             Box::new(self.lag.clone()),
             Box::new(self.received.clone()),
@@ -227,6 +233,7 @@ pub(super) async fn run(
     let Context { reporter, metrics, .. } = &context;
     let mut ticks = interval(INTERVAL);
     let mut redis_state = State::default();
+    let mut known_oversized = checkpoint.borrow().oversized.total;
     loop {
         // The last look comes after the publisher's end, so that the last numbers are the true ones.
         let ended = tokio::select! {
@@ -255,6 +262,16 @@ pub(super) async fn run(
         let lag_bytes = received.server().0.saturating_sub(checkpoint.acknowledged.0);
         let text = |sink: Durable| sink.position.map(|position| position.to_string()).unwrap_or_default();
         metrics.published(checkpoint.events_total);
+        metrics
+            .oversized
+            .inc_by(checkpoint.oversized.total.saturating_sub(known_oversized));
+        known_oversized = checkpoint.oversized.total;
+        context.oversized.send_if_modified(|known| {
+            let message = checkpoint.oversized.message();
+            let news = *known != message;
+            *known = message;
+            news
+        });
         metrics.lag_bytes.set(signed(lag_bytes));
         metrics.lag.set(lag_micros as f64 / 1e6);
         metrics.received.set(signed(received.received().0));
@@ -283,6 +300,12 @@ pub(super) async fn run(
                     lost_after_lsn: gap.lost_after.0,
                     resumed_lsn: gap.resumed_at.0,
                     time_micros: gap.time_micros,
+                }),
+                oversized: checkpoint.oversized.last.as_ref().map(|last| OversizedRecords {
+                    records_total: checkpoint.oversized.total,
+                    last_table: last.table.clone(),
+                    last_position: last.position.to_string(),
+                    last_bytes: last.bytes,
                 }),
                 snapshot: snapshot.borrow().clone(),
                 schemas: schemas.borrow().clone(),

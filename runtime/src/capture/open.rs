@@ -37,6 +37,7 @@ use crate::{
     progress::ConditionType,
     schema::{Kept, Schemas},
     sink::{SinkError, claims::Claims, kafka::KafkaSink, redis, topics::Topics},
+    size_limit::SizeLimit,
     source::{
         Change, Operation, Relation,
         postgres::{
@@ -425,6 +426,7 @@ async fn open_kafka(
         partitions: None,
         released: false,
         accepted_gap: None,
+        oversized: Default::default(),
     });
     checkpoint.partitions = Some(context.config.kafka.partitions);
     let selected = [tables, refused].concat();
@@ -554,6 +556,8 @@ fn accept(
                 .as_ref()
                 .map(|redis| topic_name(&redis.stream_prefix, &table.schema, &table.name))
                 .unwrap_or_default(),
+            // A record without a row is small.
+            limit: SizeLimit::default(),
         };
         encoder.prepare(&relation, &TableDetails::default(), Arc::new(destination));
         let change = Change {

@@ -34,6 +34,7 @@ use crate::{
             live::{Live, Offers},
         },
     },
+    size_limit::SizeLimit,
     source::postgres::{assemble::Assembler, preflight::wire_failure},
 };
 
@@ -60,6 +61,8 @@ pub(super) fn encoder(context: &Context) -> Box<dyn Encoder> {
             Box::new(encoder.with_transactions(Destination {
                 topic: transaction_topic(&config.kafka.topic_prefix),
                 stream: stream.unwrap_or_default(),
+                // What is said of a transaction is small.
+                limit: SizeLimit::default(),
             }))
         }
     }

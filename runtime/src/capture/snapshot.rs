@@ -828,6 +828,7 @@ mod tests {
             partitions: None,
             released: false,
             accepted_gap: None,
+            oversized: Default::default(),
         };
         Incremental::new(
             &config.unwrap(),

@@ -8,7 +8,7 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use meander_config::CaptureConfig;
+use meander_config::{CaptureConfig, OnOversizedRow};
 use tokio::{
     sync::{mpsc, watch},
     time::{Instant, sleep_until},
@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::bulk::Bulk;
 use crate::{
-    batch::{Batch, Destination},
+    batch::{Batch, Destination, Oversized},
     capture::{
         CaptureError,
         heartbeat::{self, Heartbeats},
@@ -27,11 +27,12 @@ use crate::{
         status::Received,
         versions::Versions,
     },
-    encode::Encoder,
+    encode::{Encoder, oversized},
     log::{Checkpoint, topic_name},
     position::{Lsn, Position},
     schema::{SchemaChange, TableSchema},
     sink::{SinkError, redis::live::Offers, topics::Topics},
+    size_limit::MOST_BYTES,
     source::{
         Change, Operation, Relation, Snapshot,
         postgres::{
@@ -50,6 +51,9 @@ use crate::{
         },
     },
 };
+
+/// A change of so many bytes may be more than its topic takes of one record, and no less can where the topic takes what Kafka does by default.
+const LARGE_CHANGE: usize = 32 * 1024;
 
 /// Where every batch goes: Kafka, which is waited for, and Redis, if there is one, which never is.
 pub(super) struct Queues {
@@ -129,7 +133,7 @@ impl<'a> Stream<'a> {
         config: &'a CaptureConfig,
         assembler: Assembler,
         encoder: Box<dyn Encoder>,
-        topics: Topics,
+        mut topics: Topics,
         selection: Selection,
         checkpoint: &Checkpoint,
         received: Received,
@@ -140,13 +144,14 @@ impl<'a> Stream<'a> {
         versions: Versions,
         bulk: Option<Bulk>,
     ) -> Self {
+        let messages = Messages::new(config, &mut topics);
         Self {
             config,
             assembler,
             encoder,
             topics,
             selection,
-            messages: Messages::new(config),
+            messages,
             left_out: HashSet::new(),
             topics_due: HashMap::new(),
             published: checkpoint.published,
@@ -207,6 +212,7 @@ impl<'a> Stream<'a> {
                         self.received.set_server(wal_end);
                         self.assembler.at(wal_end);
                         self.message(message, catalog).await?;
+                        self.require_fit()?;
                     }
                     Frame::Keepalive {
                         wal_end,
@@ -241,7 +247,10 @@ impl<'a> Stream<'a> {
                 },
                 // The server is told all the while that somebody is here, and does not have to be listened to.
                 filled = reader.fill(), if !held => filled.map_err(wire)?,
-                event = bulk::event(self.bulk.as_mut()), if room => self.take_bulk(event, catalog).await?,
+                event = bulk::event(self.bulk.as_mut()), if room => {
+                    self.take_bulk(event, catalog).await?;
+                    self.require_fit()?;
+                }
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
                     if let Some(snapshot) = &mut self.snapshot {
                         // A chunk waits for the one before: they are large, and the changes come first.
@@ -313,10 +322,10 @@ impl<'a> Stream<'a> {
             }
             LogicalMessage::Insert { relation, .. }
             | LogicalMessage::Update { relation, .. }
-            | LogicalMessage::Delete { relation, .. } => self.ensure_topic(*relation).await?,
+            | LogicalMessage::Delete { relation, .. } => self.ensure_topic(*relation, bytes.len()).await?,
             LogicalMessage::Truncate { relations } => {
                 for relation in relations.iter() {
-                    self.ensure_topic(relation).await?;
+                    self.ensure_topic(relation, 0).await?;
                 }
             }
             _ => {}
@@ -390,6 +399,9 @@ impl<'a> Stream<'a> {
                     }
                     let topic = &messages.destination.topic;
                     topics.ensure_data(topic, "logical messages").await?;
+                    if bytes.len() >= LARGE_CHANGE {
+                        topics.learn_limit(topic).await?;
+                    }
                     let time = match &message.transaction {
                         Some(transaction) => transaction.commit_time_micros,
                         None => {
@@ -402,7 +414,15 @@ impl<'a> Stream<'a> {
                         }
                     };
                     batch.high_time_micros = *high_time_micros;
+                    let mark = batch.mark();
                     encoder.encode_message(&message, time, &messages.destination, batch);
+                    oversized::judge(
+                        batch,
+                        &mark,
+                        "logical messages",
+                        message.position,
+                        &messages.destination,
+                    );
                     *news = true;
                     if message.transaction.is_none() {
                         // It is complete in itself. Its position is that of the last byte of its record.
@@ -488,7 +508,7 @@ impl<'a> Stream<'a> {
     /// A snapshot of a table begins at a watermark.
     async fn begin_table(&mut self, shape: &Shape, position: Position, catalog: &Catalog) -> Result<(), CaptureError> {
         self.learn_shape(shape, catalog).await?;
-        self.ensure_topic(shape.oid).await?;
+        self.ensure_topic(shape.oid, 0).await?;
         let snapshot = Snapshot {
             id: position.to_string(),
             incremental: true,
@@ -529,7 +549,7 @@ impl<'a> Stream<'a> {
             // The stream has not come to speak of the new shape; whatever it had before the watermark was of the old one.
             self.learn_shape(shape, catalog).await?;
         }
-        self.ensure_topic(shape.oid).await?;
+        self.ensure_topic(shape.oid, chunk.rows.largest()).await?;
         let Some(relation) = self.assembler.relation(shape.oid).cloned() else {
             return Ok(());
         };
@@ -619,6 +639,11 @@ impl<'a> Stream<'a> {
                 origin: None,
             };
             count += 1;
+            if let Operation::SnapshotEnd { snapshot, .. } = operation
+                && let Ok(begin) = snapshot.id.parse()
+            {
+                self.batch.mended.push((oid, begin));
+            }
             let before = self.batch.records().len();
             self.encoder.encode(&change, &mut self.batch)?;
             if !matches!(operation, Operation::Read { .. }) {
@@ -661,11 +686,56 @@ impl<'a> Stream<'a> {
         self.relation(&shape.message(), catalog).await
     }
 
-    async fn ensure_topic(&mut self, oid: u32) -> Result<(), CaptureError> {
+    /// Before a change of so many bytes.
+    async fn ensure_topic(&mut self, oid: u32, bytes: usize) -> Result<(), CaptureError> {
         if let Some((topic, table)) = self.topics_due.remove(&oid) {
             self.topics.ensure_data(&topic, &table).await?;
         }
+        if bytes >= LARGE_CHANGE
+            && let Some(relation) = self.assembler.relation(oid)
+            && !self.left_out.contains(&relation.oid)
+        {
+            let topic = topic_name(&self.config.kafka.topic_prefix, &relation.schema, &relation.table);
+            self.topics.learn_limit(&topic).await?;
+        }
         Ok(())
+    }
+
+    /// Whether every record is one that its topic takes, and that may be published as it is.
+    fn require_fit(&self) -> Result<(), SinkError> {
+        let omits = self.config.on_oversized_row == OnOversizedRow::OmitValues;
+        let Some(found) = self.batch.oversized.iter().find(|found| !(found.fits && omits)) else {
+            return Ok(());
+        };
+        let Oversized {
+            oid: _,
+            table,
+            topic,
+            position,
+            bytes,
+            limit,
+            fits,
+        } = found;
+        // With some room for what Kafka adds.
+        let raised = bytes + bytes / 64 + 1024;
+        let raise = format!(
+            "let it take it, by kafka-configs.sh --alter --entity-type topics --entity-name {topic} --add-config max.message.bytes={raised}"
+        );
+        let omit = "set onOversizedRow: OmitValues, and it is published without its large values";
+        let remedy = match (*fits, raised <= MOST_BYTES) {
+            (true, true) => format!("{raise}; or {omit}"),
+            (true, false) => format!("no topic can take it from this pipeline: {omit}"),
+            (false, true) => format!("without large values it is too large as well: {raise}"),
+            (false, false) => "no topic can take it from this pipeline; exclude it from what is captured".to_owned(),
+        };
+        Err(SinkError::ChangeTooLarge {
+            table: table.clone(),
+            position: *position,
+            topic: topic.clone(),
+            bytes: *bytes,
+            limit: *limit,
+            remedy,
+        })
     }
 
     async fn relation(&mut self, message: &RelationMessage<'_>, catalog: &Catalog) -> Result<(), CaptureError> {
@@ -744,9 +814,11 @@ impl<'a> Stream<'a> {
         Ok((!missing.tables.is_empty()).then(|| known.clone()))
     }
 
-    fn destination(&self, Relation { schema, table, .. }: &Relation) -> Arc<Destination> {
+    fn destination(&mut self, Relation { schema, table, .. }: &Relation) -> Arc<Destination> {
+        let topic = topic_name(&self.config.kafka.topic_prefix, schema, table);
         Arc::new(Destination {
-            topic: topic_name(&self.config.kafka.topic_prefix, schema, table),
+            limit: self.topics.limit(&topic),
+            topic,
             stream: self
                 .config
                 .redis
@@ -764,6 +836,7 @@ impl<'a> Stream<'a> {
         // Whoever may write into the log could have written this.
         for oid in catalog.missing(tables).await?.tables {
             let dropped = self.versions.dropped(oid, &mut self.batch.schemas);
+            self.batch.mended.push((oid, at));
             self.news = true;
             let Some(before) = dropped.filter(|schema| {
                 let relation = &schema.relation;

@@ -3,6 +3,7 @@
 mod debezium;
 mod json;
 pub(crate) mod key;
+pub(crate) mod oversized;
 mod protobuf;
 
 use std::sync::Arc;

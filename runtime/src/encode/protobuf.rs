@@ -13,7 +13,7 @@ use prost::{
 
 use crate::{
     batch::{Batch, Destination, Heartbeat},
-    encode::{EncodeError, Encoder, json, key},
+    encode::{EncodeError, Encoder, json, key, oversized},
     schema::TableSchema,
     source::{
         Change, Column, Message, Operation, Relation, Snapshot, TransactionMark,
@@ -334,70 +334,72 @@ impl ProtobufEncoder {
             .ok_or(EncodeError::Unprepared(change.relation.oid))?;
         let scratch = &mut self.scratch;
         let number = batch.next_part(change.position);
-        batch.push(
-            change.position,
-            number,
-            change.commit_time_micros,
-            &prepared.destination,
-            |out| match part.key {
-                Some((row, fallback)) => key::write(change.relation, row, fallback, out),
-                None => Ok(false),
-            },
-            |out| {
-                let coordinate = v1::Coordinate {
-                    epoch: u32::from(change.position.epoch.0),
-                    commit_lsn: change.position.commit_lsn.0,
-                    ordinal: change.position.ordinal,
-                    part: u32::from(number),
-                };
-                encode_key(field::COORDINATE, WireType::LengthDelimited, out);
-                encode_varint(coordinate.encoded_len() as u64, out);
-                coordinate.encode_raw(out);
-                encode_key(field::OPERATION, WireType::Varint, out);
-                encode_varint(part.operation as u64, out);
-                out.extend_from_slice(&prepared.relation);
-                if let Some(old) = part.before {
-                    scratch.clear();
-                    let key_only = matches!(old, OldTuple::Key(_));
-                    write_row(change.relation, &prepared.kinds, old.tuple(), key_only, scratch)?;
-                    write_bytes(field::BEFORE, scratch, out);
-                }
-                if let Some(new) = part.after {
-                    scratch.clear();
-                    write_row(change.relation, &prepared.kinds, new, false, scratch)?;
-                    write_bytes(field::AFTER, scratch, out);
-                }
-                if change.commit_time_micros != 0 {
-                    encode_key(field::COMMIT_TIME_MICROS, WireType::Varint, out);
-                    encode_varint(change.commit_time_micros.cast_unsigned(), out);
-                }
-                if change.transaction_id != 0 {
-                    encode_key(field::TRANSACTION_ID, WireType::Varint, out);
-                    encode_varint(u64::from(change.transaction_id), out);
-                }
-                if part.key_changed {
-                    encode_key(field::KEY_CHANGED, WireType::Varint, out);
-                    encode_varint(1, out);
-                }
-                if let Some(snapshot) = &part.snapshot {
-                    prost::encoding::message::encode(field::SNAPSHOT, snapshot, out);
-                }
-                if let Some(schemas) = &part.schema_change {
-                    prost::encoding::message::encode(field::SCHEMA_CHANGE, schemas, out);
-                }
-                if let Some(gap) = &part.source_gap {
-                    prost::encoding::message::encode(field::SOURCE_GAP, gap, out);
-                }
-                if let Some(origin) = change.origin {
-                    write_bytes(field::ORIGIN, origin.name.as_bytes(), out);
-                }
-                if change.schema_version != 0 {
-                    encode_key(field::SCHEMA_VERSION, WireType::Varint, out);
-                    encode_varint(u64::from(change.schema_version), out);
-                }
-                Ok(true)
-            },
-        )
+        oversized::fit(batch, change, &prepared.destination, |batch, most| {
+            batch.push(
+                change.position,
+                number,
+                change.commit_time_micros,
+                &prepared.destination,
+                |out| match part.key {
+                    Some((row, fallback)) => key::write(change.relation, row, fallback, out),
+                    None => Ok(false),
+                },
+                |out| {
+                    let coordinate = v1::Coordinate {
+                        epoch: u32::from(change.position.epoch.0),
+                        commit_lsn: change.position.commit_lsn.0,
+                        ordinal: change.position.ordinal,
+                        part: u32::from(number),
+                    };
+                    encode_key(field::COORDINATE, WireType::LengthDelimited, out);
+                    encode_varint(coordinate.encoded_len() as u64, out);
+                    coordinate.encode_raw(out);
+                    encode_key(field::OPERATION, WireType::Varint, out);
+                    encode_varint(part.operation as u64, out);
+                    out.extend_from_slice(&prepared.relation);
+                    if let Some(old) = part.before {
+                        scratch.clear();
+                        let key_only = matches!(old, OldTuple::Key(_));
+                        write_row(change.relation, &prepared.kinds, old.tuple(), key_only, most, scratch)?;
+                        write_bytes(field::BEFORE, scratch, out);
+                    }
+                    if let Some(new) = part.after {
+                        scratch.clear();
+                        write_row(change.relation, &prepared.kinds, new, false, most, scratch)?;
+                        write_bytes(field::AFTER, scratch, out);
+                    }
+                    if change.commit_time_micros != 0 {
+                        encode_key(field::COMMIT_TIME_MICROS, WireType::Varint, out);
+                        encode_varint(change.commit_time_micros.cast_unsigned(), out);
+                    }
+                    if change.transaction_id != 0 {
+                        encode_key(field::TRANSACTION_ID, WireType::Varint, out);
+                        encode_varint(u64::from(change.transaction_id), out);
+                    }
+                    if part.key_changed {
+                        encode_key(field::KEY_CHANGED, WireType::Varint, out);
+                        encode_varint(1, out);
+                    }
+                    if let Some(snapshot) = &part.snapshot {
+                        prost::encoding::message::encode(field::SNAPSHOT, snapshot, out);
+                    }
+                    if let Some(schemas) = &part.schema_change {
+                        prost::encoding::message::encode(field::SCHEMA_CHANGE, schemas, out);
+                    }
+                    if let Some(gap) = &part.source_gap {
+                        prost::encoding::message::encode(field::SOURCE_GAP, gap, out);
+                    }
+                    if let Some(origin) = change.origin {
+                        write_bytes(field::ORIGIN, origin.name.as_bytes(), out);
+                    }
+                    if change.schema_version != 0 {
+                        encode_key(field::SCHEMA_VERSION, WireType::Varint, out);
+                        encode_varint(u64::from(change.schema_version), out);
+                    }
+                    Ok(true)
+                },
+            )
+        })
     }
 }
 
@@ -419,12 +421,13 @@ mod value {
     pub(super) const ABSENT: u32 = 7;
 }
 
-/// Writes `Row.values`. Every field number of `Value` is below 16, so every tag is one byte.
+/// Writes `Row.values`, without those of more than `most` bytes. Every field number of `Value` is below 16, so every tag is one byte.
 fn write_row(
     relation: &Relation,
     kinds: &[Kind],
     row: Tuple<'_>,
     key_only: bool,
+    most: usize,
     out: &mut Vec<u8>,
 ) -> Result<(), EncodeError> {
     for ((column, kind), datum) in relation.columns.iter().zip(kinds).zip(row.values()) {
@@ -433,6 +436,7 @@ fn write_row(
             _ if key_only && !column.key => write_absence(v1::Absence::NotInReplicaIdentity, out),
             Datum::UnchangedToast => write_absence(v1::Absence::UnchangedToast, out),
             Datum::Null => out.push(0),
+            Datum::Text(text) if text.len() > most && !column.key => write_absence(v1::Absence::Oversized, out),
             Datum::Text(text) => write_value(*kind, text, out).ok_or_else(|| EncodeError::Value {
                 table: format!("{}.{}", relation.schema, relation.table),
                 column: column.name.clone(),
@@ -522,6 +526,7 @@ mod tests {
     use super::*;
     use crate::{
         position::{Epoch, Lsn, Position},
+        size_limit::SizeLimit,
         source::{
             TransactionOrigin,
             postgres::pgoutput::{LogicalMessage, decode},
@@ -584,6 +589,15 @@ mod tests {
     }
 
     fn encode_operation(operation: Operation<'_>) -> Result<Vec<(Option<String>, v1::ChangeRecord)>, EncodeError> {
+        Ok(encode_within(operation, &SizeLimit::default())?.0)
+    }
+
+    /// The records where the topic takes no more than this, and whether the topic takes them so.
+    #[allow(clippy::type_complexity)]
+    fn encode_within(
+        operation: Operation<'_>,
+        limit: &SizeLimit,
+    ) -> Result<(Vec<(Option<String>, v1::ChangeRecord)>, Vec<bool>), EncodeError> {
         let relation = relation();
         let mut encoder = ProtobufEncoder::default();
         encoder.prepare(
@@ -592,6 +606,7 @@ mod tests {
             Arc::new(Destination {
                 topic: "t".to_owned(),
                 stream: "s".to_owned(),
+                limit: limit.clone(),
             }),
         );
         let origin = TransactionOrigin {
@@ -615,16 +630,16 @@ mod tests {
         };
         let mut batch = Batch::new();
         encoder.encode(&change, &mut batch)?;
-        Ok(batch
-            .records()
-            .iter()
+        let records = (batch.records().iter())
             .map(|record| {
                 (
                     batch.key(record).map(|key| String::from_utf8(key.to_vec()).unwrap()),
                     v1::ChangeRecord::decode(batch.value(record).unwrap()).unwrap(),
                 )
             })
-            .collect())
+            .collect();
+        let fits = batch.oversized.iter().map(|oversized| oversized.fits).collect();
+        Ok((records, fits))
     }
 
     fn insert(values: &[Option<&str>]) -> Result<v1::ChangeRecord, EncodeError> {
@@ -713,6 +728,32 @@ mod tests {
             values(update.after.clone())[6],
             Some(Is::Absent(v1::Absence::UnchangedToast.into()))
         );
+    }
+
+    #[test]
+    fn only_what_is_too_much_for_the_topic_is_left_out_and_never_of_the_key() {
+        let limit = SizeLimit::default();
+        limit.set(4000, false);
+        let encode = |row: &[Option<&str>]| {
+            let message = [&b"I\0\0\0\x01N"[..], &tuple(row)].concat();
+            let LogicalMessage::Insert { new, .. } = decode(&message).unwrap() else {
+                panic!("not an insert")
+            };
+            let (mut records, fits) = encode_within(Operation::Insert { new }, &limit).unwrap();
+            (values(records.remove(0).1.after), fits)
+        };
+        let (long, longer) = ("n".repeat(900), "1".repeat(6000));
+        let mut row = ROW;
+        (row[5], row[6]) = (Some(longer.as_str()), Some(long.as_str()));
+        let (told, fits) = encode(&row);
+        assert_eq!((&told[0], fits), (&Some(Is::Integer(-7)), vec![true]));
+        assert_eq!(told[5], Some(Is::Absent(v1::Absence::Oversized.into())));
+        assert_eq!(told[6], Some(Is::Text(long.clone())));
+        // What is left is too much as well.
+        limit.set(100, false);
+        assert_eq!(encode(&ROW).1, [false]);
+        limit.set(9000, false);
+        assert!(encode(&row).1.is_empty());
     }
 
     #[test]

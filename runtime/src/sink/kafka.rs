@@ -21,10 +21,10 @@ use tokio::{
 };
 
 use crate::{
-    batch::{Batch, Record},
+    batch::{Batch, Oversized, Record},
     log::{
-        COMMIT_TIME_HEADER, Checkpoint, PART_HEADER, POSITION_HEADER, RedisPlace, SnapshotState, checkpoint_key,
-        checkpoint_topic, schema_key, schemas_topic,
+        COMMIT_TIME_HEADER, Checkpoint, OversizedRecord, PART_HEADER, POSITION_HEADER, RedisPlace, SnapshotState,
+        checkpoint_key, checkpoint_topic, schema_key, schemas_topic,
     },
     position::{Lsn, Position},
     schema::Note,
@@ -298,6 +298,8 @@ struct Transaction {
     high_time_micros: i64,
     snapshot: Option<SnapshotState>,
     ended_at: Option<Lsn>,
+    oversized: Vec<Oversized>,
+    mended: Vec<(u32, Position)>,
 }
 
 impl Transaction {
@@ -344,6 +346,9 @@ impl Transaction {
             self.begin(sink)?;
             self.ended_at = batch.ended_at;
         }
+        let is_new = |oversized: &&Oversized| Some(oversized.position) > checkpoint.published;
+        self.oversized.extend(batch.oversized.iter().filter(is_new).cloned());
+        self.mended.extend(&batch.mended);
         // Serves delivery reports, which would pile up otherwise.
         sink.producer.serve();
         self.bytes += batch.size();
@@ -367,6 +372,19 @@ impl Transaction {
         checkpoint.complete = self.complete.max(checkpoint.complete);
         checkpoint.records_total += self.records;
         checkpoint.events_total += self.events;
+        for oversized in &self.oversized {
+            let record = OversizedRecord {
+                table: oversized.table.clone(),
+                topic: oversized.topic.clone(),
+                position: oversized.position,
+                bytes: oversized.bytes,
+                limit: oversized.limit,
+            };
+            checkpoint.oversized.add(oversized.oid, record);
+        }
+        for (oid, before) in &self.mended {
+            checkpoint.oversized.mended(*oid, *before);
+        }
         checkpoint.high_time_micros = checkpoint.high_time_micros.max(self.high_time_micros);
     }
 }

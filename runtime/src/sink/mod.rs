@@ -114,6 +114,24 @@ pub enum SinkError {
         /// The topic.
         topic: String,
     },
+    /// A change makes a record that is larger than its topic takes.
+    #[error(
+        "a change of {table} at {position} makes a record of {bytes} bytes, and topic {topic:?} takes {limit}; nothing after it is published; {remedy}"
+    )]
+    ChangeTooLarge {
+        /// Whose change.
+        table: String,
+        /// Its position.
+        position: Position,
+        /// Its topic.
+        topic: String,
+        /// Key, value and headers.
+        bytes: u64,
+        /// What the topic takes.
+        limit: u64,
+        /// What to do.
+        remedy: String,
+    },
     /// A transaction failed, or its outcome is not known. The checkpoint tells.
     #[error("a Kafka transaction did not succeed: {0}")]
     KafkaTransaction(String),
@@ -272,7 +290,7 @@ impl SinkError {
             Self::Topic { .. } => "TopicNotUsable",
             Self::TopicCollision { .. } => "TopicCollision",
             Self::TopicPrefixTaken { .. } => "TopicPrefixTaken",
-            Self::RecordTooLarge { .. } => "RecordTooLarge",
+            Self::RecordTooLarge { .. } | Self::ChangeTooLarge { .. } => "RecordTooLarge",
             Self::KafkaTransaction(_) => "KafkaTransactionFailed",
             Self::Fenced(_) => "Fenced",
             Self::Checkpoint(TailError::Forbidden { .. }) => "KafkaNotAuthorized",

@@ -22,6 +22,7 @@ use rdkafka::{
 use crate::{
     kafka_client::{Hearing, probe, settings},
     sink::{SinkError, partition::ByRow, topics::unreachable},
+    size_limit::MOST_BYTES,
 };
 
 /// How long signing on as the producer may take: the broker answers only when the transaction of the producer before is settled.
@@ -96,7 +97,7 @@ impl TransactionalProducer {
             // Whoever writes bounds what is queued. This would refuse one record that is larger, for ever.
             .set("queue.buffering.max.kbytes", "1048576")
             // The topic decides what is too large; this only lets it.
-            .set("message.max.bytes", "100000000")
+            .set("message.max.bytes", MOST_BYTES.to_string())
             .set("batch.size", "1000000")
             .set("socket.nagle.disable", "true")
             .create_with_context(Deliveries {

@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use meander_config::{KafkaSink, TopicManagement};
@@ -16,11 +16,14 @@ use tokio::task::spawn_blocking;
 use crate::{
     kafka_client::{ClientError, Hearing, settings},
     sink::SinkError,
+    size_limit::SizeLimit,
 };
 
 const DEADLINE: Duration = Duration::from_secs(15);
 /// The most topics that a message names.
 const NAMED: usize = 10;
+/// How old the knowledge of a topic's limit may be when a large record is made for it.
+const LIMIT_AGE: Duration = Duration::from_secs(10);
 
 /// What a person has to know of topics that are used all the same, by reason and topic.
 #[derive(Clone, Debug, Default)]
@@ -81,6 +84,8 @@ pub struct Topics {
     remarks: Remarks,
     /// Whether a topic with more partitions than asked for is used: keys have their places in it already.
     begun: bool,
+    /// What each topic takes of one record, and when that was last asked for.
+    limits: HashMap<String, (SizeLimit, Option<Instant>)>,
 }
 
 impl Topics {
@@ -100,6 +105,7 @@ impl Topics {
             owners: HashMap::new(),
             remarks: Remarks::default(),
             begun: false,
+            limits: HashMap::new(),
         })
     }
 
@@ -181,6 +187,7 @@ impl Topics {
             wanted = wanted.set(name, value);
         }
         let found = self.ensure(&wanted).await?;
+        note_limit(&self.limit(topic), &found);
         let mut differing = Vec::new();
         for (name, asked) in &config.topic_config {
             if !found.is_empty() && !found.contains_key(name) {
@@ -208,6 +215,32 @@ impl Topics {
             self.remarks.differs(topic, message);
         }
         self.ensured.insert(topic.to_owned());
+        Ok(())
+    }
+
+    /// What the topic takes of one record, as far as it is known: it is for a topic that was there, and for one that is new once
+    /// [`learn_limit`](Self::learn_limit) has asked.
+    pub fn limit(&mut self, topic: &str) -> SizeLimit {
+        self.limits.entry(topic.to_owned()).or_default().0.clone()
+    }
+
+    /// Asks what the topic takes of one record, unless it was asked a moment ago: somebody may have changed it since the session began.
+    ///
+    /// # Errors
+    /// When Kafka does not answer.
+    pub async fn learn_limit(&mut self, topic: &str) -> Result<(), SinkError> {
+        let (limit, asked) = self.limits.entry(topic.to_owned()).or_default();
+        if asked.is_some_and(|asked| asked.elapsed() < LIMIT_AGE) {
+            return Ok(());
+        }
+        *asked = Some(Instant::now());
+        let limit = limit.clone();
+        match self.settings_of(topic).await {
+            Ok(settings) => note_limit(&limit, &settings),
+            // It is so new that this broker does not know it yet. The broker of the record judges for now.
+            Err(SinkError::KafkaForbidden { .. }) => {}
+            Err(error) => return Err(error),
+        }
         Ok(())
     }
 
@@ -405,6 +438,16 @@ impl Topics {
             topic: topic.to_owned(),
             cause: cause.to_owned(),
         }
+    }
+}
+
+fn note_limit(limit: &SizeLimit, settings: &HashMap<String, String>) {
+    if let Some(bytes) = settings.get("max.message.bytes").and_then(|bytes| bytes.parse().ok()) {
+        // With any other the broker may make a record larger than it came.
+        let compressed = settings
+            .get("compression.type")
+            .is_some_and(|type_| matches!(type_.as_str(), "producer" | "lz4" | "zstd" | "gzip"));
+        limit.set(bytes, compressed);
     }
 }
 

@@ -66,6 +66,7 @@ pub fn capture_config(postgres: &Postgres, kafka: &Kafka, redis: Option<&Redis>)
         }),
         accept_source_gap: None,
         on_source_gap: Default::default(),
+        on_oversized_row: Default::default(),
         standby: false,
         operator: None,
         admin_address: free_address(),

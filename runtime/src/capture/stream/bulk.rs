@@ -306,7 +306,10 @@ impl Stream<'_> {
     async fn take_read(&mut self, event: bulk::Event, catalog: &Catalog) -> Result<(), CaptureError> {
         if let bulk::Event::Begin { shape, .. } = &event {
             self.learn_shape(shape, catalog).await?;
-            self.ensure_topic(shape.oid).await?;
+            self.ensure_topic(shape.oid, 0).await?;
+        }
+        if let bulk::Event::Rows(oid, rows) = &event {
+            self.ensure_topic(*oid, rows.largest()).await?;
         }
         let Some(bulk) = &mut self.bulk else { return Ok(()) };
         let Step::Here(_, time_micros, position) = &bulk.step else {

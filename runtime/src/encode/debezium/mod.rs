@@ -26,6 +26,7 @@ use self::{
     super::{
         EncodeError, Encoder,
         json::{self, write_string},
+        oversized,
     },
     message::Messages,
     source::{Place, Source},
@@ -553,39 +554,42 @@ impl Prepared {
             }
             None => None,
         };
-        let mut unavailable = Unavailable::default();
         let mut without_form = None;
-        batch.push::<Stopped>(
-            change.position,
-            part.number,
-            change.commit_time_micros,
-            &self.destination,
-            |out| {
-                let start = out.len();
-                Ok(match self.write_key(change.relation, part.key, out)? {
-                    Ok(written) => written,
-                    Err(field) => {
-                        out.truncate(start);
-                        without_form = Some(field);
-                        false
+        oversized::fit(batch, change, &self.destination, |batch, most| {
+            let mut unavailable = Unavailable::default();
+            batch.push::<Stopped>(
+                change.position,
+                part.number,
+                change.commit_time_micros,
+                &self.destination,
+                |out| {
+                    let start = out.len();
+                    Ok(match self.write_key(change.relation, part.key, out)? {
+                        Ok(written) => written,
+                        Err(field) => {
+                            out.truncate(start);
+                            without_form = Some(field);
+                            false
+                        }
+                    })
+                },
+                |out| match part.operation {
+                    Some(operation) => {
+                        self.write_value(change, operation, part, most, &mut unavailable, out)?;
+                        Ok(true)
                     }
-                })
-            },
-            |out| match part.operation {
-                Some(operation) => {
-                    self.write_value(change, operation, part, &mut unavailable, out)?;
-                    Ok(true)
-                }
-                None => Ok(false),
-            },
-        )?;
-        if let Some((name, value)) = header {
-            batch.header(name, |out| out.extend_from_slice(&value));
-        }
-        unavailable.key.extend(without_form);
-        if !unavailable.is_empty() {
-            batch.header(UNAVAILABLE_HEADER, |out| self.write_unavailable(&unavailable, out));
-        }
+                    None => Ok(false),
+                },
+            )?;
+            if let Some((name, value)) = &header {
+                batch.header(name, |out| out.extend_from_slice(value));
+            }
+            unavailable.key.extend(without_form);
+            if !unavailable.is_empty() {
+                batch.header(UNAVAILABLE_HEADER, |out| self.write_unavailable(&unavailable, out));
+            }
+            Ok::<_, Stopped>(())
+        })?;
         Ok(match without_form {
             Some(field) => {
                 self.keyless.note(change.relation, self.fields[field].index);
@@ -600,14 +604,15 @@ impl Prepared {
         change: &Change<'_>,
         operation: &str,
         part: &Part<'_>,
+        most: usize,
         unavailable: &mut Unavailable,
         out: &mut Vec<u8>,
     ) -> Result<(), Stopped> {
         out.extend_from_slice(&self.value_head);
         out.extend_from_slice(b"{\"before\":");
-        self.write_row(change.relation, part.before, &mut unavailable.before, out)?;
+        self.write_row(change.relation, part.before, most, &mut unavailable.before, out)?;
         out.extend_from_slice(b",\"after\":");
-        self.write_row(change.relation, part.after, &mut unavailable.after, out)?;
+        self.write_row(change.relation, part.after, most, &mut unavailable.after, out)?;
         out.push(b',');
         self.source.write(
             &Place {
@@ -640,6 +645,7 @@ impl Prepared {
         &self,
         relation: &Relation,
         row: Option<Row<'_>>,
+        most: usize,
         unavailable: &mut Vec<usize>,
         out: &mut Vec<u8>,
     ) -> Result<(), Stopped> {
@@ -656,6 +662,10 @@ impl Prepared {
             match datums[field.index] {
                 Datum::Null => out.extend_from_slice(&field.null),
                 Datum::UnchangedToast => {
+                    out.extend_from_slice(&field.unavailable);
+                    unavailable.push(at);
+                }
+                Datum::Text(text) if text.len() > most && !self.key.contains(&at) => {
                     out.extend_from_slice(&field.unavailable);
                     unavailable.push(at);
                 }
@@ -907,6 +917,7 @@ mod tests {
     use super::*;
     use crate::{
         position::{Epoch, Lsn, Position},
+        size_limit::SizeLimit,
         source::{
             Column,
             postgres::{
@@ -995,11 +1006,21 @@ mod tests {
 
     /// The records of a message: key, value, headers.
     fn encode(columns: &[(&str, u32)], message: &[u8]) -> Result<Vec<(Value, Value, String)>, EncodeError> {
+        encode_within(columns, message, &SizeLimit::default())
+    }
+
+    /// The same where the topic takes no more than this of one record.
+    fn encode_within(
+        columns: &[(&str, u32)],
+        message: &[u8],
+        limit: &SizeLimit,
+    ) -> Result<Vec<(Value, Value, String)>, EncodeError> {
         let (relation, details) = table(columns);
         let mut encoder = DebeziumEncoder::new("shop", "db", true);
         let destination = Destination {
             topic: "shop.public.t".to_owned(),
             stream: String::new(),
+            limit: limit.clone(),
         };
         encoder.prepare(&relation, &details, Arc::new(destination));
         let operation = match decode(message).unwrap() {
@@ -1123,6 +1144,34 @@ mod tests {
         );
         let refused = insert(&[("id", INT)], &[Some("x")]);
         assert!(matches!(refused, Err(EncodeError::Value { .. })), "{refused:?}");
+    }
+
+    #[test]
+    fn what_is_too_much_for_the_topic_has_the_placeholder_in_every_record_of_the_change() {
+        let limit = SizeLimit::default();
+        limit.set(8000, false);
+        let columns = [("id", INT), ("t", TEXT), ("u", TEXT)];
+        let long = "x".repeat(9000);
+        let (old, new) = (
+            tuple(&[Some("1"), Some(&long), Some("a")]),
+            tuple(&[Some("2"), Some("\0"), Some("b")]),
+        );
+        let records = encode_within(&columns, &[&b"U\0\0\0\x01O"[..], &old, b"N", &new].concat(), &limit).unwrap();
+        // The end of the old key, its tombstone, and the new one, whose value the old row tells.
+        for (row, record, kept) in [("before", &records[0], "a"), ("after", &records[2], "b")] {
+            assert_eq!(record.1["payload"][row]["t"], value::UNAVAILABLE);
+            assert_eq!(record.1["payload"][row]["u"], kept);
+            assert!(
+                record.2.contains(&format!(r#"meander-unavailable={{"{row}":["t"]}}"#)),
+                "{}",
+                record.2
+            );
+            assert!(record.2.contains("meander-oversized=1"), "{}", record.2);
+        }
+        assert_eq!(
+            (&records[1].1, records[1].2.contains("oversized")),
+            (&Value::Null, false)
+        );
     }
 
     #[test]

@@ -114,13 +114,15 @@ pub(super) fn line(record: &Record) -> Result<Value, TargetError> {
             line.insert(name.to_owned(), values(&relation.columns, row, |_| true));
         }
     }
-    let unchanged: Vec<&str> = change
-        .after
-        .as_ref()
-        .map(|row| unchanged(&relation.columns, row))
-        .unwrap_or_default();
-    if !unchanged.is_empty() {
-        line.insert("unchanged".to_owned(), json!(unchanged));
+    for (name, row, absence) in [
+        ("unchanged", &change.after, Absence::UnchangedToast),
+        ("oversizedBefore", &change.before, Absence::Oversized),
+        ("oversized", &change.after, Absence::Oversized),
+    ] {
+        let absent = row.as_ref().map(|row| absent(&relation.columns, row, absence));
+        if let Some(absent) = absent.filter(|absent| !absent.is_empty()) {
+            line.insert(name.to_owned(), json!(absent));
+        }
     }
     Ok(Value::Object(line))
 }
@@ -190,12 +192,12 @@ fn described(schema: &TableSchema) -> Value {
     })
 }
 
-/// Large values that the UPDATE left as they were.
-fn unchanged<'a>(columns: &'a [Column], row: &Row) -> Vec<&'a str> {
+/// The columns that the row does not tell for this reason.
+fn absent<'a>(columns: &'a [Column], row: &Row, absence: Absence) -> Vec<&'a str> {
     columns
         .iter()
         .zip(&row.values)
-        .filter(|(_, value)| value.kind == Some(Kind::Absent(Absence::UnchangedToast.into())))
+        .filter(|(_, value)| value.kind == Some(Kind::Absent(absence.into())))
         .map(|(column, _)| column.name.as_str())
         .collect()
 }

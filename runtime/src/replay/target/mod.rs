@@ -243,6 +243,18 @@ pub enum TargetError {
     /// A subscriber went away, or takes nothing.
     #[error("the subscriber went away, or took nothing for too long")]
     SubscriberGone,
+    /// A row of the log lacks values.
+    #[error(
+        "the record at offset {offset} of partition {partition} of {topic} lacks values that the topic would not take (onOversizedRow: OmitValues), and the row cannot be made from it; begin the replay after it, or leave its key or its table out by filter"
+    )]
+    ValuesOmitted {
+        /// The topic.
+        topic: String,
+        /// The partition.
+        partition: i32,
+        /// The offset.
+        offset: i64,
+    },
     /// A record cannot be shown.
     #[error(
         "the record at offset {offset} of partition {partition} of {topic} is neither a meander.v1.ChangeRecord nor JSON: {cause}; \
@@ -469,6 +481,7 @@ impl TargetError {
             | Self::ReceiverRefused { .. }
             | Self::ReceiverConfused { .. }
             | Self::Undecodable { .. }
+            | Self::ValuesOmitted { .. }
             | Self::CheckpointUnreadable { .. }
             | Self::GroupForbidden { .. }
             | Self::TopicsAreLive { .. }
@@ -523,6 +536,7 @@ impl TargetError {
             Self::EndpointRefused { .. } => "EndpointRefused",
             Self::TooManyDeadLetters { .. } => "TooManyDeadLetters",
             Self::Undecodable { .. } => "UndecodableRecord",
+            Self::ValuesOmitted { .. } => "ValuesOmitted",
             Self::Database(error) => error.reason(),
             Self::Silent { .. } => "TargetSilent",
             Self::Disturbed(_) => "TargetUnavailable",

@@ -22,7 +22,7 @@ use std::{
 
 use bytes::Bytes;
 use meander_config::{PostgresServer, ResourceIdentity};
-use meander_proto::v1::{ChangeRecord, Operation, Relation, Row, Value, value::Kind};
+use meander_proto::v1::{Absence, ChangeRecord, Operation, Relation, Row, Value, value::Kind};
 use prost::Message as _;
 use tokio::{sync::mpsc, task::JoinHandle};
 use tokio_postgres::{Client, Error, Statement, error::SqlState, types::ToSql, types::Type};
@@ -823,6 +823,14 @@ fn values(
     let values = row.map(|row| row.values.as_slice()).unwrap_or_default();
     if values.len() != relation.columns.len() {
         return Err(undecodable(record, &"it has not as many values as columns"));
+    }
+    // It is not what is there already, as what an UPDATE leaves out is.
+    if (values.iter()).any(|value| value.kind == Some(Kind::Absent(Absence::Oversized.into()))) {
+        return Err(TargetError::ValuesOmitted {
+            topic: record.topic.to_string(),
+            partition: record.partition,
+            offset: record.offset,
+        });
     }
     let told = |index: usize| fallback?.values.get(index).filter(|value| !is_absent(value));
     Ok((values.iter().enumerate())

@@ -185,6 +185,7 @@ mod tests {
         let destination = Arc::new(Destination {
             topic: "t".to_owned(),
             stream: "t".to_owned(),
+            ..Destination::default()
         });
         batch
             .push::<()>(

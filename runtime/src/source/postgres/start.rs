@@ -544,6 +544,7 @@ mod tests {
             partitions: None,
             released: false,
             accepted_gap: None,
+            oversized: Default::default(),
         }
     }
 

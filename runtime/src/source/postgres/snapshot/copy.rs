@@ -44,6 +44,12 @@ impl Rows {
             .filter_map(move |range| Tuple::checked(columns, &self.bytes[range.clone()]))
     }
 
+    /// Bytes of the largest row; 0 without any.
+    #[must_use]
+    pub fn largest(&self) -> usize {
+        self.rows.iter().map(ExactSizeIterator::len).max().unwrap_or(0)
+    }
+
     /// Number of rows.
     #[must_use]
     pub fn len(&self) -> usize {
