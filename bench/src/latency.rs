@@ -203,8 +203,10 @@ fn consume(consumer: &BaseConsumer, expected: &AtomicUsize, first: &AtomicUsize,
         // Before its first change the topic is not there.
         if let Some(Ok(message)) = consumer.poll(LOOK) {
             let now = micros();
-            seen.extend(decode(message.payload().unwrap_or_default())?.map(|written| (written, now)));
-            first.fetch_add(usize::from(seen.len() == 1), Ordering::Relaxed);
+            if let Some(written) = decode(message.payload().unwrap_or_default())? {
+                first.fetch_add(usize::from(seen.is_empty()), Ordering::Relaxed);
+                seen.push((written, now));
+            }
         }
     }
     Ok(seen)
@@ -228,8 +230,10 @@ async fn read(
             // Ours has the field `value`; Debezium's only field is named by the key.
             let value = entry.map.get("value").or_else(|| entry.map.values().next());
             let value: Vec<u8> = redis::from_redis_value(value.cloned().context("an entry without a value")?)?;
-            seen.extend(decode(&value)?.map(|written| (written, now)));
-            first.fetch_add(usize::from(seen.len() == 1), Ordering::Relaxed);
+            if let Some(written) = decode(&value)? {
+                first.fetch_add(usize::from(seen.is_empty()), Ordering::Relaxed);
+                seen.push((written, now));
+            }
             last = entry.id;
         }
     }

@@ -55,7 +55,8 @@ impl Stage {
         let consumer: BaseConsumer = self.kafka.client_config().create()?;
         let metadata = consumer.fetch_metadata(None, LIMIT)?;
         let topics: Vec<&str> = metadata.topics().iter().map(|topic| topic.name()).collect();
-        let topics: Vec<&str> = topics.into_iter().filter(|topic| topic.starts_with(prefix)).collect();
+        let own = format!("{prefix}.");
+        let topics: Vec<&str> = topics.into_iter().filter(|topic| topic.starts_with(&own)).collect();
         if !topics.is_empty() {
             let admin: AdminClient<DefaultClientContext> = self.kafka.client_config().create()?;
             for deleted in admin.delete_topics(&topics, &AdminOptions::new()).await? {

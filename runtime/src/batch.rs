@@ -210,6 +210,8 @@ impl Batch {
     /// Takes the records since then out again.
     pub fn rewind(&mut self, mark: &Mark) {
         self.bytes.truncate(mark.bytes);
+        // What is left out is not to take its memory until the batch is published.
+        self.bytes.shrink_to(FULL_BYTES);
         self.records.truncate(mark.records);
     }
 

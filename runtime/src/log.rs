@@ -6,7 +6,10 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::position::{Epoch, Lsn, Position};
+use crate::{
+    position::{Epoch, Lsn, Position},
+    size_limit::room_for,
+};
 
 /// Header of every data record: its [`Position`] as text.
 pub const POSITION_HEADER: &str = "meander-position";
@@ -229,7 +232,7 @@ pub struct OversizedRecord {
 
 impl OversizedRecords {
     /// The most tables that are kept: the checkpoint is one record itself.
-    const MOST_TABLES: usize = 1000;
+    const MOST_TABLES: usize = 100;
 
     /// True if there never was one.
     #[must_use]
@@ -271,9 +274,14 @@ impl OversizedRecords {
             0 => String::new(),
             more => format!(", and records of {more} more tables"),
         };
+        let remedy = match room_for(*bytes) {
+            Some(room) => format!(
+                "raise the topics' max.message.bytes (kafka-configs.sh --bootstrap-server … --alter --entity-type topics --entity-name {topic} --add-config max.message.bytes={room}), and then read the tables again by an entry in snapshot.requests, which ends this"
+            ),
+            None => "no topic takes that: once there are no such rows any more, or the table is excluded, read it again by an entry in snapshot.requests, which ends this".to_owned(),
+        };
         Some(format!(
-            "records of {table}{more} lack values that their topics would not take, the last one at {position}: with them it would have {bytes} bytes, and topic {topic:?} takes {limit}; raise the topics' max.message.bytes (kafka-configs.sh --alter --entity-type topics --entity-name {topic} --add-config max.message.bytes={}), and then read the tables again by an entry in snapshot.requests, which ends this",
-            bytes + bytes / 4
+            "records of {table}{more} lack values that their topics would not take, the last one at {position}: with them it would have {bytes} bytes, and topic {topic:?} takes {limit}; {remedy}"
         ))
     }
 }

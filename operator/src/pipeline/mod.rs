@@ -23,7 +23,6 @@ use kube::{
     runtime::{
         Controller, WatchStreamExt as _,
         controller::{Action, Config},
-        events::EventType,
         predicates,
         reflector::{ObjectRef, store::Writer},
         utils::Predicate as _,
@@ -298,7 +297,7 @@ async fn last_stages(
 async fn conclude(context: &Context, pipeline: &CdcPipeline, key: &ResourceKey, ending: Ending) -> Result<(), Error> {
     context.may_write(RUNTIME_AVAILABLE)?;
     let (type_, reason, note) = cleanup::told(pipeline, &ending);
-    if type_ == EventType::Warning {
+    if matches!(ending, Ending::LeftBehind(_)) {
         // A namespace that is being deleted takes no event.
         tracing::warn!(namespace = key.namespace, name = key.name, "{note}");
     }

@@ -1,7 +1,10 @@
 //! A new image of the runtime, which comes with a new operator, is first run by one pipeline: one that does not start must not end every capture at
 //! once.
 
-use std::sync::{Mutex, PoisonError};
+use std::{
+    collections::HashMap,
+    sync::{Mutex, PoisonError},
+};
 
 use k8s_openapi::api::apps::v1::Deployment;
 use kube::runtime::reflector::ObjectRef;
@@ -15,7 +18,14 @@ use crate::{context::Context, progress::ResourceKey};
 
 /// What is known of the image that the operator was started with. Another operator begins anew: it may try the image once more.
 #[derive(Debug, Default)]
-pub struct Rollout(Mutex<Known>);
+pub struct Rollout(Mutex<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    image: Known,
+    /// The generation of its spec that each pipeline ran with when it was first to wait: another one is what a person asks for.
+    waiting: HashMap<ResourceKey, Option<i64>>,
+}
 
 #[derive(Debug, Default)]
 enum Known {
@@ -37,23 +47,25 @@ pub fn waits_for(
     deployment: Option<&Deployment>,
 ) -> Option<ResourceKey> {
     let deployment = deployment.filter(|_| may_try(pipeline))?;
-    let mut known = context.rollout.0.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut state = context.rollout.0.lock().unwrap_or_else(PoisonError::into_inner);
     let image = &context.settings.runtime_image;
     if image_of(deployment) == Some(image) {
+        state.waiting.remove(key);
         if runs(deployment) {
-            *known = Known::Runs;
+            state.image = Known::Runs;
         }
         return None;
     }
     let observed = pipeline.status.as_ref().and_then(|status| status.observed_generation);
-    if !is_available(deployment) || observed != pipeline.metadata.generation {
+    let ran_with = *state.waiting.entry(key.clone()).or_insert(observed);
+    if !is_available(deployment) || ran_with != pipeline.metadata.generation {
         return None;
     }
-    match &*known {
+    match &state.image {
         Known::Runs => None,
         Known::Tried(first) if first != key && tries(context, first) => Some(first.clone()),
         Known::Tried(_) | Known::Nothing => {
-            *known = Known::Tried(key.clone());
+            state.image = Known::Tried(key.clone());
             None
         }
     }
@@ -65,9 +77,9 @@ pub fn give_up(context: &Context, key: &ResourceKey, facts: Option<&Facts>) {
     if deployment.and_then(image_of) == Some(&context.settings.runtime_image) {
         return;
     }
-    let mut known = context.rollout.0.lock().unwrap_or_else(PoisonError::into_inner);
-    if matches!(&*known, Known::Tried(first) if first == key) {
-        *known = Known::Nothing;
+    let mut state = context.rollout.0.lock().unwrap_or_else(PoisonError::into_inner);
+    if matches!(&state.image, Known::Tried(first) if first == key) {
+        state.image = Known::Nothing;
     }
 }
 
@@ -90,10 +102,9 @@ fn image_of(deployment: &Deployment) -> Option<&String> {
     template.spec.as_ref()?.containers.first()?.image.as_ref()
 }
 
-/// Whether every pod that there should be is of the newest template, and ready.
+/// Whether every pod that there is is of the newest template, and one is ready: a second one, which is to stand by, may never find a place.
 fn runs(deployment: &Deployment) -> bool {
-    let wanted = deployment.spec.as_ref().and_then(|spec| spec.replicas).unwrap_or(1);
-    let updated = deployment.status.as_ref().and_then(|status| status.updated_replicas);
-    let ready = deployment.status.as_ref().and_then(|status| status.ready_replicas);
-    is_available(deployment) && updated >= Some(wanted) && ready >= Some(wanted)
+    let status = deployment.status.as_ref();
+    let pods = status.and_then(|status| status.replicas);
+    is_available(deployment) && pods >= Some(1) && status.and_then(|status| status.updated_replicas) == pods
 }

@@ -235,17 +235,20 @@ fn as_last_seen(judgement: Judgement) -> Judgement {
     )
 }
 
+/// What comes before the Secrets that are used.
+const NAMING: &str = "; this pipeline uses ";
+
 /// With the Secrets that are used, where what is wrong may be in one of them.
 fn naming_secrets(judgement: Judgement, secrets: &[SecretFiles]) -> Judgement {
     let meant = (judgement.status != Status::True || judgement.type_ == DEGRADED)
         .then(|| secrets::meant_by(&judgement.reason, secrets))
         .flatten();
-    let Some(named) = meant.map(|meant| format!("; this pipeline uses {meant}")) else {
+    let Some(meant) = meant else {
         return judgement;
     };
-    // What is remembered may have been said like this before.
-    let message = judgement.message.strip_suffix(&named).unwrap_or(&judgement.message);
-    let message = format!("{message}{named}");
+    // What is remembered may have been said like this before, of other Secrets.
+    let message = judgement.message.split(NAMING).next().unwrap_or_default();
+    let message = format!("{message}{NAMING}{meant}");
     Judgement::new(judgement.type_, judgement.status, &judgement.reason, message)
 }
 

@@ -322,7 +322,7 @@ impl Tracker {
         let Some(entry) = entries.get_mut(key).filter(|entry| entry.uid == uid) else {
             return false;
         };
-        let counts = |last: &ProgressUpdate| !stands_by(&update) && owner(&update) >= owner(last);
+        let counts = |last: &ProgressUpdate| !stands_by(&update) && (stands_by(last) || owner(&update) >= owner(last));
         if entry.reporter != Some(stream) && entry.connected() && !entry.report.as_ref().is_none_or(counts) {
             return true;
         }

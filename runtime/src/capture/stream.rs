@@ -32,7 +32,7 @@ use crate::{
     position::{Lsn, Position},
     schema::{SchemaChange, TableSchema},
     sink::{SinkError, redis::live::Offers, topics::Topics},
-    size_limit::MOST_BYTES,
+    size_limit::room_for,
     source::{
         Change, Operation, Relation, Snapshot,
         postgres::{
@@ -399,8 +399,8 @@ impl<'a> Stream<'a> {
                     }
                     let topic = &messages.destination.topic;
                     topics.ensure_data(topic, "logical messages").await?;
-                    if bytes.len() >= LARGE_CHANGE {
-                        topics.learn_limit(topic).await?;
+                    if bytes.len() >= LARGE_CHANGE && config.on_oversized_row == OnOversizedRow::OmitValues {
+                        topics.learn_limit(topic).await;
                     }
                     let time = match &message.transaction {
                         Some(transaction) => transaction.commit_time_micros,
@@ -692,11 +692,12 @@ impl<'a> Stream<'a> {
             self.topics.ensure_data(&topic, &table).await?;
         }
         if bytes >= LARGE_CHANGE
+            && self.config.on_oversized_row == OnOversizedRow::OmitValues
             && let Some(relation) = self.assembler.relation(oid)
             && !self.left_out.contains(&relation.oid)
         {
             let topic = topic_name(&self.config.kafka.topic_prefix, &relation.schema, &relation.table);
-            self.topics.learn_limit(&topic).await?;
+            self.topics.learn_limit(&topic).await;
         }
         Ok(())
     }
@@ -716,17 +717,19 @@ impl<'a> Stream<'a> {
             limit,
             fits,
         } = found;
-        // With some room for what Kafka adds.
-        let raised = bytes + bytes / 64 + 1024;
-        let raise = format!(
-            "let it take it, by kafka-configs.sh --alter --entity-type topics --entity-name {topic} --add-config max.message.bytes={raised}"
-        );
-        let omit = "set onOversizedRow: OmitValues, and it is published without its large values";
-        let remedy = match (*fits, raised <= MOST_BYTES) {
-            (true, true) => format!("{raise}; or {omit}"),
-            (true, false) => format!("no topic can take it from this pipeline: {omit}"),
-            (false, true) => format!("without large values it is too large as well: {raise}"),
-            (false, false) => "no topic can take it from this pipeline; exclude it from what is captured".to_owned(),
+        let remedy = match (*fits, room_for(*bytes)) {
+            (true, _) => {
+                "no topic takes it: set onOversizedRow: OmitValues, and it is published without its large values"
+                    .to_owned()
+            }
+            (false, Some(room)) => {
+                format!(
+                    "it is too large without its large values as well: raise the topic's max.message.bytes to {room}"
+                )
+            }
+            (false, None) => {
+                "no topic takes it, also without its large values: exclude it from what is captured".to_owned()
+            }
         };
         Err(SinkError::ChangeTooLarge {
             table: table.clone(),

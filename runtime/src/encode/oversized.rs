@@ -6,7 +6,7 @@ use crate::{
     batch::{Batch, Destination, Mark, Oversized},
     log::OVERSIZED_HEADER,
     position::Position,
-    size_limit::SizeLimit,
+    size_limit::{LARGE_BYTES, SizeLimit},
     source::{Change, Relation},
 };
 
@@ -25,6 +25,9 @@ pub(super) fn fit<E>(
     write(batch, usize::MAX)?;
     let limit = &destination.limit;
     let bytes = batch.since(&mark).len();
+    if bytes >= LARGE_BYTES {
+        batch.kafka_first = true;
+    }
     if limit.takes(batch.since(&mark)) {
         return Ok(());
     }
@@ -50,8 +53,6 @@ pub(super) fn fit<E>(
         limit: limit.bytes(),
         fits,
     });
-    // The topic may take more by the time that it is made again.
-    batch.kafka_first = true;
     Ok(())
 }
 

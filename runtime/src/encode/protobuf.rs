@@ -526,7 +526,7 @@ mod tests {
     use super::*;
     use crate::{
         position::{Epoch, Lsn, Position},
-        size_limit::SizeLimit,
+        size_limit::{LARGE_BYTES, SizeLimit},
         source::{
             TransactionOrigin,
             postgres::pgoutput::{LogicalMessage, decode},
@@ -592,12 +592,12 @@ mod tests {
         Ok(encode_within(operation, &SizeLimit::default())?.0)
     }
 
-    /// The records where the topic takes no more than this, and whether the topic takes them so.
+    /// The records where the topic takes no more than this, and the batch that holds them.
     #[allow(clippy::type_complexity)]
     fn encode_within(
         operation: Operation<'_>,
         limit: &SizeLimit,
-    ) -> Result<(Vec<(Option<String>, v1::ChangeRecord)>, Vec<bool>), EncodeError> {
+    ) -> Result<(Vec<(Option<String>, v1::ChangeRecord)>, Batch), EncodeError> {
         let relation = relation();
         let mut encoder = ProtobufEncoder::default();
         encoder.prepare(
@@ -638,8 +638,7 @@ mod tests {
                 )
             })
             .collect();
-        let fits = batch.oversized.iter().map(|oversized| oversized.fits).collect();
-        Ok((records, fits))
+        Ok((records, batch))
     }
 
     fn insert(values: &[Option<&str>]) -> Result<v1::ChangeRecord, EncodeError> {
@@ -733,13 +732,14 @@ mod tests {
     #[test]
     fn only_what_is_too_much_for_the_topic_is_left_out_and_never_of_the_key() {
         let limit = SizeLimit::default();
-        limit.set(4000, false);
+        limit.set(4000);
         let encode = |row: &[Option<&str>]| {
             let message = [&b"I\0\0\0\x01N"[..], &tuple(row)].concat();
             let LogicalMessage::Insert { new, .. } = decode(&message).unwrap() else {
                 panic!("not an insert")
             };
-            let (mut records, fits) = encode_within(Operation::Insert { new }, &limit).unwrap();
+            let (mut records, batch) = encode_within(Operation::Insert { new }, &limit).unwrap();
+            let fits: Vec<bool> = batch.oversized.iter().map(|oversized| oversized.fits).collect();
             (values(records.remove(0).1.after), fits)
         };
         let (long, longer) = ("n".repeat(900), "1".repeat(6000));
@@ -750,10 +750,27 @@ mod tests {
         assert_eq!(told[5], Some(Is::Absent(v1::Absence::Oversized.into())));
         assert_eq!(told[6], Some(Is::Text(long.clone())));
         // What is left is too much as well.
-        limit.set(100, false);
+        limit.set(100);
         assert_eq!(encode(&ROW).1, [false]);
-        limit.set(9000, false);
+        limit.set(9000);
         assert!(encode(&row).1.is_empty());
+    }
+
+    #[test]
+    fn a_record_that_may_be_made_otherwise_when_it_is_made_again_goes_to_kafka_first() {
+        let waits = |bytes: usize| {
+            let text = "n".repeat(bytes);
+            let mut row = ROW;
+            row[6] = Some(text.as_str());
+            let message = [&b"I\0\0\0\x01N"[..], &tuple(&row)].concat();
+            let LogicalMessage::Insert { new, .. } = decode(&message).unwrap() else {
+                panic!("not an insert")
+            };
+            let (_, batch) = encode_within(Operation::Insert { new }, &SizeLimit::default()).unwrap();
+            batch.kafka_first
+        };
+        // Whatever the topic takes now: it may take less by the time that a crash has it made again.
+        assert_eq!((waits(1000), waits(LARGE_BYTES)), (false, true));
     }
 
     #[test]

@@ -108,13 +108,13 @@ pub enum SinkError {
     },
     /// A record is larger than the topic takes.
     #[error(
-        "a record for topic {topic:?} is larger than the topic takes; raise its max.message.bytes: kafka-configs.sh --alter --topic {topic} --add-config max.message.bytes=10485760"
+        "a record for topic {topic:?} is larger than the topic takes, and nothing after it is published; raise its max.message.bytes (kafka-configs.sh --bootstrap-server … --alter --entity-type topics --entity-name {topic} --add-config max.message.bytes=10485760), or set onOversizedRow: OmitValues, and it is published without its large values"
     )]
     RecordTooLarge {
         /// The topic.
         topic: String,
     },
-    /// A change makes a record that is larger than its topic takes.
+    /// A change makes a record that no topic takes, or that is larger than its topic takes without its large values as well.
     #[error(
         "a change of {table} at {position} makes a record of {bytes} bytes, and topic {topic:?} takes {limit}; nothing after it is published; {remedy}"
     )]

@@ -187,7 +187,6 @@ impl Topics {
             wanted = wanted.set(name, value);
         }
         let found = self.ensure(&wanted).await?;
-        note_limit(&self.limit(topic), &found);
         let mut differing = Vec::new();
         for (name, asked) in &config.topic_config {
             if !found.is_empty() && !found.contains_key(name) {
@@ -218,30 +217,28 @@ impl Topics {
         Ok(())
     }
 
-    /// What the topic takes of one record, as far as it is known: it is for a topic that was there, and for one that is new once
-    /// [`learn_limit`](Self::learn_limit) has asked.
+    /// What the topic takes of one record, once [`learn_limit`](Self::learn_limit) has asked.
     pub fn limit(&mut self, topic: &str) -> SizeLimit {
         self.limits.entry(topic.to_owned()).or_default().0.clone()
     }
 
-    /// Asks what the topic takes of one record, unless it was asked a moment ago: somebody may have changed it since the session began.
-    ///
-    /// # Errors
-    /// When Kafka does not answer.
-    pub async fn learn_limit(&mut self, topic: &str) -> Result<(), SinkError> {
+    /// Asks what the topic takes of one record, unless it was asked a moment ago: somebody may have changed it. Where there is no answer, what was known
+    /// stays, and the broker judges.
+    pub async fn learn_limit(&mut self, topic: &str) {
         let (limit, asked) = self.limits.entry(topic.to_owned()).or_default();
         if asked.is_some_and(|asked| asked.elapsed() < LIMIT_AGE) {
-            return Ok(());
+            return;
         }
         *asked = Some(Instant::now());
         let limit = limit.clone();
         match self.settings_of(topic).await {
-            Ok(settings) => note_limit(&limit, &settings),
-            // It is so new that this broker does not know it yet. The broker of the record judges for now.
-            Err(SinkError::KafkaForbidden { .. }) => {}
-            Err(error) => return Err(error),
+            Ok(settings) => {
+                if let Some(bytes) = settings.get("max.message.bytes").and_then(|bytes| bytes.parse().ok()) {
+                    limit.set(bytes);
+                }
+            }
+            Err(error) => tracing::warn!(topic, %error, "nobody says how large a record the topic takes"),
         }
-        Ok(())
     }
 
     fn replication(&self) -> TopicReplication<'static> {
@@ -438,16 +435,6 @@ impl Topics {
             topic: topic.to_owned(),
             cause: cause.to_owned(),
         }
-    }
-}
-
-fn note_limit(limit: &SizeLimit, settings: &HashMap<String, String>) {
-    if let Some(bytes) = settings.get("max.message.bytes").and_then(|bytes| bytes.parse().ok()) {
-        // With any other the broker may make a record larger than it came.
-        let compressed = settings
-            .get("compression.type")
-            .is_some_and(|type_| matches!(type_.as_str(), "producer" | "lz4" | "zstd" | "gzip"));
-        limit.set(bytes, compressed);
     }
 }
 

@@ -24,9 +24,8 @@ use crate::{disk, wait::INTERVAL};
 const GUARD: &str = r#"
 cat >/dev/null
 for file in "$0"/pids/*; do [ ! -e "$file" ] || kill -s KILL -- "-$(cat "$file")"; done
-for folder in "$0"/*; do umount "$folder" 2>/dev/null; done
 tries=0
-until rm -rf "$0" || [ $((tries += 1)) -gt 50 ]; do sleep 0.1; done
+until { for folder in "$0"/*; do umount "$folder" 2>/dev/null; done; rm -rf "$0"; } || [ $((tries += 1)) -gt 50 ]; do sleep 0.1; done
 "#;
 
 /// Notes its own process id before it becomes the service, so that the guard never misses one. The file is gone if the guard

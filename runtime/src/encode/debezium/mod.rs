@@ -1149,7 +1149,7 @@ mod tests {
     #[test]
     fn what_is_too_much_for_the_topic_has_the_placeholder_in_every_record_of_the_change() {
         let limit = SizeLimit::default();
-        limit.set(8000, false);
+        limit.set(8000);
         let columns = [("id", INT), ("t", TEXT), ("u", TEXT)];
         let long = "x".repeat(9000);
         let (old, new) = (

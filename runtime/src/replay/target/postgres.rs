@@ -452,6 +452,7 @@ impl Postgres {
                 if change.operation() == Operation::Read {
                     self.renew(&relation, tally).await?;
                 }
+                require_values(change.after.as_ref(), &record)?;
                 let after = values(&relation, change.after.as_ref(), None, &record)?;
                 let verb = if self.table(&relation, tally).await?.key.is_empty() {
                     Verb::Insert
@@ -467,6 +468,7 @@ impl Postgres {
             Operation::Delete => {
                 let before = values(&relation, change.before.as_ref(), None, &record)?;
                 let verb = if self.table(&relation, tally).await?.key.is_empty() {
+                    require_values(change.before.as_ref(), &record)?;
                     Verb::DeleteOne
                 } else {
                     Verb::Delete
@@ -494,9 +496,11 @@ impl Postgres {
         record: Record,
         tally: &Tally,
     ) -> Result<(), TargetError> {
+        require_values(change.after.as_ref(), &record)?;
         let after = values(relation, change.after.as_ref(), change.before.as_ref(), &record)?;
         let whole = !after.iter().any(is_absent);
         if self.table(relation, tally).await?.key.is_empty() {
+            require_values(change.before.as_ref(), &record)?;
             let before = values(relation, change.before.as_ref(), None, &record)?;
             return self
                 .row(relation, Verb::UpdateOne, &before, &after, record.key, tally)
@@ -813,6 +817,19 @@ impl Run {
     }
 }
 
+/// Refuses a row of which values were left out for their size: they are not what is there already, as what an UPDATE leaves out is.
+fn require_values(row: Option<&Row>, record: &Record) -> Result<(), TargetError> {
+    let omitted = |value: &Value| value.kind == Some(Kind::Absent(Absence::Oversized.into()));
+    if row.is_some_and(|row| row.values.iter().any(omitted)) {
+        return Err(TargetError::ValuesOmitted {
+            topic: record.topic.to_string(),
+            partition: record.partition,
+            offset: record.offset,
+        });
+    }
+    Ok(())
+}
+
 /// The values of a row. Those that it leaves out are taken from `fallback`, where that tells them.
 fn values(
     relation: &Relation,
@@ -823,14 +840,6 @@ fn values(
     let values = row.map(|row| row.values.as_slice()).unwrap_or_default();
     if values.len() != relation.columns.len() {
         return Err(undecodable(record, &"it has not as many values as columns"));
-    }
-    // It is not what is there already, as what an UPDATE leaves out is.
-    if (values.iter()).any(|value| value.kind == Some(Kind::Absent(Absence::Oversized.into()))) {
-        return Err(TargetError::ValuesOmitted {
-            topic: record.topic.to_string(),
-            partition: record.partition,
-            offset: record.offset,
-        });
     }
     let told = |index: usize| fallback?.values.get(index).filter(|value| !is_absent(value));
     Ok((values.iter().enumerate())

@@ -279,6 +279,10 @@ impl Checkpoint {
     pub fn begin_epoch(&mut self, epoch: Epoch, at: Lsn, server: &ServerIdentity) {
         self.epoch = epoch.0;
         self.partings.clear();
+        if self.system_identifier != server.system_identifier {
+            // Its tables have other OIDs.
+            self.oversized.tables.clear();
+        }
         self.stand_on(server, at);
         // What was read before says nothing of what changed in between. A request that was done is not made again by that.
         let mut requests = std::mem::take(&mut self.snapshot.requests);
