@@ -48,7 +48,11 @@ async fn wait_for(postgres: &Postgres, what: &str, sql: &str) {
     let client = postgres.client().await;
     eventually(what, LIMIT, async || {
         let row = client.query_one(sql, &[]).await.map_err(|error| error.to_string())?;
-        if row.get(0) { Ok(()) } else { Err("not yet".to_owned()) }
+        // What is compared may not be there yet.
+        match row.get(0) {
+            Some(true) => Ok(()),
+            answer => Err(format!("{answer:?}")),
+        }
     })
     .await;
 }

@@ -27,16 +27,20 @@ pub fn topic(config: &CaptureConfig, table: &str) -> String {
 
 /// Waits until the log holds this many ends of snapshots of the table, and reads it.
 pub async fn wait_for_ends(kafka: &Kafka, config: &CaptureConfig, table: &str, ends: usize) -> Vec<Entry> {
+    let topic = topic(config, table);
     eventually("the snapshot has ended", LIMIT, async || {
-        let log = tokio::task::block_in_place(|| read_log(kafka, &topic(config, table)));
+        let log = tokio::task::block_in_place(|| read_log(kafka, &topic));
         let found = count(&log, Operation::SnapshotEnd);
         if found >= ends {
-            Ok(log)
+            Ok(())
         } else {
             Err(format!("{} records, {found} ends", log.len()))
         }
     })
-    .await
+    .await;
+    // A partition shows the end of a transaction before another one does.
+    kafka.settle(&topic, LIMIT).await;
+    tokio::task::block_in_place(|| read_log(kafka, &topic))
 }
 
 /// Reads the log until it comes to what the table holds.

@@ -13,7 +13,7 @@ use rdkafka::{
     consumer::{BaseConsumer, Consumer as _},
     error::KafkaError,
     message::BorrowedMessage,
-    metadata::MetadataTopic,
+    metadata::{MetadataPartition, MetadataTopic},
 };
 use rustix::process::Signal;
 use tempfile::TempDir;
@@ -23,6 +23,7 @@ use crate::{
     ports::free_port,
     process::{Process, folder},
     tls::Identity,
+    wait::eventually,
 };
 
 const LIMIT: Duration = Duration::from_secs(120);
@@ -171,6 +172,33 @@ impl Kafka {
     /// Shows `take` everything that there is now in the topics that `wanted` holds of, as [`read_topics`] does.
     pub fn read(&self, wanted: impl Fn(&str) -> bool, take: impl FnMut(&BorrowedMessage<'_>)) {
         read_topics(&self.client_config(), wanted, take);
+    }
+
+    /// Waits until a `read_committed` consumer sees of this topic whatever is written by now: the markers of a transaction come into its
+    /// partitions one by one, and after its commit was answered.
+    ///
+    /// # Panics
+    /// When a transaction is neither committed nor aborted within `limit`.
+    pub async fn settle(&self, topic: &str, limit: Duration) {
+        let ends = |isolation: &str| {
+            let consumer: BaseConsumer = self.client_config().set("isolation.level", isolation).create().unwrap();
+            let metadata = consumer.fetch_metadata(Some(topic), LIMIT).unwrap();
+            let partitions = metadata.topics()[0].partitions().iter();
+            let end =
+                |partition: &MetadataPartition| consumer.fetch_watermarks(topic, partition.id(), LIMIT).unwrap().1;
+            partitions.map(end).collect::<Vec<_>>()
+        };
+        let written = tokio::task::block_in_place(|| ends("read_uncommitted"));
+        eventually("transactions are committed or aborted", limit, async || {
+            let seen = tokio::task::block_in_place(|| ends("read_committed"));
+            let open = seen.iter().zip(&written).any(|(seen, written)| seen < written);
+            if open {
+                Err(format!("{seen:?} of {written:?}"))
+            } else {
+                Ok(())
+            }
+        })
+        .await;
     }
 
     /// Kills the broker.
