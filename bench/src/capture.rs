@@ -185,13 +185,7 @@ pub(crate) async fn catch_up(
                 figures.insert(Figure::MegabytesPerSecond, bytes / seconds / 1e6);
             }
             observer::count(&capture, &stage, changes).await?;
-            report.add(
-                load.work(),
-                &capture.contestant.name(),
-                &capture.contestant.version(),
-                figures,
-            )?;
-            capture.end(&stage).await?;
+            capture.conclude(&stage, report, load.work(), figures).await?;
         }
     }
     Ok(())
@@ -210,13 +204,7 @@ pub(crate) async fn start(report: &Report, peers: &[Variant], rounds: u32) -> an
             let (seen, started, mut figures) = run(&mut capture, &mut stage, 1).await?;
             // The first record is the last one.
             figures.insert(Figure::FirstRecordSeconds, (seen.last - started).as_secs_f64());
-            report.add(
-                "start",
-                &capture.contestant.name(),
-                &capture.contestant.version(),
-                figures,
-            )?;
-            capture.end(&stage).await?;
+            capture.conclude(&stage, report, "start", figures).await?;
         }
     }
     Ok(())

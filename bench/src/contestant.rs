@@ -9,7 +9,11 @@ use meander_proto::v1::{ChangeRecord, Operation};
 use meander_test_support::{Runtime, capture_config, eventually, process::Process, unique_name};
 use prost::Message as _;
 
-use crate::{LIMIT, peers, stage::Stage};
+use crate::{
+    LIMIT, peers,
+    report::{Figures, Report},
+    stage::Stage,
+};
 
 /// Which way a peer is set up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -195,6 +199,18 @@ impl Capture {
         process
             .id()
             .with_context(|| format!("it has ended:\n{}", process.log_tail()))
+    }
+
+    /// Reports what it did in a round, and ends it.
+    pub(crate) async fn conclude(
+        self,
+        stage: &Stage,
+        report: &Report,
+        work: &str,
+        figures: Figures,
+    ) -> anyhow::Result<()> {
+        report.add(work, &self.contestant.name(), &self.contestant.version(), figures)?;
+        self.end(stage).await
     }
 
     /// Ends the process, gives up the slot, and takes away what was written.

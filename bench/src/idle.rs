@@ -59,8 +59,7 @@ pub(crate) async fn measure(
             figures.insert(Figure::Resident, resident(process)?);
             figures.insert(Figure::PeakResident, peak_resident(process)?);
             let work = format!("idle, {tables} tables");
-            report.add(&work, &contestant.name(), &contestant.version(), figures)?;
-            capture.end(&stage).await?;
+            capture.conclude(&stage, report, &work, figures).await?;
         }
     }
     Ok(())

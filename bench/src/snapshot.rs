@@ -51,8 +51,7 @@ pub(crate) async fn measure(report: &Report, rows: u64, peers: &[Variant], round
             figures.insert(Figure::FirstRecordSeconds, (seen.first - started).as_secs_f64());
             figures.insert(Figure::PeakResident, peak_resident(process)?);
             observer::count(&capture, &stage, rows).await?;
-            report.add(&work, &contestant.name(), &contestant.version(), figures)?;
-            capture.end(&stage).await?;
+            capture.conclude(&stage, report, &work, figures).await?;
         }
     }
     Ok(())

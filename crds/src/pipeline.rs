@@ -57,7 +57,7 @@ pub struct CdcPipelineSpec {
     /// or a standby promoted that lacks them. Where the host leads to another server, or to one that was set back, it is `Stop` anyway.
     #[serde(default)]
     pub on_source_gap: OnSourceGap,
-    /// What becomes of a row whose record is larger than its topic takes (`max.message.bytes`, compressed as it is sent), in Kafka and in Redis alike.
+    /// What becomes of a row whose record is larger than its topic takes (`max.message.bytes`), in Kafka and in Redis alike.
     #[serde(default)]
     pub on_oversized_row: OnOversizedRow,
     /// Stop capturing. The slot stays, and with it the WAL that has not been read: the database's disk fills while a busy
@@ -83,10 +83,10 @@ pub enum OnSourceGap {
 /// What becomes of a row whose record is larger than its topic takes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum OnOversizedRow {
-    /// Capture stands still before it until the topic takes more: `RecordTooLarge`.
+    /// Capture stands still before it until the topic takes more: `RecordTooLarge`. Kafka judges it as it is sent, which is compressed.
     #[default]
     Stop,
-    /// It is published in its place without its large values, which are marked as left out; `status.oversized` counts such records, and the condition Degraded
+    /// It is published in its place without its large values, which are marked as left out, if it is larger before it is compressed; `status.oversized` counts such records, and the condition Degraded
     /// says how the rows are read again. What is too large even so, as a logical message is, stops the capture all the same.
     OmitValues,
 }

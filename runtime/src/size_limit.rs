@@ -9,8 +9,8 @@ use std::sync::{
 /// What the producer takes of one record, in bytes of key, value and headers, whatever its topic takes. Redis takes five times as much
 /// of one value, as it comes (`proto-max-bulk-len`).
 pub const MOST_BYTES: u64 = 100_000_000;
-/// A record of so many bytes may be made otherwise when it is made again: what topics take may change. So it is in Redis only once it is in Kafka. No topic
-/// takes less: the client sends more than this in one batch.
+/// A record of so many bytes may be made otherwise when it is made again: what topics take may change. So it is in Redis only once it is in Kafka. Topics that
+/// take less are not supported: the client sends more than this in one batch.
 pub const LARGE_BYTES: usize = 256 * 1024;
 /// About what Kafka, and the headers of every record, add to a record that is a batch of its own; rounded up.
 const AROUND: u64 = 512;

@@ -9,7 +9,7 @@ mod operator;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use common::{LIMIT, checkpoint, cluster, config};
+use common::{LIMIT, checkpoint, cluster, config, stream_entries};
 use log::{read_topic, wait_for_records};
 use meander_config::{CaptureConfig, Format, PublicationManagement};
 use meander_proto::v1::{Directive, Operation, value::Kind};
@@ -120,15 +120,8 @@ async fn each_change_is_once_in_kafka_and_in_redis_under_the_same_coordinate() {
     );
 
     // Redis holds the same bytes under ids made of the same coordinates.
-    let mut connection = redis.connection().await;
     let entries = eventually("the entries are in Redis", LIMIT, async || {
-        let entries: Vec<(String, BTreeMap<String, Vec<u8>>)> = redis::cmd("XRANGE")
-            .arg(&topic)
-            .arg("-")
-            .arg("+")
-            .query_async(&mut connection)
-            .await
-            .unwrap();
+        let entries = stream_entries(&redis, &topic).await;
         if entries.len() >= 7 {
             Ok(entries)
         } else {

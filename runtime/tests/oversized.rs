@@ -11,7 +11,7 @@ mod replaying;
 
 use std::collections::BTreeMap;
 
-use common::{LIMIT, checkpoint, config, wait_for_metric};
+use common::{LIMIT, checkpoint, config, stream_entries, wait_for_metric};
 use log::{read_topic, wait_for_records};
 use meander_config::{
     CaptureConfig, KafkaSink, OnOversizedRow, PostgresServer, ReplayTarget, SnapshotRequest, SslMode,
@@ -188,15 +188,8 @@ async fn without_its_large_values_a_row_is_in_its_place_once_in_both_sinks_throu
     assert_eq!(noted.last.unwrap().table, "public.docs");
 
     // Redis has the same.
-    let mut connection = redis.connection().await;
     eventually("everything is in Redis", LIMIT, async || {
-        let entries: Vec<(String, BTreeMap<String, Vec<u8>>)> = redis::cmd("XRANGE")
-            .arg(&topic)
-            .arg("-")
-            .arg("+")
-            .query_async(&mut connection)
-            .await
-            .unwrap();
+        let entries = stream_entries(&redis, &topic).await;
         if (entries.len() as u64) < ROUNDS * RECORDS {
             return Err(entries.len());
         }

@@ -7,9 +7,9 @@ mod common;
 #[allow(dead_code)] // What waits for a number of records is for others.
 mod log;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 
-use common::{LIMIT, checkpoint, config};
+use common::{LIMIT, checkpoint, config, stream_entries};
 use log::read_topic;
 use meander_config::{CaptureConfig, SnapshotMode, SnapshotRequest};
 use meander_proto::v1::{ChangeRecord, Operation, ReplicaIdentity, TableSchema, value::Kind};
@@ -247,19 +247,12 @@ async fn each_change_of_a_schema_is_an_event_right_before_the_first_change_that_
     );
 
     // Redis has the same bytes.
-    let mut connection = redis.connection().await;
     for table in tables {
         let topic = format!("{}.public.{table}", config.kafka.topic_prefix);
         let records = tokio::task::block_in_place(|| read_topic(kafka, &topic));
         let expected: Vec<Vec<u8>> = records.iter().map(|(_, _, record)| record.encode_to_vec()).collect();
         eventually("the entries are in Redis", LIMIT, async || {
-            let entries: Vec<(String, BTreeMap<String, Vec<u8>>)> = redis::cmd("XRANGE")
-                .arg(&topic)
-                .arg("-")
-                .arg("+")
-                .query_async(&mut connection)
-                .await
-                .unwrap();
+            let entries = stream_entries(&redis, &topic).await;
             let values: Vec<_> = entries
                 .into_iter()
                 .map(|(_, mut fields)| fields.remove("value").unwrap())

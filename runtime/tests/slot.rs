@@ -7,7 +7,7 @@ mod log;
 
 use std::collections::BTreeMap;
 
-use common::{LIMIT, checkpoint, config, wait_for_metric};
+use common::{LIMIT, checkpoint, config, stream_entries, wait_for_metric};
 use log::{read_topic, wait_for_records};
 use meander_config::{Acknowledgement, CaptureConfig, OnSourceGap, PublicationManagement, SnapshotMode};
 use meander_proto::v1::{ChangeRecord, Operation, value::Kind};
@@ -433,12 +433,7 @@ async fn promote(standby: &Postgres) {
 
 /// Position and id of every entry in a stream.
 async fn entries(redis: &Redis, stream: &str) -> Vec<(String, String)> {
-    let entries: Vec<(String, BTreeMap<String, Vec<u8>>)> = redis::cmd("XRANGE")
-        .arg(stream)
-        .arg(&["-", "+"])
-        .query_async(&mut redis.connection().await)
-        .await
-        .unwrap();
+    let entries = stream_entries(redis, stream).await;
     entries
         .into_iter()
         .map(|(id, fields)| (String::from_utf8(fields["position"].clone()).unwrap(), id))

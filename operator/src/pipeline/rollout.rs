@@ -52,8 +52,14 @@ pub fn waits_for(
     if image_of(deployment) == Some(image) {
         state.waiting.remove(key);
         if runs(deployment) {
-            state.image = Known::Runs;
+            *state = State {
+                image: Known::Runs,
+                ..State::default()
+            };
         }
+        return None;
+    }
+    if matches!(state.image, Known::Runs) {
         return None;
     }
     let observed = pipeline.status.as_ref().and_then(|status| status.observed_generation);
@@ -62,9 +68,8 @@ pub fn waits_for(
         return None;
     }
     match &state.image {
-        Known::Runs => None,
         Known::Tried(first) if first != key && tries(context, first) => Some(first.clone()),
-        Known::Tried(_) | Known::Nothing => {
+        _ => {
             state.image = Known::Tried(key.clone());
             None
         }

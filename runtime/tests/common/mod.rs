@@ -1,7 +1,7 @@
 //! What the tests of capture share; none of them needs all of it.
 #![allow(dead_code, unused_imports)]
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use meander_config::{CaptureConfig, KafkaCluster};
 use meander_runtime::{
@@ -9,12 +9,11 @@ use meander_runtime::{
     log::{Checkpoint, checkpoint_key, checkpoint_topic},
 };
 pub use meander_test_support::capture_config as config;
-use meander_test_support::{Kafka, Runtime, eventually};
+use meander_test_support::{Kafka, Redis, Runtime, eventually};
 
 /// For every wait.
 pub const LIMIT: Duration = Duration::from_secs(240);
 
-/// Waits until a metric of the runtime has such a value.
 /// Waits until a metric, without its fraction, is so.
 pub async fn wait_for_metric(runtime: &Runtime, name: &str, is: impl Fn(i64) -> bool) {
     eventually(name, LIMIT, async || {
@@ -25,6 +24,16 @@ pub async fn wait_for_metric(runtime: &Runtime, name: &str, is: impl Fn(i64) -> 
         line.filter(|value| is(*value as i64)).map_or(Err(metrics), |_| Ok(()))
     })
     .await;
+}
+
+/// Every entry of a stream: its id, and its fields.
+pub async fn stream_entries(redis: &Redis, stream: &str) -> Vec<(String, BTreeMap<String, Vec<u8>>)> {
+    redis::cmd("XRANGE")
+        .arg(stream)
+        .arg(&["-", "+"])
+        .query_async(&mut redis.connection().await)
+        .await
+        .unwrap()
 }
 
 /// How to reach a broker without authentication.
