@@ -1,5 +1,7 @@
 //! The operator's binary.
 
+use std::env;
+
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use kube::Config;
@@ -11,7 +13,8 @@ use meander_operator::{
 use mimalloc::MiMalloc;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
-use tracing_subscriber::EnvFilter;
+use tracing::warn;
+use tracing_subscriber::{EnvFilter, filter::ParseError};
 
 #[global_allocator]
 static ALLOCATOR: MiMalloc = MiMalloc;
@@ -35,13 +38,16 @@ enum Command {
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let (filter, refused) = filter();
     tracing_subscriber::fmt()
         .json()
         .flatten_event(true)
         .with_span_list(false)
         .with_env_filter(filter)
         .init();
+    if let Some(error) = refused {
+        warn!(%error, "RUST_LOG cannot be read: the level is info");
+    }
     let config = Config::infer().await.context("finding the cluster")?;
     let client = client(config).context("finding the cluster")?;
     if let Some(Command::Check(options)) = arguments.command {
@@ -61,5 +67,14 @@ async fn main() -> anyhow::Result<()> {
     tokio::select! {
         result = run(options, client, shutdown.clone()) => result,
         () = signalled => Ok(()),
+    }
+}
+
+/// What is logged, by RUST_LOG, and why that cannot be read.
+fn filter() -> (EnvFilter, Option<ParseError>) {
+    let asked = env::var_os(EnvFilter::DEFAULT_ENV).unwrap_or_else(|| "info".into());
+    match EnvFilter::try_new(asked.to_string_lossy()) {
+        Ok(filter) => (filter, None),
+        Err(error) => (EnvFilter::new("info"), Some(error)),
     }
 }

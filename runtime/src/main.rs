@@ -1,6 +1,6 @@
 //! The command line of `meander-runtime`.
 
-use std::{error::Error, io::IsTerminal as _, path::PathBuf, process::ExitCode, time::Duration};
+use std::{env, error::Error, io::IsTerminal as _, path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Parser, Subcommand};
 use meander_runtime::{
@@ -9,7 +9,7 @@ use meander_runtime::{
 };
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::{EnvFilter, filter::ParseError};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -43,14 +43,18 @@ struct Config {
 }
 
 fn main() -> ExitCode {
+    let (filter, refused) = filter();
     // Standard output belongs to a replay into the log.
     let log = tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info")))
+        .with_env_filter(filter)
         .with_writer(std::io::stderr);
     if std::io::stderr().is_terminal() {
         log.init();
     } else {
         log.json().flatten_event(true).init();
+    }
+    if let Some(error) = refused {
+        tracing::warn!(%error, "RUST_LOG cannot be read: the level is info");
     }
     let command = Arguments::parse().command;
     if matches!(command, Command::Capture(_)) {
@@ -76,6 +80,15 @@ fn main() -> ExitCode {
                 _ => ExitCode::FAILURE,
             }
         }
+    }
+}
+
+/// What is logged, by RUST_LOG, and why that cannot be read.
+fn filter() -> (EnvFilter, Option<ParseError>) {
+    let asked = env::var_os(EnvFilter::DEFAULT_ENV).unwrap_or_else(|| "info".into());
+    match EnvFilter::try_new(asked.to_string_lossy()) {
+        Ok(filter) => (filter, None),
+        Err(error) => (EnvFilter::new("info"), Some(error)),
     }
 }
 
