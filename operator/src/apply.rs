@@ -19,6 +19,10 @@ use crate::{
     progress::ResourceKey,
 };
 
+/// The resource version at which there is no object yet: a store's first write makes a higher one. Who applies at this version changes nothing that
+/// is there (it conflicts), and makes what is not.
+const NOTHING_YET: &str = "1";
+
 /// A namespaced kind that can be applied.
 pub trait Object:
     Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + Serialize + DeserializeOwned
@@ -46,8 +50,8 @@ impl Applier<'_> {
     /// Makes the object what `desired` says, leaving to others the fields that it does not say. Returns the object if it is newer than the
     /// cache's, and whether anything was written.
     ///
-    /// An object that is as it should be costs no request. What the cache does not show so is read, and then written only if it is not:
-    /// every apply is a write to etcd's log.
+    /// An object that is as it should be costs no request, and one that is missing costs one. What the cache does not show so is read, and then
+    /// written only if it is not: every apply is a write to etcd's log.
     pub async fn apply<K: Owned>(&self, desired: K) -> Result<(Option<K>, bool), Error> {
         let api: Api<K> = self.api();
         let name = desired.name_any();
@@ -68,9 +72,14 @@ impl Applier<'_> {
                 || serde_json::to_value(object).is_ok_and(|object| covers(&object, &desired))
         };
         let known = self.context.caches.get::<K>(self.key, &name);
-        if known.is_some_and(|known| self.owns(&known) && is_done(&known)) {
+        if known.as_ref().is_some_and(|known| self.owns(known) && is_done(known)) {
             self.count("unchanged");
             return Ok((None, false));
+        }
+        if known.is_none()
+            && let Some(made) = self.made(&api, &name, &desired, &what).await?
+        {
+            return Ok((Some(made), true));
         }
         let observed = self.observed(&api, &name).await?;
         if observed.as_ref().is_some_and(is_done) {
@@ -97,6 +106,25 @@ impl Applier<'_> {
         Ok((Some(object), true))
     }
 
+    /// Applies an object under whose name there is nothing. None where there is something, which is left as it is.
+    async fn made<K: Object>(&self, api: &Api<K>, name: &str, desired: &Value, what: &str) -> Result<Option<K>, Error> {
+        self.context.may_write(self.condition)?;
+        let mut new = desired.clone();
+        if let Some(metadata) = new.get_mut("metadata").and_then(Value::as_object_mut) {
+            metadata.insert("resourceVersion".to_owned(), NOTHING_YET.into());
+        }
+        let params = PatchParams::apply(FIELD_MANAGER).force();
+        match api.patch(name, &params, &Patch::Apply(&new)).await {
+            Ok(object) => {
+                info!(kind = %K::kind(&()), namespace = self.key.namespace, name, "applied");
+                self.count("written");
+                Ok(Some(object))
+            }
+            Err(kube::Error::Api(status)) if status.code == 409 => Ok(None),
+            Err(error) => Err(Error::from_api(self.condition, what, &error)),
+        }
+    }
+
     /// Creates an object that is never changed afterwards, such as a Job.
     pub async fn create<K: Owned>(&self, desired: K) -> Result<(K, bool), Error> {
         let api: Api<K> = self.api();
@@ -106,10 +134,6 @@ impl Applier<'_> {
             self.count("unchanged");
             return Ok((known, false));
         }
-        if let Some(observed) = self.observed(&api, &name).await? {
-            self.count("unchanged");
-            return Ok((observed, false));
-        }
         let what = format!("creating {} {name}", K::kind(&()));
         let mut desired = desired;
         desired.meta_mut().owner_references = Some(vec![self.owner.clone()]);
@@ -118,13 +142,26 @@ impl Applier<'_> {
             field_manager: Some(FIELD_MANAGER.to_owned()),
             ..PostParams::default()
         };
-        let object = api
-            .create(&params, &desired)
-            .await
-            .map_err(|error| Error::from_api(self.condition, &what, &error))?;
+        let created = api.create(&params, &desired).await;
+        if matches!(&created, Err(kube::Error::Api(status)) if status.code == 409)
+            && let Some(observed) = self.observed(&api, &name).await?
+        {
+            self.count("unchanged");
+            return Ok((observed, false));
+        }
+        let object = created.map_err(|error| Error::from_api(self.condition, &what, &error))?;
         info!(kind = %K::kind(&()), namespace = self.key.namespace, name, "created");
         self.count("written");
         Ok((object, true))
+    }
+
+    /// Makes the one object of its kind what `desired` says, and deletes every other; where it is none, all of them.
+    pub async fn keep<K: Owned>(&self, desired: Option<K>) -> Result<(), Error> {
+        let name = desired.as_ref().map(|desired| desired.name_any());
+        if let Some(desired) = desired {
+            self.apply(desired).await?;
+        }
+        self.sweep::<K>(name.as_deref().as_slice()).await
     }
 
     /// Deletes the resource's objects that are not among `keep`. One that the cache does not show yet is deleted when it does.

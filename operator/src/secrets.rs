@@ -5,6 +5,7 @@ use std::{
     fmt,
 };
 
+use futures::future::try_join_all;
 use k8s_openapi::api::core::v1::Secret;
 use kube::Api;
 use meander_crds::{
@@ -245,33 +246,26 @@ pub fn meant_by(reason: &str, secrets: &[SecretFiles]) -> Option<String> {
 /// The keys that have a value, of each Secret that exists.
 pub type Keys = BTreeMap<String, BTreeSet<String>>;
 
-/// Reads the keys of these Secrets.
+/// Reads the keys of these Secrets, all at once.
 pub async fn keys(context: &Context, namespace: &str, secrets: &[SecretFiles]) -> Result<Keys, Error> {
     let api: Api<Secret> = Api::namespaced(context.client.clone(), namespace);
-    let mut keys = Keys::new();
-    for SecretFiles {
-        secret: name,
-        condition,
-        ..
-    } in secrets
-    {
-        if keys.contains_key(name) {
-            continue;
-        }
+    let by_name: BTreeMap<&str, &SecretFiles> = secrets
+        .iter()
+        .rev()
+        .map(|files| (files.secret.as_str(), files))
+        .collect();
+    let read = by_name.into_iter().map(async |(name, files)| {
         let secret = api
             .get_opt(name)
             .await
-            .map_err(|error| Error::from_api(condition, &format!("reading Secret {name}"), &error))?;
-        if let Some(secret) = secret {
-            let with_value = secret
-                .data
-                .into_iter()
-                .flatten()
-                .filter(|(_, value)| !value.0.is_empty());
-            keys.insert(name.clone(), with_value.map(|(key, _)| key).collect());
-        }
-    }
-    Ok(keys)
+            .map_err(|error| Error::from_api(files.condition, &format!("reading Secret {name}"), &error))?;
+        Ok(secret.map(|secret| {
+            let data = secret.data.into_iter().flatten();
+            let with_value = data.filter(|(_, value)| !value.0.is_empty());
+            (name.to_owned(), with_value.map(|(key, _)| key).collect())
+        }))
+    });
+    Ok(try_join_all(read).await?.into_iter().flatten().collect())
 }
 
 /// Says what to create when a Secret is not there or lacks something.

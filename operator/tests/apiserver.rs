@@ -1643,6 +1643,33 @@ async fn what_is_as_it_should_be_costs_no_request_and_progress_one_patch() {
     operator.stop().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn an_object_that_is_missing_is_made_by_the_first_request_that_names_it() {
+    let cluster = Cluster::new().await;
+    cluster.secrets().await;
+    cluster.create::<CdcPipeline>(pipeline_json("trades")).await;
+    cluster.create::<ReplayJob>(replay_json("replayjob-log.yaml")).await;
+    let operator = Operator::start(&cluster);
+    for (verb, kind, name) in [
+        ("patch", "serviceaccounts/", "trades-capture"),
+        ("patch", "configmaps/", "trades-capture"),
+        ("patch", "deployments/", "trades-capture"),
+        ("patch", "serviceaccounts/", "to-log-replay"),
+        ("patch", "configmaps/", "to-log-replay"),
+        ("create", "jobs/", "to-log-replay"),
+    ] {
+        let mut first = None;
+        eventually("it is asked for", async || {
+            let mut asked = cluster.asked().into_iter();
+            first = asked.find(|(verb, of, named)| of == kind && verb != "list" && (named == name || named.is_empty()));
+            first.is_some()
+        })
+        .await;
+        assert_eq!(first.unwrap().0, verb, "{kind}{name}");
+    }
+    operator.stop().await;
+}
+
 /// Plays the Job controller.
 async fn finish(cluster: &Cluster, job: &str, type_: &str) {
     let before = match type_ {

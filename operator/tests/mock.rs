@@ -149,6 +149,8 @@ const CREDENTIALS: &str = "GET /api/v1/namespaces/default/secrets/shop-cdc";
 const REDIS_URL: &str = "GET /api/v1/namespaces/default/secrets/shop-redis";
 const ACCOUNT: &str = "GET /api/v1/namespaces/default/serviceaccounts/trades-capture";
 const PATCH_ACCOUNT: &str = "PATCH /api/v1/namespaces/default/serviceaccounts/trades-capture";
+const PATCH_CONFIG: &str = "PATCH /api/v1/namespaces/default/configmaps/trades-capture";
+const PATCH_POLICY: &str = "PATCH /apis/networking.k8s.io/v1/namespaces/default/networkpolicies/trades-capture";
 const PODS: &str = "GET /api/v1/namespaces/default/pods";
 const EVENT: &str = "POST /apis/events.k8s.io/v1/namespaces/default/events";
 
@@ -158,6 +160,11 @@ fn dereferenced() -> Vec<Call> {
         call(CREDENTIALS, 200, secret(&["username", "password"])),
         call(REDIS_URL, 200, secret(&["url"])),
     ]
+}
+
+/// What the API server made of any object of the pipeline.
+fn applied() -> Value {
+    json!({"metadata": {"name": "trades-capture"}})
 }
 
 /// Whether the next reconcile comes by itself. How soon is what the backoff's own bounds say.
@@ -304,6 +311,7 @@ async fn the_slot_of_another_pipeline_is_not_dropped_with_this_one() {
 async fn a_server_in_trouble_changes_no_judgement() {
     let calls = vec![
         call(CREDENTIALS, 500, refusal(500)),
+        call(REDIS_URL, 200, secret(&["url"])),
         saying(STATUS, r#""phase":"Pending""#, 200, pipeline_json()),
         saying(EVENT, "NotStarted", 201, json!({})),
     ];
@@ -314,7 +322,11 @@ async fn a_server_in_trouble_changes_no_judgement() {
 #[tokio::test]
 async fn a_status_that_cannot_be_written_is_tried_again() {
     for code in [409, 410, 500] {
-        let calls = vec![call(CREDENTIALS, 410, refusal(410)), call(STATUS, code, refusal(code))];
+        let calls = vec![
+            call(CREDENTIALS, 410, refusal(410)),
+            call(REDIS_URL, 410, refusal(410)),
+            call(STATUS, code, refusal(code)),
+        ];
         let action = play(calls, |client| reconcile_pipeline(client, Claim::forever())).await;
         assert!(comes_back(&action), "{action:?}");
     }
@@ -325,8 +337,9 @@ async fn a_missing_permission_is_said() {
     let mut calls = dereferenced();
     calls.extend([
         saying(PATCH_PIPELINE, "meander.dev/slot-cleanup", 200, pipeline_json()),
-        call(ACCOUNT, 404, refusal(404)),
         call(PATCH_ACCOUNT, 403, refusal(403)),
+        call(PATCH_CONFIG, 200, applied()),
+        call(PATCH_POLICY, 200, applied()),
         saying(
             STATUS,
             "applying ServiceAccount trades-capture failed: because; check the operator's ClusterRole",
@@ -344,6 +357,9 @@ async fn an_object_of_somebody_else_is_not_touched() {
     let foreign = json!({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "trades-capture"}});
     calls.extend([
         call(PATCH_PIPELINE, 200, pipeline_json()),
+        saying(PATCH_ACCOUNT, r#""resourceVersion":"1""#, 409, refusal(409)),
+        call(PATCH_CONFIG, 200, applied()),
+        call(PATCH_POLICY, 200, applied()),
         call(ACCOUNT, 200, foreign),
         saying(STATUS, "NameTaken", 200, pipeline_json()),
         saying(EVENT, "NameTaken", 201, json!({})),

@@ -1,8 +1,13 @@
 //! Applies the objects, in an order in which each finds what it needs.
 
-use k8s_openapi::api::{
-    apps::v1::Deployment, batch::v1::Job, core::v1::ConfigMap, core::v1::ServiceAccount, networking::v1::NetworkPolicy,
-    policy::v1::PodDisruptionBudget,
+use futures::try_join;
+use k8s_openapi::{
+    api::{
+        apps::v1::Deployment,
+        batch::v1::Job,
+        core::v1::{ConfigMap, ServiceAccount},
+    },
+    apimachinery::pkg::apis::meta::v1::OwnerReference,
 };
 use kube::Resource as _;
 use meander_crds::CdcPipeline;
@@ -26,31 +31,17 @@ pub async fn apply(
     objects: Objects,
 ) -> Result<(Option<Deployment>, bool), Error> {
     let owner = owner(pipeline)?;
-    let applier = Applier {
-        context,
-        key,
-        owner: &owner,
-        condition: RUNTIME_AVAILABLE,
-    };
-    applier.apply(objects.service_account).await?;
-    applier.apply(objects.config_map).await?;
-    let budget = objects.disruption_budget.as_ref().map(|_| capture_name(pipeline));
-    if let Some(budget) = objects.disruption_budget {
-        applier.apply(budget).await?;
-    }
-    let name = capture_name(pipeline);
-    let mut policies = Vec::new();
-    if let Some(policy) = objects.network_policy {
-        applier.apply(policy).await?;
-        policies.push(name.as_str());
-    }
+    let applier = applier(context, key, &owner);
+    try_join!(
+        applier.apply(objects.service_account),
+        applier.apply(objects.config_map),
+        applier.keep(objects.disruption_budget),
+        applier.keep(objects.network_policy),
+    )?;
     let applied = applier.apply(objects.deployment).await?;
+    let name = capture_name(pipeline);
     applier.sweep::<Deployment>(&[&name]).await?;
     applier.sweep::<Job>(&[]).await?;
-    applier
-        .sweep::<PodDisruptionBudget>(&budget.iter().map(String::as_str).collect::<Vec<_>>())
-        .await?;
-    applier.sweep::<NetworkPolicy>(&policies).await?;
     applier.sweep::<ConfigMap>(&[&name]).await?;
     applier.sweep::<ServiceAccount>(&[&name]).await?;
     Ok(applied)
@@ -68,12 +59,7 @@ pub async fn keep_trust(context: &Context, pipeline: &CdcPipeline, key: &Resourc
     if !was_asked(&known, running.clone(), &owner) {
         return Ok(());
     }
-    let applier = Applier {
-        context,
-        key,
-        owner: &owner,
-        condition: RUNTIME_AVAILABLE,
-    };
+    let applier = applier(context, key, &owner);
     let config = pod::config_map(running.metadata, running.data.unwrap_or_default(), &context.settings);
     applier.apply(config).await?;
     Ok(())
@@ -87,19 +73,25 @@ pub async fn apply_cleanup(
     objects: CleanupObjects,
 ) -> Result<Job, Error> {
     let owner = owner(pipeline)?;
-    let applier = Applier {
-        context,
-        key,
-        owner: &owner,
-        condition: RUNTIME_AVAILABLE,
-    };
-    applier.apply(objects.service_account).await?;
-    applier.apply(objects.config_map).await?;
+    let applier = applier(context, key, &owner);
+    try_join!(
+        applier.apply(objects.service_account),
+        applier.apply(objects.config_map)
+    )?;
     let (job, _) = applier.create(objects.job).await?;
     Ok(job)
 }
 
-fn owner(pipeline: &CdcPipeline) -> Result<k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference, Error> {
+fn applier<'a>(context: &'a Context, key: &'a ResourceKey, owner: &'a OwnerReference) -> Applier<'a> {
+    Applier {
+        context,
+        key,
+        owner,
+        condition: RUNTIME_AVAILABLE,
+    }
+}
+
+fn owner(pipeline: &CdcPipeline) -> Result<OwnerReference, Error> {
     pipeline
         .controller_owner_ref(&())
         .ok_or_else(|| Error::transient(RUNTIME_AVAILABLE, Reason::Rejected, "the pipeline has no uid"))

@@ -1,9 +1,9 @@
 //! Applies the objects, in an order in which each finds what it needs.
 
+use futures::try_join;
 use k8s_openapi::api::{
     batch::v1::Job,
-    core::v1::{ConfigMap, Service, ServiceAccount},
-    networking::v1::NetworkPolicy,
+    core::v1::{ConfigMap, ServiceAccount},
 };
 use kube::Resource as _;
 use meander_crds::ReplayJob;
@@ -33,19 +33,12 @@ pub async fn apply(
         owner: &owner,
         condition: ACCEPTED,
     };
-    applier.apply(objects.service_account).await?;
-    applier.apply(objects.config_map).await?;
-    let name = replay_name(replay);
-    let mut services = Vec::new();
-    if let Some(service) = objects.service {
-        applier.apply(service).await?;
-        services.push(name.as_str());
-    }
-    let mut policies = Vec::new();
-    if let Some(policy) = objects.network_policy {
-        applier.apply(policy).await?;
-        policies.push(name.as_str());
-    }
+    try_join!(
+        applier.apply(objects.service_account),
+        applier.apply(objects.config_map),
+        applier.keep(objects.service),
+        applier.keep(objects.network_policy),
+    )?;
     // What may change of a running replay reaches it as a directive, and by the ConfigMap the pod that replaces it.
     let job = match objects.job {
         // One that was there already may have ended: it is judged when it is seen together with its pods.
@@ -55,9 +48,8 @@ pub async fn apply(
         }
         None => None,
     };
+    let name = replay_name(replay);
     applier.sweep::<Job>(&[&name]).await?;
-    applier.sweep::<Service>(&services).await?;
-    applier.sweep::<NetworkPolicy>(&policies).await?;
     applier.sweep::<ConfigMap>(&[&name]).await?;
     applier.sweep::<ServiceAccount>(&[&name]).await?;
     Ok(job)
