@@ -47,6 +47,24 @@ pub async fn apply(
     Ok(applied)
 }
 
+/// The same for a pipeline whose pods go on as they are: their template stays, and in their configuration all but whom they trust.
+pub async fn apply_around(
+    context: &Context,
+    pipeline: &CdcPipeline,
+    key: &ResourceKey,
+    objects: Objects,
+) -> Result<(), Error> {
+    let owner = owner(pipeline)?;
+    let applier = applier(context, key, &owner);
+    try_join!(
+        applier.apply(objects.service_account),
+        keep_trust(context, pipeline, key),
+        applier.keep(objects.disruption_budget),
+        applier.keep(objects.network_policy),
+    )?;
+    Ok(())
+}
+
 /// Has pods that run know the operator by what it shows now, while the spec is not fit to be applied: they go on by the last that was. What somebody
 /// else wrote there is not made the operator's own by that: it is put right once the spec is fit.
 pub async fn keep_trust(context: &Context, pipeline: &CdcPipeline, key: &ResourceKey) -> Result<(), Error> {

@@ -248,11 +248,11 @@ async fn stages(
             return Err(error);
         }
     };
+    let objects = build::build(pipeline, &valid, &context.settings);
     if facts.as_ref().is_some_and(|facts| facts.waits_for.is_some()) {
-        apply::keep_trust(context, pipeline, key).await?;
+        Box::pin(apply::apply_around(context, pipeline, key, objects)).await?;
         return Ok(valid);
     }
-    let objects = build::build(pipeline, &valid, &context.settings);
     // Before there can be a slot.
     if !pipeline.finalizers().iter().any(|finalizer| finalizer == FINALIZER) {
         let mut finalizers = pipeline.finalizers().to_vec();

@@ -1,12 +1,12 @@
 //! A new image of the runtime, which comes with a new operator.
 
-use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::{apps::v1::Deployment, networking::v1::NetworkPolicy};
 use kube::{ResourceExt as _, api::ListParams};
 use meander_crds::CdcPipeline;
 
 use super::{Cluster, Operator, eventually, pipeline_json};
 
-const NEW: [&str; 2] = ["--runtime-image", "meander-runtime:new"];
+const NEW: [&str; 4] = ["--runtime-image", "meander-runtime:new", "--metrics-from", "[]"];
 
 /// The Deployments whose next pod has this image.
 async fn with(cluster: &Cluster, image: &str) -> Vec<String> {
@@ -57,6 +57,15 @@ async fn an_image_that_does_not_start_ends_one_capture_and_not_all() {
         })
         .await;
     }
+    eventually("what is around their pods is kept all the same", async || {
+        let policies = cluster
+            .api::<NetworkPolicy>()
+            .list(&ListParams::default())
+            .await
+            .unwrap();
+        policies.items.len() == names.len()
+    })
+    .await;
     assert_eq!(with(&cluster, NEW[1]).await.len(), 1);
     cluster.make_available(&format!("{first}-capture")).await;
     eventually("the others follow", async || {
