@@ -32,8 +32,9 @@ use crate::{
     tls::Trust,
 };
 
-/// Reconciles of one kind that run at once.
-pub const CONCURRENCY: u16 = 8;
+/// Reconciles of one kind that run at once: few, so that each is short where the API server has no more than a core or two, and enough for it to
+/// be busy all the same, since each has several requests under way.
+pub const CONCURRENCY: u16 = 3;
 /// A reconcile that takes longer is given up.
 const DEADLINE: Duration = Duration::from_secs(30);
 /// A missing dependency is looked for at least this often.

@@ -14,7 +14,8 @@ mod process;
 mod runtime;
 
 use std::{
-    path::PathBuf,
+    fs,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -79,6 +80,7 @@ async fn main() -> anyhow::Result<()> {
     create::<CdcPipeline>(&client, pipelines(arguments.pipelines)?).await?;
     create::<ReplayJob>(&client, replays(arguments.replays)?).await?;
 
+    let of_server = ServerCpu::of(&arguments.api_server)?;
     let operator = Operator::start(&arguments.operator, &arguments.api_server, &kubeconfig, &client).await?;
     let started = Instant::now();
     // A ServiceAccount, a ConfigMap and what runs.
@@ -88,6 +90,8 @@ async fn main() -> anyhow::Result<()> {
     })
     .await?;
     let applied = started.elapsed();
+    let start_cpu = operator.cpu_seconds()?;
+    let of_server = ServerCpu::of(&arguments.api_server)?.since(&of_server);
     let found = count::<Deployment>(&client).await? + count::<Job>(&client).await?;
     anyhow::ensure!(
         found == arguments.pipelines + arguments.replays,
@@ -96,10 +100,12 @@ async fn main() -> anyhow::Result<()> {
     let at_start = operator.metrics().await?;
     let start_memory = operator.peak_resident()?;
     println!(
-        "applied in {:.1} s, reconciles p50 {} p99 {}, peak resident {start_memory:.0} MiB",
+        "applied in {:.1} s, reconciles p50 {} p99 {}, peak resident {start_memory:.0} MiB, processor time: {start_cpu:.1} s, the API server {:.1} s, etcd {:.1} s",
         applied.as_secs_f64(),
         at_start.reconciles.quantile(0.5),
         at_start.reconciles.quantile(0.99),
+        of_server.api_server,
+        of_server.etcd,
     );
 
     let (load, rounds) = watch::channel(runtime::Load::Idle);
@@ -135,6 +141,9 @@ async fn main() -> anyhow::Result<()> {
             "replays": arguments.replays,
             "applied_seconds": applied.as_secs_f64(),
             "reconcile_p99_seconds": at_start.reconciles.quantile(0.99).to_string(),
+            "start_cpu_seconds": start_cpu,
+            "start_api_server_cpu_seconds": of_server.api_server,
+            "start_etcd_cpu_seconds": of_server.etcd,
             "idle_requests_per_minute": per_minute(idle.total()),
             "streaming_status_patches_per_minute": per_minute(streaming.status_patches()),
             "streaming_most_patches_of_one": streaming.most_of_one(),
@@ -147,6 +156,37 @@ async fn main() -> anyhow::Result<()> {
     );
     drop(runtimes);
     operator.stop().await
+}
+
+/// Processor time that the cluster's own parts have used, in seconds.
+struct ServerCpu {
+    api_server: f64,
+    etcd: f64,
+}
+
+impl ServerCpu {
+    /// Of those that `tests/cluster/apiserver.sh` has started: it keeps a list of number, time of start and name.
+    fn of(folder: &Path) -> anyhow::Result<Self> {
+        let started = fs::read_to_string(folder.join("processes"))?;
+        let used = |name: &str| {
+            let line = started.lines().find(|line| line.ends_with(name));
+            let number = line
+                .and_then(|line| line.split(' ').next())
+                .context("no such process")?;
+            process::cpu_seconds(number.parse()?)
+        };
+        Ok(Self {
+            api_server: used(" kube-apiserver")?,
+            etcd: used(" etcd")?,
+        })
+    }
+
+    fn since(self, before: &Self) -> Self {
+        Self {
+            api_server: self.api_server - before.api_server,
+            etcd: self.etcd - before.etcd,
+        }
+    }
 }
 
 /// Definitions, a namespace, and what every resource refers to.
