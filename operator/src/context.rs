@@ -17,7 +17,7 @@ use kube::{
     },
 };
 use tokio::time::{Instant, timeout};
-use tracing::{info, warn};
+use tracing::{Instrument as _, field::Empty, info, info_span, warn};
 
 use crate::{
     apply::Object,
@@ -171,15 +171,29 @@ impl Context {
     pub async fn reconcile(&self, key: &ResourceKey, work: impl Future<Output = Result<Action, Error>>) -> Action {
         let kind = key.kind.as_str();
         let started = Instant::now();
-        let result = timeout(DEADLINE, work).await.unwrap_or_else(|_| {
-            let seconds = DEADLINE.as_secs();
-            let message = format!("the reconcile took longer than {seconds} s");
-            Err(Error::transient(READY, Reason::DeadlineExceeded, message))
-        });
+        let span = info_span!(
+            "reconcile",
+            kind,
+            namespace = key.namespace,
+            name = key.name,
+            otel.status_code = Empty,
+            otel.status_description = Empty,
+        );
+        let result = timeout(DEADLINE, work.instrument(span.clone()))
+            .await
+            .unwrap_or_else(|_| {
+                let seconds = DEADLINE.as_secs();
+                let message = format!("the reconcile took longer than {seconds} s");
+                Err(Error::transient(READY, Reason::DeadlineExceeded, message))
+            });
         self.metrics
             .reconcile_seconds
             .with_label_values(&[kind])
             .observe(started.elapsed().as_secs_f64());
+        if let Err(error) = &result {
+            span.record("otel.status_code", "ERROR");
+            span.record("otel.status_description", error.to_string());
+        }
         let label = result
             .as_ref()
             .err()

@@ -25,3 +25,4 @@ pub mod replay;
 pub mod secrets;
 pub mod status;
 pub mod tls;
+pub mod traces;

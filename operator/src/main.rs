@@ -9,12 +9,18 @@ use meander_operator::{
     check,
     client::client,
     operator::{Options, run},
+    traces::Traces,
 };
 use mimalloc::MiMalloc;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    task::spawn_blocking,
+};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
-use tracing_subscriber::{EnvFilter, filter::ParseError};
+use tracing_subscriber::{
+    EnvFilter, Layer as _, filter::ParseError, layer::SubscriberExt as _, util::SubscriberInitExt as _,
+};
 
 #[global_allocator]
 static ALLOCATOR: MiMalloc = MiMalloc;
@@ -39,11 +45,15 @@ enum Command {
 async fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     let (filter, refused) = filter();
-    tracing_subscriber::fmt()
+    let log = tracing_subscriber::fmt::layer()
         .json()
         .flatten_event(true)
         .with_span_list(false)
-        .with_env_filter(filter)
+        .with_filter(filter);
+    let traces = Traces::configured()?;
+    tracing_subscriber::registry()
+        .with(log)
+        .with(traces.as_ref().map(Traces::layer))
         .init();
     if let Some(error) = refused {
         warn!(%error, "RUST_LOG cannot be read: the level is info");
@@ -64,10 +74,14 @@ async fn main() -> anyhow::Result<()> {
         shutdown.cancel();
         std::future::pending().await
     };
-    tokio::select! {
+    let result = tokio::select! {
         result = run(options, client, shutdown.clone()) => result,
         () = signalled => Ok(()),
+    };
+    if let Some(traces) = traces {
+        spawn_blocking(move || traces.end()).await?;
     }
+    result
 }
 
 /// What is logged, by RUST_LOG, and why that cannot be read.

@@ -20,6 +20,8 @@ mod outages;
 mod permissions;
 #[path = "apiserver/rollout.rs"]
 mod rollout;
+#[path = "apiserver/traces.rs"]
+mod traces;
 
 use std::{
     collections::BTreeSet,

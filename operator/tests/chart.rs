@@ -123,6 +123,7 @@ fn every_form_of_the_chart_is_accepted_by_the_api_server_and_one_that_would_figh
             "podAnnotations.note=text",
             "networkPolicy.metricsFrom[0].ipBlock.cidr=10.0.0.0/8",
             "networkPolicy.grpcFrom=null",
+            "tracing.endpoint=http://collector:4317",
         ],
     ];
     for (number, form) in forms.iter().enumerate() {
@@ -451,6 +452,7 @@ fn every_value_is_in_the_schema_and_documented_and_a_mistyped_one_is_refused() {
         "image.pullPolicy=Sometimes",
         "logLevel=verbose",
         "logLevel=info;debug",
+        "tracing.endpoint=collector:4317",
     ] {
         let refusal = rendered("meander", &[mistake]).unwrap_err();
         assert!(refusal.contains("values don't meet the specifications"), "{refusal}");
