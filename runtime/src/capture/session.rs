@@ -33,6 +33,7 @@ use crate::{
             feed::Feed,
             live::{Live, Offers},
         },
+        topics,
     },
     size_limit::SizeLimit,
     source::postgres::{assemble::Assembler, preflight::wire_failure},
@@ -204,6 +205,7 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
         error = crash(&mut redis_feed) => Err(error.into()),
         error = monitor::run(context, owner, Dropped::new(known_tables)) => Err(error.into()),
         () = heartbeat::run(context) => Ok(()),
+        () = topics::watch(&config.kafka, &context.remarks) => Ok(()),
         error = status.failed() => Err(wire_failure(&config.source, "", error).into()),
     };
     // The queues are closed now: the sinks take what is left, and the last checkpoint acknowledges it.

@@ -11,7 +11,7 @@ use rdkafka::{
     admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication},
     types::RDKafkaErrorCode,
 };
-use tokio::task::spawn_blocking;
+use tokio::{task::spawn_blocking, time::sleep};
 
 use crate::{
     kafka_client::{ClientError, Hearing, settings},
@@ -24,6 +24,11 @@ const DEADLINE: Duration = Duration::from_secs(15);
 const NAMED: usize = 10;
 /// How old the knowledge of a topic's limit may be when a large record is made for it.
 const LIMIT_AGE: Duration = Duration::from_secs(10);
+
+/// The reason for topics that have other settings than is asked of them.
+const DIFFERS: &str = "TopicConfigDiffers";
+/// They are looked at again this often.
+const AGAIN: Duration = Duration::from_secs(60);
 
 /// What a person has to know of topics that are used all the same, by reason and topic.
 #[derive(Clone, Debug, Default)]
@@ -47,8 +52,23 @@ impl Remarks {
     fn differs(&self, topic: &str, message: String) {
         tracing::warn!("{message}");
         let mut remarks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let remarks = remarks.entry("TopicConfigDiffers").or_default();
+        let remarks = remarks.entry(DIFFERS).or_default();
         remarks.insert(topic.to_owned(), message);
+    }
+
+    /// The topics that have other settings than is asked of them.
+    fn differing(&self) -> Vec<String> {
+        let remarks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let topics = remarks.get(DIFFERS).into_iter().flat_map(BTreeMap::keys);
+        topics.cloned().collect()
+    }
+
+    fn is_mended(&self, topic: &str) {
+        tracing::info!("topic {topic:?} has the settings now that topics.config asks for");
+        let mut remarks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(remarks) = remarks.get_mut(DIFFERS) {
+            remarks.remove(topic);
+        }
     }
 
     /// The first, with its reason, and how many more there are.
@@ -187,33 +207,50 @@ impl Topics {
             wanted = wanted.set(name, value);
         }
         let found = self.ensure(&wanted).await?;
-        let mut differing = Vec::new();
-        for (name, asked) in &config.topic_config {
-            if !found.is_empty() && !found.contains_key(name) {
-                let cause = format!("Kafka has no setting {name} of topics; correct topics.config");
-                return Err(self.unusable(topic, &cause));
-            }
-            if let Some(has) = found.get(name).filter(|has| !is_same(has, asked)) {
-                let remedy = self.alter(topic, name, asked);
-                if config.topic_management == TopicManagement::External {
-                    return Err(self.unusable(
-                        topic,
-                        &format!("has {name}={has}, and topics.config asks for {asked}; {remedy}"),
-                    ));
-                }
-                differing.push(format!(
-                    "has {name}={has}, and topics.config asks for {asked}; {remedy}"
-                ));
-            }
+        let unknown = |name: &&String| !found.is_empty() && !found.contains_key(*name);
+        if let Some(name) = config.topic_config.keys().find(unknown) {
+            let cause = format!("Kafka has no setting {name} of topics; correct topics.config");
+            return Err(self.unusable(topic, &cause));
         }
-        if !differing.is_empty() {
-            let message = format!(
-                "topic {topic:?} was there before topics.config asked, and keeps its own settings: it {}; it is looked at again when the pod starts anew",
-                differing.join("; it ")
-            );
-            self.remarks.differs(topic, message);
+        let differing = self.differing(topic, &found);
+        match (config.topic_management, differing.first()) {
+            (_, None) => {}
+            (TopicManagement::External, Some(first)) => return Err(self.unusable(topic, first)),
+            (TopicManagement::Managed, Some(_)) => {
+                let message = format!(
+                    "topic {topic:?} was there before topics.config asked, and keeps its own settings: it {}",
+                    differing.join("; it ")
+                );
+                self.remarks.differs(topic, message);
+            }
         }
         self.ensured.insert(topic.to_owned());
+        Ok(())
+    }
+
+    /// In what the settings of a topic are not what is asked, each with its remedy.
+    fn differing(&self, topic: &str, found: &HashMap<String, String>) -> Vec<String> {
+        let asked = self.config.topic_config.iter();
+        let differs = asked.filter_map(|(name, asked)| {
+            let has = found.get(name).filter(|has| !is_same(has, asked))?;
+            let remedy = self.alter(topic, name, asked);
+            Some(format!(
+                "has {name}={has}, and topics.config asks for {asked}; {remedy}"
+            ))
+        });
+        differs.collect()
+    }
+
+    /// Looks at those of which it was said that their settings differ, and says it no more of one that somebody has mended.
+    ///
+    /// # Errors
+    /// When Kafka does not answer.
+    pub async fn look_again(&self) -> Result<(), SinkError> {
+        for topic in self.remarks.differing() {
+            if self.differing(&topic, &self.settings_of(&topic).await?).is_empty() {
+                self.remarks.is_mended(&topic);
+            }
+        }
         Ok(())
     }
 
@@ -434,6 +471,21 @@ impl Topics {
         SinkError::Topic {
             topic: topic.to_owned(),
             cause: cause.to_owned(),
+        }
+    }
+}
+
+/// Looks again, every minute, at topics that are not as they should be, without an end. A look that fails is taken again.
+pub async fn watch(config: &KafkaSink, remarks: &Remarks) {
+    loop {
+        sleep(AGAIN).await;
+        if remarks.differing().is_empty() {
+            continue;
+        }
+        // A client of its own, which is not kept: next to nobody needs it.
+        let look = async { Topics::new(config)?.with_remarks(remarks.clone()).look_again().await };
+        if let Err(error) = look.await {
+            tracing::warn!(%error, "the topics could not be looked at again");
         }
     }
 }

@@ -104,7 +104,7 @@ pub enum Start {
 pub enum SourceGap {
     /// Somebody has to decide.
     #[error(
-        "{loss}; to go on without them in the next epoch, run kubectl annotate --overwrite cdcpipeline {pipeline} meander.dev/accept-source-gap={id} (without Kubernetes: acceptSourceGap: {id}){}",
+        "{loss}; to go on without them in the next epoch, in which every captured table is read anew (unless snapshot.mode is Never), run kubectl annotate --overwrite cdcpipeline {pipeline} meander.dev/accept-source-gap={id} (without Kubernetes: acceptSourceGap: {id}){}",
         .other.as_ref().map(|other| format!("; what is accepted now, {other}, is not this gap")).unwrap_or_default()
     )]
     Lost {
