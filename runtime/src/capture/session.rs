@@ -5,7 +5,7 @@ use std::{future::pending, time::Duration};
 use meander_config::Format;
 use tokio::{
     runtime::Handle,
-    sync::{mpsc, watch},
+    sync::watch,
     task::{JoinError, JoinHandle, spawn_blocking},
     time::timeout,
 };
@@ -28,7 +28,8 @@ use crate::{
     position::Epoch,
     progress::ConditionType,
     sink::{
-        Durable, QUEUED_BATCHES,
+        Durable,
+        queue::queue,
         redis::{
             feed::Feed,
             live::{Live, Offers},
@@ -114,7 +115,7 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
         safe: checkpoint.acknowledged,
         ..Durable::default()
     });
-    let (kafka_queue, kafka_batches) = mpsc::channel(QUEUED_BATCHES);
+    let (kafka_queue, kafka_batches) = queue();
     let (checkpoints, mut checkpoint_changes) = watch::channel(checkpoint.clone());
     acknowledged.send_replace(Some(checkpoint.acknowledged));
     let forward = tokio::spawn(async move {

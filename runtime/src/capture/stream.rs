@@ -10,7 +10,7 @@ use std::{
 
 use meander_config::{CaptureConfig, OnOversizedRow};
 use tokio::{
-    sync::{mpsc, watch},
+    sync::watch,
     time::{Instant, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
@@ -31,7 +31,12 @@ use crate::{
     log::{Checkpoint, topic_name},
     position::{Lsn, Position},
     schema::{SchemaChange, TableSchema},
-    sink::{SinkError, redis::live::Offers, topics::Topics},
+    sink::{
+        SinkError,
+        queue::{Queue, Room},
+        redis::live::Offers,
+        topics::Topics,
+    },
     size_limit::room_for,
     source::{
         Change, Operation, Relation, Snapshot,
@@ -55,40 +60,29 @@ use crate::{
 /// A change of so many bytes may be more than its topic takes of one record, and no less can where the topic takes what Kafka does by default.
 const LARGE_CHANGE: usize = 32 * 1024;
 
-/// Where every batch goes: Kafka, which is waited for, and Redis, if there is one, which never is.
+/// Where every batch goes: Kafka, which is waited for, and Redis, if there is one, which is waited for a moment.
 pub(super) struct Queues {
-    pub(super) kafka: mpsc::Sender<Arc<Batch>>,
+    pub(super) kafka: Queue,
     pub(super) redis: Option<Offers>,
 }
 
 impl Queues {
-    /// True when Kafka has taken every batch that was handed on.
-    fn is_empty(&self) -> bool {
-        self.kafka.capacity() == self.kafka.max_capacity()
+    /// Waits until there is room for a batch as large as this. Cancel safe.
+    async fn room(&self, batch: &Batch) -> Room {
+        let room = self.kafka.room(batch).await;
+        if let Some(redis) = &self.redis {
+            redis.room(batch).await;
+        }
+        room
     }
 
-    /// Waits until there is room. None when Kafka has ended, which the session learns by itself.
-    async fn reserve(&self) -> Option<Place<'_>> {
-        let kafka = self.kafka.reserve().await.ok()?;
-        Some(Place {
-            kafka,
-            redis: self.redis.as_ref(),
-        })
-    }
-}
-
-/// Room for one batch.
-struct Place<'a> {
-    kafka: mpsc::Permit<'a, Arc<Batch>>,
-    redis: Option<&'a Offers>,
-}
-
-impl Place<'_> {
-    fn take(self, batch: Arc<Batch>) {
-        if let Some(redis) = self.redis {
+    /// Hands a batch on. False when Kafka has ended, which the session learns by itself.
+    fn take(&self, batch: Batch, room: Room) -> bool {
+        let batch = Arc::new(batch);
+        if let Some(redis) = &self.redis {
             redis.offer(&batch);
         }
-        self.kafka.send(batch);
+        self.kafka.put(batch, room)
     }
 }
 
@@ -220,41 +214,38 @@ impl<'a> Stream<'a> {
                     } => self.keepalive(wal_end, reply_requested),
                 }
                 if self.batch.is_full() {
-                    let place = tokio::select! {
-                        place = queues.reserve() => place,
-                        () = shutdown.cancelled() => None,
-                    };
-                    match place {
-                        Some(place) => self.hand_on(place),
-                        None => return Ok(()),
+                    tokio::select! {
+                        room = queues.room(&self.batch) => if !self.hand_on(&queues, room) {
+                            return Ok(());
+                        },
+                        () = shutdown.cancelled() => return Ok(()),
                     }
                 }
             }
             // What a bulk snapshot leaves is read in chunks after it.
             let chunks = self.snapshot.as_ref().filter(|_| self.bulk.is_none());
             let due = chunks.and_then(Incremental::due);
-            let (held, room) = (self.held(), !self.batch.is_full());
+            let (held, is_room) = (self.held(), !self.batch.is_full());
             // What has come is handed on at once; while Kafka is busy, more of it gathers. The snapshot comes last.
             tokio::select! {
                 biased;
                 () = shutdown.cancelled() => return Ok(()),
-                place = queues.reserve(), if self.news => match place {
-                    Some(place) => self.hand_on(place),
-                    None => return Ok(()),
+                room = queues.room(&self.batch), if self.news => if !self.hand_on(&queues, room) {
+                    return Ok(());
                 },
                 answer = answer(self.snapshot.as_mut()) => if let Some(snapshot) = &mut self.snapshot {
                     snapshot.take(answer);
                 },
                 // The server is told all the while that somebody is here, and does not have to be listened to.
                 filled = reader.fill(), if !held => filled.map_err(wire)?,
-                event = bulk::event(self.bulk.as_mut()), if room => {
+                event = bulk::event(self.bulk.as_mut()), if is_room => {
                     self.take_bulk(event, catalog).await?;
                     self.require_fit()?;
                 }
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
                     if let Some(snapshot) = &mut self.snapshot {
                         // A chunk waits for the one before: they are large, and the changes come first.
-                        if queues.is_empty() {
+                        if queues.kafka.is_empty() {
                             snapshot.ask();
                         } else {
                             snapshot.put_off();
@@ -268,12 +259,12 @@ impl<'a> Stream<'a> {
     /// The server was shut down, and has nothing that was not sent. Noted in the log, for what comes in its place may be an upgraded one.
     async fn ended(&mut self, queues: &Queues) {
         self.batch.ended_at = Some(self.received.server());
-        if let Some(place) = queues.reserve().await {
-            self.hand_on(place);
-        }
+        let room = queues.room(&self.batch).await;
+        self.hand_on(queues, room);
     }
 
-    fn hand_on(&mut self, place: Place<'_>) {
+    /// False when Kafka has ended.
+    fn hand_on(&mut self, queues: &Queues, room: Room) -> bool {
         let next = self.batch.next();
         let mut batch = std::mem::replace(&mut self.batch, next);
         batch.complete = self.complete;
@@ -288,8 +279,8 @@ impl<'a> Stream<'a> {
         {
             self.inflight.push(self.batches, time);
         }
-        place.take(Arc::new(batch));
         self.news = false;
+        queues.take(batch, room)
     }
 
     fn keepalive(&mut self, wal_end: Lsn, reply_requested: bool) {

@@ -4,7 +4,6 @@
 //! checkpoint first.
 
 use std::{
-    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
@@ -32,6 +31,7 @@ use crate::{
         Durable, SinkError,
         partition::ByRow,
         producer::{PAUSE_AFTER_COMMIT, TransactionalProducer},
+        queue::Queued,
         redis::feed::{Progress as RedisProgress, State as RedisState},
         topics::Remarks,
     },
@@ -201,7 +201,7 @@ impl KafkaSink {
         self,
         runtime: &Handle,
         mut checkpoint: Checkpoint,
-        mut batches: mpsc::Receiver<Arc<Batch>>,
+        mut batches: mpsc::UnboundedReceiver<Queued>,
         mut redis: Option<watch::Receiver<RedisProgress>>,
         durable: &watch::Sender<Durable>,
         acknowledged: &watch::Sender<Checkpoint>,
@@ -210,7 +210,7 @@ impl KafkaSink {
         let mut last_answer = last_commit;
         loop {
             let first = match runtime.block_on(timeout(TICK, batches.recv())) {
-                Ok(Some(batch)) => Some(batch),
+                Ok(Some(queued)) => Some(queued),
                 Ok(None) => break,
                 Err(_) => None,
             };
@@ -218,10 +218,11 @@ impl KafkaSink {
             if let Some(first) = first {
                 // Work gathers meanwhile, so this costs no throughput.
                 thread::sleep(PAUSE_AFTER_COMMIT.saturating_sub(last_commit.elapsed()));
-                transaction.take(&self, &checkpoint, &first)?;
+                transaction.take(&self, &checkpoint, &first.batch)?;
+                drop(first);
                 while transaction.bytes < TRANSACTION_BYTES {
                     let Ok(next) = batches.try_recv() else { break };
-                    transaction.take(&self, &checkpoint, &next)?;
+                    transaction.take(&self, &checkpoint, &next.batch)?;
                 }
             }
             let mut state = *durable.borrow();

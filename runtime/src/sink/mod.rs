@@ -4,6 +4,7 @@ pub mod claims;
 pub mod kafka;
 pub mod partition;
 pub mod producer;
+pub mod queue;
 pub mod redis;
 pub mod topics;
 
@@ -13,9 +14,6 @@ use crate::{
     log::{CLAIMS_TOPIC, claim_key},
     position::{Lsn, Position},
 };
-
-/// Batches that wait for one sink. With a batch's size this bounds the memory between the source and the sinks.
-pub const QUEUED_BATCHES: usize = 8;
 
 /// How far a sink has come.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -235,7 +233,7 @@ pub enum SinkError {
     },
     /// Redis takes less than comes.
     #[error(
-        "Redis does not take changes as fast as they come, and its buffer of {} MiB was full; what it lacks is refilled from Kafka",
+        "Redis does not take changes as fast as they come, and its buffer of {} MiB stayed full; what it lacks is refilled from Kafka",
         redis::BUFFER_BYTES >> 20
     )]
     RedisSlow,

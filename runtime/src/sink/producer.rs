@@ -37,6 +37,8 @@ const TRANSACTION_TIMEOUT: Duration = Duration::from_secs(60);
 /// A transaction that begins sooner after a commit is told CONCURRENT_TRANSACTIONS, and the client waits 20 ms: the coordinator is
 /// still writing the markers of the one before.
 pub const PAUSE_AFTER_COMMIT: Duration = Duration::from_millis(3);
+/// Records that are on their way to the brokers at a time. Each takes half a kilobyte beside its content.
+const UNDER_WAY: usize = 8000;
 /// How often delivery reports are looked for while they are waited for. The client's own wait would take its whole time, whatever comes
 /// meanwhile, and keep a processor busy in its last millisecond.
 const REPORT_INTERVAL: Duration = Duration::from_micros(250);
@@ -94,7 +96,10 @@ impl TransactionalProducer {
             .set("enable.idempotence", "true")
             .set("compression.type", "lz4")
             .set("linger.ms", "0")
-            // Whoever writes bounds what is queued. This would refuse one record that is larger, for ever.
+            // A transaction that is committed says it of all its records; so they take no memory until somebody looks.
+            .set("delivery.report.only.error", "true")
+            .set("queue.buffering.max.messages", UNDER_WAY.to_string())
+            // Whoever writes bounds what is queued in bytes. This would refuse one record that is larger, for ever.
             .set("queue.buffering.max.kbytes", "1048576")
             // The topic decides what is too large; this only lets it.
             .set("message.max.bytes", MOST_BYTES.to_string())

@@ -7,8 +7,8 @@
 //! The claim says whose the streams under a prefix are, as the claims in Kafka do of a topic prefix. Every script looks at it, so that
 //! two pipelines with one prefix never write into each other's streams.
 //!
-//! Kafka never waits for Redis. [`live`] holds what is on its way, [`feed`] takes it from there, and [`refill`] copies from Kafka what
-//! Redis missed.
+//! Kafka waits for Redis no longer than a moment. [`live`] holds what is on its way, [`feed`] takes it from there, and [`refill`] copies from
+//! Kafka what Redis missed.
 
 pub(crate) mod call;
 mod durability;
@@ -32,7 +32,7 @@ use self::{
 use crate::{position::Position, sink::SinkError, tls::authorities};
 
 /// Memory for what is on its way to Redis. When it is full, Redis is refilled from Kafka instead.
-pub const BUFFER_BYTES: usize = 32 << 20;
+pub const BUFFER_BYTES: usize = 16 << 20;
 
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 /// How long one script may take. Redis answers nobody else meanwhile, so scripts are kept small.
@@ -46,7 +46,7 @@ const ENTRY_TEXT: usize = 96;
 /// Bytes per script, beyond one record.
 const SCRIPT_BYTES: usize = 1024 * 1024;
 /// What is written before the server is asked whether it is durable, while more is waiting.
-const CONFIRM_BYTES: usize = 8 << 20;
+const CONFIRM_BYTES: usize = 2 << 20;
 
 /// The field of the claim that names the pipeline.
 const CLAIM_FIELD: &str = "pipeline";

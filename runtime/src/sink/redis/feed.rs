@@ -312,18 +312,20 @@ impl Feed {
                 }
             };
             let mut safe = Lsn::ZERO;
-            for batch in &batches {
-                if batch.kafka_first
+            // Together, since a call costs as much as tens of records: but what waits for Kafka does not hold up what came before it.
+            for batches in batches.chunk_by(|_, next| !next.kafka_first) {
+                if let Some(first) = batches.first()
+                    && first.kafka_first
                     && self
                         .kafka
-                        .wait_for(|kafka| kafka.position >= batch.last())
+                        .wait_for(|kafka| kafka.position >= first.last())
                         .await
                         .is_err()
                 {
                     // Kafka took all it will, and the session is at its end.
                     return Ok(true);
                 }
-                let entries = entries(batch, writer.place.position);
+                let entries = entries(batches, writer.place.position);
                 let writing = writer.append(&entries);
                 tokio::pin!(writing);
                 // A Redis that hangs is said to be slow once the buffer is full; whether it answers in the end is another thing.
@@ -334,7 +336,7 @@ impl Feed {
                         return writing.await.map(|()| false);
                     }
                 }
-                safe = safe.max(batch.safe);
+                safe = batches.iter().map(|batch| batch.safe).fold(safe, Lsn::max);
             }
             writer.confirm().await?;
             self.acknowledged = writer.confirmed;
@@ -379,10 +381,13 @@ impl Drop for Feed {
     }
 }
 
-/// The records of a batch that Redis does not have yet.
-fn entries(batch: &Batch, after: Option<Position>) -> Vec<Entry<'_>> {
-    let new = batch.records().iter().filter(|record| Some(record.position) > after);
-    new.map(|record| Entry {
+/// The records of batches that Redis does not have yet.
+fn entries(batches: &[Arc<Batch>], after: Option<Position>) -> Vec<Entry<'_>> {
+    let records = batches
+        .iter()
+        .flat_map(|batch| batch.records().iter().map(move |record| (batch, record)));
+    let new = records.filter(|(_, record)| Some(record.position) > after);
+    new.map(|(batch, record)| Entry {
         stream: &record.destination.stream,
         position: record.position,
         part: record.part,

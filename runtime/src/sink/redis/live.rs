@@ -1,11 +1,20 @@
-//! What is on its way to Redis. Whoever offers never waits: what finds no room is dropped, and so is everything after it, until the
-//! feed collects again.
+//! What is on its way to Redis. Whoever offers may wait for room, for a moment: what finds none then is dropped, and so is everything after
+//! it, until the feed collects again.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
-use tokio::sync::watch;
+use tokio::{
+    sync::watch,
+    time::{Instant, timeout},
+};
 
 use crate::{batch::Batch, position::Position, sink::redis::BUFFER_BYTES};
+
+/// How long one batch waits for room. A Redis that is so slow is refilled later.
+const LONGEST_WAIT: Duration = Duration::from_millis(500);
+/// How long all of them wait, from one time that Redis had everything to the next. To copy from Kafka what it lacks takes several times as long
+/// as to wait for a Redis that is a little slower than Kafka; but one that stays slower must not keep PostgreSQL's WAL.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The buffer. Clones share it.
 #[derive(Clone)]
@@ -18,6 +27,8 @@ struct State {
     closed: bool,
     batches: VecDeque<Arc<Batch>>,
     bytes: usize,
+    /// How long batches have waited for room since the buffer was last empty.
+    waited: Duration,
     /// Batches offered since the start; those in the buffer are the last of them.
     offered: u64,
     /// The last change that was offered.
@@ -56,6 +67,29 @@ impl Offers {
         Self(live)
     }
 
+    /// Waits until there is room for a batch, or none is needed: for [`LONGEST_WAIT`] at most, and for [`PATIENCE`] in all. Cancel safe.
+    pub async fn room(&self, batch: &Batch) {
+        let is_full = |state: &State| {
+            let may_get_room = state.phase != Phase::Detached && !state.batches.is_empty();
+            may_get_room && state.bytes + batch.memory() > BUFFER_BYTES
+        };
+        let patience = {
+            let state = self.0.0.borrow();
+            if !is_full(&state) {
+                return;
+            }
+            PATIENCE.saturating_sub(state.waited)
+        };
+        let mut changes = self.0.0.subscribe();
+        let _waiting = Waiting {
+            live: &self.0,
+            since: Instant::now(),
+        };
+        // Without room, what is offered says that Redis is slow.
+        let room = changes.wait_for(|state| !is_full(state));
+        drop(timeout(patience.min(LONGEST_WAIT), room).await);
+    }
+
     /// Puts a batch into the buffer, or drops it. Never waits.
     pub fn offer(&self, batch: &Arc<Batch>) {
         self.0.0.send_modify(|state| {
@@ -74,6 +108,21 @@ impl Offers {
     }
 }
 
+/// Somebody waits for room. It counts until it is dropped.
+struct Waiting<'a> {
+    live: &'a Live,
+    since: Instant,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.live.0.send_if_modified(|state| {
+            state.waited += self.since.elapsed();
+            false
+        });
+    }
+}
+
 impl Drop for Offers {
     fn drop(&mut self) {
         self.0.0.send_modify(|state| state.closed = true);
@@ -85,6 +134,7 @@ impl State {
         self.phase = Phase::Detached;
         self.batches = VecDeque::new();
         self.bytes = 0;
+        self.waited = Duration::ZERO;
     }
 }
 
@@ -136,9 +186,11 @@ impl Live {
         drop(changes.wait_for(something).await);
         let mut taken = Taken::Closed;
         self.0.send_if_modified(|state| {
+            let mut somebody_may_wait = false;
             if state.phase == Phase::Detached {
                 taken = Taken::Overflowed;
             } else if !state.batches.is_empty() {
+                somebody_may_wait = state.bytes > BUFFER_BYTES / 2;
                 let (mut batches, mut bytes) = (Vec::new(), 0);
                 while bytes < limit
                     && let Some(batch) = state.batches.pop_front()
@@ -147,9 +199,12 @@ impl Live {
                     batches.push(batch);
                 }
                 state.bytes -= bytes;
+                if state.batches.is_empty() {
+                    state.waited = Duration::ZERO;
+                }
                 taken = Taken::Batches(batches, state.offered - state.batches.len() as u64);
             }
-            false
+            somebody_may_wait
         });
         taken
     }
@@ -244,6 +299,39 @@ mod tests {
         live.overflowed().await;
         assert!(matches!(live.take(1).await, Taken::Overflowed));
         assert_eq!(live.collect().map(|position| position.ordinal), Some(2));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_full_buffer_is_waited_for_while_somebody_takes_from_it_and_no_longer_than_a_moment() {
+        let live = Live::default();
+        let offers = Offers::new(live.clone());
+        let third = batch(1, BUFFER_BYTES / 3);
+        offers.offer(&third);
+        offers.offer(&third);
+        let waited = || live.0.borrow().waited;
+        live.attach();
+        tokio::join!(offers.room(&third), async { drop(live.take(1).await) });
+        offers.offer(&third);
+        assert_eq!(waited(), Duration::ZERO, "there was room at once");
+        offers.room(&third).await;
+        assert!(
+            waited() >= LONGEST_WAIT && waited() < 2 * LONGEST_WAIT,
+            "nobody took from it"
+        );
+        while waited() < PATIENCE {
+            offers.room(&third).await;
+        }
+        let mut now = Instant::now();
+        offers.room(&third).await;
+        assert!(now.elapsed() < LONGEST_WAIT, "it was waited for enough");
+        drop(live.take(usize::MAX).await);
+        assert_eq!(waited(), Duration::ZERO, "Redis has everything");
+        offers.offer(&third);
+        offers.offer(&third);
+        live.detach();
+        now = Instant::now();
+        offers.room(&third).await;
+        assert_eq!(now.elapsed(), Duration::ZERO, "it has no need of room");
     }
 
     #[tokio::test]
