@@ -57,11 +57,9 @@ fn main() -> ExitCode {
         tracing::warn!(%error, "RUST_LOG cannot be read: the level is info");
     }
     let command = Arguments::parse().command;
-    if matches!(command, Command::Capture(_)) {
-        // A dozen threads take memory in small pieces: most of each huge page would be held for nothing. A kernel that has none refuses,
-        // which is as good.
-        let _ = rustix::thread::disable_transparent_huge_pages(true);
-    }
+    // A dozen threads take memory in small pieces: most of each huge page would be held for nothing, and a replay has the kernel clear
+    // one after the other. A kernel that has none refuses, which is as good.
+    let _ = rustix::thread::disable_transparent_huge_pages(true);
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => {

@@ -23,8 +23,7 @@ use super::{
     target::{Batch, Mark, Target, TargetError, Trouble},
 };
 
-/// Bounds of one message to the target.
-const BATCH_RECORDS: usize = 512;
+/// About how many bytes a message to the target has at the most.
 const BATCH_BYTES: usize = 1 << 20;
 const REPORT_INTERVAL: Duration = Duration::from_millis(250);
 /// How long a target may take to finish what it has when the process is asked to end: well below the 30 s that Kubernetes gives a pod.
@@ -93,6 +92,7 @@ pub async fn drive<T: Target>(
     let mut running = Running(tokio::spawn(target.run(taken, meter.tally.clone())));
     let mut queue = Queue {
         whole_transactions: T::WHOLE_TRANSACTIONS,
+        most_records: T::MOST_RECORDS,
         timeline: Timeline::new(plan.max_gap),
         ..Queue::default()
     };
@@ -232,6 +232,8 @@ struct Queue {
     ended: bool,
     /// The target is told where transactions end. The last record waits for the one after it, which tells whether its own goes on.
     whole_transactions: bool,
+    /// Records of one message at the most.
+    most_records: usize,
     /// The transaction of the last record that was handed over.
     handed: Option<Transaction>,
     /// More of it is to come.
@@ -278,7 +280,7 @@ impl Queue {
         let mut records = Vec::new();
         let mut passed = Passed::default();
         let mut bytes = 0;
-        while records.len() < BATCH_RECORDS && bytes < BATCH_BYTES {
+        while records.len() < self.most_records && bytes < BATCH_BYTES {
             let Some(due) = self.next() else { break };
             if !self.is_inside() && clock.due(due, now) != Due::Now {
                 break;
@@ -345,6 +347,7 @@ mod tests {
         let mut clock = Clock::new(Speed::Max);
         let mut queue = Queue {
             whole_transactions: true,
+            most_records: 512,
             ..Queue::default()
         };
         let handed = |queue: &mut Queue, clock: &mut Clock| {

@@ -116,6 +116,7 @@ impl<T: Target> Target for Kept<T> {
     const PACED: bool = T::PACED;
     const FINISHES: bool = true;
     const TELLS_SILENCE: bool = T::TELLS_SILENCE;
+    const MOST_RECORDS: usize = T::MOST_RECORDS;
 
     async fn run(self, mut batches: mpsc::Receiver<Batch>, tally: Tally) -> Result<(), TargetError> {
         let Some(place) = self.place else {

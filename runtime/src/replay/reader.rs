@@ -31,7 +31,7 @@ const PREFETCH_BYTES: usize = 64 << 20;
 /// Bounds of one partition's share of it. With the smallest a partition is fetched in small pieces, and so slowly; with less hardly at all.
 const PARTITION_BYTES: std::ops::RangeInclusive<usize> = (16 << 10)..=(8 << 20);
 /// Bounds of one chunk, and how many may wait to be delivered. A reader with less memory for what is fetched has smaller ones.
-const CHUNK_RECORDS: usize = 512;
+const CHUNK_RECORDS: usize = 2048;
 const CHUNK_BYTES: usize = 1 << 20;
 const CHUNK_SHARE: usize = 16;
 const CHUNKS: usize = 4;

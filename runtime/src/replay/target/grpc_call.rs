@@ -1,11 +1,9 @@
 //! Calls the user's `ReplayReceiver`.
 
-use std::{collections::VecDeque, fs, future::pending, pin::pin, time::Duration};
+use std::{collections::VecDeque, fs, future::pending, pin::pin, sync::Arc, time::Duration};
 
-use bytes::{BufMut as _, Bytes};
 use meander_config::GrpcReceiver;
 use meander_proto::v1::DeliverAck;
-use prost::Message as _;
 use tokio::{
     sync::mpsc,
     time::{sleep, timeout},
@@ -21,7 +19,7 @@ use tonic::{
 };
 use tonic_prost::ProstDecoder;
 
-use super::{Batch, Mark, Tally, Target, TargetError, Trouble, chain};
+use super::{Batch, Tally, Target, TargetError, Trouble, chain};
 use crate::{
     log::REPLAY_ATTEMPT_HEADER,
     replay::{
@@ -44,18 +42,11 @@ const PARTING: Duration = Duration::from_secs(5);
 pub struct GrpcCall {
     receiver: GrpcReceiver,
     attempt: u32,
-    unanswered: VecDeque<Unanswered>,
+    /// Each is shared with the stream, which encodes it; from here it is sent again.
+    unanswered: VecDeque<Arc<Batch>>,
     /// The batches have not ended.
     more: bool,
     patience: Patience,
-}
-
-/// A message that was not answered yet.
-struct Unanswered {
-    /// In its wire form: one that is sent again is not encoded again, and what is kept is what is sent.
-    event: Bytes,
-    resume_token: String,
-    mark: Mark,
 }
 
 /// Why a stream ended too early.
@@ -81,6 +72,8 @@ impl AtLeastOnce for GrpcCall {
 
 impl Target for GrpcCall {
     const TELLS_SILENCE: bool = true;
+    // Larger pieces for each other to work on: reader, sender and receiver then wait less for a turn of the processor.
+    const MOST_RECORDS: usize = 2048;
 
     async fn run(mut self, mut batches: mpsc::Receiver<Batch>, tally: Tally) -> Result<(), TargetError> {
         let endpoint = Endpoint::from_shared(self.receiver.endpoint.clone())
@@ -140,7 +133,7 @@ impl GrpcCall {
         // Holds all that may be unanswered, so that sending never waits: what waits is the next batch.
         let (events, sent) = mpsc::channel(WINDOW);
         for unanswered in &self.unanswered {
-            let _ = events.try_send(unanswered.event.clone());
+            let _ = events.try_send(Arc::clone(unanswered));
         }
         let mut client = Grpc::new(channel);
         client.ready().await.map_err(|error| Broken::Retry(chain(&error)))?;
@@ -150,7 +143,7 @@ impl GrpcCall {
         request
             .metadata_mut()
             .insert(REPLAY_ATTEMPT_HEADER, MetadataValue::from(self.attempt));
-        let mut call = pin!(client.streaming(request, PathAndQuery::from_static(DELIVER), Encoded));
+        let mut call = pin!(client.streaming(request, PathAndQuery::from_static(DELIVER), Encoding));
         let mut answers: Option<Streaming<DeliverAck>> = None;
         let mut silence = Silence::default();
 
@@ -171,16 +164,10 @@ impl GrpcCall {
                         if self.unanswered.is_empty() {
                             silence.end();
                         }
-                        let mark = batch.mark;
-                        let message = batch.into_event();
-                        let event = Bytes::from(message.encode_to_vec());
+                        let batch = Arc::new(batch);
                         // If the stream is broken, its answers say so.
-                        let _ = events.try_send(event.clone());
-                        self.unanswered.push_back(Unanswered {
-                            event,
-                            resume_token: message.resume_token,
-                            mark,
-                        });
+                        let _ = events.try_send(Arc::clone(&batch));
+                        self.unanswered.push_back(batch);
                     }
                     None => self.more = false,
                 },
@@ -245,12 +232,12 @@ impl GrpcCall {
     }
 
     fn answered(&mut self, answer: &DeliverAck, tally: &Tally) -> Result<(), Broken> {
-        let expected = self.unanswered.front().map(|oldest| oldest.resume_token.as_str());
-        if expected != Some(answer.resume_token.as_str()) {
+        let expected = self.unanswered.front().map(|oldest| oldest.mark.resume.to_string());
+        if expected.as_ref() != Some(&answer.resume_token) {
             return Err(Broken::Fatal(TargetError::ReceiverConfused {
                 endpoint: self.receiver.endpoint.clone(),
                 answer: answer.resume_token.clone(),
-                expected: expected.unwrap_or("no answer").to_owned(),
+                expected: expected.unwrap_or_else(|| "no answer".to_owned()),
             }));
         }
         if let Some(oldest) = self.unanswered.pop_front() {
@@ -270,11 +257,11 @@ impl GrpcCall {
             }
             // What is too large stays so: until the receiver's limit is raised.
             Code::ResourceExhausted | Code::OutOfRange => {
-                let sizes = self.unanswered.iter().map(|unanswered| unanswered.event.len());
+                let sizes = self.unanswered.iter().map(|unanswered| unanswered.size());
                 let largest = sizes.max().unwrap_or_default();
                 let cause = chain(&status);
                 Broken::Retry(format!(
-                    "{cause} (the largest message that it has not answered has {largest} bytes)"
+                    "{cause} (the largest message that it has not answered has about {largest} bytes)"
                 ))
             }
             _ => Broken::Retry(chain(&status)),
@@ -282,11 +269,11 @@ impl GrpcCall {
     }
 }
 
-/// Messages that are encoded already, and answers.
-struct Encoded;
+/// Messages that are encoded straight into what is sent, and answers.
+struct Encoding;
 
-impl Codec for Encoded {
-    type Encode = Bytes;
+impl Codec for Encoding {
+    type Encode = Arc<Batch>;
     type Decode = DeliverAck;
     type Encoder = Self;
     type Decoder = ProstDecoder<DeliverAck>;
@@ -300,14 +287,15 @@ impl Codec for Encoded {
     }
 }
 
-impl Encoder for Encoded {
-    type Item = Bytes;
+impl Encoder for Encoding {
+    type Item = Arc<Batch>;
     type Error = Status;
 
-    fn encode(&mut self, event: Bytes, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        buffer.reserve(event.len());
-        buffer.put(event);
-        Ok(())
+    fn encode(&mut self, batch: Arc<Batch>, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        buffer.reserve(batch.size());
+        batch
+            .encode(buffer)
+            .map_err(|error| Status::internal(error.to_string()))
     }
 }
 

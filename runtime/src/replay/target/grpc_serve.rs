@@ -515,7 +515,7 @@ impl Subscriber {
             };
             let Some(batch) = batch else { return Ok(()) };
             let mark = batch.mark;
-            let event = self.message(batch);
+            let event = self.message(&batch);
             self.send(Ok(Some(event))).await?;
             tally.credit(&mark);
         }
@@ -535,7 +535,7 @@ impl Subscriber {
                 && let Some(batch) = waiting.take()
             {
                 let mark = batch.mark;
-                let event = self.message(batch);
+                let event = self.message(&batch);
                 acknowledging.sent(event.resume_token.clone(), mark);
                 self.send(Ok(Some(event))).await?;
             }
@@ -560,11 +560,11 @@ impl Subscriber {
         }
     }
 
-    fn message(&mut self, batch: Batch) -> ReplayEvent {
+    fn message(&mut self, batch: &Batch) -> ReplayEvent {
         let done = self.done.insert(Done::and(self.done, &batch.mark));
         ReplayEvent {
             resume_token: done.to_string(),
-            ..batch.into_event()
+            ..batch.event()
         }
     }
 

@@ -2,6 +2,7 @@
 //! `match` of [`super::run`].
 
 pub mod dry_run;
+mod event;
 pub mod grpc_call;
 pub mod grpc_serve;
 pub mod http;
@@ -11,10 +12,9 @@ mod marks;
 pub mod postgres;
 pub mod redis;
 
-use std::{future::Future, path::PathBuf, sync::Arc, time::Duration};
+use std::{future::Future, path::PathBuf, time::Duration};
 
 use meander_config::ResourceIdentity;
-use meander_proto::v1::{ReplayEvent, ReplayedRecord};
 use tokio::{sync::mpsc, time::Instant};
 
 pub use super::tally::{Tally, Trouble};
@@ -35,6 +35,8 @@ pub trait Target: Send + 'static {
     const FINISHES: bool = false;
     /// Whether it says by itself that the destination does not answer, because it knows more of it than when it was given something.
     const TELLS_SILENCE: bool = false;
+    /// How many records it is handed together, at the most.
+    const MOST_RECORDS: usize = 512;
 
     /// Opens the destination, says so by [`Tally::open`], takes every batch in order, and credits each to the tally once the
     /// destination has it. Returns when the batches have ended and all are credited, or when it cannot go on.
@@ -99,41 +101,6 @@ pub struct Mark {
     pub resume: ResumeToken,
     /// When they were handed to the target.
     pub handed: Instant,
-}
-
-impl Batch {
-    /// As a message of `meander.v1`.
-    #[must_use]
-    pub fn into_event(self) -> ReplayEvent {
-        let mut topics: Vec<Arc<str>> = Vec::new();
-        let mut topic = 0;
-        let record = |record: Record| {
-            // Most often it is that of the record before.
-            if topics.get(topic) != Some(&record.topic) {
-                topic = topics
-                    .iter()
-                    .position(|known| *known == record.topic)
-                    .unwrap_or(topics.len());
-                if topic == topics.len() {
-                    topics.push(record.topic);
-                }
-            }
-            ReplayedRecord {
-                coordinate: Some(record.coordinate.into()),
-                commit_time_micros: record.commit_time,
-                topic: u32::try_from(topic).unwrap_or(u32::MAX),
-                partition: record.partition,
-                offset: record.offset,
-                key: record.key,
-                value: record.value,
-            }
-        };
-        ReplayEvent {
-            records: self.records.into_iter().map(record).collect(),
-            resume_token: self.mark.resume.to_string(),
-            topics: topics.iter().map(ToString::to_string).collect(),
-        }
-    }
 }
 
 /// A target cannot go on. Each message says the cause and what to do.
