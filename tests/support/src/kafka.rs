@@ -13,7 +13,7 @@ use rdkafka::{
     consumer::{BaseConsumer, Consumer as _},
     error::KafkaError,
     message::BorrowedMessage,
-    metadata::{MetadataPartition, MetadataTopic},
+    metadata::{Metadata, MetadataPartition, MetadataTopic},
 };
 use rustix::process::Signal;
 use tempfile::TempDir;
@@ -89,12 +89,14 @@ impl Kafka {
 
     /// With these options of Java, and more settings, made of its folder and its ports.
     async fn start_with(jvm: &[&str], more: impl FnOnce(&Path, &Ports) -> String) -> Self {
+        let mut kafka = Self::launch(Ports::free(), jvm, more);
+        kafka.ready().await;
+        kafka
+    }
+
+    /// Starts a broker at these ports, and does not wait for it.
+    fn launch(ports: Ports, jvm: &[&str], more: impl FnOnce(&Path, &Ports) -> String) -> Self {
         let folder = folder("kafka");
-        let ports = Ports {
-            first: free_port(),
-            controller: free_port(),
-            second: free_port(),
-        };
         let properties = folder.path().join("server.properties");
         let mut settings = server_properties(folder.path(), &ports);
         settings.push_str(&more(folder.path(), &ports));
@@ -105,14 +107,12 @@ impl Kafka {
         let mut command = java(&home, jvm);
         command.arg("kafka.Kafka").arg(&properties);
         let process = Process::start("kafka", folder.path(), &command, Signal::KILL);
-        let mut kafka = Self {
+        Self {
             process,
             port: ports.first,
             second_port: ports.second,
             _folder: folder,
-        };
-        kafka.ready().await;
-        kafka
+        }
     }
 
     /// The broker that the tests of this process share; they keep apart by [`unique_name`](crate::unique_name).
@@ -229,6 +229,11 @@ impl Kafka {
     }
 
     async fn ready(&mut self) {
+        self.ready_when(|_| true).await;
+    }
+
+    /// Waits until it answers, its partitions have leaders, and `is` holds of what it knows.
+    async fn ready_when(&mut self, is: impl Fn(&Metadata) -> bool) {
         let config = self.client_config();
         let address = self.bootstrap();
         self.process
@@ -246,11 +251,102 @@ impl Kafka {
                     Err("no broker is registered".to_owned())
                 } else if partitions.any(|partition| partition.leader() < 0) {
                     Err("a partition has no leader".to_owned())
+                } else if !is(&metadata) {
+                    Err("not all brokers and replicas are there".to_owned())
                 } else {
                     Ok(())
                 }
             })
             .await;
+    }
+}
+
+/// A cluster of three brokers, each of which is a controller too. Topics have three replicas unless they say otherwise, and a write is
+/// acknowledged once two of them have it, so that any one broker may die.
+pub struct Brokers(Vec<Kafka>);
+
+impl Brokers {
+    /// Starts them, which takes seconds.
+    pub async fn start() -> Self {
+        let ports: Vec<Ports> = (0..3).map(|_| Ports::free()).collect();
+        let voters: Vec<String> = (1..)
+            .zip(&ports)
+            .map(|(id, ports)| format!("{id}@127.0.0.1:{}", ports.controller))
+            .collect();
+        let voters = voters.join(",");
+        let launch = |(id, ports)| Kafka::launch(ports, JVM, |_, _| replicated(id, &voters));
+        let mut brokers = Self((1..).zip(ports).map(launch).collect());
+        brokers.all_in_sync().await;
+        brokers
+    }
+
+    /// One of them, counted from 0.
+    #[must_use]
+    pub fn broker(&self, broker: usize) -> &Kafka {
+        &self.0[broker]
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.0.len()
+    }
+
+    /// The address of each.
+    #[must_use]
+    pub fn bootstrap_servers(&self) -> Vec<String> {
+        self.0.iter().map(Kafka::bootstrap).collect()
+    }
+
+    /// The beginning of every client's configuration.
+    #[must_use]
+    pub fn client_config(&self) -> ClientConfig {
+        let mut config = ClientConfig::new();
+        config.set("bootstrap.servers", self.bootstrap_servers().join(","));
+        config
+    }
+
+    /// Of how many partitions of the topics that `wanted` holds of a broker, counted from 0, is the leader.
+    #[must_use]
+    pub fn led_by(&self, broker: usize, wanted: impl Fn(&str) -> bool) -> usize {
+        let consumer: BaseConsumer = self.client_config().create().unwrap();
+        let metadata = consumer.fetch_metadata(None, LIMIT).unwrap();
+        let topics = metadata.topics().iter().filter(|topic| wanted(topic.name()));
+        let leaders = topics
+            .flat_map(MetadataTopic::partitions)
+            .map(MetadataPartition::leader);
+        leaders
+            .filter(|leader| usize::try_from(*leader) == Ok(broker + 1))
+            .count()
+    }
+
+    /// Kills a broker.
+    pub fn kill9(&mut self, broker: usize) {
+        self.0[broker].kill9();
+    }
+
+    /// Starts a broker that was ended, with the same data at the same port, and waits until it has all that the others have.
+    pub async fn start_again(&mut self, broker: usize) {
+        self.0[broker].process.start_again();
+        self.all_in_sync().await;
+    }
+
+    /// Waits until each broker is there and is in step with all its partitions, as each of them sees it.
+    async fn all_in_sync(&mut self) {
+        let count = self.count();
+        for kafka in &mut self.0 {
+            kafka
+                .ready_when(|metadata| {
+                    let in_sync = |partition: &MetadataPartition| partition.isr().len() == partition.replicas().len();
+                    metadata.brokers().len() == count
+                        && metadata
+                            .topics()
+                            .iter()
+                            .flat_map(MetadataTopic::partitions)
+                            .all(in_sync)
+                })
+                .await;
+        }
     }
 }
 
@@ -294,6 +390,16 @@ struct Ports {
     first: u16,
     controller: u16,
     second: u16,
+}
+
+impl Ports {
+    fn free() -> Self {
+        Self {
+            first: free_port(),
+            controller: free_port(),
+            second: free_port(),
+        }
+    }
 }
 
 fn server_properties(folder: &Path, ports: &Ports) -> String {
@@ -348,6 +454,19 @@ listener.name.secure.scram-sha-512.sasl.jaas.config=org.apache.kafka.common.secu
 listener.name.secure.plain.sasl.jaas.config=org.apache.kafka.common.security.plain.PlainLoginModule required user_meander=\"one\";
 authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
 super.users=User:ANONYMOUS
+"
+    )
+}
+
+fn replicated(id: usize, voters: &str) -> String {
+    format!(
+        "node.id={id}
+controller.quorum.voters={voters}
+default.replication.factor=3
+min.insync.replicas=2
+offsets.topic.replication.factor=3
+transaction.state.log.replication.factor=3
+transaction.state.log.min.isr=2
 "
     )
 }

@@ -46,7 +46,7 @@ pub use tempfile::TempDir;
 pub use crate::{
     config::capture_config,
     debezium::Debezium,
-    kafka::{Kafka, read_topics},
+    kafka::{Brokers, Kafka, read_topics},
     ports::free_address,
     postgres::Postgres,
     redis::Redis,
