@@ -162,6 +162,7 @@ pub(crate) async fn catch_up(
         client.batch_execute(&load.last()).await?;
         client.batch_execute("VACUUM (ANALYZE) trades").await?;
         client.batch_execute("CHECKPOINT").await?;
+        limits::warm_up(&mut stage).await?;
         let changes = transactions * load.per_transaction() + 1;
         // The rows are only all that was read where none of them changed.
         let bytes: i64 = client

@@ -30,6 +30,7 @@ pub(crate) async fn measure(report: &Report, rows: u64, peers: &[Variant], round
         client.batch_execute(&insert_trades(1, rows)).await?;
         client.batch_execute("VACUUM (ANALYZE) trades").await?;
         client.batch_execute("CHECKPOINT").await?;
+        limits::warm_up(&mut stage).await?;
         limits::report(
             report,
             &work,
