@@ -12,8 +12,12 @@ trap 'rm -rf "$work"' EXIT
 # It writes beside every Cargo.toml of the workspace.
 git ls-files -z | tar -c --null -T - | tar -x -C "$work"
 mkdir -p dist
+glibc=$(getconf GNU_LIBC_VERSION | cut -d ' ' -f 2)
 for name in operator runtime; do
   cargo cyclonedx -q --manifest-path "$work/$name/Cargo.toml" --format json --target "$RUST_TARGET" --override-filename "meander-$name.cdx"
-  mv "$work/$name/meander-$name.cdx.json" dist/
+  # The C library is in the binary too, and no crate. The identifier is what scanners look it up by.
+  jq --arg version "$glibc" '.components += [{type: "library", name: "glibc", version: $version,
+      cpe: "cpe:2.3:a:gnu:glibc:\($version):*:*:*:*:*:*:*", licenses: [{license: {id: "LGPL-2.1-or-later"}}]}]' \
+    "$work/$name/meander-$name.cdx.json" >"dist/meander-$name.cdx.json"
   jq -r '"\(.metadata.component.name) \(.metadata.component.version): \(.components | length) components"' "dist/meander-$name.cdx.json"
 done

@@ -5,7 +5,7 @@
 # one (folders are filled elsewhere and moved into place).
 # shellcheck disable=SC2034 # used by those that source this
 
-RUST_TARGET=x86_64-unknown-linux-musl
+RUST_TARGET=x86_64-unknown-linux-gnu
 GO_MINOR=26                 # what the newest of the tools below asks for
 KUBERNETES_VERSION=1.34.4   # also in go.mod, whose replaced modules follow it
 HELM_VERSION=3.22.0
