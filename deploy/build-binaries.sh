@@ -10,6 +10,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$MEANDER_CACHE/target}
 # Of glibc, since copying memory, which librdkafka and we do for each record, costs several times as much in musl.
 export RUSTFLAGS="-C target-feature=+crt-static"
+glibc=$(getconf GNU_LIBC_VERSION | cut -d ' ' -f 2)
+# In an older one, names are looked up by libraries that a static binary does not have.
+[ "$(printf '2.34\n%s\n' "$glibc" | sort -V | head -n 1)" = 2.34 ] || die "glibc $glibc is too old: it has to be 2.34 or later"
 
 build() {
   local out=$1
@@ -19,10 +22,10 @@ build() {
   mkdir -p "$out/proto/meander/v1" && cp proto/meander/v1/change.proto "$out/proto/meander/v1/"
 }
 
-# The content of every file that a binary is made of, and its name; tests are none of them.
-sources=$(git ls-files -co --exclude-standard -- Cargo.lock rust-toolchain.toml '*Cargo.toml' crds/src operator/src proto \
-  runtime/src runtime/config tests/workload/src tests/verifier deploy/build-binaries.sh |
-  sort | while read -r file; do [ ! -f "$file" ] || sha256sum "$file"; done | sha256sum | cut -c1-16)
+# The content of every file that a binary is made of, and its name; tests are none of them. And the C library.
+sources=$({ echo "$glibc"; git ls-files -co --exclude-standard -- Cargo.lock rust-toolchain.toml '*Cargo.toml' crds/src operator/src proto \
+  runtime/src runtime/config tests/workload/src tests/verifier tests/cluster/versions.sh deploy/build-binaries.sh |
+  sort | while read -r file; do [ ! -f "$file" ] || sha256sum "$file"; done; } | sha256sum | cut -c1-16)
 built=$MEANDER_CACHE/dist-$sources
 in_place "$built" build
 rm -rf dist/meander-* dist/proto

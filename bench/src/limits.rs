@@ -122,13 +122,14 @@ pub(crate) async fn measure(report_to: &Report, rounds: u32) -> anyhow::Result<(
 /// Has Kafka do what it will be measured with: a Java machine compiles what it does often, beside doing it, and the first contestant would pay for
 /// that.
 pub(crate) async fn warm_up(stage: &mut Stage) -> anyhow::Result<()> {
+    const RECORDS: u64 = 4_000_000;
     let prefix = unique_name("warm-up");
     let topic = format!("{prefix}.records");
     let options = ["--transactional-id", &prefix, "--transaction-duration-ms", "20"];
-    produce_into(stage, &topic, 1_500_000, &options, &[]).await?;
+    produce_into(stage, &topic, RECORDS, &options, &[]).await?;
     let mut read = 0_u64;
     tokio::task::block_in_place(|| stage.kafka.read(|name| name == topic, |_| read += 1));
-    anyhow::ensure!(read == 1_500_000, "{read} records");
+    anyhow::ensure!(read == RECORDS, "{read} records");
     stage.clear(&prefix).await
 }
 

@@ -48,15 +48,23 @@ async fn main() -> anyhow::Result<()> {
     let log = tracing_subscriber::fmt::layer()
         .json()
         .flatten_event(true)
+        // What a line is about is said in its own fields.
+        .with_current_span(false)
         .with_span_list(false)
         .with_filter(filter);
-    let traces = Traces::configured()?;
+    let (traces, untraced) = match Traces::configured() {
+        Ok(traces) => (traces, None),
+        Err(error) => (None, Some(error)),
+    };
     tracing_subscriber::registry()
         .with(log)
         .with(traces.as_ref().map(Traces::layer))
         .init();
     if let Some(error) = refused {
         warn!(%error, "RUST_LOG cannot be read: the level is info");
+    }
+    if let Some(error) = untraced {
+        warn!(error = format!("{error:#}"), "there are no traces");
     }
     let config = Config::infer().await.context("finding the cluster")?;
     let client = client(config).context("finding the cluster")?;

@@ -7,7 +7,7 @@
 //! The claim says whose the streams under a prefix are, as the claims in Kafka do of a topic prefix. Every script looks at it, so that
 //! two pipelines with one prefix never write into each other's streams.
 //!
-//! Kafka waits for Redis no longer than a moment. [`live`] holds what is on its way, [`feed`] takes it from there, and [`refill`] copies from
+//! Kafka waits for a Redis that is slow, but for no longer than [`live`] says, and for none that gets nothing. [`live`] holds what is on its way, [`feed`] takes it from there, and [`refill`] copies from
 //! Kafka what Redis missed.
 
 pub(crate) mod call;
@@ -45,8 +45,11 @@ const SCRIPT_RECORDS: usize = 512;
 const ENTRY_TEXT: usize = 96;
 /// Bytes per script, beyond one record.
 const SCRIPT_BYTES: usize = 1024 * 1024;
-/// What is written before the server is asked whether it is durable, while more is waiting.
-const CONFIRM_BYTES: usize = 2 << 20;
+/// What is taken out of the buffer at once, so that it has room again soon.
+const TAKEN_BYTES: usize = 2 << 20;
+/// What is written before the server is asked whether it is durable, while more is waiting: its answer may take as long as its disk is synced in, a
+/// second.
+const CONFIRM_BYTES: usize = 8 << 20;
 
 /// The field of the claim that names the pipeline.
 const CLAIM_FIELD: &str = "pipeline";
@@ -440,12 +443,14 @@ impl Writer {
         None
     }
 
-    /// Waits until what was written is durable as asked, where that takes no longer than an answer, or enough was written for it.
-    async fn confirm_some(&mut self) -> Result<(), SinkError> {
-        if self.durable == Durable::OnAnswer || self.unconfirmed >= CONFIRM_BYTES {
+    /// Waits until what was written is durable as asked, where that takes no longer than an answer, or enough was written for it. False where it
+    /// did not wait.
+    async fn confirm_some(&mut self) -> Result<bool, SinkError> {
+        let is_time = self.durable == Durable::OnAnswer || self.unconfirmed >= CONFIRM_BYTES;
+        if is_time {
             self.confirm().await?;
         }
-        Ok(())
+        Ok(is_time)
     }
 
     /// Waits until what was written is durable as asked.

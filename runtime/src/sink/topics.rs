@@ -244,14 +244,17 @@ impl Topics {
     /// Looks at those of which it was said that their settings differ, and says it no more of one that somebody has mended.
     ///
     /// # Errors
-    /// When Kafka does not answer.
+    /// When Kafka does not say how one of them is set. The others were looked at.
     pub async fn look_again(&self) -> Result<(), SinkError> {
+        let mut result = Ok(());
         for topic in self.remarks.differing() {
-            if self.differing(&topic, &self.settings_of(&topic).await?).is_empty() {
-                self.remarks.is_mended(&topic);
+            match self.settings_of(&topic).await {
+                Ok(found) if self.differing(&topic, &found).is_empty() => self.remarks.is_mended(&topic),
+                Ok(_) => {}
+                Err(error) => result = Err(error),
             }
         }
-        Ok(())
+        result
     }
 
     /// What the topic takes of one record, once [`learn_limit`](Self::learn_limit) has asked.

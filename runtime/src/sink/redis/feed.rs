@@ -22,7 +22,7 @@ use crate::{
     sink::{
         Durable, SinkError,
         redis::{
-            CONFIRM_BYTES, Entry, Rival, Writer,
+            Entry, Rival, TAKEN_BYTES, Writer,
             live::{Live, Taken},
             refill::{Source, missing},
             said,
@@ -292,8 +292,10 @@ impl Feed {
 
     /// Writes from the buffer. True at its end, false when it overflowed.
     async fn go_on(&mut self, writer: &mut Writer) -> Result<bool, SinkError> {
+        // Of what was written, whether or not it is confirmed.
+        let mut safe = Lsn::ZERO;
         loop {
-            let Ok(taken) = timeout(CHECK_INTERVAL, self.live.take(CONFIRM_BYTES)).await else {
+            let Ok(taken) = timeout(CHECK_INTERVAL, self.live.take(TAKEN_BYTES)).await else {
                 writer.check().await?;
                 self.progress.send_if_modified(|progress| {
                     let phantoms = writer.phantoms();
@@ -311,7 +313,6 @@ impl Feed {
                     return Ok(false);
                 }
             };
-            let mut safe = Lsn::ZERO;
             // Together, since a call costs as much as tens of records: but what waits for Kafka does not hold up what came before it.
             for batches in batches.chunk_by(|_, next| !next.kafka_first) {
                 if let Some(first) = batches.first()
@@ -338,7 +339,11 @@ impl Feed {
                 }
                 safe = batches.iter().map(|batch| batch.safe).fold(safe, Lsn::max);
             }
-            writer.confirm().await?;
+            if self.live.is_empty() {
+                writer.confirm().await?;
+            } else if !writer.confirm_some().await? {
+                continue;
+            }
             self.acknowledged = writer.confirmed;
             self.progress.send_modify(|progress| {
                 progress.phantoms = writer.phantoms();
