@@ -54,8 +54,8 @@ lint() {
   check "shell scripts" shellcheck tests/*.sh tests/cluster/*.sh tests/e2e/*.sh deploy/*.sh deploy/*/*.sh bench/*.sh
 }
 
-# As many tests at a time as there are processors, whatever test program they are in: one that has a single long test, as many have, would
-# leave the others idle. The programs with the most source come first, so that no long one is left at the end.
+# Twice as many tests at a time as there are processors, whatever test program they are in: most of their time they wait for something, and a program that
+# has a single long test, as many have, would leave the others idle. The programs with the most source come first, so that no long one is left at the end.
 rust_tests() {
   # shellcheck disable=SC2016 # expanded by the other shell
   cargo test -q --locked --workspace --no-run --message-format json-render-diagnostics |
@@ -63,7 +63,7 @@ rust_tests() {
     while read -r source manifest program; do
       echo "$(wc -c <"$source") ${manifest%/*} $program"
     done | sort -rn | cut -d ' ' -f 2- |
-    RUST_TEST_THREADS=1 RUST_BACKTRACE=0 log=$log xargs -r -P "$(nproc)" -L 1 bash -c '
+    RUST_TEST_THREADS=1 RUST_BACKTRACE=0 log=$log xargs -r -P $((2 * $(nproc))) -L 1 bash -c '
       start=$SECONDS status=0
       output=$(env -C "$0" "$1" 2>&1) || status=$?
       flock "$log" echo "$1 ($((SECONDS - start)) s)
