@@ -1,11 +1,13 @@
 //! Kafka.
 
 use std::{
+    collections::BTreeMap,
     env, fs,
     net::TcpStream,
     path::{Path, PathBuf},
     process::Command,
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 use rdkafka::{
@@ -23,7 +25,6 @@ use crate::{
     ports::free_port,
     process::{Process, folder},
     tls::Identity,
-    wait::eventually,
 };
 
 const LIMIT: Duration = Duration::from_secs(120);
@@ -180,25 +181,8 @@ impl Kafka {
     /// # Panics
     /// When a transaction is neither committed nor aborted within `limit`.
     pub async fn settle(&self, topic: &str, limit: Duration) {
-        let ends = |isolation: &str| {
-            let consumer: BaseConsumer = self.client_config().set("isolation.level", isolation).create().unwrap();
-            let metadata = consumer.fetch_metadata(Some(topic), LIMIT).unwrap();
-            let partitions = metadata.topics()[0].partitions().iter();
-            let end =
-                |partition: &MetadataPartition| consumer.fetch_watermarks(topic, partition.id(), LIMIT).unwrap().1;
-            partitions.map(end).collect::<Vec<_>>()
-        };
-        let written = tokio::task::block_in_place(|| ends("read_uncommitted"));
-        eventually("transactions are committed or aborted", limit, async || {
-            let seen = tokio::task::block_in_place(|| ends("read_committed"));
-            let open = seen.iter().zip(&written).any(|(seen, written)| seen < written);
-            if open {
-                Err(format!("{seen:?} of {written:?}"))
-            } else {
-                Ok(())
-            }
-        })
-        .await;
+        let client = self.client_config();
+        tokio::task::block_in_place(|| settled(&client, |name| name == topic, limit)).unwrap();
     }
 
     /// Kills the broker.
@@ -350,12 +334,44 @@ impl Brokers {
     }
 }
 
+/// Waits until every transaction that has written into the topics is committed or aborted; the ends, where one is not within `limit`.
+fn settled(client: &ClientConfig, wanted: impl Fn(&str) -> bool, limit: Duration) -> Result<(), String> {
+    let ends = |isolation: &str| {
+        let consumer: BaseConsumer = client.clone().set("isolation.level", isolation).create().unwrap();
+        let metadata = consumer.fetch_metadata(None, LIMIT).unwrap();
+        let topics = metadata.topics().iter().filter(|topic| wanted(topic.name()));
+        let end = |topic: &str, partition: &MetadataPartition| {
+            let (_, end) = consumer.fetch_watermarks(topic, partition.id(), LIMIT).unwrap();
+            ((topic.to_owned(), partition.id()), end)
+        };
+        topics
+            .flat_map(|topic| topic.partitions().iter().map(|partition| end(topic.name(), partition)))
+            .collect::<BTreeMap<_, _>>()
+    };
+    let written = ends("read_uncommitted");
+    let deadline = Instant::now() + limit;
+    loop {
+        let seen = ends("read_committed");
+        let is_settled = |(partition, written): (_, &i64)| seen.get(partition).is_none_or(|seen| seen >= written);
+        if written.iter().all(is_settled) {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            return Err(format!("{seen:?} of {written:?}"));
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
 /// Shows `take` everything that a `read_committed` consumer sees of the topics that `wanted` holds of, up to their ends; the records of
-/// a partition in their order.
+/// a partition in their order. What is committed is there: the markers that say so come into the partitions a moment later, and are waited for.
 ///
 /// # Panics
 /// When Kafka does not answer.
 pub fn read_topics(client: &ClientConfig, wanted: impl Fn(&str) -> bool, mut take: impl FnMut(&BorrowedMessage<'_>)) {
+    /// A transaction that is open for longer is one of somebody who has died, and nothing of it is there.
+    const MARKERS: Duration = Duration::from_secs(5);
+    drop(settled(client, &wanted, MARKERS));
     let consumer: BaseConsumer = client
         .clone()
         .set("group.id", "test")
