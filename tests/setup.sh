@@ -65,7 +65,7 @@ setup_rust() {
   command -v rustup >/dev/null || die "part rust needs rustup"
   # Asked from the root of the checkout, where rust-toolchain.toml is obeyed.
   cd "$MEANDER_TESTS/.."
-  # The toolchain that it asks for is installed by the first use.
+  # Rustup installs what is asked for there when it is first used, or says how that is done.
   cargo --version >/dev/null
   cd - >/dev/null
 }
