@@ -13,7 +13,7 @@ use std::{
 use rdkafka::{
     ClientConfig, Offset, TopicPartitionList,
     consumer::{BaseConsumer, Consumer as _},
-    error::KafkaError,
+    error::{KafkaError, KafkaResult},
     message::BorrowedMessage,
     metadata::{Metadata, MetadataPartition, MetadataTopic},
 };
@@ -28,6 +28,8 @@ use crate::{
 };
 
 const LIMIT: Duration = Duration::from_secs(120);
+/// Between two looks at what is waited for.
+const POLL: Duration = Duration::from_millis(20);
 
 /// For a quick start and a small footprint rather than for throughput.
 const JVM: &[&str] = &[
@@ -336,17 +338,28 @@ impl Brokers {
 
 /// Waits until every transaction that has written into the topics is committed or aborted; the ends, where one is not within `limit`.
 fn settled(client: &ClientConfig, wanted: impl Fn(&str) -> bool, limit: Duration) -> Result<(), String> {
-    let ends = |isolation: &str| {
-        let consumer: BaseConsumer = client.clone().set("isolation.level", isolation).create().unwrap();
-        let metadata = consumer.fetch_metadata(None, LIMIT).unwrap();
+    let told = |isolation: &str| {
+        let consumer: BaseConsumer = client.clone().set("isolation.level", isolation).create()?;
+        let metadata = consumer.fetch_metadata(None, LIMIT)?;
         let topics = metadata.topics().iter().filter(|topic| wanted(topic.name()));
         let end = |topic: &str, partition: &MetadataPartition| {
-            let (_, end) = consumer.fetch_watermarks(topic, partition.id(), LIMIT).unwrap();
-            ((topic.to_owned(), partition.id()), end)
+            let (_, end) = consumer.fetch_watermarks(topic, partition.id(), LIMIT)?;
+            Ok(((topic.to_owned(), partition.id()), end))
         };
         topics
             .flat_map(|topic| topic.partitions().iter().map(|partition| end(topic.name(), partition)))
-            .collect::<BTreeMap<_, _>>()
+            .collect::<KafkaResult<BTreeMap<_, _>>>()
+    };
+    // A topic that has just been made has no leader for a moment, and one whose broker died.
+    let ends = |isolation: &str| {
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            match told(isolation) {
+                Ok(ends) => return ends,
+                Err(error) => assert!(Instant::now() < deadline, "{error}"),
+            }
+            thread::sleep(POLL);
+        }
     };
     let written = ends("read_uncommitted");
     let deadline = Instant::now() + limit;
@@ -359,7 +372,7 @@ fn settled(client: &ClientConfig, wanted: impl Fn(&str) -> bool, limit: Duration
         if Instant::now() > deadline {
             return Err(format!("{seen:?} of {written:?}"));
         }
-        thread::sleep(Duration::from_millis(20));
+        thread::sleep(POLL);
     }
 }
 
