@@ -147,14 +147,19 @@ pub(crate) async fn catch_up(
             .collect(),
     };
     let transactions = changes.unwrap_or(load.changes()) / load.per_transaction();
-    for _ in 0..rounds {
-        let mut stage = Stage::start().await;
-        let client = stage.postgres.client().await;
+    let mut stage = Stage::start().await;
+    let client = stage.postgres.client().await;
+    for round in 0..=rounds {
+        let (report, contestants) = match round {
+            0 => (&Report::of_warm_up(), &ours[..2]),
+            _ => (report, &contestants[..]),
+        };
+        client.batch_execute("DROP TABLE IF EXISTS trades").await?;
         client.batch_execute(&load.table()).await?;
         if load == Load::Mixed {
             client.batch_execute(&insert_trades(0, 499)).await?;
         }
-        let captures = slots(&contestants, &stage).await?;
+        let captures = slots(contestants, &stage).await?;
         let limit = limits::ReceiveLogical::new(&stage).await?;
         for number in 1..=transactions {
             client.batch_execute(&load.transaction(number)).await?;
@@ -162,7 +167,6 @@ pub(crate) async fn catch_up(
         client.batch_execute(&load.last()).await?;
         client.batch_execute("VACUUM (ANALYZE) trades").await?;
         client.batch_execute("CHECKPOINT").await?;
-        limits::warm_up(&mut stage).await?;
         let changes = transactions * load.per_transaction() + 1;
         // The rows are only all that was read where none of them changed.
         let bytes: i64 = client

@@ -119,42 +119,9 @@ pub(crate) async fn measure(report_to: &Report, rounds: u32) -> anyhow::Result<(
     Ok(())
 }
 
-/// Has Kafka do what it will be measured with: a Java machine compiles what it does often, beside doing it, and the first contestant would pay for
-/// that.
-pub(crate) async fn warm_up(stage: &mut Stage) -> anyhow::Result<()> {
-    const RECORDS: u64 = 4_000_000;
-    let prefix = unique_name("warm-up");
-    let topic = format!("{prefix}.records");
-    let options = ["--transactional-id", &prefix, "--transaction-duration-ms", "20"];
-    produce_into(stage, &topic, RECORDS, &options, &[]).await?;
-    let mut read = 0_u64;
-    tokio::task::block_in_place(|| stage.kafka.read(|name| name == topic, |_| read += 1));
-    anyhow::ensure!(read == RECORDS, "{read} records");
-    stage.clear(&prefix).await
-}
-
 async fn produce(stage: &mut Stage, settings: &[&str]) -> anyhow::Result<Figures> {
     let prefix = unique_name("limit");
-    let (mut figures, output) = produce_into(stage, &format!("{prefix}.records"), 3_000_000, &[], settings).await?;
-    // 3000000 records sent, 593824.228029 records/sec (141.58 MB/sec), …
-    let rate = output
-        .lines()
-        .last()
-        .and_then(|line| line.split(", ").nth(1)?.split(' ').next()?.parse().ok())
-        .with_context(|| format!("no rate in {output}"))?;
-    figures.insert(Figure::EventsPerSecond, rate);
-    stage.clear(&prefix).await?;
-    Ok(figures)
-}
-
-/// Figures, and what Kafka's tool says.
-async fn produce_into(
-    stage: &mut Stage,
-    topic: &str,
-    records: u64,
-    options: &[&str],
-    settings: &[&str],
-) -> anyhow::Result<(Figures, String)> {
+    let topic = format!("{prefix}.records");
     stage
         .kafka
         .tool(
@@ -166,8 +133,7 @@ async fn produce_into(
     command
         .env("KAFKA_HEAP_OPTS", "-Xmx512M")
         .arg("org.apache.kafka.tools.ProducerPerformance")
-        .args(["--topic", topic, "--num-records", &records.to_string()])
-        .args(options)
+        .args(["--topic", &topic, "--num-records", "3000000"])
         .args([
             "--record-size",
             &SIZE.to_string(),
@@ -177,8 +143,16 @@ async fn produce_into(
         ])
         .arg(format!("bootstrap.servers={}", stage.kafka.bootstrap()))
         .args(settings);
-    let (_, figures, output) = run(stage, &mut command).await?;
-    Ok((figures, output))
+    let (_, mut figures, output) = run(stage, &mut command).await?;
+    // 3000000 records sent, 593824.228029 records/sec (141.58 MB/sec), …
+    let rate = output
+        .lines()
+        .last()
+        .and_then(|line| line.split(", ").nth(1)?.split(' ').next()?.parse().ok())
+        .with_context(|| format!("no rate in {output}"))?;
+    figures.insert(Figure::EventsPerSecond, rate);
+    stage.clear(&prefix).await?;
+    Ok(figures)
 }
 
 async fn append(stage: &mut Stage, pipeline: u32) -> anyhow::Result<Figures> {

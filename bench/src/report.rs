@@ -88,18 +88,25 @@ struct Line {
     figures: Figures,
 }
 
-/// The file that the lines go to.
+/// The file that the lines go to, or none.
 pub(crate) struct Report {
-    file: PathBuf,
+    file: Option<PathBuf>,
 }
 
 impl Report {
     pub(crate) fn new(file: PathBuf) -> Self {
-        Self { file }
+        Self { file: Some(file) }
+    }
+
+    /// One for the round before the first, in which the services do for once what they will be measured with. A Java machine compiles what it does
+    /// often, beside doing it, and the first contestants would pay for that.
+    pub(crate) fn of_warm_up() -> Self {
+        Self { file: None }
     }
 
     /// Adds a line for what one contestant did in one round of a work, and shows it.
     pub(crate) fn add(&self, work: &str, contestant: &str, version: &str, figures: Figures) -> anyhow::Result<()> {
+        let Some(file) = &self.file else { return Ok(()) };
         let line = Line {
             at: std::time::UNIX_EPOCH.elapsed()?.as_secs(),
             work: work.to_owned(),
@@ -109,10 +116,10 @@ impl Report {
         };
         let line = serde_json::to_string(&line)?;
         println!("{line}");
-        if let Some(folder) = self.file.parent() {
+        if let Some(folder) = file.parent() {
             fs::create_dir_all(folder)?;
         }
-        let mut file = OpenOptions::new().create(true).append(true).open(&self.file)?;
+        let mut file = OpenOptions::new().create(true).append(true).open(file)?;
         writeln!(file, "{line}")?;
         Ok(())
     }
@@ -120,12 +127,13 @@ impl Report {
     /// Prints a table for each work, with the median of each figure and the least and the most of it; of each contestant, only the
     /// version that was measured last. Writes plots into a folder, if one is given.
     pub(crate) fn summarize(&self, plots: Option<&Path>) -> anyhow::Result<()> {
-        let text = fs::read_to_string(&self.file).with_context(|| format!("cannot read {}", self.file.display()))?;
+        let Some(file) = &self.file else { return Ok(()) };
+        let text = fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
         let lines = text
             .lines()
             .map(serde_json::from_str)
             .collect::<Result<Vec<Line>, _>>()
-            .with_context(|| format!("{} has a line of something else", self.file.display()))?;
+            .with_context(|| format!("{} has a line of something else", file.display()))?;
         let works = works(&lines);
         for (work, rows) in &works {
             println!("{}", table(work, rows));

@@ -23,22 +23,25 @@ pub(crate) async fn measure(report: &Report, rows: u64, peers: &[Variant], round
     };
     let peers = peers.iter().copied().map(Contestant::Connect);
     let mut contestants: Vec<Contestant> = [Contestant::Kafka(Format::Protobuf)].into_iter().chain(peers).collect();
-    for _ in 0..rounds {
-        let mut stage = Stage::start().await;
-        let client = stage.postgres.client().await;
-        client.batch_execute(TRADES).await?;
-        client.batch_execute(&insert_trades(1, rows)).await?;
-        client.batch_execute("VACUUM (ANALYZE) trades").await?;
-        client.batch_execute("CHECKPOINT").await?;
-        limits::warm_up(&mut stage).await?;
+    let mut stage = Stage::start().await;
+    let client = stage.postgres.client().await;
+    client.batch_execute(TRADES).await?;
+    client.batch_execute(&insert_trades(1, rows)).await?;
+    client.batch_execute("VACUUM (ANALYZE) trades").await?;
+    client.batch_execute("CHECKPOINT").await?;
+    for round in 0..=rounds {
+        let (report, contestants) = match round {
+            0 => (&Report::of_warm_up(), &mut contestants[..1]),
+            _ => (report, &mut contestants[..]),
+        };
         limits::report(
             report,
             &work,
             "COPY TO STDOUT to nowhere",
             limits::copy(&mut stage, rows).await?,
         )?;
-        Contestant::take_turns(&mut contestants);
-        for contestant in &contestants {
+        Contestant::take_turns(contestants);
+        for contestant in contestants.iter() {
             let mut capture = Capture::of_rows(*contestant, &stage).await?;
             let started = Instant::now();
             capture.start();
