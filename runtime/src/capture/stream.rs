@@ -59,6 +59,8 @@ use crate::{
 
 /// A change of so many bytes may be more than its topic takes of one record, and no less can where the topic takes what Kafka does by default.
 const LARGE_CHANGE: usize = 32 * 1024;
+/// A change is late when the server sends it so long after its commit, by its own clock.
+const LATE_MICROS: i64 = 1_000_000;
 
 /// Where every batch goes: Kafka, which is waited for, and Redis, if there is one, which is waited for a moment.
 pub(super) struct Queues {
@@ -114,6 +116,8 @@ pub(super) struct Stream<'a> {
     known_complete: Option<Position>,
     /// When the heartbeat was written that the batch acknowledges.
     heartbeat: Option<i64>,
+    /// The transaction that is read, or was read last, was sent long after its commit.
+    is_late: bool,
     /// The batch says something that the one before did not.
     news: bool,
     snapshot: Option<Incremental>,
@@ -160,6 +164,7 @@ impl<'a> Stream<'a> {
             ownerless,
             known_complete: checkpoint.complete,
             heartbeat: None,
+            is_late: false,
             news: false,
             snapshot,
             versions,
@@ -202,10 +207,14 @@ impl<'a> Stream<'a> {
                     break;
                 }
                 match frame {
-                    Frame::Data { wal_end, message } => {
+                    Frame::Data {
+                        wal_end,
+                        sent_micros,
+                        message,
+                    } => {
                         self.received.set_server(wal_end);
                         self.assembler.at(wal_end);
-                        self.message(message, catalog).await?;
+                        self.message(message, sent_micros, catalog).await?;
                         self.require_fit()?;
                     }
                     Frame::Keepalive {
@@ -269,6 +278,7 @@ impl<'a> Stream<'a> {
         let mut batch = std::mem::replace(&mut self.batch, next);
         batch.complete = self.complete;
         batch.safe = self.safe;
+        batch.is_late = self.is_late;
         self.batches += 1;
         let heartbeat = self.heartbeat.take();
         if let Some(time) = batch
@@ -297,7 +307,8 @@ impl<'a> Stream<'a> {
         }
     }
 
-    async fn message(&mut self, bytes: &[u8], catalog: &Catalog) -> Result<(), CaptureError> {
+    /// Takes a message that the server sent at that time by its own clock.
+    async fn message(&mut self, bytes: &[u8], sent_micros: i64, catalog: &Catalog) -> Result<(), CaptureError> {
         let message = decode(bytes)?;
         match &message {
             LogicalMessage::Relation(relation) => return self.relation(relation, catalog).await,
@@ -307,6 +318,7 @@ impl<'a> Stream<'a> {
                 xid,
             } => {
                 self.begin(*final_lsn, *commit_time_micros);
+                self.is_late = sent_micros.saturating_sub(*commit_time_micros) >= LATE_MICROS;
                 if let Some(snapshot) = &mut self.snapshot {
                     snapshot.began(*xid);
                 }

@@ -39,6 +39,8 @@ use crate::{
 
 /// A transaction is committed when it holds this much, or when nothing more is waiting.
 const TRANSACTION_BYTES: usize = 4 * 1024 * 1024;
+/// How long a transaction of changes that are late anyway waits for more of them. A transaction costs the brokers as much as thousands of records do.
+const LATE_WAIT: Duration = Duration::from_millis(100);
 /// How often an acknowledgement is written when no records carry it.
 const ACKNOWLEDGE_INTERVAL: Duration = Duration::from_secs(5);
 /// How often the brokers are asked whether they are still there while nothing is published.
@@ -215,13 +217,18 @@ impl KafkaSink {
                 Err(_) => None,
             };
             let mut transaction = Transaction::default();
+            let since = Instant::now();
             if let Some(first) = first {
                 // Work gathers meanwhile, so this costs no throughput.
                 thread::sleep(PAUSE_AFTER_COMMIT.saturating_sub(last_commit.elapsed()));
                 transaction.take(&self, &checkpoint, &first.batch)?;
                 drop(first);
                 while transaction.bytes < TRANSACTION_BYTES {
-                    let Ok(next) = batches.try_recv() else { break };
+                    let wait = if transaction.is_late { LATE_WAIT } else { Duration::ZERO };
+                    let wait = wait.saturating_sub(since.elapsed());
+                    let Ok(Some(next)) = runtime.block_on(timeout(wait, batches.recv())) else {
+                        break;
+                    };
                     transaction.take(&self, &checkpoint, &next.batch)?;
                 }
             }
@@ -297,6 +304,7 @@ struct Transaction {
     complete: Option<Position>,
     safe: Lsn,
     high_time_micros: i64,
+    is_late: bool,
     snapshot: Option<SnapshotState>,
     ended_at: Option<Lsn>,
     oversized: Vec<Oversized>,
@@ -357,6 +365,7 @@ impl Transaction {
         self.complete = batch.complete.max(self.complete);
         self.safe = self.safe.max(batch.safe);
         self.high_time_micros = self.high_time_micros.max(batch.high_time_micros);
+        self.is_late = batch.is_late;
         Ok(())
     }
 

@@ -10,6 +10,11 @@ use crate::position::Lsn;
 /// Microseconds from 1970-01-01 to 2000-01-01.
 const POSTGRES_EPOCH_MICROS: i64 = 946_684_800_000_000;
 
+/// A time as PostgreSQL sends it, whose clock starts in 2000, in microseconds since the Unix epoch.
+pub(super) fn unix_micros(time: u64) -> i64 {
+    time.cast_signed().saturating_add(POSTGRES_EPOCH_MICROS)
+}
+
 /// The message is not what the protocol says.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("pgoutput message {tag:?}: {problem}")]
@@ -241,8 +246,7 @@ pub fn decode(message: &[u8]) -> Result<LogicalMessage<'_>, DecodeError> {
     let decoded = match tag {
         b'B' => LogicalMessage::Begin {
             final_lsn: Lsn(cursor.u64()?),
-            // PostgreSQL's clock starts in 2000.
-            commit_time_micros: cursor.u64()?.cast_signed().saturating_add(POSTGRES_EPOCH_MICROS),
+            commit_time_micros: unix_micros(cursor.u64()?),
             xid: cursor.u32()?,
         },
         b'C' => {

@@ -27,6 +27,7 @@ use tokio::{
 use crate::{
     position::Lsn,
     source::postgres::{
+        pgoutput::unix_micros,
         preflight::{Credentials, must_bind},
         socket::{self, Socket, SocketError},
     },
@@ -372,6 +373,8 @@ pub enum Frame<'a> {
     Data {
         /// The server's position.
         wal_end: Lsn,
+        /// The server's clock when it sent the message, in microseconds since the Unix epoch.
+        sent_micros: i64,
         /// The message.
         message: &'a [u8],
     },
@@ -484,6 +487,7 @@ fn copy_data(body: &[u8]) -> Result<Frame<'_>, WireError> {
         // XLogData: start, end and clock of the server, 8 bytes each, come before the plugin's message.
         Some((b'w', rest)) if rest.len() >= 24 => Ok(Frame::Data {
             wal_end: lsn_at(rest, 8),
+            sent_micros: unix_micros(u64_at(rest, 16)),
             message: &rest[24..],
         }),
         // Keepalive: end and clock of the server, and whether it waits for a reply.
@@ -497,9 +501,13 @@ fn copy_data(body: &[u8]) -> Result<Frame<'_>, WireError> {
 
 /// The LSN at an offset that the caller has checked.
 fn lsn_at(bytes: &[u8], offset: usize) -> Lsn {
-    let mut lsn = [0; 8];
-    lsn.copy_from_slice(&bytes[offset..offset + 8]);
-    Lsn(u64::from_be_bytes(lsn))
+    Lsn(u64_at(bytes, offset))
+}
+
+fn u64_at(bytes: &[u8], offset: usize) -> u64 {
+    let mut value = [0; 8];
+    value.copy_from_slice(&bytes[offset..offset + 8]);
+    u64::from_be_bytes(value)
 }
 
 /// The writing half of the stream.
