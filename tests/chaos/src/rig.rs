@@ -12,6 +12,7 @@ use meander_config::CaptureConfig;
 use meander_runtime::log::{checkpoint_key, checkpoint_topic};
 use meander_test_support::{Kafka, Postgres, Redis, Runtime, Signal, capture_config, disk, eventually, free_address};
 use tempfile::TempDir;
+use tokio_postgres::NoTls;
 
 use crate::{
     LIMIT,
@@ -26,6 +27,9 @@ const POSTGRES: u32 = 18;
 const DELAY: Duration = Duration::from_millis(100);
 /// The broker is done with the ends of transactions by then, when nobody writes: see [`Kafka::kill9`].
 const SETTLED: Duration = Duration::from_secs(2);
+
+/// More than this many WAL files are not kept to be used again: they take 1 GiB (`max_wal_size`).
+const MOST_WAL_FILES: usize = 64;
 
 /// How one capture reaches PostgreSQL and Redis.
 struct Ways {
@@ -229,7 +233,10 @@ impl Rig {
                     way.postgres.lead_to(now);
                 }
             }
-            Kind::PostgresDiskFull => disk::fill(self.postgres.folder()),
+            Kind::PostgresDiskFull => {
+                disk::fill(self.postgres.folder());
+                self.use_up_wal().await;
+            }
             Kind::SenderTerminated => {
                 let client = self.postgres.client().await;
                 let sql = "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE active";
@@ -268,6 +275,8 @@ impl Rig {
                 }
             }
             Kind::PostgresDiskFull => {
+                let wrote = self.write_wal().await;
+                assert!(wrote.is_err(), "PostgreSQL writes although its disk is full");
                 disk::free(self.postgres.folder());
                 if self.postgres.process().exit_status().is_none() {
                     self.postgres.stop();
@@ -284,6 +293,25 @@ impl Rig {
             Kind::ReplayStopped => self.replay().process().signal(Signal::CONT),
             Kind::PostgresFailedOver | Kind::SenderTerminated | Kind::ConnectionsReset => {}
         }
+    }
+
+    /// Makes PostgreSQL feel that its disk is full: WAL files that lie there to be used again would serve it for a while.
+    async fn use_up_wal(&self) {
+        for _ in 0..MOST_WAL_FILES {
+            if self.write_wal().await.is_err() {
+                return;
+            }
+        }
+        panic!("PostgreSQL has filled {MOST_WAL_FILES} WAL files although its disk is full");
+    }
+
+    /// Begins another WAL file, and commits into it what no capture sees.
+    async fn write_wal(&self) -> Result<(), tokio_postgres::Error> {
+        let (client, connection) = tokio_postgres::connect(&self.postgres.url(), NoTls).await?;
+        tokio::spawn(connection);
+        client
+            .batch_execute("SELECT pg_switch_wal(), pg_logical_emit_message(true, 'chaos', '')")
+            .await
     }
 
     fn replay(&mut self) -> &mut Runtime {
