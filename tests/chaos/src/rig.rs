@@ -2,9 +2,10 @@
 
 use std::{
     fs,
+    io::Write as _,
     net::{Ipv4Addr, SocketAddr},
     path::Path,
-    process::Command,
+    process::{Command, Stdio},
     time::Duration,
 };
 
@@ -265,13 +266,13 @@ impl Rig {
             Kind::OwnerStopped | Kind::StandbyStopped => self.signal(&done.captures, Signal::CONT),
             Kind::KafkaKilled | Kind::KafkaRestarted => self.kafka.start_again().await,
             Kind::KafkaStopped => self.kafka.process().signal(Signal::CONT),
-            Kind::RedisKilled | Kind::RedisSetBack | Kind::RedisEmptied => self.redis.restart().await,
+            Kind::RedisKilled | Kind::RedisSetBack | Kind::RedisEmptied => self.start_redis().await,
             Kind::RedisStopped => self.redis.process().signal(Signal::CONT),
             Kind::RedisFull => self.let_redis_have("0").await,
             Kind::RedisDiskFull => {
                 disk::free(self.redis.folder());
                 if self.redis.process().exit_status().is_some() {
-                    self.redis.restart().await;
+                    self.start_redis().await;
                 }
             }
             Kind::PostgresDiskFull => {
@@ -305,7 +306,7 @@ impl Rig {
         panic!("PostgreSQL has filled {MOST_WAL_FILES} WAL files although its disk is full");
     }
 
-    /// Begins another WAL file, and commits into it what no capture sees.
+    /// Begins another WAL file, and commits into it what captures pass over.
     async fn write_wal(&self) -> Result<(), tokio_postgres::Error> {
         let (client, connection) = tokio_postgres::connect(&self.postgres.url(), NoTls).await?;
         tokio::spawn(connection);
@@ -336,6 +337,19 @@ impl Rig {
 
     fn redis_folder(&self) -> std::path::PathBuf {
         self.redis.folder().join("appendonlydir")
+    }
+
+    /// Starts Redis, and before that does what its log asks for where it would not start.
+    ///
+    /// Where its disk was full, Redis 7.0 takes back the part of a command that it could write. If it had rewritten its file before, it then
+    /// goes on behind the new end: it leaves a hole, at which the next start fails.
+    async fn start_redis(&mut self) {
+        let manifest = self.redis_folder().join("appendonly.aof.manifest");
+        if manifest.exists() && check_aof(&manifest, &[]).contains("format error") {
+            check_aof(&manifest, &["--fix"]);
+            print!(" (its file was mended)");
+        }
+        self.redis.restart().await;
     }
 
     async fn let_redis_have(&self, memory: &str) {
@@ -388,6 +402,20 @@ fn cut_in_half(folder: &Path) {
             file.set_len(file.metadata().unwrap().len() / 2).unwrap();
         }
     }
+}
+
+/// What `redis-check-aof` says; asked to mend the file, it cuts it off where it is wrong.
+fn check_aof(manifest: &Path, how: &[&str]) -> String {
+    let mut check = Command::new("redis-check-aof")
+        .args(how)
+        .arg(manifest)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // It asks only where something is to be mended.
+    let _ = check.stdin.take().unwrap().write_all(b"y\n");
+    String::from_utf8_lossy(&check.wait_with_output().unwrap().stdout).into_owned()
 }
 
 async fn slot_is_synced(primary: &Postgres, standby: &Postgres) {
