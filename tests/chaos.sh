@@ -13,6 +13,6 @@ status=0
 # In namespaces of its own it can lose packets and fill disks.
 unshare --net --mount sh -c 'ip link set lo up && exec "$@"' chaos \
   env MEANDER_DIST="$PWD/dist" "CARGO_BIN_EXE_meander-runtime=$PWD/dist/meander-runtime" \
-  "$CARGO_TARGET_DIR/debug/meander-chaos" --report "$report" "$@" || status=$?
+  "$CARGO_TARGET_DIR/debug/meander-chaos" run --report "$report" "$@" || status=$?
 [ "$status" != 0 ] || echo "$report has the figures"
 exit "$status"

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use fastrand::Rng;
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 
 /// What goes wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -194,8 +194,17 @@ impl Serialize for Kind {
     }
 }
 
+impl<'de> Deserialize<'de> for Kind {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let name = String::deserialize(deserializer)?;
+        let mut kinds = Self::CAPTURE.into_iter().chain(Self::REPLAY);
+        let unknown = || D::Error::custom(format!("no fault is called {name:?}"));
+        kinds.find(|kind| kind.name() == name).ok_or_else(unknown)
+    }
+}
+
 /// One thing that goes wrong.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
 pub struct Fault {
     pub kind: Kind,
     /// After the round has begun.
@@ -205,7 +214,7 @@ pub struct Fault {
 }
 
 /// One fault, or two that overlap; what follows waits until changes flow again.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Round {
     pub faults: Vec<Fault>,
     /// In which all is well before it.

@@ -37,7 +37,18 @@ use tokio::time::sleep_until;
 pub const LIMIT: Duration = Duration::from_secs(240);
 
 /// Breaks one thing after the other while changes flow
-#[derive(Clone, Parser)]
+#[derive(Parser)]
+enum Command {
+    /// Does it, and compares everything in the end
+    Run(Arguments),
+    /// Says what runs come to
+    Total {
+        /// Their reports, one in each line
+        file: PathBuf,
+    },
+}
+
+#[derive(clap::Args)]
 struct Arguments {
     /// How many faults
     #[arg(long, env = "MEANDER_CHAOS_FAULTS", default_value_t = 40)]
@@ -51,13 +62,19 @@ struct Arguments {
     /// Decides the faults, their times, and the load; another one each time if it is left out
     #[arg(long, env = "MEANDER_CHAOS_SEED")]
     seed: Option<u64>,
-    /// Where the report is written as JSON
+    /// Where the report is written, as a line of JSON
     #[arg(long)]
     report: PathBuf,
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let arguments = match Command::parse() {
+        Command::Run(arguments) => arguments,
+        Command::Total { file } => {
+            print!("{}", report::total(&file));
+            return ExitCode::SUCCESS;
+        }
+    };
     for of in ["net", "mnt"] {
         let parent = format!("/proc/{}/ns/{of}", std::os::unix::process::parent_id());
         // What it mounts and which packets it loses would otherwise be the machine's.
@@ -146,12 +163,15 @@ async fn run(arguments: Arguments, seed: u64) {
         slot_samples,
         replay_faults: copy.faults,
         replay_attempts: copy.attempts,
-        kinds: report::lines(&outcomes),
         rounds: outcomes,
         verified: serde_json::from_str(said.lines().last().unwrap()).unwrap(),
     };
-    fs::write(&arguments.report, serde_json::to_vec_pretty(&report).unwrap()).unwrap();
-    println!("\n{said}\n{}", report.table());
+    fs::write(
+        &arguments.report,
+        format!("{}\n", serde_json::to_string(&report).unwrap()),
+    )
+    .unwrap();
+    println!("\n{said}\n{}", report::table(&report.rounds));
     println!(
         "{faults} faults in {seconds} s; the slot was looked at {slot_samples} times and never ahead of the checkpoint"
     );

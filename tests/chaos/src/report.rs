@@ -1,13 +1,13 @@
-//! What is said of a run: a table for people, and the same as JSON.
+//! What is said of a run, and of several: a table for people, and the same as JSON.
 
-use std::{collections::BTreeMap, fmt::Write as _, time::Duration};
+use std::{collections::BTreeMap, fmt::Write as _, fs, iter::Sum, path::Path, time::Duration};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::fault::{Kind, Round};
 
 /// What a round came to.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Outcome {
     #[serde(flatten)]
@@ -19,8 +19,8 @@ pub struct Outcome {
     pub redis_silent: Duration,
 }
 
-/// A run.
-#[derive(Debug, Serialize)]
+/// A run whose comparisons all agreed.
+#[derive(Debug, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Report {
     pub seed: u64,
@@ -31,27 +31,15 @@ pub struct Report {
     /// What befell the replay of everything, and how many processes it took.
     pub replay_faults: usize,
     pub replay_attempts: usize,
-    pub kinds: Vec<Line>,
     pub rounds: Vec<Outcome>,
     /// What the verifier counted.
     pub verified: serde_json::Value,
 }
 
-/// All rounds of one kind, in seconds.
-#[derive(Debug, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Line {
-    pub what: String,
-    pub n: usize,
-    pub lasted: Spread,
-    pub kafka_silent: Spread,
-    pub redis_silent: Spread,
-}
-
-#[derive(Debug, Serialize)]
-pub struct Spread {
-    pub p50: f64,
-    pub max: f64,
+/// Of some time in all rounds of a kind, in seconds.
+struct Spread {
+    p50: f64,
+    max: f64,
 }
 
 impl Spread {
@@ -69,7 +57,7 @@ impl Spread {
 }
 
 /// One line for each kind, and one for the rounds of two.
-pub fn lines(outcomes: &[Outcome]) -> Vec<Line> {
+pub fn table<'a>(outcomes: impl IntoIterator<Item = &'a Outcome>) -> String {
     let mut kinds: BTreeMap<Option<Kind>, Vec<&Outcome>> = BTreeMap::new();
     for outcome in outcomes {
         let kind = match outcome.round.faults[..] {
@@ -78,51 +66,58 @@ pub fn lines(outcomes: &[Outcome]) -> Vec<Line> {
         };
         kinds.entry(kind).or_default().push(outcome);
     }
-    kinds
-        .into_iter()
-        .map(|(kind, outcomes)| Line {
-            what: kind.map_or("two at a time", Kind::name).to_owned(),
-            n: outcomes.len(),
-            lasted: Spread::of(&outcomes, |outcome| outcome.lasted),
-            kafka_silent: Spread::of(&outcomes, |outcome| outcome.kafka_silent),
-            redis_silent: Spread::of(&outcomes, |outcome| outcome.redis_silent),
-        })
-        .collect()
+    let mut table = format!(
+        "{:34} {:>3}   {:>13}   {:>13}   {:>13}\n{:34} {:>3}   {:>6} {:>6}   {:>6} {:>6}   {:>6} {:>6}\n",
+        "",
+        "",
+        "fault lasted",
+        "Kafka silent",
+        "Redis silent",
+        "seconds",
+        "n",
+        "p50",
+        "max",
+        "p50",
+        "max",
+        "p50",
+        "max"
+    );
+    for (kind, outcomes) in kinds {
+        let what = kind.map_or("two at a time", Kind::name);
+        // Writing to a string does not fail.
+        let _ = write!(table, "{what:34} {:>3}", outcomes.len());
+        for spread in [
+            Spread::of(&outcomes, |outcome| outcome.lasted),
+            Spread::of(&outcomes, |outcome| outcome.kafka_silent),
+            Spread::of(&outcomes, |outcome| outcome.redis_silent),
+        ] {
+            let _ = write!(table, "   {:>6.1} {:>6.1}", spread.p50, spread.max);
+        }
+        table.push('\n');
+    }
+    table
 }
 
-impl Report {
-    pub fn table(&self) -> String {
-        let mut table = format!(
-            "{:34} {:>3}   {:>13}   {:>13}   {:>13}\n{:34} {:>3}   {:>6} {:>6}   {:>6} {:>6}   {:>6} {:>6}\n",
-            "",
-            "",
-            "fault lasted",
-            "Kafka silent",
-            "Redis silent",
-            "seconds",
-            "n",
-            "p50",
-            "max",
-            "p50",
-            "max",
-            "p50",
-            "max"
-        );
-        for line in &self.kinds {
-            let Line {
-                what,
-                n,
-                lasted,
-                kafka_silent,
-                redis_silent,
-            } = line;
-            // Writing to a string does not fail.
-            let _ = write!(table, "{what:34} {n:>3}");
-            for spread in [lasted, kafka_silent, redis_silent] {
-                let _ = write!(table, "   {:>6.1} {:>6.1}", spread.p50, spread.max);
-            }
-            table.push('\n');
-        }
-        table
-    }
+/// What the runs of a file come to, of which each line is a report.
+pub fn total(file: &Path) -> String {
+    let text = fs::read_to_string(file).unwrap();
+    let runs: Vec<Report> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let seeds: Vec<_> = runs.iter().map(|run| run.seed.to_string()).collect();
+    format!(
+        "{}\n{} faults in {} s, in {} runs (seeds {}); {} changes were committed; the slot was looked at {} times and never ahead of the checkpoint\n\
+         replays of everything went through {} faults more, by {} processes\n",
+        table(runs.iter().flat_map(|run| &run.rounds)),
+        sum(&runs, |run| run.faults),
+        sum(&runs, |run| run.seconds),
+        runs.len(),
+        seeds.join(", "),
+        sum(&runs, |run| run.verified["postgres"]["changes"].as_u64().unwrap()),
+        sum(&runs, |run| run.slot_samples),
+        sum(&runs, |run| run.replay_faults),
+        sum(&runs, |run| run.replay_attempts),
+    )
+}
+
+fn sum<T: Sum>(runs: &[Report], field: impl Fn(&Report) -> T) -> T {
+    runs.iter().map(field).sum()
 }
