@@ -143,9 +143,12 @@ pub enum Loss {
         /// What was acknowledged.
         after: Lsn,
     },
-    /// Somebody advanced the slot, or dropped it and made it again.
+    /// Somebody advanced the slot, or dropped it and made it again; or Kafka lost the end of a transaction, and shows nobody what came after
+    /// its beginning.
     #[error(
-        "replication slot {slot:?} stands at {slot_at}, past the checkpoint at {after}: changes between them are lost to this pipeline"
+        "replication slot {slot:?} stands at {slot_at}, past the checkpoint at {after}: changes between them are lost to this pipeline, \
+         unless Kafka hides the newest checkpoint behind a transaction that never ends: look for one with \
+         `kafka-transactions.sh --bootstrap-server … find-hanging`, and abort it as docs/conditions.md says"
     )]
     SlotAhead {
         /// Its name.
