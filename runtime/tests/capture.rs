@@ -26,6 +26,7 @@ use rdkafka::{
     admin::{AdminClient, AdminOptions, NewPartitions},
     client::DefaultClientContext,
 };
+use tokio::{net::TcpListener, time::timeout};
 
 async fn execute(postgres: &Postgres, sql: &str) {
     postgres.client().await.batch_execute(sql).await.unwrap();
@@ -234,6 +235,26 @@ async fn a_slot_that_lost_changes_stops_the_capture_before_a_byte_is_read() {
         .await
         .unwrap();
     assert!(slots.is_empty(), "no new slot hides the gap");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cleanup_waits_for_a_database_that_is_away() {
+    let (mut postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
+    execute(&postgres, "CREATE TABLE t (id int PRIMARY KEY)").await;
+    let config = config(&postgres, kafka, None);
+    let mut runtime = Runtime::capture(&config);
+    runtime.ready(LIMIT).await;
+    assert!(runtime.terminate(LIMIT).success());
+
+    postgres.stop();
+    let attempts = TcpListener::bind(("127.0.0.1", postgres.port())).await.unwrap();
+    let cleanup = tokio::spawn(meander_runtime::capture::cleanup(config));
+    timeout(LIMIT, attempts.accept()).await.unwrap().unwrap();
+    drop(attempts);
+    postgres.start_again().await;
+    timeout(LIMIT, cleanup).await.unwrap().unwrap().unwrap();
+    let slots = "SELECT FROM pg_replication_slots";
+    assert!(postgres.client().await.query(slots, &[]).await.unwrap().is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -16,6 +16,8 @@ use crate::{
 
 const READ_DEADLINE: Duration = Duration::from_secs(10);
 const REDIS_DEADLINE: Duration = Duration::from_secs(5);
+/// For how long a database that does not answer is asked again: longer than it takes to start or fail over, and less than the operator gives.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(140);
 /// The server notices within `wal_sender_timeout`, 10 s, that a reader is gone; until then the slot cannot be dropped.
 const SLOT_ATTEMPTS: usize = 6;
 
@@ -23,7 +25,7 @@ const SLOT_ATTEMPTS: usize = 6;
 /// stream prefix.
 ///
 /// # Errors
-/// When PostgreSQL cannot be reached or refuses. A Kafka that is gone is no error: then the note is missing, and a pipeline that is created
+/// When PostgreSQL cannot be reached for two minutes, or refuses. A Kafka that is gone is no error: then the note is missing, and a pipeline that is created
 /// again under the same name reports a gap. Nor is a Redis: then the claim is left, and whoever is refused by it is told how to remove it.
 pub async fn cleanup(config: CaptureConfig) -> Result<(), CaptureError> {
     // The note comes first: with it and the slot still there, a pipeline that is created again goes on without a loss. It needs no
@@ -43,7 +45,16 @@ pub async fn cleanup(config: CaptureConfig) -> Result<(), CaptureError> {
 
 async fn drop_slot(source: &PostgresSource) -> Result<(), SourceError> {
     let credentials = Credentials::read(&source.server())?;
-    let catalog = Catalog::connect(source, &credentials).await?;
+    let catalog = (|| Catalog::connect(source, &credentials))
+        .retry(
+            ExponentialBuilder::default()
+                .with_max_delay(Duration::from_secs(5))
+                .with_total_delay(Some(CONNECT_PATIENCE))
+                .without_max_times(),
+        )
+        .when(|error| matches!(error, SourceError::Unreachable { .. }))
+        .notify(|error, _| tracing::warn!(%error, "trying again"))
+        .await?;
     (|| catalog.drop_slot_and_publication(source))
         .retry(
             ExponentialBuilder::default()
