@@ -323,6 +323,19 @@ async fn a_redis_that_is_full_is_refilled_once_it_has_memory_and_a_kill_in_mid_r
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_redis_that_begins_to_evict_under_load_is_detached_until_it_is_set_right() {
+    let rig = Rig::start().await;
+    rig.attached().await;
+    let load = rig.load(1_000_000);
+    let () = rig.redis(&["CONFIG", "SET", "maxmemory-policy", "allkeys-lru"]).await;
+    rig.detached("RedisEvicts").await;
+    assert!(!load.is_finished(), "this says nothing of a Redis under load");
+    let () = rig.redis(&["CONFIG", "SET", "maxmemory-policy", "noeviction"]).await;
+    load.abort();
+    rig.agrees().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_redis_that_hangs_is_detached_once_the_buffer_is_full() {
     let rig = Rig::start().await;
     rig.load(2000).await.unwrap();

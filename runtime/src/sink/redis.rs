@@ -82,6 +82,8 @@ struct Writer {
     mark: String,
     generation: String,
     max_length: String,
+    durability: Durability,
+    /// How this server makes sure of it.
     durable: Durable,
     /// What was written last.
     place: Place,
@@ -251,6 +253,7 @@ impl Writer {
             mark: mark_key(&config.stream_prefix, pipeline),
             generation: generation.to_string(),
             max_length: config.max_length.map(|length| length.to_string()).unwrap_or_default(),
+            durability: config.durability,
             durable,
             place: Place::default(),
             confirmed: None,
@@ -297,11 +300,17 @@ impl Writer {
     /// Looks whether Redis is there, and everything in it as this writer left it, while there is nothing to write.
     async fn check(&mut self) -> Result<(), SinkError> {
         let found = timeout(CHECK_DEADLINE, self.claim(false, "")).await;
-        let found = found.map_err(|_| SinkError::Redis {
-            address: self.address.clone(),
-            cause: format!("it has not answered for {} s", CHECK_DEADLINE.as_secs()),
-        })??;
+        let found = found.map_err(|_| hangs(&self.address))??;
         self.expect(found.position)
+    }
+
+    /// Looks whether entries still stay there: the server's settings can change at any time.
+    async fn check_server(&mut self) -> Result<(), SinkError> {
+        let checked = check_server(&mut self.connection, self.durability, &self.address);
+        self.durable = timeout(CHECK_DEADLINE, checked)
+            .await
+            .map_err(|_| hangs(&self.address))??;
+        Ok(())
     }
 
     fn expect(&self, found: Option<Position>) -> Result<(), SinkError> {
@@ -611,6 +620,13 @@ pub(crate) async fn check_server(
         });
     }
     Durable::on(connection, durability, value, address).await
+}
+
+fn hangs(address: &str) -> SinkError {
+    SinkError::Redis {
+        address: address.to_owned(),
+        cause: format!("it has not answered for {} s", CHECK_DEADLINE.as_secs()),
+    }
 }
 
 pub(crate) fn failed(address: &str, error: &RedisError) -> SinkError {

@@ -32,6 +32,8 @@ use crate::{
 
 /// How often it is looked whether Redis is as it was left, while there is nothing to write.
 const CHECK_INTERVAL: Duration = Duration::from_secs(3);
+/// How often the settings of the server are looked at, whether or not there is something to write. That takes it a tenth of a millisecond.
+const SERVER_CHECK_INTERVAL: Duration = Duration::from_secs(10);
 /// Pauses between two tries to reach Redis.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(250);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
@@ -294,7 +296,12 @@ impl Feed {
     async fn go_on(&mut self, writer: &mut Writer) -> Result<bool, SinkError> {
         // Of what was written, whether or not it is confirmed.
         let mut safe = Lsn::ZERO;
+        let mut server_checked = Instant::now();
         loop {
+            if server_checked.elapsed() >= SERVER_CHECK_INTERVAL {
+                writer.check_server().await?;
+                server_checked = Instant::now();
+            }
             let Ok(taken) = timeout(CHECK_INTERVAL, self.live.take(TAKEN_BYTES)).await else {
                 writer.check().await?;
                 self.progress.send_if_modified(|progress| {
