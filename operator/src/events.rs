@@ -7,7 +7,7 @@ use kube::{
 };
 use tracing::debug;
 
-use crate::conditions::{DEGRADED, state};
+use crate::conditions::{DEGRADED, FAILED, state};
 
 /// Publishes events.
 #[derive(Clone)]
@@ -58,16 +58,56 @@ impl Events {
             return;
         }
         if let Some(condition) = new.iter().find(|condition| condition.type_ == type_) {
-            // These are false because of what somebody asked for.
-            let wanted = matches!(condition.reason.as_str(), "Suspended" | "Terminating" | "PodNotReady");
-            let bad = if type_ == DEGRADED { "True" } else { "False" };
-            let severity = if condition.status == bad && !wanted {
-                EventType::Warning
-            } else {
-                EventType::Normal
-            };
-            self.publish(object, severity, "Reconcile", &condition.reason, &condition.message)
+            let (reason, message) = (&condition.reason, &condition.message);
+            self.publish(object, severity(condition), "Reconcile", reason, message)
                 .await;
         }
+    }
+}
+
+fn severity(condition: &Condition) -> EventType {
+    // These are as they are because of what somebody asked for.
+    let wanted = matches!(
+        condition.reason.as_str(),
+        "Suspended" | "Terminating" | "PodNotReady" | "Cancelled"
+    );
+    let bad = match condition.type_.as_str() {
+        DEGRADED | FAILED => "True",
+        _ => "False",
+    };
+    if condition.status == bad && !wanted {
+        EventType::Warning
+    } else {
+        EventType::Normal
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use jiff::Timestamp;
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+
+    use super::*;
+    use crate::conditions::{COMPLETE, READY};
+
+    #[test]
+    fn what_is_wrong_is_a_warning_and_what_was_asked_for_is_none() {
+        let is_warning = |type_: &str, status: &str, reason: &str| {
+            let condition = Condition {
+                last_transition_time: Time(Timestamp::UNIX_EPOCH),
+                message: String::new(),
+                observed_generation: None,
+                reason: reason.to_owned(),
+                status: status.to_owned(),
+                type_: type_.to_owned(),
+            };
+            severity(&condition) == EventType::Warning
+        };
+        assert!(is_warning(READY, "False", "DatabaseUnreachable"));
+        assert!(is_warning(DEGRADED, "True", "TableNotOwned"));
+        assert!(is_warning(FAILED, "True", "ReceiverUnreachable"));
+        assert!(!is_warning(COMPLETE, "False", "Cancelled"));
+        assert!(!is_warning(COMPLETE, "True", "Delivered"));
+        assert!(!is_warning(READY, "False", "Suspended"));
     }
 }
