@@ -314,7 +314,9 @@ pub enum TargetError {
     #[error(transparent)]
     NotAdmitted(SinkError),
     /// What an earlier process left cannot be read.
-    #[error("the place to go on from, in {place}, cannot be read: {cause}; delete it to replay from the beginning")]
+    #[error(
+        "the place to go on from, in {place}, cannot be read: {cause}; create the replay anew to deliver its range from the beginning"
+    )]
     CheckpointUnreadable {
         /// Where it is.
         place: String,

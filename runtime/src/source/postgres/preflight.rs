@@ -195,7 +195,7 @@ pub enum SourceError {
     },
     /// The role may not make a publication.
     #[error(
-        "role {user} may not make a publication in database {database}; run GRANT CREATE ON DATABASE {database} TO {user};, or make the publication yourself and set publication.management to External"
+        "role {user} may not make a publication in database {database}; run GRANT CREATE ON DATABASE {database} TO {user}, or make the publication yourself and set publication.management to External"
     )]
     NoCreatePrivilege {
         /// The role.
@@ -205,7 +205,7 @@ pub enum SourceError {
     },
     /// The publication is there, and another role's.
     #[error(
-        "publication {publication} is not role {user}'s to change; run ALTER PUBLICATION {publication} OWNER TO {user};, or set publication.management to External"
+        "publication {publication} is not role {user}'s to change; run ALTER PUBLICATION {publication} OWNER TO {user}, or set publication.management to External"
     )]
     PublicationNotOwned {
         /// The role.

@@ -79,11 +79,11 @@ impl fmt::Display for RefusedTable {
         match &self.cause {
             Refusal::NoReplicaIdentity => write!(
                 f,
-                "{table} has no replica identity, and to publish it would make UPDATE and DELETE on it fail: add a primary key, run ALTER TABLE {table} REPLICA IDENTITY FULL;, or name it in tables.exclude"
+                "{table} has no replica identity, and to publish it would make UPDATE and DELETE on it fail: add a primary key, run ALTER TABLE {table} REPLICA IDENTITY FULL, or name it in tables.exclude"
             ),
             Refusal::GeneratedIdentity => write!(
                 f,
-                "the replica identity of {table} has a generated column, which PostgreSQL does not publish: run ALTER TABLE {table} REPLICA IDENTITY USING INDEX …; with a unique index of other columns, ALTER TABLE {table} REPLICA IDENTITY FULL;, or name it in tables.exclude"
+                "the replica identity of {table} has a generated column, which PostgreSQL does not publish: run ALTER TABLE {table} REPLICA IDENTITY USING INDEX … with a unique index of other columns, or ALTER TABLE {table} REPLICA IDENTITY FULL, or name it in tables.exclude"
             ),
             Refusal::TopicCollision(first) => write!(
                 f,
@@ -96,7 +96,7 @@ impl fmt::Display for RefusedTable {
             ),
             Refusal::NotOwner(user) => write!(
                 f,
-                "{table} is not role {user}'s to publish: run ALTER TABLE {table} OWNER TO {user};, name it in tables.exclude, or make the publication yourself and set publication.management to External"
+                "{table} is not role {user}'s to publish: run ALTER TABLE {table} OWNER TO {user}, name it in tables.exclude, or make the publication yourself and set publication.management to External"
             ),
         }
     }
