@@ -532,8 +532,11 @@ fn what_may_be_wrong_in_a_secret_names_it() {
         let mut pipeline = support::pipeline();
         let valid = valid(&pipeline);
         let expected = format!(
-            "{reason}.{}",
-            named.map_or_else(String::new, |named| format!("; this pipeline uses {named}"))
+            "{reason}{}",
+            named.map_or_else(
+                || ".".to_owned(),
+                |named| format!("; this pipeline uses {named}; a change of it reaches the pod within two minutes")
+            )
         );
         let observation = capture_report(vec![said(type_, false, reason)]);
         // The second time by what is remembered, when the operator has started anew.
@@ -614,6 +617,12 @@ fn a_capture_that_is_held_says_nothing_of_what_nobody_looks_at() {
     let of_held = conditions(&held);
     assert_eq!(state(&of_held, "Ready"), Some(("False", "SlotMissing")));
     assert_eq!(state(&of_held, "SinksReady"), Some(("Unknown", "NotCapturing")));
+    // The source is mended, and the session that finds it so has not come to the sinks.
+    let mended = conditions(&capture_report(vec![
+        said("SourceReady", true, "Ready"),
+        said("Progressing", false, "WalLevelNotLogical"),
+    ]));
+    assert_eq!(state(&mended, "Ready"), Some(("False", "WalLevelNotLogical")));
     // Its pod is there, and unready on purpose; once it has hung up nobody knows that.
     assert_eq!(state(&of_held, "RuntimeAvailable"), Some(("True", "PodRunning")));
     let gone = conditions(&Observation {

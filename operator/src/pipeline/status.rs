@@ -7,8 +7,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::ResourceExt as _;
 use meander_crds::{
     AcceptedGap, CdcPipeline, CdcPipelineStatus, OversizedStatus, PipelinePhase, RedisState, RedisStatus, RefusedTable,
-    Replication, Restarts, SchemaVersion, SinkPosition, SinkPositions, SlotStatus, SnapshotStatus, TableSnapshot,
-    TableSnapshotState, TablesStatus,
+    Replication, Restarts, SchemaVersion, SinkPosition, SinkPositions, SlotReclaimPolicy, SlotStatus, SnapshotStatus,
+    TableSnapshot, TableSnapshotState, TablesStatus,
 };
 use meander_proto::v1::{
     CaptureProgress, ProgressUpdate, RedisState as Reported, SnapshotProgress, progress_update::Progress,
@@ -17,6 +17,8 @@ use meander_proto::v1::{
 
 use super::{
     PAUSED,
+    build::cleanup_name,
+    cleanup::PATIENCE,
     dereference::{Facts, is_available, lacks_standby, refusal},
     is_paused,
     validate::{ValidPipeline, slot_of},
@@ -235,6 +237,8 @@ fn as_last_seen(judgement: Judgement) -> Judgement {
     )
 }
 
+/// The reason of what nobody looks at while capture stands still.
+const NOT_CAPTURING: &str = "NotCapturing";
 /// What comes before the Secrets that are used.
 const NAMING: &str = "; this pipeline uses ";
 
@@ -248,7 +252,10 @@ fn naming_secrets(judgement: Judgement, secrets: &[SecretFiles]) -> Judgement {
     };
     // What is remembered may have been said like this before, of other Secrets.
     let message = judgement.message.split(NAMING).next().unwrap_or_default();
-    let message = format!("{message}{NAMING}{meant}");
+    let message = format!(
+        "{}{NAMING}{meant}; a change of it reaches the pod within two minutes",
+        message.trim_end_matches('.')
+    );
     Judgement::new(judgement.type_, judgement.status, &judgement.reason, message)
 }
 
@@ -305,7 +312,7 @@ fn reported(inputs: &Inputs<'_>, type_: &'static str, old: &[Condition]) -> Judg
                 "Capture stands still ({}), so nothing looks at this; see the condition {READY}.",
                 standstill.reason
             );
-            Judgement::new(type_, Status::Unknown, "NotCapturing", message)
+            Judgement::new(type_, Status::Unknown, NOT_CAPTURING, message)
         }
         // An operator that has just started goes on from what the last one wrote.
         None if !silent => Judgement::remembered(type_, old)
@@ -394,7 +401,16 @@ fn waits_for<'a>(inputs: &Inputs<'a>) -> Option<&'a ResourceKey> {
 /// True if everything is; otherwise what the first thing says that is not.
 fn ready(inputs: &Inputs<'_>, judgements: &[Judgement]) -> Judgement {
     if inputs.pipeline.metadata.deletion_timestamp.is_some() {
-        return Judgement::new(READY, Status::False, "Terminating", "The pipeline is being deleted.");
+        let message = match inputs.pipeline.spec.source.postgres.slot.reclaim_policy {
+            SlotReclaimPolicy::Delete => format!(
+                "The pipeline is being deleted. Its replication slot is dropped first, which is tried for up to {} s: kubectl -n {} logs job/{}",
+                PATIENCE.as_secs(),
+                inputs.pipeline.namespace().unwrap_or_default(),
+                cleanup_name(inputs.pipeline)
+            ),
+            SlotReclaimPolicy::Retain => "The pipeline is being deleted, and its replication slot stays.".to_owned(),
+        };
+        return Judgement::new(READY, Status::False, "Terminating", message);
     }
     if inputs.pipeline.spec.suspend {
         let message = "spec.suspend is set; set it to false to go on.";
@@ -415,6 +431,13 @@ fn ready(inputs: &Inputs<'_>, judgements: &[Judgement]) -> Judgement {
         };
         first(Status::False).or_else(|| first(Status::Unknown))
     };
+    // That nobody looks at the sinks says nothing: what does is why capture stands still.
+    let held = || {
+        judgements
+            .iter()
+            .find(|judgement| judgement.type_ == PROGRESSING && judgement.status == Status::False)
+    };
+    let wanting = || wanting().map(|wanting| held().filter(|_| wanting.reason == NOT_CAPTURING).unwrap_or(wanting));
     // A problem that belongs to no condition of its own, such as a reconcile that took too long, leaves what is known as it is.
     match (gap, wanting()) {
         (Some(gap), _) => Judgement::new(READY, Status::False, &gap.reason, &gap.message),
