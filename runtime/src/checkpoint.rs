@@ -521,15 +521,13 @@ pub fn last_checkpoint(tail: &Tail, topic: &str, key: &str) -> Result<Option<Che
         })
 }
 
-/// What is kept of the tables of the pipeline with this checkpoint key, in a topic that exists.
+/// What is kept of the tables of the pipeline with this checkpoint key.
 ///
 /// # Errors
-/// When the topic cannot be read within `timeout`, or holds something else.
-pub fn read_schemas(cluster: &KafkaCluster, topic: &str, key: &str, timeout: Duration) -> Result<Vec<Kept>, TailError> {
+/// When the topic does not exist, cannot be read in time, or holds something else.
+pub fn read_schemas(tail: &Tail, topic: &str, key: &str) -> Result<Vec<Kept>, TailError> {
     let ours = format!("{key}/");
-    let newest = Tail::new(cluster, timeout)?
-        .waiting()
-        .newest(topic, 0, |key| key.starts_with(ours.as_bytes()))?;
+    let newest = tail.newest(topic, 0, |key| key.starts_with(ours.as_bytes()))?;
     let kept = newest.into_values().map(|value| serde_json::from_slice(&value));
     kept.collect::<Result<_, _>>().map_err(|source| TailError::NotASchema {
         topic: topic.to_owned(),

@@ -14,7 +14,7 @@ use log::read_topic;
 use meander_config::{CaptureConfig, SnapshotMode, SnapshotRequest};
 use meander_proto::v1::{ChangeRecord, Operation, ReplicaIdentity, TableSchema, value::Kind};
 use meander_runtime::{
-    checkpoint::read_schemas,
+    checkpoint::{Tail, read_schemas},
     log::{checkpoint_key, schemas_topic},
 };
 use meander_test_support::{Kafka, Postgres, Redis, Runtime, eventually};
@@ -554,7 +554,8 @@ async fn a_dropped_table_ends_with_an_event_also_if_nobody_looked_when_it_was_dr
     let (namespace, name) = (&config.pipeline.namespace, &config.pipeline.name);
     let kept = tokio::task::block_in_place(|| {
         let key = checkpoint_key(namespace, name, &config.source.slot_name);
-        read_schemas(&config.kafka.cluster(), &schemas_topic(namespace, name), &key, LIMIT).unwrap()
+        let tail = Tail::new(&config.kafka.cluster(), LIMIT).unwrap();
+        read_schemas(&tail, &schemas_topic(namespace, name), &key).unwrap()
     });
     let mut kept: Vec<_> = kept.into_iter().map(|kept| kept.oid).collect();
     kept.sort_unstable();

@@ -54,6 +54,9 @@ use crate::{
 const TAIL_DEADLINE: Duration = Duration::from_secs(15);
 /// How often a standby looks whether the slot is free: what it takes to notice is part of every take-over.
 const STANDBY_LOOK: Duration = Duration::from_millis(250);
+/// A process that hangs, or is cut off, is waited for less long where another one stands by. Six statuses have to be missing then: a network that
+/// drops packets, or a process that gets little of a processor, keeps the slot.
+const SHORT_SILENCE: &str = "SET wal_sender_timeout = '3s'";
 /// How long Redis may take to say whose the streams are.
 const REDIS_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -106,7 +109,11 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
     if makes_slot {
         // There is no slot to own yet, so this look fences nobody, and what it finds is looked at again by the owner. But a pipeline
         // that will be refused must not leave a slot behind, which would keep WAL for nobody.
-        known_checkpoint = read_own_checkpoint(context, &checkpoint_topic, false).await?;
+        known_checkpoint = match read_own_checkpoint(context, tail(context)?.into(), &checkpoint_topic).await {
+            // Before the first start there is no topic.
+            Err(CaptureError::Sink(SinkError::Checkpoint(TailError::NoSuchPartition { .. }))) => None,
+            read => read?,
+        };
         keys_stay(context, known_checkpoint.as_ref())?;
         if let Start::Accept { loss, .. } = start(known_checkpoint.as_ref(), context, slot.as_ref(), &server)? {
             accepted_loss = Some(loss);
@@ -125,7 +132,7 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
         .await?;
     if makes_slot {
         // With the prefix ours, what is in its topics past the checkpoint is no other pipeline's that could be named.
-        check_log(context, &tables, published, &checkpoint_topic).await?;
+        check_log(context, tail(context)?.into(), &tables, published, &checkpoint_topic).await?;
         stream_prefix_is_free(context).await?;
     }
     topics.ensure_compacted(&checkpoint_topic).await?;
@@ -164,6 +171,9 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
         let name = quote_identifier(&source.slot_name);
         let sql = format!("ALTER_REPLICATION_SLOT {name} (FAILOVER {failover})");
         connection.query(&sql).await.map_err(wire)?;
+    }
+    if config.standby {
+        connection.query(SHORT_SILENCE).await.map_err(wire)?;
     }
     let process = connection.process();
     let (reader, writer) = connection
@@ -353,31 +363,25 @@ async fn admit(cluster: KafkaCluster, topic: String) -> Result<(), CaptureError>
     Ok(spawn_blocking(move || require_admission(&cluster, &topic)).await??)
 }
 
-/// Where the topic exists, one that is not known is not yet known, and never a beginning.
-async fn read_own_checkpoint(
-    context: &Context,
-    topic: &str,
-    topic_exists: bool,
-) -> Result<Option<Checkpoint>, CaptureError> {
-    let cluster = context.config.kafka.cluster();
-    let (key, topic) = (own_key(context), topic.to_owned());
-    let read = move || {
-        let tail = Tail::new(&cluster, TAIL_DEADLINE)?;
-        last_checkpoint(&if topic_exists { tail.waiting() } else { tail }, &topic, &key)
-    };
-    match spawn_blocking(read).await? {
-        // Before the first start there is no topic.
-        Err(TailError::NoSuchPartition { .. }) if !topic_exists => Ok(None),
-        read => Ok(read.map_err(SinkError::Checkpoint)?),
-    }
+fn tail(context: &Context) -> Result<Tail, SinkError> {
+    Ok(Tail::new(&context.config.kafka.cluster(), TAIL_DEADLINE)?)
 }
 
-async fn read_own_schemas(context: &Context) -> Result<Vec<Kept>, CaptureError> {
+async fn read_own_checkpoint(
+    context: &Context,
+    tail: Arc<Tail>,
+    topic: &str,
+) -> Result<Option<Checkpoint>, CaptureError> {
+    let (key, topic) = (own_key(context), topic.to_owned());
+    let read = spawn_blocking(move || last_checkpoint(&tail, &topic, &key)).await?;
+    Ok(read.map_err(SinkError::Checkpoint)?)
+}
+
+async fn read_own_schemas(context: &Context, tail: Arc<Tail>) -> Result<Vec<Kept>, CaptureError> {
     let pipeline = &context.config.pipeline;
     let topic = schemas_topic(&pipeline.namespace, &pipeline.name);
-    let cluster = context.config.kafka.cluster();
     let key = own_key(context);
-    let read = spawn_blocking(move || read_schemas(&cluster, &topic, &key, TAIL_DEADLINE)).await?;
+    let read = spawn_blocking(move || read_schemas(&tail, &topic, &key)).await?;
     Ok(read.map_err(SinkError::Checkpoint)?)
 }
 
@@ -393,7 +397,10 @@ async fn open_kafka(
 ) -> Result<(KafkaSink, Checkpoint, Schemas, HashSet<Table>), CaptureError> {
     let (config, remarks) = (context.config.clone(), context.remarks.clone());
     let kafka = spawn_blocking(move || KafkaSink::open(&config, remarks)).await??;
-    let before = read_own_checkpoint(context, checkpoint_topic, true).await?;
+    // One reader for all that follows: each new one would have to find the brokers first. The topics exist: one that is not known is not yet known, and
+    // never a beginning.
+    let tail = Arc::new(tail(context)?.waiting());
+    let before = read_own_checkpoint(context, tail.clone(), checkpoint_topic).await?;
     keys_stay(context, before.as_ref())?;
     // Only now: while the slot is ours nobody else can move it, and what is published cannot be newer than the server.
     let slot = catalog.slot(&context.config.source).await?;
@@ -430,7 +437,7 @@ async fn open_kafka(
     });
     checkpoint.partitions = Some(context.config.kafka.partitions);
     let selected = [tables, refused].concat();
-    let known = check_log(context, &selected, checkpoint.published, checkpoint_topic).await?;
+    let known = check_log(context, tail.clone(), &selected, checkpoint.published, checkpoint_topic).await?;
     let mut records = Batch::default();
     let before = checkpoint.system_identifier.clone();
     let mut upgrade = None;
@@ -473,7 +480,9 @@ async fn open_kafka(
     checkpoint.released = false;
     checkpoint.ended_at = None;
     checkpoint.owner_generation += 1;
-    let kept = read_own_schemas(context).await?;
+    let kept = read_own_schemas(context, tail.clone()).await?;
+    // To end a client takes it a moment, which nobody has to wait for.
+    spawn_blocking(move || drop(tail));
     let mut schemas = match upgrade {
         Some(_) => Schemas::new(kept, &before),
         None => Schemas::new(kept, &checkpoint.system_identifier),
@@ -603,12 +612,12 @@ fn keys_stay(context: &Context, before: Option<&Checkpoint>) -> Result<(), SinkE
 /// The independent check of the checkpoint: no partition may hold a change past it. Says which tables the log has changes of.
 async fn check_log(
     context: &Context,
+    tail: Arc<Tail>,
     tables: &[Table],
     published: Option<Position>,
     checkpoint_topic: &str,
 ) -> Result<HashSet<Table>, CaptureError> {
     let config = &context.config.kafka;
-    let cluster = config.cluster();
     let topic_of = |table: &Table| topic_name(&config.topic_prefix, &table.schema, &table.name);
     let transactions = encoder(context)
         .transactions()
@@ -620,7 +629,7 @@ async fn check_log(
         .chain(transactions)
         .chain(messages)
         .collect();
-    let last = spawn_blocking(move || last_positions(&cluster, topics))
+    let last = spawn_blocking(move || last_positions(&tail, topics))
         .await?
         .map_err(SinkError::Checkpoint)?;
     let mut filled = HashSet::new();
@@ -645,7 +654,7 @@ async fn check_log(
 }
 
 /// Topic and position of the last record of each partition that has one.
-fn last_positions(cluster: &KafkaCluster, topics: Vec<String>) -> Result<Vec<(String, String)>, TailError> {
+fn last_positions(tail: &Tail, topics: Vec<String>) -> Result<Vec<(String, String)>, TailError> {
     let position = |record: &BorrowedMessage<'_>| {
         let header = |name| {
             let found = record.headers()?.iter().find(|header| header.key == name)?.value?;
@@ -656,5 +665,5 @@ fn last_positions(cluster: &KafkaCluster, topics: Vec<String>) -> Result<Vec<(St
             None => header(POSITION_HEADER).unwrap_or_default(),
         }
     };
-    Tail::new(cluster, TAIL_DEADLINE)?.last_records(topics, position)
+    tail.last_records(topics, position)
 }

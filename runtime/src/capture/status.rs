@@ -20,10 +20,10 @@ use crate::{
     source::postgres::wire::{StatusWriter, WireError},
 };
 
-/// A tenth of `wal_sender_timeout`.
-const INTERVAL: Duration = Duration::from_secs(1);
+/// A sixth of the shortest `wal_sender_timeout` that is asked for.
+const INTERVAL: Duration = Duration::from_millis(500);
 /// Every so many times the server is asked to answer, which shows that it lives, and how far its WAL has grown.
-const ASK_EVERY: u32 = 2;
+const ASK_EVERY: u32 = 4;
 const FINISH_DEADLINE: Duration = Duration::from_secs(2);
 
 /// What the reader has seen. Clones share it.

@@ -55,15 +55,16 @@ impl Claims {
     /// # Errors
     /// When another pipeline claimed it earlier, or one that overlaps, or Kafka does not answer.
     pub async fn claim(&self) -> Result<(), SinkError> {
-        let live = self.live(true).await?;
+        let mut live = self.live(true).await?;
         if !live.contains(&self.ours) {
             if let Some(other) = live.into_iter().next() {
                 return Err(self.taken(other));
             }
             self.write(Some("{}")).await?;
+            live = self.live(true).await?;
         }
         // Of two that claim at the same time, both see which claim came first: whoever does not see the other's here is before it.
-        match self.live(true).await?.into_iter().next() {
+        match live.into_iter().next() {
             Some(first) if first != self.ours => {
                 self.write(None).await?;
                 Err(self.taken(first))

@@ -13,7 +13,6 @@ mod copy;
 mod fault;
 mod flow;
 mod load;
-mod relay;
 mod report;
 mod rig;
 

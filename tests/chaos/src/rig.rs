@@ -11,7 +11,10 @@ use std::{
 
 use meander_config::CaptureConfig;
 use meander_runtime::log::{checkpoint_key, checkpoint_topic};
-use meander_test_support::{Kafka, Postgres, Redis, Runtime, Signal, capture_config, disk, eventually, free_address};
+use meander_test_support::{
+    Kafka, Postgres, Redis, Runtime, Signal, capture_config, disk, eventually, free_address,
+    relay::{Relay, Way},
+};
 use tempfile::TempDir;
 use tokio_postgres::NoTls;
 
@@ -19,7 +22,6 @@ use crate::{
     LIMIT,
     fault::{Fault, Kind},
     load,
-    relay::{Relay, Way},
 };
 
 /// The newest version, which has slots that survive a failover.

@@ -28,6 +28,7 @@ mod ports;
 mod postgres;
 pub mod process;
 mod redis;
+pub mod relay;
 mod runtime;
 mod tls;
 mod wait;

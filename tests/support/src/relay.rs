@@ -37,7 +37,10 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// To this server.
+    /// From this address to this server.
+    ///
+    /// # Panics
+    /// When the address is taken.
     pub async fn to(address: SocketAddr, target: SocketAddr) -> Self {
         let listener = TcpListener::bind(address).await.unwrap();
         let state = watch::Sender::new(State {
@@ -49,10 +52,13 @@ impl Relay {
         Self { address, state }
     }
 
+    /// The port that it listens on.
+    #[must_use]
     pub fn port(&self) -> u16 {
         self.address.port()
     }
 
+    /// From now on.
     pub fn set(&self, way: Way) {
         self.state.send_modify(|state| state.way = way);
     }
