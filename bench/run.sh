@@ -6,15 +6,22 @@
 #   bench/run.sh WORK [OPTION...]     one work; catch-up, snapshot, latency, idle and start know --rounds N and --peers none
 #   bench/run.sh summary [--plots FOLDER]
 #   bench/run.sh scale [OPTION...]    the operator, by itself
+#   bench/run.sh micro [OPTION...]    one change at each step of its way, without a service; the options are Criterion's
 #
 # WORK is catch-up, snapshot, latency, idle, start, limits, pacing or throughput. Each round of each contestant is a line in dist/bench.jsonl, or in
 # the file that --results names, behind what is there; the summary is of all of them. With MEANDER_RUNTIME set, that program is
 # measured in place of the static one, and MEANDER_BUILD says what it is.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-tests/setup.sh base rust kafka peers
+needs=(base rust kafka peers)
+[ "${1:-}" != micro ] || needs=(base rust)
+tests/setup.sh "${needs[@]}"
 eval "$(tests/setup.sh env)"
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$MEANDER_CACHE/target}
+
+if [ "${1:-}" = micro ]; then
+  exec cargo bench -q --locked -p meander-runtime --bench hot_paths -- "${@:2}"
+fi
 
 if [ -z "${MEANDER_RUNTIME:-}" ]; then
   deploy/build-binaries.sh
