@@ -3,9 +3,7 @@
 
 mod support;
 
-use meander_crds::{
-    CdcPipeline, CdcPipelineStatus, PipelineFormat, ReplayJob, Replication, SecretKeyReference, SecretReference,
-};
+use meander_crds::{CdcPipeline, PipelineFormat, ReplayJob, SecretKeyReference, SecretReference};
 use meander_operator::{error::Error, pipeline, replay, secrets::Keys};
 use support::settings;
 
@@ -55,23 +53,6 @@ fn a_deleted_pipeline_becomes_a_job() {
         "cleanup_job",
         pipeline::build::build_cleanup(&pipeline, &valid, &settings()).job
     );
-}
-
-#[test]
-fn a_slot_that_was_seen_is_worth_waiting_for_its_database() {
-    let mut pipeline = support::pipeline();
-    let valid = pipeline::validate::validate(&pipeline, &pipeline_facts(), &settings()).unwrap();
-    let deadline = |pipeline: &CdcPipeline| {
-        let job = pipeline::build::build_cleanup(pipeline, &valid, &settings()).job;
-        job.spec.unwrap().active_deadline_seconds.unwrap()
-    };
-    let patience = pipeline::cleanup::PATIENCE.as_secs() as i64;
-    assert!(deadline(&pipeline) <= 60);
-    pipeline.status = Some(CdcPipelineStatus {
-        replication: Some(Replication::default()),
-        ..CdcPipelineStatus::default()
-    });
-    assert!((150..patience).contains(&deadline(&pipeline)));
 }
 
 #[test]

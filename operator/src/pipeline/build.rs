@@ -18,7 +18,7 @@ use k8s_openapi::{
 use kube::ResourceExt as _;
 use meander_crds::CdcPipeline;
 
-use super::{cleanup::was_seen, validate::ValidPipeline};
+use super::validate::ValidPipeline;
 use crate::{
     context::Settings,
     naming::{self, COMPONENT_LABEL, CONFIG_HASH_ANNOTATION, PIPELINE_LABEL, labels},
@@ -201,8 +201,8 @@ pub fn build_cleanup(pipeline: &CdcPipeline, valid: &ValidPipeline, settings: &S
             metadata: metadata(&cleanup_name(pipeline), &labels),
             spec: Some(JobSpec {
                 backoff_limit: Some(2),
-                // A database that does not answer must not keep the resource from going; least of all where no slot waits there.
-                active_deadline_seconds: Some(if was_seen(pipeline) { 170 } else { 60 }),
+                // A database that does not answer must not keep the resource from going.
+                active_deadline_seconds: Some(170),
                 template: pod.template(settings, labels.clone(), BTreeMap::new()),
                 ..JobSpec::default()
             }),

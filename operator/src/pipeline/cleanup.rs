@@ -162,7 +162,7 @@ pub fn told(pipeline: &CdcPipeline, ending: &Ending) -> (EventType, &'static str
 
 /// Whether a capture ever said that it had opened its source, or what PostgreSQL says of its slot. A slot can be there all the same: for the moment
 /// between its making and the first word of it, or from an earlier pipeline of the name.
-pub fn was_seen(pipeline: &CdcPipeline) -> bool {
+fn was_seen(pipeline: &CdcPipeline) -> bool {
     let status = pipeline.status.as_ref();
     status.is_some_and(|status| {
         let slot = status.slot.as_ref();

@@ -1,6 +1,6 @@
 //! `meander-runtime cleanup`: takes away what a capture left in PostgreSQL, and its claims on names.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use backon::{ExponentialBuilder, Retryable as _};
 use meander_config::{CaptureConfig, PostgresSource};
@@ -16,8 +16,11 @@ use crate::{
 
 const READ_DEADLINE: Duration = Duration::from_secs(10);
 const REDIS_DEADLINE: Duration = Duration::from_secs(5);
-/// For how long a database that does not answer is asked again: longer than it takes to start or fail over, and less than the operator gives.
-const CONNECT_PATIENCE: Duration = Duration::from_secs(140);
+/// For how long a database that does not answer is asked again: longer than it takes to start or fail over, and less than the operator gives,
+/// since the claims are given up after it.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(90);
+/// The same where nothing was ever captured, and most likely nothing is there to be dropped.
+const UNCAPTURED_PATIENCE: Duration = Duration::from_secs(15);
 /// The server notices within `wal_sender_timeout`, 10 s, that a reader is gone; until then the slot cannot be dropped.
 const SLOT_ATTEMPTS: usize = 6;
 
@@ -25,17 +28,23 @@ const SLOT_ATTEMPTS: usize = 6;
 /// stream prefix.
 ///
 /// # Errors
-/// When PostgreSQL cannot be reached for two minutes, or refuses. A Kafka that is gone is no error: then the note is missing, and a pipeline that is created
+/// When PostgreSQL cannot be reached for a minute and a half, or refuses. A Kafka that is gone is no error: then the note is missing, and a pipeline that is created
 /// again under the same name reports a gap. Nor is a Redis: then the claim is left, and whoever is refused by it is told how to remove it.
 pub async fn cleanup(config: CaptureConfig) -> Result<(), CaptureError> {
     // The note comes first: with it and the slot still there, a pipeline that is created again goes on without a loss. It needs no
     // database, and so neither it nor the claims are kept by one that is gone.
     let source = config.source.clone();
     let key = checkpoint_key(&config.pipeline.namespace, &config.pipeline.name, &source.slot_name);
-    if let Err(error) = release(config.clone()).await {
+    let has_captured = release(config.clone()).await.unwrap_or_else(|error| {
         tracing::warn!(%error, "the checkpoint was not released; the slot is dropped all the same");
-    }
-    let dropped = drop_slot(&source).await;
+        true
+    });
+    let patience = if has_captured {
+        CONNECT_PATIENCE
+    } else {
+        UNCAPTURED_PATIENCE
+    };
+    let dropped = drop_slot(&source, Instant::now() + patience).await;
     // Whoever still reads the slot would only claim both again, when nobody comes any more to give them up.
     if !matches!(dropped, Err(SourceError::SlotActive { .. })) {
         give_up_claims(&config, &key).await;
@@ -43,16 +52,17 @@ pub async fn cleanup(config: CaptureConfig) -> Result<(), CaptureError> {
     Ok(dropped?)
 }
 
-async fn drop_slot(source: &PostgresSource) -> Result<(), SourceError> {
+/// Drops slot and publication. A database that does not answer is not asked again after the deadline.
+async fn drop_slot(source: &PostgresSource, deadline: Instant) -> Result<(), SourceError> {
     let credentials = Credentials::read(&source.server())?;
     let catalog = (|| Catalog::connect(source, &credentials))
         .retry(
             ExponentialBuilder::default()
                 .with_max_delay(Duration::from_secs(5))
-                .with_total_delay(Some(CONNECT_PATIENCE))
                 .without_max_times(),
         )
-        .when(|error| matches!(error, SourceError::Unreachable { .. }))
+        // An attempt can take as long as the pauses do.
+        .when(|error| matches!(error, SourceError::Unreachable { .. }) && Instant::now() < deadline)
         .notify(|error, _| tracing::warn!(%error, "trying again"))
         .await?;
     (|| catalog.drop_slot_and_publication(source))
@@ -81,7 +91,8 @@ async fn give_up_claims(config: &CaptureConfig, key: &str) {
     }
 }
 
-async fn release(config: CaptureConfig) -> Result<(), CaptureError> {
+/// Notes in the checkpoint that the pipeline is gone. False where there is none.
+async fn release(config: CaptureConfig) -> Result<bool, CaptureError> {
     let (namespace, name) = (&config.pipeline.namespace, &config.pipeline.name);
     let topic = checkpoint_topic(namespace, name);
     let key = checkpoint_key(namespace, name, &config.source.slot_name);
@@ -89,18 +100,19 @@ async fn release(config: CaptureConfig) -> Result<(), CaptureError> {
         let read = || read_checkpoint(&config.kafka.cluster(), &topic, &key, READ_DEADLINE);
         match read() {
             // The pipeline never got as far as making its topic.
-            Err(TailError::NoSuchPartition { .. }) => return Ok(()),
+            Err(TailError::NoSuchPartition { .. }) => return Ok(false),
             Err(error) => return Err(error.into()),
             Ok(_) => {}
         }
         // A runtime that still lives, against all expectation, cannot commit after this; so what is read now is the last word.
         let kafka = KafkaSink::open(&config, Remarks::default())?;
-        if let Some(mut checkpoint) = read()? {
-            checkpoint.released = true;
-            kafka.commit_checkpoint(&checkpoint)?;
-        }
-        Ok::<_, SinkError>(())
+        let Some(mut checkpoint) = read()? else {
+            return Ok(false);
+        };
+        checkpoint.released = true;
+        kafka.commit_checkpoint(&checkpoint)?;
+        Ok::<_, SinkError>(true)
     })
-    .await??;
-    Ok(())
+    .await?
+    .map_err(Into::into)
 }

@@ -300,7 +300,11 @@ impl<'a> Stream<'a> {
         }
         // The server has sent everything that committed before this, so it is safe once that is. In a transaction it may be a
         // place before the transaction's own commit, and is left alone.
-        if !self.assembler.in_transaction() && wal_end > self.safe {
+        if self.assembler.in_transaction() {
+            return;
+        }
+        self.is_late = false;
+        if wal_end > self.safe {
             self.safe = wal_end;
             self.received.set_received(wal_end);
             self.news = true;

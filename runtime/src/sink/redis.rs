@@ -300,16 +300,16 @@ impl Writer {
     /// Looks whether Redis is there, and everything in it as this writer left it, while there is nothing to write.
     async fn check(&mut self) -> Result<(), SinkError> {
         let found = timeout(CHECK_DEADLINE, self.claim(false, "")).await;
-        let found = found.map_err(|_| hangs(&self.address))??;
+        let found = found.map_err(|_| SinkError::Redis {
+            address: self.address.clone(),
+            cause: format!("it has not answered for {} s", CHECK_DEADLINE.as_secs()),
+        })??;
         self.expect(found.position)
     }
 
     /// Looks whether entries still stay there: the server's settings can change at any time.
     async fn check_server(&mut self) -> Result<(), SinkError> {
-        let checked = check_server(&mut self.connection, self.durability, &self.address);
-        self.durable = timeout(CHECK_DEADLINE, checked)
-            .await
-            .map_err(|_| hangs(&self.address))??;
+        self.durable = check_server(&mut self.connection, self.durability, &self.address).await?;
         Ok(())
     }
 
@@ -620,13 +620,6 @@ pub(crate) async fn check_server(
         });
     }
     Durable::on(connection, durability, value, address).await
-}
-
-fn hangs(address: &str) -> SinkError {
-    SinkError::Redis {
-        address: address.to_owned(),
-        cause: format!("it has not answered for {} s", CHECK_DEADLINE.as_secs()),
-    }
 }
 
 pub(crate) fn failed(address: &str, error: &RedisError) -> SinkError {
