@@ -80,7 +80,7 @@ async fn an_owner_without_kafka_is_not_taken_for_dead_and_one_without_a_network_
         std::fs::write(&sink.url_file, format!("redis://127.0.0.1:{}/0", to_redis.port())).unwrap();
     }
     let (first, second) = owner_and_standby(&behind_kafka, &behind_network).await;
-    let load = changes(&postgres, 500.0);
+    let load = changes(&postgres, 350.0);
     flow(&config, CHANGES / 20).await;
     let log = postgres.process().log().to_owned();
     let timed_out = || {
