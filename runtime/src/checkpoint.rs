@@ -4,7 +4,7 @@
 //! (`tokio::task::spawn_blocking`).
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     ops::{ControlFlow, Range},
     sync::Arc,
     time::{Duration, Instant},
@@ -16,6 +16,7 @@ use rdkafka::{
     consumer::{BaseConsumer, Consumer as _},
     error::KafkaError,
     message::{BorrowedMessage, OwnedMessage},
+    topic_partition_list::TopicPartitionListElem,
     types::RDKafkaErrorCode,
 };
 
@@ -121,6 +122,24 @@ impl Tail {
     pub fn new(cluster: &KafkaCluster, timeout: Duration) -> Result<Self, TailError> {
         let consumer = client_config(cluster, "meander-tail")
             .and_then(|config| Ok(config.create_with_context(Hearing::default())?))
+            .map_err(|error| TailError::Client(Box::new(error)))?;
+        Ok(Self {
+            consumer: Arc::new(consumer),
+            timeout,
+            waits: false,
+        })
+    }
+
+    /// A reader that sees what is not committed as well, and what was aborted.
+    ///
+    /// # Errors
+    /// When the client cannot be made from its settings.
+    pub fn of_everything(cluster: &KafkaCluster, timeout: Duration) -> Result<Self, TailError> {
+        let consumer = client_config(cluster, "meander-tail")
+            .and_then(|mut config| {
+                config.set("isolation.level", "read_uncommitted");
+                Ok(config.create_with_context(Hearing::default())?)
+            })
             .map_err(|error| TailError::Client(Box::new(error)))?;
         Ok(Self {
             consumer: Arc::new(consumer),
@@ -349,6 +368,42 @@ impl Tail {
     pub fn stretch(&self, topic: &str, partition: i32) -> Result<Range<i64>, TailError> {
         let (low, end) = self.watermarks(topic, partition, Instant::now() + self.timeout)?;
         Ok(low..end)
+    }
+
+    /// The end of each partition of the topics that are `wanted` and exist, as this reader sees it: one request to each broker.
+    ///
+    /// # Errors
+    /// When Kafka does not answer in time.
+    pub fn ends(&self, wanted: impl Fn(&str) -> bool) -> Result<BTreeMap<(String, i32), i64>, TailError> {
+        let deadline = Instant::now() + self.timeout;
+        let unreadable = |source| self.unreadable("*", 0, source);
+        let metadata = retry_until(deadline, |left| self.consumer.fetch_metadata(None, left)).map_err(unreadable)?;
+        let mut asked = TopicPartitionList::new();
+        for topic in metadata.topics().iter().filter(|topic| wanted(topic.name())) {
+            for partition in topic.partitions() {
+                // In the place of a timestamp, this stands for the end.
+                asked
+                    .add_partition_offset(topic.name(), partition.id(), Offset::End)
+                    .map_err(unreadable)?;
+            }
+        }
+        if asked.count() == 0 {
+            return Ok(BTreeMap::new());
+        }
+        retry_until(deadline, |left| {
+            let found = self.consumer.offsets_for_times(asked.clone(), left)?;
+            let end = |partition: &TopicPartitionListElem<'_>| {
+                partition.error()?;
+                let end = match partition.offset() {
+                    Offset::Offset(end) => end,
+                    // It is empty.
+                    _ => 0,
+                };
+                Ok(((partition.topic().to_owned(), partition.partition()), end))
+            };
+            found.elements().iter().map(end).collect()
+        })
+        .map_err(unreadable)
     }
 
     /// The first committed record in a stretch of a partition that ends at or before its last stable offset.

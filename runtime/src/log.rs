@@ -2,8 +2,9 @@
 //!
 //! Capture writes it and replay reads it, so both find the rules here.
 
-use std::collections::BTreeMap;
+use std::{borrow::Cow, collections::BTreeMap};
 
+use rdkafka::{Message, message::Headers as _};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -34,6 +35,12 @@ pub const REPLAY_TOPIC_HEADER: &str = "meander-replay-topic";
 pub const REPLAY_PARTITION_HEADER: &str = "meander-replay-partition";
 /// Its offset.
 pub const REPLAY_OFFSET_HEADER: &str = "meander-replay-offset";
+
+/// A header of a record, as text; the first of its name.
+pub(crate) fn header<'a>(record: &'a impl Message, name: &str) -> Option<Cow<'a, str>> {
+    let found = record.headers()?.iter().find(|header| header.key == name)?.value?;
+    Some(String::from_utf8_lossy(found))
+}
 
 /// The topic that says whose each topic prefix is: compacted, one partition, a record under [`claim_key`] for each pipeline that claims
 /// one. The first of those that overlap and were not withdrawn holds. Its name begins with no prefix, so that no replay takes it for data.

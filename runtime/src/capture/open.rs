@@ -8,10 +8,7 @@ use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use meander_config::KafkaCluster;
 use meander_config::{OnSourceGap, PostgresSource};
-use rdkafka::{
-    Message as _,
-    message::{BorrowedMessage, Headers as _},
-};
+use rdkafka::message::BorrowedMessage;
 use tokio::{
     sync::watch,
     task::spawn_blocking,
@@ -31,7 +28,7 @@ use crate::{
     kafka_client::require_admission,
     log::{
         AcceptedGap, CLAIMS_TOPIC, Checkpoint, POSITION_HEADER, REPLAY_JOB_HEADER, SnapshotState, checkpoint_key,
-        checkpoint_topic, message_topic, schemas_topic, topic_name,
+        checkpoint_topic, header, message_topic, schemas_topic, topic_name,
     },
     position::{Epoch, Lsn, Position},
     progress::ConditionType,
@@ -437,6 +434,16 @@ async fn open_kafka(
     });
     checkpoint.partitions = Some(context.config.kafka.partitions);
     let selected = [tables, refused].concat();
+    let kafka = {
+        let (cluster, tail) = (context.config.kafka.cluster(), tail.clone());
+        let (topics, published) = (log_topics(context, &selected).collect(), checkpoint.published);
+        let settled = move || {
+            kafka
+                .abort_left_open(&cluster, &tail, &topics, published)
+                .map(|()| kafka)
+        };
+        spawn_blocking(settled).await??
+    };
     let known = check_log(context, tail.clone(), &selected, checkpoint.published, checkpoint_topic).await?;
     let mut records = Batch::default();
     let before = checkpoint.system_identifier.clone();
@@ -609,6 +616,17 @@ fn keys_stay(context: &Context, before: Option<&Checkpoint>) -> Result<(), SinkE
     }
 }
 
+/// The topics whose records have positions.
+fn log_topics(context: &Context, tables: &[Table]) -> impl Iterator<Item = String> {
+    let config = &context.config.kafka;
+    let topic_of = |table: &Table| topic_name(&config.topic_prefix, &table.schema, &table.name);
+    let transactions = encoder(context)
+        .transactions()
+        .map(|destination| destination.topic.clone());
+    let messages = (!context.config.source.message_prefixes.is_empty()).then(|| message_topic(&config.topic_prefix));
+    tables.iter().map(topic_of).chain(transactions).chain(messages)
+}
+
 /// The independent check of the checkpoint: no partition may hold a change past it. Says which tables the log has changes of.
 async fn check_log(
     context: &Context,
@@ -617,18 +635,7 @@ async fn check_log(
     published: Option<Position>,
     checkpoint_topic: &str,
 ) -> Result<HashSet<Table>, CaptureError> {
-    let config = &context.config.kafka;
-    let topic_of = |table: &Table| topic_name(&config.topic_prefix, &table.schema, &table.name);
-    let transactions = encoder(context)
-        .transactions()
-        .map(|destination| destination.topic.clone());
-    let messages = (!context.config.source.message_prefixes.is_empty()).then(|| message_topic(&config.topic_prefix));
-    let topics: Vec<String> = tables
-        .iter()
-        .map(topic_of)
-        .chain(transactions)
-        .chain(messages)
-        .collect();
+    let topics = log_topics(context, tables).collect();
     let last = spawn_blocking(move || last_positions(&tail, topics))
         .await?
         .map_err(SinkError::Checkpoint)?;
@@ -646,6 +653,7 @@ async fn check_log(
         }
         filled.insert(topic);
     }
+    let topic_of = |table: &Table| topic_name(&context.config.kafka.topic_prefix, &table.schema, &table.name);
     Ok(tables
         .iter()
         .filter(|table| filled.contains(&topic_of(table)))
@@ -655,15 +663,9 @@ async fn check_log(
 
 /// Topic and position of the last record of each partition that has one.
 fn last_positions(tail: &Tail, topics: Vec<String>) -> Result<Vec<(String, String)>, TailError> {
-    let position = |record: &BorrowedMessage<'_>| {
-        let header = |name| {
-            let found = record.headers()?.iter().find(|header| header.key == name)?.value?;
-            Some(String::from_utf8_lossy(found).into_owned())
-        };
-        match header(REPLAY_JOB_HEADER) {
-            Some(job) => format!("what the replay {job} wrote"),
-            None => header(POSITION_HEADER).unwrap_or_default(),
-        }
+    let position = |record: &BorrowedMessage<'_>| match header(record, REPLAY_JOB_HEADER) {
+        Some(job) => format!("what the replay {job} wrote"),
+        None => header(record, POSITION_HEADER).unwrap_or_default().into_owned(),
     };
     tail.last_records(topics, position)
 }

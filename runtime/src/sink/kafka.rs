@@ -4,13 +4,14 @@
 //! checkpoint first.
 
 use std::{
+    collections::HashSet,
     thread,
     time::{Duration, Instant},
 };
 
-use meander_config::{Acknowledgement, CaptureConfig, Format};
+use meander_config::{Acknowledgement, CaptureConfig, Format, KafkaCluster};
 use rdkafka::{
-    message::{Header, OwnedHeaders},
+    message::{Header, OwnedHeaders, OwnedMessage},
     producer::BaseRecord,
 };
 use tokio::{
@@ -21,14 +22,15 @@ use tokio::{
 
 use crate::{
     batch::{Batch, Oversized, Record},
+    checkpoint::Tail,
     log::{
-        COMMIT_TIME_HEADER, Checkpoint, OversizedRecord, PART_HEADER, POSITION_HEADER, RedisPlace, SnapshotState,
-        checkpoint_key, checkpoint_topic, schema_key, schemas_topic,
+        COMMIT_TIME_HEADER, Checkpoint, OversizedRecord, PART_HEADER, POSITION_HEADER, REPLAY_JOB_HEADER, RedisPlace,
+        SnapshotState, checkpoint_key, checkpoint_topic, header, schema_key, schemas_topic,
     },
     position::{Lsn, Position},
     schema::Note,
     sink::{
-        Durable, SinkError,
+        Durable, SinkError, left_open,
         partition::ByRow,
         producer::{PAUSE_AFTER_COMMIT, TransactionalProducer},
         queue::Queued,
@@ -88,6 +90,31 @@ impl KafkaSink {
                 .as_ref()
                 .is_some_and(|redis| redis.acknowledgement == Acknowledgement::Required),
         })
+    }
+
+    /// Aborts what Kafka has left open in these topics past what is published, so that it does not come to be there twice. To be called before
+    /// anything is written. Blocks.
+    ///
+    /// # Errors
+    /// When Kafka does not answer in time, or it stays open.
+    pub fn abort_left_open(
+        &self,
+        cluster: &KafkaCluster,
+        committed: &Tail,
+        topics: &HashSet<String>,
+        published: Option<Position>,
+    ) -> Result<(), SinkError> {
+        let is_past = |record: &OwnedMessage| {
+            let position = header(record, POSITION_HEADER).and_then(|position| position.parse::<Position>().ok());
+            header(record, REPLAY_JOB_HEADER).is_none() && position.is_some() && position > published
+        };
+        left_open::abort(
+            cluster,
+            &self.producer,
+            committed,
+            |name| topics.contains(name),
+            is_past,
+        )
     }
 
     /// Commits a checkpoint with no records. Blocks.

@@ -2,6 +2,7 @@
 
 pub mod claims;
 pub mod kafka;
+pub mod left_open;
 pub mod partition;
 pub mod producer;
 pub mod queue;

@@ -141,6 +141,24 @@ impl TransactionalProducer {
             .map_err(|error| self.failed(&error))
     }
 
+    /// Has these partitions abort what they hold of this producer that is not settled: by a transaction that has a record in each, which nobody
+    /// sees, and is aborted.
+    ///
+    /// # Errors
+    /// When it does not succeed, or may not have.
+    pub fn abort_in<'a>(&self, partitions: impl IntoIterator<Item = (&'a str, i32)>) -> Result<(), SinkError> {
+        let deadline = self.begin()?;
+        for (topic, partition) in partitions {
+            // A topic that is compacted takes no record without a key.
+            let record = BaseRecord::to(topic).partition(partition).key(&b"aborted"[..]);
+            self.send(record.payload(&[]), deadline)?;
+        }
+        self.wait_for_deliveries(deadline)?;
+        self.producer
+            .abort_transaction(deadline.saturating_duration_since(Instant::now()))
+            .map_err(|error| self.failed(&error))
+    }
+
     /// Serves delivery reports, which would pile up otherwise.
     pub fn serve(&self) {
         self.producer.poll(Duration::ZERO);

@@ -8,14 +8,14 @@
 //! A topic that a pipeline publishes to is never written: whoever reads a log finds places in it by positions and timestamps that only rise.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::Arc,
     thread,
     time::{Duration, Instant},
 };
 
 use meander_config::{KafkaCluster, KafkaSink, ResourceIdentity, TopicManagement};
-use rdkafka::{Message as _, producer::BaseRecord};
+use rdkafka::{Message as _, message::OwnedMessage, producer::BaseRecord};
 use serde::{Deserialize, Serialize};
 use tokio::{
     runtime::Handle,
@@ -28,14 +28,17 @@ use super::{Batch, Mark, Resumable, Tally, Target, TargetError, job_id, marks};
 use crate::{
     checkpoint::Tail,
     kafka_client::require_admission,
-    log::{replay_topic, stream_of_topic},
+    log::{
+        REPLAY_JOB_HEADER, REPLAY_OFFSET_HEADER, REPLAY_PARTITION_HEADER, REPLAY_TOPIC_HEADER, header, replay_topic,
+        stream_of_topic,
+    },
     replay::{
         checkpoint::{Checkpoint, Reached},
         range::Range,
         record::Record,
     },
     sink::{
-        SinkError, claims,
+        SinkError, claims, left_open,
         partition::{ByRow, partition_of},
         producer::{PAUSE_AFTER_COMMIT, TransactionalProducer},
         topics::{Remarks, Topics},
@@ -109,9 +112,15 @@ impl Resumable for Kafka {
                 remarks: Remarks::default(),
             };
             let producer = TransactionalProducer::open(&cluster, &id, by_row)?;
-            let (place, checkpoint) = read_place(&cluster, &place_topic, &job)?;
-            if checkpoint.is_some() {
+            let tail = Tail::new(&cluster, READ_DEADLINE)
+                .map_err(SinkError::Checkpoint)?
+                .waiting();
+            let (place, checkpoint) = read_place(&tail, &place_topic, &job)?;
+            if let Some(checkpoint) = &checkpoint {
                 topics.begun();
+                let topics = written(&settings, &checkpoint.range);
+                let is_to_come = |record: &OwnedMessage| is_to_come(record, &job, checkpoint);
+                left_open::abort(&cluster, &producer, &tail, |name| topics.contains(name), is_to_come)?;
             }
             let kafka = Self {
                 producer,
@@ -256,15 +265,32 @@ fn require_no_pipeline(cluster: &KafkaCluster, prefix: String, topic: &str) -> R
     }
 }
 
+/// The topics that a replay of this range writes to.
+fn written(settings: &Settings, range: &Range) -> HashSet<String> {
+    let (from, to) = (&settings.log_prefix, &settings.cluster.topic_prefix);
+    let topics = range.partitions.iter();
+    topics
+        .filter_map(|stretch| stream_of_topic(&stretch.topic, from, to))
+        .collect()
+}
+
+/// Whether this replay has written the record, and delivers it once more.
+fn is_to_come(record: &OwnedMessage, job: &str, checkpoint: &Checkpoint) -> bool {
+    let number = |name| header(record, name)?.parse::<i64>().ok();
+    let is_ours = header(record, REPLAY_JOB_HEADER).is_some_and(|by| by == job);
+    let topic = header(record, REPLAY_TOPIC_HEADER).unwrap_or_default();
+    let (partition, offset) = (number(REPLAY_PARTITION_HEADER), number(REPLAY_OFFSET_HEADER));
+    let mut places = checkpoint.range.partitions.iter().zip(&checkpoint.reached.next);
+    let place = places.find(|(stretch, _)| *stretch.topic == *topic && Some(i64::from(stretch.partition)) == partition);
+    is_ours && place.is_some_and(|(_, next)| offset >= Some(*next))
+}
+
 /// What an earlier process of the replay left.
-fn read_place(cluster: &KafkaCluster, topic: &str, job: &str) -> Result<(Place, Option<Checkpoint>), TargetError> {
+fn read_place(tail: &Tail, topic: &str, job: &str) -> Result<(Place, Option<Checkpoint>), TargetError> {
     let unreadable = |cause: &dyn std::fmt::Display| TargetError::CheckpointUnreadable {
         place: format!("the topic {topic} of the target, under the key {job:?}"),
         cause: cause.to_string(),
     };
-    let tail = Tail::new(cluster, READ_DEADLINE)
-        .map_err(SinkError::Checkpoint)?
-        .waiting();
     let newest = |key: &str| {
         tail.find_last(topic, 0, |record| record.key() == Some(key.as_bytes()))
             .map(|found| found.and_then(|record| record.payload().map(<[u8]>::to_vec)))
