@@ -157,6 +157,7 @@ ALTER TYPE mood ADD VALUE 'angry';
 INSERT INTO changing VALUES (4, 'b', 'text', 'angry');
 ----- then
 DELETE FROM changing WHERE id IN (3, 4);
+----- then
 ALTER TABLE changing DROP CONSTRAINT changing_pkey, ADD PRIMARY KEY (b);
 INSERT INTO changing VALUES (5, 'key', 't', 'ok');
 UPDATE changing SET id = 6 WHERE id = 5;
