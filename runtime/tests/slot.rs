@@ -84,9 +84,9 @@ async fn everything_that_is_missing_is_said_at_once_and_what_is_said_mends_it() 
     let mut runtime = Runtime::capture(&config);
     let said = wait_for_log(&mut runtime, "ReplicationSlotsExhausted").await;
     let remedies = [
-        r#"GRANT CREATE ON DATABASE "postgres" TO "meander";"#,
-        r#"ALTER TABLE "public"."t" OWNER TO "meander";"#,
-        r#"ALTER TABLE "public"."keyless" REPLICA IDENTITY FULL;"#,
+        r#"GRANT CREATE ON DATABASE "postgres" TO "meander""#,
+        r#"ALTER TABLE "public"."t" OWNER TO "meander""#,
+        r#"ALTER TABLE "public"."keyless" REPLICA IDENTITY FULL"#,
         r#"ALTER ROLE "meander" REPLICATION;"#,
     ];
     for remedy in remedies {
