@@ -201,7 +201,7 @@ async fn definitions_that_are_too_old_are_found_and_upgraded_as_the_documentatio
     let line = documentation
         .lines()
         .map(str::trim)
-        .find(|line| line.starts_with("kubectl apply"));
+        .find(|line| line.starts_with("kubectl apply") && line.contains("<chart>"));
     shell(&server, &line.unwrap().replace("<chart>", "charts/meander"), "");
     eventually("nothing is lacking", async || check::definitions(&client).await.is_ok()).await;
 }
