@@ -16,7 +16,6 @@ use rdkafka::{
     consumer::{BaseConsumer, Consumer as _},
     error::KafkaError,
     message::{BorrowedMessage, OwnedMessage},
-    topic_partition_list::TopicPartitionListElem,
     types::RDKafkaErrorCode,
 };
 
@@ -120,14 +119,7 @@ impl Tail {
     /// # Errors
     /// When the client cannot be made from its settings.
     pub fn new(cluster: &KafkaCluster, timeout: Duration) -> Result<Self, TailError> {
-        let consumer = client_config(cluster, "meander-tail")
-            .and_then(|config| Ok(config.create_with_context(Hearing::default())?))
-            .map_err(|error| TailError::Client(Box::new(error)))?;
-        Ok(Self {
-            consumer: Arc::new(consumer),
-            timeout,
-            waits: false,
-        })
+        Self::of("read_committed", cluster, timeout)
     }
 
     /// A reader that sees what is not committed as well, and what was aborted.
@@ -135,9 +127,13 @@ impl Tail {
     /// # Errors
     /// When the client cannot be made from its settings.
     pub fn of_everything(cluster: &KafkaCluster, timeout: Duration) -> Result<Self, TailError> {
+        Self::of("read_uncommitted", cluster, timeout)
+    }
+
+    fn of(isolation: &str, cluster: &KafkaCluster, timeout: Duration) -> Result<Self, TailError> {
         let consumer = client_config(cluster, "meander-tail")
             .and_then(|mut config| {
-                config.set("isolation.level", "read_uncommitted");
+                config.set("isolation.level", isolation);
                 Ok(config.create_with_context(Hearing::default())?)
             })
             .map_err(|error| TailError::Client(Box::new(error)))?;
@@ -373,37 +369,50 @@ impl Tail {
     /// The end of each partition of the topics that are `wanted` and exist, as this reader sees it: one request to each broker.
     ///
     /// # Errors
-    /// When Kafka does not answer in time.
+    /// When Kafka does not tell in time, which it does not of a partition without a leader.
     pub fn ends(&self, wanted: impl Fn(&str) -> bool) -> Result<BTreeMap<(String, i32), i64>, TailError> {
         let deadline = Instant::now() + self.timeout;
-        let unreadable = |source| self.unreadable("*", 0, source);
-        let metadata = retry_until(deadline, |left| self.consumer.fetch_metadata(None, left)).map_err(unreadable)?;
-        let mut asked = TopicPartitionList::new();
-        for topic in metadata.topics().iter().filter(|topic| wanted(topic.name())) {
-            for partition in topic.partitions() {
-                // In the place of a timestamp, this stands for the end.
-                asked
-                    .add_partition_offset(topic.name(), partition.id(), Offset::End)
-                    .map_err(unreadable)?;
+        let mut silent = None;
+        let ends = retry_until(deadline, |left| {
+            let metadata = self.consumer.fetch_metadata(None, left)?;
+            let mut asked = TopicPartitionList::new();
+            for topic in metadata.topics().iter().filter(|topic| wanted(topic.name())) {
+                // It is there, and shows no partitions while their leaders are elected.
+                if let Some(error) = topic.error() {
+                    silent = Some((topic.name().to_owned(), 0));
+                    return Err(KafkaError::MetadataFetch(error.into()));
+                }
+                for partition in topic.partitions() {
+                    // In the place of a timestamp, this stands for the end.
+                    asked.add_partition_offset(topic.name(), partition.id(), Offset::End)?;
+                }
             }
-        }
-        if asked.count() == 0 {
-            return Ok(BTreeMap::new());
-        }
-        retry_until(deadline, |left| {
-            let found = self.consumer.offsets_for_times(asked.clone(), left)?;
-            let end = |partition: &TopicPartitionListElem<'_>| {
-                partition.error()?;
-                let end = match partition.offset() {
-                    Offset::Offset(end) => end,
-                    // It is empty.
-                    _ => 0,
-                };
-                Ok(((partition.topic().to_owned(), partition.partition()), end))
-            };
-            found.elements().iter().map(end).collect()
+            let mut ends = BTreeMap::new();
+            if asked.count() == 0 {
+                return Ok(ends);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            for partition in self.consumer.offsets_for_times(asked, left)?.elements() {
+                let place = (partition.topic().to_owned(), partition.partition());
+                // Of what no broker has answered, the client leaves what it was asked, and calls that no error.
+                let end = partition.error().and_then(|()| match partition.offset() {
+                    Offset::Offset(end) => Ok(end),
+                    _ => Err(KafkaError::OffsetFetch(RDKafkaErrorCode::LeaderNotAvailable)),
+                });
+                match end {
+                    Ok(end) => drop(ends.insert(place, end)),
+                    Err(error) => {
+                        silent = Some(place);
+                        return Err(error);
+                    }
+                }
+            }
+            Ok(ends)
+        });
+        ends.map_err(|source| {
+            let (topic, partition) = silent.unwrap_or_else(|| ("*".to_owned(), 0));
+            self.unreadable(&topic, partition, source)
         })
-        .map_err(unreadable)
     }
 
     /// The first committed record in a stretch of a partition that ends at or before its last stable offset.
