@@ -20,10 +20,10 @@ demo-down: ## Take away what the demo made
 test: ## Everything that must hold before a change lands
 	@tests/run.sh
 
-test-long: ## The long forms of tests: a transaction of ten million rows, fifty kills, forty faults, the model further
+test-long: ## The long forms of tests: a transaction of ten million rows, fifty kills, faults under load, the model further
 	@tests/run.sh long
 
-chaos: ## Forty faults under load, or MEANDER_CHAOS_FAULTS, and a comparison of everything
+chaos: ## Forty faults under load, twenty more on a cluster, and a comparison of everything; MEANDER_CHAOS_FAULTS and _CLUSTER_FAULTS say how many
 	@tests/run.sh chaos
 
 fuzz: ## Ten minutes of wrong input for everything that reads it

@@ -6,7 +6,7 @@
 #   tests/run.sh unit         the Rust and Go tests, with real services and a real API server
 #   tests/run.sh e2e          on a cluster of its own
 #   tests/run.sh long         what takes too long for every change
-#   tests/run.sh chaos        faults under load: forty, or MEANDER_CHAOS_FAULTS
+#   tests/run.sh chaos        faults under load: forty, or MEANDER_CHAOS_FAULTS; and twenty on a cluster, or MEANDER_CHAOS_CLUSTER_FAULTS
 #   tests/run.sh fuzz         wrong input for everything that reads it, for ten minutes or MEANDER_FUZZ_SECONDS
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -15,6 +15,7 @@ export MEANDER_CACHE CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$MEANDER_CACHE/target}
 passed=0 failed=0
 # shellcheck disable=SC2016 # an awk program
 RUST_RESULTS='/^test result:/ { p += $4; f += $6 }'
+PROMISES='/^ok - / { p++ } /^not ok - / { f++ }'
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 
@@ -94,6 +95,7 @@ long() {
 
 chaos() {
   check "faults under load" tests/chaos.sh
+  counted "faults on a cluster under load" "$PROMISES" tests/e2e/chaos.sh
 }
 
 fuzz() {
@@ -103,7 +105,7 @@ fuzz() {
 }
 
 e2e() {
-  counted "end to end" '/^ok - / { p++ } /^not ok - / { f++ }' tests/e2e/run.sh
+  counted "end to end" "$PROMISES" tests/e2e/run.sh
 }
 
 tests/setup.sh

@@ -104,14 +104,18 @@ owner() {
 
 one_owner() { [ "$(owner | tee "$work/owner" | wc -l)" = 1 ]; }
 
-# How many changes were published, as the checkpoint counts them.
-captured() {
-  local address
-  k get pods -l meander.dev/pipeline=trades -o jsonpath='{range .items[*]}{.status.podIP}{"\n"}{end}' | { grep . || true; } |
-    while read -r address; do
-      "$cluster" exec curl -s --connect-timeout 0.2 --max-time 1 "http://$address:9464/metrics" </dev/null || true
-    done | awk '$1 == "meander_capture_checkpoint_events" && $2 > most { most = $2 } END { print most + 0 }'
+# What each process that captures says of itself, as `PROCESS POD NAME VALUE`. It is asked from within its pod: this needs neither Kubernetes nor the pod's
+# network.
+capture_metrics() {
+  # shellcheck disable=SC2016 # the node's shell expands it
+  "$cluster" node sh -c 'for process in $(pgrep -x meander-runtime); do
+      pod=$(nsenter -t "$process" -u hostname) &&
+        nsenter -t "$process" -n curl -s --max-time 1 http://127.0.0.1:9464/metrics | sed -n "s/^meander_capture_/$process $pod /p"
+    done; true' </dev/null
 }
+
+# How many changes were published, as the checkpoint counts them.
+captured() { capture_metrics | awk '$3 == "checkpoint_events" && $4 > most { most = $4 } END { print most + 0 }'; }
 
 # Writes a line with the time whenever more changes were published than ever before, a few times a second.
 watch_captured() {
@@ -120,6 +124,19 @@ watch_captured() {
     now=$(captured) || continue
     [ "$now" -le "$most" ] || { most=$now; micros >>"$work/growth"; }
   done
+}
+
+# flows_again SINCE: waits until a change was published that had not been at this moment.
+flows_again() {
+  local at=0
+  # An awk may read no line before there are many.
+  while [ "$at" -le "$1" ] && read -r at; do :; done < <(timeout 240 tail -n +1 -f "$work/growth")
+  [ "$at" -gt "$1" ]
+}
+
+# silence SINCE: for how many milliseconds, at the most, no change was published from then on.
+silence() {
+  awk -v last="$1" '$1 > last { if ($1 - last > most) most = $1 - last; last = $1 } END { print int(most / 1000) }' "$work/growth"
 }
 
 # network -I|-D ADDRESS: takes the network of the pod with this address away, or gives it back.

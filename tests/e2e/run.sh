@@ -232,14 +232,12 @@ standby_takes_over() {
 # disturbed WHAT COMMAND...: runs it while changes come, until one was published afterwards, and says for how long there was none. A generous
 # bound, since everything else runs on the same machine; the figure is what counts.
 disturbed() {
-  local what=$1 since over at=0 pause; shift
+  local what=$1 since over pause; shift
   since=$(micros)
   "$@"
   over=$(micros)
-  # An awk may read no line before there are many.
-  while [ "$at" -le "$over" ] && read -r at; do :; done < <(timeout 240 tail -n +1 -f "$work/growth")
-  [ "$at" -gt "$over" ]
-  pause=$(awk -v last="$since" '$1 > last { if ($1 - last > most) most = $1 - last; last = $1 } END { print int(most / 1000) }' "$work/growth")
+  flows_again "$over"
+  pause=$(silence "$since")
   note "$what: no change was published for $pause ms at the most (goal: 5000)"
   [ "$pause" -lt 15000 ]
 }
