@@ -3,6 +3,8 @@
 #
 #   MEANDER_CHAOS_SEED             decides which faults come, in which order, when and for how long; another one each time where it is not set
 #   MEANDER_CHAOS_CLUSTER_FAULTS   how many (20)
+#
+#   chaos.sh total FILE            what several runs have found, whose reports are the lines of the file
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 cd "$root"
@@ -225,43 +227,51 @@ make_plan() {
   done
 }
 
-# The median and the most, in seconds, of each kind of fault.
-table() {
-  local title rounds
-  printf '\n%40s %18s %25s\n' "" "no change for" "status current after"
-  printf '%-40s %4s %6s %6s %12s %12s\n' seconds n p50 max p50 max
-  cut -f 1 "$work/rounds" | sort -u | while read -r title; do
-    rounds=$(awk -F '\t' -v title="$title" '$1 == title' "$work/rounds")
-    printf '%-40s %4s %6.1f %6.1f %12.1f %12.1f\n' "$title" "$(wc -l <<<"$rounds")" \
-      "$(quantile 3 2 <<<"$rounds")" "$(quantile 3 1 <<<"$rounds")" "$(quantile 4 2 <<<"$rounds")" "$(quantile 4 1 <<<"$rounds")"
-  done
-}
-
-quantile() { # COLUMN PART: the value that a PART-th of the rows is above of, in seconds
-  cut -f "$1" | sort -n | awk -v part="$2" '{ value[NR] = $1 } END { print value[part == 1 ? NR : int((NR + 1) / part)] / 1000 }'
-}
-
-write_report() {
+# The run as a line of JSON.
+report() {
   jq -Rcn --argjson seed "$seed" --argjson seconds "$SECONDS" --argjson changes "$(jq .postgres.changes "$work/verified")" '
     [inputs | split("\t") | {fault: .[0], hold: (.[1] | tonumber), silentMillis: (.[2] | tonumber), statusMillis: (.[3] | tonumber)}]
-    | {$seed, faults: length, $seconds, $changes, rounds: .}' "$work/rounds" >"$report"
-  echo "$report has the figures"
+    | {$seed, faults: length, $seconds, $changes, rounds: .}' "$work/rounds"
 }
 
+# table FILE: the reports in it together; of each kind of fault the median and the most, in seconds.
+table() {
+  jq -rs '"\(length) run(s), \(map(.faults) | add) faults, \(map(.seconds) | add) s, \(map(.changes // 0) | add) changes"' "$1"
+  printf '\n%50s %20s\n' "no change for" "status current after"
+  printf '%-40s %3s %6s %6s %6s %6s\n' seconds n p50 max p50 max
+  jq -rs 'def quantiles: sort | [.[(length - 1) / 2 | floor], .[-1]] | map(. / 1000);
+    [.[].rounds[]] | group_by(.fault)[]
+    | [.[0].fault, length] + (map(.silentMillis) | quantiles) + (map(.statusMillis) | quantiles) | @tsv' "$1" |
+    awk -F '\t' '{ printf "%-40s %3d %6.1f %6.1f %6.1f %6.1f\n", $1, $2, $3, $4, $5, $6 }'
+}
+
+if [ "${1:-}" = total ]; then
+  table "$2"
+  exit
+fi
 echo "seed $seed, $faults faults: MEANDER_CHAOS_SEED=$seed MEANDER_CHAOS_CLUSTER_FAULTS=$faults $0"
 make_plan
 begin
 promise "an operator and another, a capture and a standby, and load" begin_load
 : >"$work/growth"
 : >"$work/rounds"
+echo '{}' >"$work/verified"
 watch_captured &
 watch=$!
 trap 'kill "$watch" 2>/dev/null || true; finish' EXIT
 for ((i = 0; i < faults && status == 0; i++)); do
-  promise "round $((i + 1)): ${plan_title[i]}, ${plan_seconds[i]} s" round "$i"
+  held=
+  [ "${plan_seconds[i]}" = 0 ] || held=", for ${plan_seconds[i]} s"
+  promise "round $((i + 1)): ${plan_title[i]}$held" round "$i"
 done
 kill "$watch"
 promise "every committed change is once in Kafka and once in Redis, and one owns the slot" nothing_was_lost
 promise "no log, event or status has a password, and nothing panicked" nothing_was_told
-[ ! -s "$work/rounds" ] || table
-if [ "$status" = 0 ]; then write_report; else echo "failed: seed $seed, $faults faults"; fi
+report >"$work/report"
+table "$work/report"
+if [ "$status" = 0 ]; then
+  cp "$work/report" "$report"
+  echo "$report has the figures"
+else
+  echo "failed: seed $seed, $faults faults"
+fi
