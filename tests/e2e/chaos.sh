@@ -134,8 +134,8 @@ status_reached() {
     [ "${changes:-0}" -ge "$1" ] && [ "${lag:-10000}" -lt 10000 ]
 }
 
-none_holds() { # FILE...: neither a password nor a panic is in it, and there is something
-  [ -s "$1" ]
+none_holds() { # FILE: neither a password nor a panic is in it, and there is something
+  [ -s "$1" ] || { echo "$1 is empty"; return 1; }
   if grep -m 1 -F -f "$work/passwords" "$1"; then echo "a password is in $1"; return 1; fi
   if grep -m 1 "panicked" "$1"; then echo "something panicked"; return 1; fi
 }

@@ -60,7 +60,7 @@ retry() { # TIMES COMMAND...
 run_job() { # FILE NAME
   k delete job "$2" --ignore-not-found --wait
   k apply -f "$1"
-  k wait --for=jsonpath='{.status.conditions[?(@.type=="Complete")].status}'=True "job/$2" --timeout=240s ||
+  k wait --for=jsonpath='{.status.conditions[?(@.type=="Complete")].status}'=True "job/$2" --timeout=900s ||
     { k logs "job/$2" --tail=50; return 1; }
 }
 
@@ -111,7 +111,7 @@ capture_metrics() {
   "$cluster" node sh -c 'for process in $(pgrep -x meander-runtime); do
       pod=$(nsenter -t "$process" -u hostname) &&
         nsenter -t "$process" -n curl -s --max-time 1 http://127.0.0.1:9464/metrics | sed -n "s/^meander_capture_/$process $pod /p"
-    done; true' </dev/null
+    done 2>/dev/null; true' </dev/null
 }
 
 # How many changes were published, as the checkpoint counts them.
