@@ -25,7 +25,7 @@ use tokio::{
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{
-    Request, Status, Streaming,
+    Code, Request, Status, Streaming,
     metadata::{Ascii, MetadataValue, errors::InvalidMetadataValue},
     transport::{Certificate, ClientTlsConfig, Endpoint},
 };
@@ -45,6 +45,8 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(10);
+/// The same for an operator that answers and does not lead: the next call may come to the one that does.
+const LONGEST_BACKOFF_WITHOUT_LEADER: Duration = Duration::from_secs(2);
 /// A stream that lived this long was a success, after which the back-off starts anew.
 const HEALTHY_STREAM: Duration = Duration::from_secs(30);
 
@@ -264,6 +266,16 @@ enum LinkError {
     Closed,
 }
 
+impl LinkError {
+    /// The delay before another attempt, no longer than this error asks for.
+    fn shorten(&self, delay: Duration) -> Duration {
+        match self {
+            Self::Stream(status) if status.code() == Code::Unavailable => delay.min(LONGEST_BACKOFF_WITHOUT_LEADER),
+            _ => delay,
+        }
+    }
+}
+
 impl From<Status> for LinkError {
     fn from(status: Status) -> Self {
         Self::Stream(Box::new(status))
@@ -288,17 +300,17 @@ impl<P: Progress> Link<P> {
         let mut delays = backoff.build();
         loop {
             let started = Instant::now();
-            match self.session().await {
-                Ok(()) => return,
-                Err(error) => tracing::warn!(%error, "no link to the operator; trying again"),
-            }
+            let Err(error) = self.session().await else {
+                return;
+            };
+            tracing::warn!(%error, "no link to the operator; trying again");
             if started.elapsed() > HEALTHY_STREAM {
                 delays = backoff.build();
             }
             // While the process ends, there is only one more try, and no time to wait before it.
             let delay = delays.next().unwrap_or(LONGEST_BACKOFF);
             tokio::select! {
-                () = sleep(delay) => {}
+                () = sleep(error.shorten(delay)) => {}
                 () = self.ending.cancelled() => {
                     if let Err(error) = self.session().await {
                         tracing::warn!(%error, "the operator did not take the last state");
@@ -424,6 +436,15 @@ fn now_micros() -> i64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_does_not_lead_is_asked_again_soon_and_who_does_not_answer_is_not() {
+        let long = 2 * LONGEST_BACKOFF;
+        let no_leader = LinkError::from(Status::unavailable("this operator does not lead; try again"));
+        assert_eq!(no_leader.shorten(long), LONGEST_BACKOFF_WITHOUT_LEADER);
+        assert_eq!(no_leader.shorten(Duration::ZERO), Duration::ZERO);
+        assert_eq!(LinkError::NoAnswer.shorten(long), long);
+    }
 
     #[test]
     fn an_older_spec_asks_for_nothing_and_a_cancelled_replay_is_cancelled() {
