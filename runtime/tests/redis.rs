@@ -222,7 +222,8 @@ async fn a_redis_that_was_away_is_refilled_and_capture_into_kafka_went_on() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_redis_that_was_flushed_gets_everything_again() {
-    let rig = Rig::start().await;
+    let mut rig = Rig::start().await;
+    let log = rig.runtime.process().log().to_owned();
     let load = rig.load(6000);
     rig.in_kafka(2000).await;
     let () = rig.redis(&["FLUSHALL"]).await;
@@ -252,6 +253,11 @@ async fn a_redis_that_was_flushed_gets_everything_again() {
     let () = rig
         .redis(&["HSET", &rig.mark(), "generation", &taken.to_string()])
         .await;
+    eventually("it sees that", LIMIT, async || {
+        let log = std::fs::read_to_string(&log).unwrap();
+        log.contains("a later owner writes to Redis").then_some(()).ok_or(log)
+    })
+    .await;
     let config = rig.config.clone();
     let fence = move || loop {
         let kafka = KafkaSink::open(&config, Remarks::default()).unwrap();
@@ -273,6 +279,13 @@ async fn a_redis_that_was_flushed_gets_everything_again() {
     })
     .await;
     rig.agrees().await;
+    // It was replaced, which is no fault of Redis.
+    let said = std::fs::read_to_string(&log).unwrap();
+    assert!(!said.contains("RedisTaken"), "{said}");
+
+    // One that Kafka knows nothing of has replaced nobody.
+    let () = rig.redis(&["HSET", &rig.mark(), "generation", "1000"]).await;
+    rig.detached("RedisTaken").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -331,14 +331,14 @@ async fn another_state(redis: Option<&mut watch::Receiver<RedisProgress>>, known
 
 fn reported(redis: &RedisProgress) -> RedisState {
     match redis.state {
-        State::Starting | State::Detached => RedisState::Detached,
+        State::Starting | State::Detached | State::Taken => RedisState::Detached,
         State::Attached => RedisState::Attached,
         State::Refilling => RedisState::Refilling,
     }
 }
 
 impl Context {
-    /// Says how Redis is. Nothing is said of a Redis that was not tried yet.
+    /// Says how Redis is. Nothing is said of a Redis that was not tried yet, nor where another owner seems to have taken over.
     fn judge(&self, redis: &RedisProgress) {
         let (gap, sinks) = (ConditionType::RedisGap, ConditionType::SinksReady);
         if redis.state == State::Attached {
@@ -346,7 +346,7 @@ impl Context {
             self.phantoms.send_replace(redis.phantoms.clone());
         }
         match (redis.state, redis.last_error.as_deref()) {
-            (State::Starting, _) | (State::Detached, None) => {}
+            (State::Starting | State::Taken, _) | (State::Detached, None) => {}
             (State::Attached, _) => {
                 self.sinks_are_ready();
                 self.set(gap, false, "NoGap", "Redis has everything that Kafka has.");

@@ -209,7 +209,7 @@ pub enum SinkError {
     },
     /// A later owner has the mark.
     #[error(
-        "Redis was taken by owner generation {0}; if no other runtime runs, Kafka lost the checkpoint: delete this pipeline and create it with another streamPrefix, which is immutable"
+        "Redis was taken by owner generation {0}, of which Kafka knows nothing: it lost the checkpoint; delete this pipeline and create it with another streamPrefix, which is immutable"
     )]
     RedisTaken(String),
     /// Redis lost entries that it had acknowledged.

@@ -56,6 +56,10 @@ pub struct Progress {
 impl Progress {
     /// A later owner has the mark.
     pub(in crate::sink) fn is_taken(&self) -> bool {
+        self.state == State::Taken || self.is_told_taken()
+    }
+
+    fn is_told_taken(&self) -> bool {
         self.state == State::Detached && matches!(self.last_error.as_deref(), Some(SinkError::RedisTaken(_)))
     }
 }
@@ -70,6 +74,8 @@ pub enum State {
     Attached,
     /// It gets from Kafka what it lacks.
     Refilling,
+    /// A later owner writes to it. Most often that one has taken over, which Kafka is asked.
+    Taken,
     /// It gets nothing; [`Progress::last_error`] is why.
     Detached,
 }
@@ -175,6 +181,15 @@ impl Feed {
             };
             live.detach();
             let Err(error) = ended else { return };
+            if matches!(error, SinkError::RedisTaken(_)) && !self.progress.borrow().is_told_taken() {
+                let owns_the_log = tokio::select! {
+                    owns_the_log = self.owns_the_log() => owns_the_log,
+                    () = live.abandoned() => false,
+                };
+                if !owns_the_log {
+                    return;
+                }
+            }
             self.detached(error);
             if started.elapsed() >= HEALTHY {
                 pauses = new_pauses();
@@ -184,6 +199,16 @@ impl Feed {
                 () = live.abandoned() => return,
             }
         }
+    }
+
+    /// Finds out by Kafka's transactions whether a later owner has taken over, which takes Kafka before it takes Redis: then the session ends.
+    async fn owns_the_log(&mut self) -> bool {
+        tracing::info!("a later owner writes to Redis: Kafka is asked whether it has taken over");
+        self.metrics.attached.set(0);
+        self.progress.send_modify(|progress| progress.state = State::Taken);
+        self.log.mark_unchanged();
+        // The first may have been committed before the later owner came.
+        self.log.changed().await.is_ok() && self.log.changed().await.is_ok()
     }
 
     /// Brings Redis to where the buffer begins, and goes on from the buffer, until nothing more is offered.
