@@ -362,7 +362,7 @@ fn narrow(
         let partitions: Vec<_> = (range.partitions.iter())
             .map(|stretch| (Arc::clone(&stretch.topic), stretch.partition))
             .collect();
-        let near = brokers.committed.list(&partitions, Offset::Offset(to))?;
+        let near = brokers.committed.since(&partitions, to)?;
         let mut parts = range.parts();
         for (part, near) in parts.iter_mut().zip(near) {
             // Without an answer, and most often rightly so, everything that is there is before.
@@ -400,7 +400,7 @@ pub fn following(
     let (partitions, ends) = brokers.settled(stop)?;
     let lows = brokers.committed.list(&partitions, Offset::Beginning)?;
     let starts = match since {
-        Some(since) => brokers.committed.list(&partitions, Offset::Offset(since.max(0)))?,
+        Some(since) => brokers.committed.since(&partitions, since)?,
         None => vec![None; partitions.len()],
     };
     let mut range = Range {
@@ -413,7 +413,7 @@ pub fn following(
         missing: None,
     };
     for (index, (topic, partition)) in partitions.into_iter().enumerate() {
-        let (low, end) = (lows[index].unwrap_or(0), ends[index].unwrap_or(0));
+        let (low, end) = (lows[index], ends[index]);
         let reached = reached.get(&(Arc::clone(&topic), partition)).copied().unwrap_or(0);
         // An answer of nothing can be wrong (see `locate`); then what was taken is read again and passed over.
         let start = starts[index].unwrap_or(reached).max(reached).max(low);
@@ -470,11 +470,11 @@ fn locate(range: &mut Range, brokers: &Brokers, probe: &Probe, stop: &Cancellati
     let lows = committed.list(&partitions, Offset::Beginning)?;
     let from = range.from;
     let starts = match from {
-        Some(from) => committed.list(&partitions, Offset::Offset(from))?,
-        None => lows.clone(),
+        Some(from) => committed.since(&partitions, from)?,
+        None => lows.iter().copied().map(Some).collect(),
     };
     for (index, (topic, partition)) in partitions.into_iter().enumerate() {
-        let (low, end) = (lows[index].unwrap_or(0), ends[index].unwrap_or(0));
+        let (low, end) = (lows[index], ends[index]);
         let start = match starts[index] {
             _ if low >= end => end,
             Some(start) => start.clamp(low, end),
@@ -512,10 +512,9 @@ pub fn resume(range: &Range, kafka: &KafkaLog, token: ResumeToken, frozen: bool)
         .collect();
     let offsets = Offsets::connect(kafka, "read_committed")?;
     let lows = offsets.list(&partitions, Offset::Beginning)?;
-    let starts = offsets.list(&partitions, Offset::Offset(token.timestamp.max(0)))?;
+    let starts = offsets.since(&partitions, token.timestamp)?;
     let mut rest = range.clone();
     for (stretch, (low, start)) in rest.partitions.iter_mut().zip(lows.into_iter().zip(starts)) {
-        let low = low.unwrap_or(0);
         let begun = stretch.start;
         // What was deleted before a range began is no part of it.
         let deleted = match frozen {
@@ -551,7 +550,7 @@ pub(super) fn partitions(kafka: &KafkaLog, checkpoint_topic: &str) -> Result<Vec
 fn settle(
     committed: &Offsets,
     partitions: &[(Arc<str>, i32)],
-    ends: &[Option<i64>],
+    ends: &[i64],
     stop: &CancellationToken,
 ) -> Result<(), ReplayError> {
     let started = Instant::now();
@@ -597,7 +596,7 @@ impl Brokers {
     }
 
     /// The partitions of the log, and where each ends, once everything before that is decided.
-    fn settled(&self, stop: &CancellationToken) -> Result<(Partitions, Vec<Option<i64>>), ReplayError> {
+    fn settled(&self, stop: &CancellationToken) -> Result<(Partitions, Vec<i64>), ReplayError> {
         let partitions = self.committed.partitions(&self.topic_prefix, &self.checkpoint_topic)?;
         let ends = self.uncommitted.list(&partitions, Offset::End)?;
         settle(&self.committed, &partitions, &ends, stop)?;
@@ -645,36 +644,60 @@ impl Offsets {
         .map_err(unreachable("listing the pipeline's topics"))
     }
 
-    /// An offset of each partition, in the same order: its first, its end, or the first one at or after a timestamp (then none if
-    /// there is none).
+    /// The first offset of each partition, or its end, in the same order.
+    fn list(&self, partitions: &[(Arc<str>, i32)], asked: Offset) -> Result<Vec<i64>, ReplayError> {
+        self.ask(partitions, asked, |answer| told(asked, answer)?.ok_or(UNANSWERED))
+    }
+
+    /// The first offset of each partition at or after a timestamp, in the same order; none where there is none.
     ///
-    /// The answer for a timestamp takes control records into account, whose timestamps are the broker's own time. So it can be too
-    /// early, never too late, and it cannot say where a range ends.
-    fn list(&self, partitions: &[(Arc<str>, i32)], which: Offset) -> Result<Vec<Option<i64>>, ReplayError> {
+    /// The answer takes control records into account, whose timestamps are the broker's own time. So it can be too early, never too late, and it
+    /// cannot say where a range ends.
+    fn since(&self, partitions: &[(Arc<str>, i32)], timestamp: i64) -> Result<Vec<Option<i64>>, ReplayError> {
+        // No database committed anything before 1970. In this the answer could be what was asked.
+        let asked = match timestamp {
+            ..=0 => Offset::Beginning,
+            _ => Offset::Offset(timestamp),
+        };
+        self.ask(partitions, asked, |answer| told(asked, answer))
+    }
+
+    fn ask<T>(
+        &self,
+        partitions: &[(Arc<str>, i32)],
+        asked: Offset,
+        told: impl Fn(Offset) -> Result<T, KafkaError>,
+    ) -> Result<Vec<T>, ReplayError> {
         if partitions.is_empty() {
             return Ok(Vec::new());
         }
         retry_until(Instant::now() + TIMEOUT, |left| {
             let mut query = TopicPartitionList::with_capacity(partitions.len());
             for (topic, partition) in partitions {
-                query.add_partition_offset(topic, *partition, which)?;
+                query.add_partition_offset(topic, *partition, asked)?;
             }
             let answer = self.0.offsets_for_times(query, left)?;
-            partitions
-                .iter()
-                .map(|(topic, partition)| {
-                    let element = answer
-                        .find_partition(topic, *partition)
-                        .ok_or(KafkaError::OffsetFetch(RDKafkaErrorCode::UnknownPartition))?;
-                    element.error()?;
-                    Ok(match element.offset() {
-                        Offset::Offset(offset) => Some(offset),
-                        _ => None,
-                    })
-                })
-                .collect()
+            let offset = |(topic, partition): &(Arc<str>, i32)| {
+                let element = answer.find_partition(topic, *partition).ok_or(UNANSWERED)?;
+                element.error()?;
+                told(element.offset())
+            };
+            partitions.iter().map(offset).collect()
         })
         .map_err(unreachable("asking for offsets"))
+    }
+}
+
+/// Of what no broker has answered, the client leaves what it was asked, and calls that no error.
+const UNANSWERED: KafkaError = KafkaError::OffsetFetch(RDKafkaErrorCode::LeaderNotAvailable);
+
+/// The offset that the client tells; none where it tells that there is nothing from the timestamp on that it was asked for.
+fn told(asked: Offset, answer: Offset) -> Result<Option<i64>, KafkaError> {
+    match answer {
+        answer if answer == asked => Err(UNANSWERED),
+        Offset::Offset(offset) => Ok(Some(offset)),
+        Offset::End => Ok(None),
+        _ => Err(UNANSWERED),
     }
 }
 
@@ -729,6 +752,17 @@ mod tests {
         assert_eq!(place(200, "1:0/20:0"), Place::Beyond);
         assert_eq!(place(150, "1:0/51:0"), Place::Beyond);
         assert_eq!(place(99, "2:0/1:0"), Place::Beyond);
+    }
+
+    #[test]
+    fn what_no_broker_has_answered_is_never_taken_for_an_offset_or_for_nothing() {
+        let timestamp = Offset::Offset(1_763_632_800_000);
+        for asked in [Offset::Beginning, Offset::End, timestamp] {
+            assert_eq!(told(asked, asked), Err(UNANSWERED));
+            assert_eq!(told(asked, Offset::Invalid), Err(UNANSWERED));
+            assert_eq!(told(asked, Offset::Offset(7)), Ok(Some(7)));
+        }
+        assert_eq!(told(timestamp, Offset::End), Ok(None));
     }
 
     #[test]

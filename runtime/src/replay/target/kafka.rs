@@ -317,3 +317,83 @@ async fn blocking<T: Send + 'static>(
     let done = spawn_blocking(work).await;
     done.unwrap_or_else(|error| Err(SinkError::KafkaTransaction(error.to_string()).into()))
 }
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use rdkafka::Timestamp;
+
+    use super::*;
+    use crate::{
+        position::{Epoch, Lsn, Position},
+        replay::{
+            range::Stretch,
+            record::{Coordinate, Passed},
+        },
+    };
+
+    /// What the target holds of a record of the log that was replayed.
+    fn replayed(topic: &str, partition: i32, offset: i64, job: &str) -> OwnedMessage {
+        let record = Record {
+            coordinate: Coordinate {
+                position: Position::end_of_transaction(Epoch::FIRST, Lsn(16)),
+                part: 0,
+            },
+            timestamp: 0,
+            commit_time: 0,
+            topic: topic.into(),
+            partition,
+            offset,
+            key: Bytes::new(),
+            value: Bytes::new(),
+            headers: Vec::new(),
+            passed: Passed::default(),
+            next: (0, offset + 1),
+            others: Vec::new(),
+        };
+        let headers = marks::headers(&record, job, Some(1));
+        let topic = format!("copy.{topic}");
+        OwnedMessage::new(None, None, topic, Timestamp::NotAvailable, 0, 0, Some(headers))
+    }
+
+    #[test]
+    fn what_is_aborted_is_what_this_replay_wrote_and_writes_once_more() {
+        let stretch = |topic: &str, partition| Stretch {
+            topic: topic.into(),
+            partition,
+            start: 0,
+            end: 100,
+            truncated: false,
+        };
+        let range = Range {
+            from: None,
+            to: None,
+            first: None,
+            end: None,
+            high_time: 0,
+            partitions: vec![stretch("a", 0), stretch("a", 1), stretch("b", 0)],
+            missing: None,
+        };
+        let reached = Reached {
+            next: vec![10, 20, 30],
+            done: None,
+        };
+        let checkpoint = Checkpoint::kept(range, reached).unwrap();
+        let aborts = |topic, partition, offset, job| {
+            let record = replayed(topic, partition, offset, job);
+            is_to_come(&record, "ours", &checkpoint)
+        };
+        for (topic, partition, next) in [("a", 0, 10), ("a", 1, 20), ("b", 0, 30)] {
+            assert!(aborts(topic, partition, next, "ours"));
+            assert!(aborts(topic, partition, next + 1, "ours"));
+            assert!(!aborts(topic, partition, next - 1, "ours"), "it is delivered");
+            assert!(!aborts(topic, partition, next, "another's"));
+        }
+        assert!(
+            !aborts("b", 1, 30, "ours") && !aborts("c", 0, 30, "ours"),
+            "it is not of the range"
+        );
+        let foreign = OwnedMessage::new(None, None, "a".to_owned(), Timestamp::NotAvailable, 0, 0, None);
+        assert!(!is_to_come(&foreign, "ours", &checkpoint), "somebody else wrote it");
+    }
+}
