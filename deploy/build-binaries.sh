@@ -24,7 +24,7 @@ build() {
 
 # The content of every file that a binary is made of, and its name; tests are none of them. And the C library.
 sources=$({ echo "$glibc"; git ls-files -co --exclude-standard -- Cargo.lock rust-toolchain.toml '*Cargo.toml' crds/src operator/src proto \
-  runtime/src runtime/config tests/workload/src tests/verifier tests/cluster/versions.sh deploy/build-binaries.sh |
+  runtime/src runtime/config traces/src tests/workload/src tests/verifier tests/cluster/versions.sh deploy/build-binaries.sh |
   sort | while read -r file; do [ ! -f "$file" ] || sha256sum "$file"; done; } | sha256sum | cut -c1-16)
 built=$MEANDER_CACHE/dist-$sources
 in_place "$built" build

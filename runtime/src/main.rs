@@ -7,15 +7,26 @@ use meander_runtime::{
     capture,
     replay::{self, error::ReplayError},
 };
+use meander_traces::Traces;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
-use tracing_subscriber::{EnvFilter, filter::ParseError};
+use tracing::Level;
+use tracing_subscriber::{
+    EnvFilter, Layer as _,
+    filter::{FilterExt as _, ParseError, Targets, filter_fn},
+    fmt,
+    layer::SubscriberExt as _,
+    util::SubscriberInitExt as _,
+};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// How long the process waits at its end for calls that block, such as a write to a pipe that nobody reads.
 const PARTING: Duration = Duration::from_secs(1);
+
+/// What it is called in traces, unless OTEL_SERVICE_NAME says something else.
+const SERVICE: &str = "meander-runtime";
 
 /// Captures the changes of a PostgreSQL database, publishes them to Kafka and Redis, and replays them.
 #[derive(Parser)]
@@ -43,33 +54,23 @@ struct Config {
 }
 
 fn main() -> ExitCode {
-    let (filter, refused) = filter();
-    // Standard output belongs to a replay into the log.
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr);
-    if std::io::stderr().is_terminal() {
-        log.init();
-    } else {
-        log.json().flatten_event(true).init();
-    }
-    if let Some(error) = refused {
-        tracing::warn!(%error, "RUST_LOG cannot be read: the level is info");
-    }
-    let command = Arguments::parse().command;
     // A dozen threads take memory in small pieces: most of each huge page would be held for nothing, and a replay has the kernel clear
     // one after the other. A kernel that has none refuses, which is as good.
     let _ = rustix::thread::disable_transparent_huge_pages(true);
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => {
-            tracing::error!(%error, "cannot start");
+            eprintln!("cannot start: {error}");
             return ExitCode::FAILURE;
         }
     };
+    let traces = {
+        let _runtime = runtime.enter();
+        log()
+    };
+    let command = Arguments::parse().command;
     let result = runtime.block_on(run(command));
-    runtime.shutdown_timeout(PARTING);
-    match result {
+    let code = match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!(error = chain(error.as_ref()), "ended");
@@ -78,7 +79,42 @@ fn main() -> ExitCode {
                 _ => ExitCode::FAILURE,
             }
         }
+    };
+    if let Some(traces) = traces {
+        traces.end();
     }
+    runtime.shutdown_timeout(PARTING);
+    code
+}
+
+/// Begins to log, and to trace where that is asked for.
+fn log() -> Option<Traces> {
+    let (filter, refused) = filter();
+    let (traces, untraced) = match Traces::configured(SERVICE) {
+        Ok(traces) => (traces, None),
+        Err(error) => (None, Some(error)),
+    };
+    // Without traces nobody takes spans, and so they cost nothing.
+    let filter = filter.and(filter_fn(|metadata| metadata.is_event()));
+    // Standard output belongs to a replay into the log.
+    let lines = fmt::layer().with_writer(std::io::stderr);
+    let lines = if std::io::stderr().is_terminal() {
+        lines.with_filter(filter).boxed()
+    } else {
+        lines.json().flatten_event(true).with_filter(filter).boxed()
+    };
+    let traced = || Targets::new().with_target("meander_runtime", Level::INFO);
+    tracing_subscriber::registry()
+        .with(lines)
+        .with(traces.as_ref().map(|traces| traces.layer(traced())))
+        .init();
+    if let Some(error) = refused {
+        tracing::warn!(%error, "RUST_LOG cannot be read: the level is info");
+    }
+    if let Some(error) = untraced {
+        tracing::warn!(%error, "there are no traces");
+    }
+    traces
 }
 
 /// What is logged, by RUST_LOG, and why that cannot be read.

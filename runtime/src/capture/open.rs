@@ -8,6 +8,7 @@ use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use meander_config::KafkaCluster;
 use meander_config::{OnSourceGap, PostgresSource};
+use meander_traces::step;
 use rdkafka::message::BorrowedMessage;
 use tokio::{
     sync::watch,
@@ -80,7 +81,7 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
 
     // Preflight: nothing is made before everything is checked, and all that is missing is said at once.
     let credentials = Credentials::read(&source.server())?;
-    let catalog = Catalog::connect(source, &credentials).await?;
+    let catalog = step(step!("connect"), Catalog::connect(source, &credentials)).await?;
     let selection = Selection::new(&source.tables)?;
     let mut slot = catalog.slot(source).await?;
     // Whoever does not own the slot has no business with anything else either.
@@ -90,11 +91,14 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
             let slot = source.slot_name.clone();
             return Err(SourceError::SlotActive { slot }.into());
         }
-        slot = stand_by(context, &catalog).await?;
+        slot = step(step!("stand by"), stand_by(context, &catalog)).await?;
     }
     let wire = |error| wire_failure(source, &credentials.user, error);
-    let connected = ReplicationConnection::connect(source, &credentials).await.map_err(wire);
-    let (tables, mut connection) = catalog.check(source, &selection, slot.as_ref(), connected).await?;
+    let check = async {
+        let connected = ReplicationConnection::connect(source, &credentials).await.map_err(wire);
+        catalog.check(source, &selection, slot.as_ref(), connected).await
+    };
+    let (tables, mut connection) = step(step!("check source"), check).await?;
     let refused = tables.refused.into_iter().map(|refused| refused.table);
     let (tables, refused) = (tables.captured, refused.collect::<Vec<_>>());
     let server = identify(&mut connection, &catalog, &wire).await?;
@@ -153,7 +157,7 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
         wanted.push((record.topic, "heartbeats".to_owned()));
     }
     drop(encoder);
-    topics.ensure_all(wanted).await?;
+    step(step!("make topics"), topics.ensure_all(wanted)).await?;
     // Where there is a slot, the publication is its owner's to change.
     if makes_slot {
         if slot.is_some() {
@@ -161,7 +165,11 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
             catalog.drop_slot(source).await?;
         }
         catalog.prepare_publication(source, &tables).await?;
-        create_slot(&mut connection, &catalog, source, &wire).await?;
+        step(
+            step!("make slot"),
+            create_slot(&mut connection, &catalog, source, &wire),
+        )
+        .await?;
     } else if let Some(failover) = source.slot_failover
         && slot.and_then(|slot| slot.failover).unwrap_or(false) != failover
     {
@@ -173,10 +181,8 @@ pub(super) async fn open(context: &Context) -> Result<Session, CaptureError> {
         connection.query(SHORT_SILENCE).await.map_err(wire)?;
     }
     let process = connection.process();
-    let (reader, writer) = connection
-        .start_replication(&source.slot_name, &source.publication.name, source.origin)
-        .await
-        .map_err(wire)?;
+    let replication = connection.start_replication(&source.slot_name, &source.publication.name, source.origin);
+    let (reader, writer) = step(step!("own slot"), replication).await.map_err(wire)?;
     let received = Received::default();
     let (acknowledged, acknowledgements) = watch::channel(None);
     let status = status::Task::start(writer, received.clone(), acknowledgements);
@@ -382,6 +388,13 @@ async fn read_own_schemas(context: &Context, tail: Arc<Tail>) -> Result<Vec<Kept
     Ok(read.map_err(SinkError::Checkpoint)?)
 }
 
+/// Does what blocks on a thread of its own.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, SinkError> + Send + 'static,
+) -> Result<T, CaptureError> {
+    Ok(spawn_blocking(work).await??)
+}
+
 /// Becomes the one writer of Kafka.
 async fn open_kafka(
     context: &Context,
@@ -393,23 +406,29 @@ async fn open_kafka(
     accepted_loss: Option<Loss>,
 ) -> Result<(KafkaSink, Checkpoint, Schemas, HashSet<Table>), CaptureError> {
     let (config, remarks) = (context.config.clone(), context.remarks.clone());
-    let kafka = spawn_blocking(move || KafkaSink::open(&config, remarks)).await??;
+    let opening = blocking(move || KafkaSink::open(&config, remarks));
+    let kafka = step(step!("fence others"), opening).await?;
     // One reader for all that follows: each new one would have to find the brokers first. The topics exist: one that is not known is not yet known, and
     // never a beginning.
     let tail = Arc::new(tail(context)?.waiting());
-    let before = read_own_checkpoint(context, tail.clone(), checkpoint_topic).await?;
+    let reading = read_own_checkpoint(context, tail.clone(), checkpoint_topic);
+    let before = step(step!("read checkpoint"), reading).await?;
     keys_stay(context, before.as_ref())?;
     // Only now: while the slot is ours nobody else can move it, and what is published cannot be newer than the server.
-    let slot = catalog.slot(&context.config.source).await?;
-    (server.position, server.standby) = catalog.wal_position().await?;
-    if let (Some(before), Some(slot)) = (&before, &slot)
-        && before.system_identifier != server.system_identifier
-        && before.ended_at.is_some()
-    {
-        server.untouched_to = untouched_to(&context.config.source, credentials, catalog, slot).await?;
-    }
+    let check = async {
+        let slot = catalog.slot(&context.config.source).await?;
+        (server.position, server.standby) = catalog.wal_position().await?;
+        if let (Some(before), Some(slot)) = (&before, &slot)
+            && before.system_identifier != server.system_identifier
+            && before.ended_at.is_some()
+        {
+            server.untouched_to = untouched_to(&context.config.source, credentials, catalog, slot).await?;
+        }
+        let decision = start(before.as_ref(), context, slot.as_ref(), &server)?;
+        Ok::<_, CaptureError>((slot, decision))
+    };
+    let (slot, decision) = step(step!("check for a gap"), check).await?;
     let server = &server;
-    let decision = start(before.as_ref(), context, slot.as_ref(), server)?;
     let mut checkpoint = before.unwrap_or(Checkpoint {
         epoch: Epoch::FIRST.0,
         partings: vec![],
@@ -442,9 +461,10 @@ async fn open_kafka(
                 .abort_left_open(&cluster, &tail, &topics, published)
                 .map(|()| kafka)
         };
-        spawn_blocking(settled).await??
+        step(step!("settle what is left open"), blocking(settled)).await?
     };
-    let known = check_log(context, tail.clone(), &selected, checkpoint.published, checkpoint_topic).await?;
+    let check = check_log(context, tail.clone(), &selected, checkpoint.published, checkpoint_topic);
+    let known = step(step!("check log"), check).await?;
     let mut records = Batch::default();
     let before = checkpoint.system_identifier.clone();
     let mut upgrade = None;
@@ -505,7 +525,8 @@ async fn open_kafka(
     }
     let kafka = {
         let checkpoint = checkpoint.clone();
-        spawn_blocking(move || kafka.commit_batch(&records, &checkpoint).map(|()| kafka)).await??
+        let commit = blocking(move || kafka.commit_batch(&records, &checkpoint).map(|()| kafka));
+        step(step!("first commit"), commit).await?
     };
     if let Some((from, to)) = upgrade {
         let message = format!("The server was upgraded from PostgreSQL {from} to {to}, and nothing is lost.");

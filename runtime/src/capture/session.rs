@@ -3,6 +3,7 @@
 use std::{future::pending, time::Duration};
 
 use meander_config::Format;
+use meander_traces::step;
 use tokio::{
     runtime::Handle,
     sync::watch,
@@ -75,6 +76,8 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
     let config = &context.config;
     context.keyless.clear();
     context.remarks.clear();
+    let pipeline = &config.pipeline;
+    let start = step!("start", namespace = pipeline.namespace, pipeline = pipeline.name);
     let Session {
         catalog,
         selection,
@@ -88,7 +91,7 @@ pub(super) async fn run(context: &Context, shutdown: &CancellationToken) -> Resu
         owner,
         schemas,
     } = tokio::select! {
-        session = open(context) => session.inspect_err(|error| {
+        session = step(start, open(context)) => session.inspect_err(|error| {
             // The source was looked at before either: what was wrong with it is over.
             if matches!(error, CaptureError::Gap(_) | CaptureError::Sink(_)) {
                 context.set(ConditionType::SourceReady, true, "Ready", "The source can be reached.");

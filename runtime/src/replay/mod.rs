@@ -31,6 +31,7 @@ use meander_proto::{
     FinalWord,
     v1::{ReplayProgress, replay_progress::Phase},
 };
+use meander_traces::step;
 use prometheus::{Gauge, IntCounter, IntGauge, Registry, core::Collector};
 use tokio::{
     sync::{mpsc, watch},
@@ -38,6 +39,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument as _;
 
 use self::{
     checkpoint::Checkpoint,
@@ -126,7 +128,9 @@ pub async fn run(config: ReplayConfig, shutdown: CancellationToken) -> Result<En
         reporter,
         metrics: metrics.map(Arc::new),
     };
-    let result = replay(&config, orders, &report, &shutdown).await;
+    let job = &config.job;
+    let span = step!("replay", namespace = job.namespace, replay = job.name);
+    let result = step(span, replay(&config, orders, &report, &shutdown)).await;
     let word = report.conclude(&config, &result);
     if let Some(path) = &config.termination_message_file {
         word::write(path, word).await;
@@ -242,6 +246,7 @@ impl Job<'_> {
             self.report,
             self.shutdown,
         )
+        .instrument(tracing::info_span!("deliver"))
         .await
     }
 
@@ -272,7 +277,7 @@ impl Job<'_> {
             }
         };
         tokio::select! {
-            end = grpc_serve::serve(offer, place, self.shutdown) => end,
+            end = grpc_serve::serve(offer, place, self.shutdown).instrument(tracing::info_span!("serve")) => end,
             never = keeping => match never {},
         }
     }
@@ -349,7 +354,7 @@ impl Job<'_> {
     async fn session<T: Resumable>(&mut self, settings: &T::Settings, tally: &Tally) -> Result<End, ReplayError> {
         let trouble = tally.trouble();
         let standing = trouble.as_ref().map_or(OPENING, Standing::because);
-        let opening = answered(T::open(settings, &self.config.job));
+        let opening = answered(T::open(settings, &self.config.job)).instrument(tracing::info_span!("open target"));
         let Some(opened) = self.unless_told(standing, opening).await? else {
             return Ok(End::Cancelled);
         };
@@ -378,7 +383,9 @@ impl Job<'_> {
         self.ready.send_replace(true);
         let reads = self.read::<T>(rest, true);
         let orders = self.orders.clone();
-        drive(reads, target, orders, meter, &self.plan, self.report, self.shutdown).await
+        drive(reads, target, orders, meter, &self.plan, self.report, self.shutdown)
+            .instrument(tracing::info_span!("deliver"))
+            .await
     }
 
     /// Starts to read what is left of the range. `places` says whether the target keeps how far each partition is.
@@ -400,6 +407,7 @@ impl Job<'_> {
         let _stop_on_return = stop.clone().drop_guard();
         let config = self.config.clone();
         let resolving = spawn_blocking(move || range::resolve(&config, &stop));
+        let resolving = resolving.instrument(tracing::info_span!("resolve range"));
         match self.unless_told(RESOLVING, resolving).await? {
             Some(range) => range
                 .map_err(|_| ReplayError::TaskStopped("resolving the range"))?

@@ -10,6 +10,7 @@ use std::{
 };
 
 use meander_config::{Acknowledgement, CaptureConfig, Format, KafkaCluster};
+use meander_traces::{note, step};
 use rdkafka::{
     message::{Header, OwnedHeaders, OwnedMessage},
     producer::BaseRecord,
@@ -18,6 +19,10 @@ use tokio::{
     runtime::Handle,
     sync::{mpsc, watch},
     time::timeout,
+};
+use tracing::{
+    Span,
+    field::{Empty, display},
 };
 
 use crate::{
@@ -270,9 +275,11 @@ impl KafkaSink {
             let says_more = safe > checkpoint.acknowledged || is_taken;
             let acknowledges = says_more && last_commit.elapsed() >= ACKNOWLEDGE_INTERVAL;
             if transaction.deadline.is_some() || acknowledges {
-                let deadline = transaction.deadline.map_or_else(|| self.producer.begin(), Ok)?;
+                let deadline = transaction.begin(&self)?;
                 checkpoint.acknowledged = checkpoint.acknowledged.max(safe);
-                self.commit(&checkpoint, deadline)?;
+                let committed = self.commit(&checkpoint, deadline);
+                transaction.trace(&committed);
+                committed?;
                 last_commit = Instant::now();
                 last_answer = last_commit;
                 acknowledged.send_replace(checkpoint.clone());
@@ -327,11 +334,13 @@ struct Transaction {
     events: u64,
     records: u64,
     batches: u64,
+    first: Option<Position>,
     last: Option<Position>,
     complete: Option<Position>,
     safe: Lsn,
     high_time_micros: i64,
     is_late: bool,
+    span: Option<Span>,
     snapshot: Option<SnapshotState>,
     ended_at: Option<Lsn>,
     oversized: Vec<Oversized>,
@@ -343,7 +352,18 @@ impl Transaction {
     fn begin(&mut self, sink: &KafkaSink) -> Result<Instant, SinkError> {
         match self.deadline {
             Some(deadline) => Ok(deadline),
-            None => Ok(*self.deadline.insert(sink.producer.begin()?)),
+            None => {
+                let pipeline = &sink.checkpoint_key;
+                self.span = Some(step!(
+                    "transaction",
+                    pipeline,
+                    changes = Empty,
+                    first = Empty,
+                    last = Empty,
+                    bytes = Empty
+                ));
+                Ok(*self.deadline.insert(sink.producer.begin()?))
+            }
         }
     }
 
@@ -358,6 +378,7 @@ impl Transaction {
             // A schema's change and the change that it comes before are one position, and one change.
             self.events += u64::from(record.part == 0);
             self.records += 1;
+            self.first.get_or_insert(record.position);
             self.last = Some(record.position);
         }
         if !batch.schemas.is_empty() {
@@ -394,6 +415,16 @@ impl Transaction {
         self.high_time_micros = self.high_time_micros.max(batch.high_time_micros);
         self.is_late = batch.is_late;
         Ok(())
+    }
+
+    /// What a trace shows of it.
+    fn trace(&self, committed: &Result<(), SinkError>) {
+        if let Some(span) = &self.span {
+            span.record("changes", self.events).record("bytes", self.bytes);
+            span.record("first", self.first.map(|first| display(first.commit_lsn)));
+            span.record("last", self.last.map(|last| display(last.commit_lsn)));
+            note(span, committed);
+        }
     }
 
     /// What is true once this is committed.

@@ -19,6 +19,7 @@
 // A failure here is the test's failure.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+pub mod collector;
 mod config;
 mod debezium;
 pub mod disk;

@@ -30,21 +30,34 @@ impl Runtime {
     /// Starts `meander-runtime capture`; returns before it is ready.
     #[must_use]
     pub fn capture(config: &CaptureConfig) -> Self {
-        Self::start("capture", config, config.admin_address)
+        Self::start("capture", config, config.admin_address, &[])
+    }
+
+    /// As [`Runtime::capture`], with variables of its environment.
+    #[must_use]
+    pub fn capture_with(config: &CaptureConfig, variables: &[(&str, &str)]) -> Self {
+        Self::start("capture", config, config.admin_address, variables)
     }
 
     /// Starts `meander-runtime replay`; returns before it is ready.
     #[must_use]
     pub fn replay(config: &ReplayConfig) -> Self {
-        Self::start("replay", config, config.admin_address)
+        Self::start("replay", config, config.admin_address, &[])
     }
 
-    fn start(subcommand: &str, config: &impl serde::Serialize, admin: SocketAddr) -> Self {
+    /// As [`Runtime::replay`], with variables of its environment.
+    #[must_use]
+    pub fn replay_with(config: &ReplayConfig, variables: &[(&str, &str)]) -> Self {
+        Self::start("replay", config, config.admin_address, variables)
+    }
+
+    fn start(subcommand: &str, config: &impl serde::Serialize, admin: SocketAddr, variables: &[(&str, &str)]) -> Self {
         let folder = folder(subcommand);
         let file = folder.path().join("config.yaml");
         fs::write(&file, meander_config::to_yaml(config).unwrap()).unwrap();
         let mut command = Command::new(binary());
         command.arg(subcommand).arg("--config").arg(&file);
+        command.envs(variables.iter().copied());
         let process = Process::start(subcommand, folder.path(), &command, Signal::TERM);
         Self {
             process,

@@ -9,11 +9,13 @@ use std::{sync::Arc, time::Duration};
 
 use backon::{BackoffBuilder as _, ExponentialBuilder};
 use meander_config::{CaptureConfig, RedisSink as Config};
+use meander_traces::step;
 use prometheus::{IntCounter, IntCounterVec, IntGauge};
 use tokio::{
     sync::watch,
     time::{Instant, sleep, timeout},
 };
+use tracing::field::Empty;
 
 use crate::{
     batch::Batch,
@@ -292,7 +294,11 @@ impl Feed {
                         progress.durable.position = writer.confirmed;
                     });
                 };
-                self.source.refill(writer, log, copied).await?;
+                let from = said(writer.place.position);
+                let span = step!("refill Redis", from, to = log.published.map(display), records = Empty);
+                let before = writer.place.records;
+                step(span.clone(), self.source.refill(writer, log, copied)).await?;
+                span.record("records", writer.place.records.saturating_sub(before));
             }
             missing(writer, log, 0).await
         }

@@ -20,6 +20,7 @@ use std::{
 
 use futures::StreamExt as _;
 use meander_config::PostgresSource;
+use meander_traces::step;
 use tokio::{
     sync::{
         Mutex,
@@ -256,8 +257,9 @@ impl Plan {
     async fn read(&self, catalog: &Catalog) -> Result<(), SourceError> {
         while let Some(stretch) = self.next(catalog).await? {
             let oid = stretch.shape.oid;
-            let read = self.stretch(catalog, &stretch).await;
-            let cause = settle(catalog, read).await?.err();
+            let span = step!("snapshot stretch", table = oid, blocks = stretch.blocks);
+            let read = async { settle(catalog, self.stretch(catalog, &stretch).await).await };
+            let cause = step(span, read).await?.err();
             let mut state = self.state.lock().await;
             let Some(left) = state.open.get_mut(&oid) else { continue };
             *left -= 1;

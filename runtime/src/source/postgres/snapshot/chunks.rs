@@ -6,11 +6,13 @@ use std::pin::pin;
 
 use futures::StreamExt as _;
 use meander_config::PostgresSource;
+use meander_traces::step;
 use tokio::{
     sync::mpsc::{self, Receiver, Sender},
     task::JoinHandle,
 };
 use tokio_postgres::Error;
+use tracing::field::Empty;
 
 use crate::source::postgres::{
     pgoutput::Datum,
@@ -197,8 +199,13 @@ async fn serve(
                 rows,
                 watermark,
             } => {
-                let read = reader.chunk(oid, which, &order, rows).await;
-                (reader.settle(read).await?, Some(watermark))
+                let span = step!("snapshot chunk", table = oid, rows = Empty, bytes = Empty);
+                let chunk = async { reader.settle(reader.chunk(oid, which, &order, rows).await).await };
+                let said = step(span.clone(), chunk).await?;
+                if let Answer::Chunk(chunk) = &said {
+                    span.record("rows", chunk.rows.len()).record("bytes", chunk.rows.size());
+                }
+                (said, Some(watermark))
             }
         };
         let marks = matches!(said, Answer::Described(_) | Answer::Chunk(_));
