@@ -61,6 +61,8 @@ pub struct Settings {
     pub trust: Trust,
     /// Who may read their health and metrics; where it is none, they have no NetworkPolicy.
     pub metrics_from: Option<Vec<NetworkPolicyPeer>>,
+    /// The variables by which they find a collector of traces, if there is one, with their values.
+    pub tracing: Vec<(&'static str, String)>,
 }
 
 /// What every reconcile shares.

@@ -25,4 +25,3 @@ pub mod replay;
 pub mod secrets;
 pub mod status;
 pub mod tls;
-pub mod traces;

@@ -8,18 +8,22 @@ use kube::Config;
 use meander_operator::{
     check,
     client::client,
+    naming::FIELD_MANAGER,
     operator::{Options, run},
-    traces::Traces,
 };
+use meander_traces::Traces;
 use mimalloc::MiMalloc;
 use tokio::{
     signal::unix::{SignalKind, signal},
     task::spawn_blocking,
 };
 use tokio_util::sync::CancellationToken;
-use tracing::warn;
+use tracing::{Level, warn};
 use tracing_subscriber::{
-    EnvFilter, Layer as _, filter::ParseError, layer::SubscriberExt as _, util::SubscriberInitExt as _,
+    EnvFilter, Layer as _,
+    filter::{ParseError, Targets},
+    layer::SubscriberExt as _,
+    util::SubscriberInitExt as _,
 };
 
 #[global_allocator]
@@ -52,19 +56,19 @@ async fn main() -> anyhow::Result<()> {
         .with_current_span(false)
         .with_span_list(false)
         .with_filter(filter);
-    let (traces, untraced) = match Traces::configured() {
+    let (traces, untraced) = match Traces::configured(FIELD_MANAGER) {
         Ok(traces) => (traces, None),
         Err(error) => (None, Some(error)),
     };
     tracing_subscriber::registry()
         .with(log)
-        .with(traces.as_ref().map(Traces::layer))
+        .with(traces.as_ref().map(|traces| traces.layer(traced())))
         .init();
     if let Some(error) = refused {
         warn!(%error, "RUST_LOG cannot be read: the level is info");
     }
     if let Some(error) = untraced {
-        warn!(error = format!("{error:#}"), "there are no traces");
+        warn!(%error, "there are no traces");
     }
     let config = Config::infer().await.context("finding the cluster")?;
     let client = client(config).context("finding the cluster")?;
@@ -90,6 +94,13 @@ async fn main() -> anyhow::Result<()> {
         spawn_blocking(move || traces.end()).await?;
     }
     result
+}
+
+/// What the operator does is told, and what it asks of the API server for that.
+fn traced() -> Targets {
+    Targets::new()
+        .with_target("meander_operator", Level::INFO)
+        .with_target("kube_client::client::builder", Level::DEBUG)
 }
 
 /// What is logged, by RUST_LOG, and why that cannot be read.

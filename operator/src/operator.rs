@@ -113,6 +113,7 @@ pub async fn run(options: Options, client: Client, shutdown: CancellationToken) 
         progress_endpoint: options.progress_endpoint.to_string().trim_end_matches('/').to_owned(),
         trust,
         metrics_from: options.metrics_from.clone().map(|Peers(peers)| peers),
+        tracing: meander_traces::passed_on(),
     };
     let events = Events::new(client.clone(), &identity);
     let (caches, writers) = Caches::new();

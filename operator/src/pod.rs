@@ -232,6 +232,14 @@ impl RuntimePod<'_> {
                 ..Probe::default()
             })
         };
+        // One that does its work and ends has nothing to trace.
+        let tracing = settings.tracing.iter().filter(|_| self.probes).cloned();
+        let variables = std::iter::once(("RUST_LOG", self.log_level.to_string())).chain(tracing);
+        let variables = variables.map(|(name, value)| EnvVar {
+            name: name.to_owned(),
+            value: Some(value),
+            ..EnvVar::default()
+        });
         let admin = self.probes.then_some((ADMIN_PORT, ADMIN));
         let ports: Vec<ContainerPort> = admin
             .into_iter()
@@ -252,11 +260,7 @@ impl RuntimePod<'_> {
                     .map(str::to_owned)
                     .to_vec(),
             ),
-            env: Some(vec![EnvVar {
-                name: "RUST_LOG".to_owned(),
-                value: Some(self.log_level.to_string()),
-                ..EnvVar::default()
-            }]),
+            env: Some(variables.collect()),
             ports: (!ports.is_empty()).then_some(ports),
             liveness_probe: probe("/livez", 10, 6),
             readiness_probe: probe("/readyz", 2, 3),

@@ -46,6 +46,27 @@ fn a_pipeline_becomes_a_deployment_and_what_it_needs() {
 }
 
 #[test]
+fn pods_that_run_tell_the_collector_of_traces_that_the_operator_tells() {
+    let mut settings = settings();
+    let endpoint = "http://collector.observability.svc:4317";
+    settings.tracing = vec![("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.to_owned())];
+    let pipeline = support::pipeline();
+    let valid = pipeline::validate::validate(&pipeline, &pipeline_facts(), &settings).unwrap();
+    let deployment = pipeline::build::build(&pipeline, &valid, &settings).deployment;
+    let replay = support::replay("replayjob.yaml");
+    let valid = replay::validate::validate(&replay, &replay_facts(), &settings).unwrap();
+    let job = replay::build::build(&replay, &valid, &settings).job.unwrap();
+    for pod in [deployment.spec.unwrap().template, job.spec.unwrap().template] {
+        let variables = pod.spec.unwrap().containers.remove(0).env.unwrap();
+        let has = |(name, value): (&str, &str)| {
+            let mut found = variables.iter();
+            found.any(|variable| variable.name == name && variable.value.as_deref() == Some(value))
+        };
+        assert!(has(("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)), "{variables:?}");
+    }
+}
+
+#[test]
 fn a_deleted_pipeline_becomes_a_job() {
     let pipeline = support::pipeline();
     let valid = pipeline::validate::validate(&pipeline, &pipeline_facts(), &settings()).unwrap();

@@ -3,43 +3,10 @@
 use std::{fs::File, process::Stdio};
 
 use meander_crds::CdcPipeline;
-use opentelemetry_proto::tonic::{
-    collector::trace::v1::{
-        ExportTraceServiceRequest, ExportTraceServiceResponse,
-        trace_service_server::{TraceService, TraceServiceServer},
-    },
-    common::v1::any_value::Value,
-    trace::v1::Span,
-};
-use tokio::{process::Command, sync::watch};
-use tokio_stream::wrappers::TcpListenerStream;
-use tonic::{Response, Status, transport::Server};
+use meander_test_support::collector::{Collector, Span, attribute};
+use tokio::process::Command;
 
-use super::{Cluster, Request, TcpListener, eventually, pipeline_json};
-
-/// Keeps every span.
-struct Collector(watch::Sender<Vec<Span>>);
-
-#[tonic::async_trait]
-impl TraceService for Collector {
-    async fn export(
-        &self,
-        request: Request<ExportTraceServiceRequest>,
-    ) -> Result<Response<ExportTraceServiceResponse>, Status> {
-        let resources = request.into_inner().resource_spans.into_iter();
-        let scopes = resources.flat_map(|resource| resource.scope_spans);
-        let spans = scopes.flat_map(|scope| scope.spans);
-        self.0.send_modify(|kept| kept.extend(spans));
-        Ok(Response::new(ExportTraceServiceResponse::default()))
-    }
-}
-
-fn has(span: &Span, key: &str, text: &str) -> bool {
-    span.attributes.iter().any(|attribute| {
-        let value = attribute.value.as_ref().and_then(|value| value.value.as_ref());
-        attribute.key == key && matches!(value, Some(Value::StringValue(value)) if value.contains(text))
-    })
-}
+use super::{Cluster, TcpListener, eventually, pipeline_json};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reconcile_is_a_trace_with_its_requests_once_the_collector_is_there() {
@@ -82,16 +49,10 @@ async fn a_reconcile_is_a_trace_with_its_requests_once_the_collector_is_there() 
     eventually("the work goes on", async || says("cannot finish") >= 3).await;
     assert_eq!(says("traces are lost"), 1);
 
-    let (kept, spans) = watch::channel(Vec::new());
-    let listener = tokio::net::TcpListener::bind(collector).await.unwrap();
-    let service = TraceServiceServer::new(Collector(kept));
-    let server = tokio::spawn(
-        Server::builder()
-            .add_service(service)
-            .serve_with_incoming(TcpListenerStream::new(listener)),
-    );
+    let collector = Collector::start(collector).await;
     eventually("a reconcile and what it asked for are told", async || {
-        let spans = spans.borrow();
+        let spans = collector.spans();
+        let has = |span: &Span, key: &str, text: &str| attribute(span, key).is_some_and(|value| value.contains(text));
         let reconcile = |span: &&Span| {
             span.name == "reconcile"
                 && has(span, "kind", "CdcPipeline")
@@ -110,5 +71,4 @@ async fn a_reconcile_is_a_trace_with_its_requests_once_the_collector_is_there() 
     })
     .await;
     drop(operator);
-    server.abort();
 }

@@ -27,6 +27,7 @@ pub fn settings() -> Settings {
             namespace_selector: Some(LabelSelector::default()),
             ..NetworkPolicyPeer::default()
         }]),
+        tracing: Vec::new(),
     }
 }
 
