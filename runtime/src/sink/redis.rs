@@ -348,17 +348,18 @@ impl Writer {
         };
         // The first two keys are the mark and the claim, and Lua counts from 1.
         let mut keys: Vec<&str> = vec![&self.mark, &self.claim_key];
-        let indices: Vec<usize> = entries
-            .iter()
-            .map(
-                |entry| match keys[2..].iter().position(|known| *known == entry.stream) {
+        let runs: Vec<(usize, &[Entry<'_>])> = entries
+            .chunk_by(|one, next| one.stream == next.stream && one.headers.len() == next.headers.len())
+            .map(|run| {
+                let index = match keys[2..].iter().position(|known| *known == run[0].stream) {
                     Some(index) => index + 3,
                     None => {
-                        keys.push(entry.stream);
+                        keys.push(run[0].stream);
                         keys.len()
                     }
-                },
-            )
+                };
+                (index, run)
+            })
             .collect();
         let room = entries.iter().map(|entry| entry.size() + ENTRY_TEXT).sum();
         let mut call = Call::new(&self.append, &keys, room);
@@ -369,12 +370,14 @@ impl Writer {
             .arg(last.timestamp_millis)
             .arg(place.records)
             .arg(&self.max_length);
-        for (entry, index) in entries.iter().zip(indices) {
-            call.arg(index)
-                .shown(EntryId::of(entry.position, entry.part))
-                .shown(entry.position)
-                .content(entry.key, entry.value)
-                .headers(entry.headers.iter().copied());
+        for (index, run) in runs {
+            call.arg(index).arg(run.len()).arg(run[0].headers.len() * 2);
+            for entry in run {
+                call.shown(EntryId::of(entry.position, entry.part))
+                    .shown(entry.position)
+                    .content(entry.key, entry.value)
+                    .headers(entry.headers.iter().copied());
+            }
         }
         let answer: Vec<String> = call
             .run(&mut self.connection)

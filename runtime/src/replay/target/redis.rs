@@ -152,17 +152,18 @@ impl Redis {
     async fn append(&mut self, records: &[Record], reached: Reached, range: &str) -> Result<(), TargetError> {
         // The mark is the first key, and Lua counts from 1.
         let mut topics: Vec<&str> = Vec::new();
-        let indices: Vec<usize> = records
-            .iter()
-            .map(
-                |record| match topics.iter().position(|topic| *topic == &*record.topic) {
+        let runs: Vec<(usize, &[Record])> = records
+            .chunk_by(|one, next| one.topic == next.topic && one.headers.len() == next.headers.len())
+            .map(|run| {
+                let index = match topics.iter().position(|topic| *topic == &*run[0].topic) {
                     Some(index) => index + 2,
                     None => {
-                        topics.push(&record.topic);
+                        topics.push(&run[0].topic);
                         topics.len() + 1
                     }
-                },
-            )
+                };
+                (index, run)
+            })
             .collect();
         let (log, prefix) = (&self.settings.log_prefix, &self.settings.streams.stream_prefix);
         let streams: Vec<String> = topics
@@ -177,24 +178,28 @@ impl Redis {
             .arg(json(&reached)?)
             .arg(range)
             .arg(&self.job);
-        for (record, index) in records.iter().zip(indices) {
-            let coordinate = record.coordinate;
-            let part = u8::try_from(coordinate.part).map_err(|error| TargetError::Undecodable {
-                topic: record.topic.to_string(),
-                partition: record.partition,
-                offset: record.offset,
-                cause: error.to_string(),
-            })?;
-            // No format has an empty key or value.
-            let [key, value] = [&record.key, &record.value].map(|bytes| (!bytes.is_empty()).then_some(&**bytes));
+        for (index, run) in runs {
             call.arg(index)
-                .shown(EntryId::of(coordinate.position, part))
-                .shown(coordinate.position)
-                .content(key, value)
-                .arg(&*record.topic)
-                .arg(record.partition)
-                .arg(record.offset)
-                .headers(record.headers.iter().map(|(name, value)| (&**name, &**value)));
+                .arg(&*run[0].topic)
+                .arg(run.len())
+                .arg(run[0].headers.len() * 2);
+            for record in run {
+                let coordinate = record.coordinate;
+                let part = u8::try_from(coordinate.part).map_err(|error| TargetError::Undecodable {
+                    topic: record.topic.to_string(),
+                    partition: record.partition,
+                    offset: record.offset,
+                    cause: error.to_string(),
+                })?;
+                // No format has an empty key or value.
+                let [key, value] = [&record.key, &record.value].map(|bytes| (!bytes.is_empty()).then_some(&**bytes));
+                call.shown(EntryId::of(coordinate.position, part))
+                    .shown(coordinate.position)
+                    .content(key, value)
+                    .arg(record.partition)
+                    .arg(record.offset)
+                    .headers(record.headers.iter().map(|(name, value)| (&**name, &**value)));
+            }
         }
         let answer: Vec<String> = call
             .run(&mut self.connection)

@@ -1,7 +1,8 @@
 -- Appends a batch and moves the mark, only if the mark is where this writer last saw it, and the streams are as it left them.
 -- KEYS: the mark, the claim, then the streams. ARGV: generation, pipeline, position the mark must have, position, timestamp and count of
--- records that it gets, length to keep or '', then for each record: index of its stream in KEYS, entry id, position, key, value, how many
--- arguments its headers take, and of each header name and value.
+-- records that it gets, length to keep or '', then for each run of records that go into one stream with as many headers: index of the stream
+-- in KEYS, how many records, how many arguments the headers of each take, and for each record: entry id, position, key, value, and of each
+-- header name and value. Whatever is done for each record costs Redis as much as a tenth of an entry.
 -- Returns {'ok', phantoms}, {'claimed', pipeline} when the streams' prefix is another's, {'mark', generation, position} when the mark is
 -- elsewhere, or what streams.lua says of a stream that is not as it was left.
 -- All or nothing: Redis refuses for want of memory before the first write of a script, never after it.
@@ -24,16 +25,18 @@ if holder ~= ARGV[2] then
 end
 local last, i = {}, FIRST
 while i <= #ARGV do
-  local k, id, record, headers = tonumber(ARGV[i]), ARGV[i + 1], i + 2, i + 6
-  i = headers + ARGV[i + 5]
-  if ARGV[7] == '' then
-    redis.call('XADD', KEYS[k], id, 'position', ARGV[record], 'key', ARGV[record + 1], 'value', ARGV[record + 2],
-      unpack(ARGV, headers, i - 1))
-  else
-    redis.call('XADD', KEYS[k], 'MAXLEN', '~', ARGV[7], id, 'position', ARGV[record], 'key', ARGV[record + 1], 'value', ARGV[record + 2],
-      unpack(ARGV, headers, i - 1))
+  local k, headers = tonumber(ARGV[i]), tonumber(ARGV[i + 2])
+  local first, width = i + 3, 4 + headers
+  local stream = KEYS[k]
+  i = first + ARGV[i + 1] * width
+  for r = first, i - 1, width do
+    redis.call('XADD', stream, ARGV[r], 'position', ARGV[r + 1], 'key', ARGV[r + 2], 'value', ARGV[r + 3],
+      unpack(ARGV, r + 4, r + 3 + headers))
   end
-  last[k] = id
+  last[k] = ARGV[i - width]
+end
+if ARGV[7] ~= '' then
+  for k in pairs(last) do redis.call('XTRIM', KEYS[k], 'MAXLEN', '~', ARGV[7]) end
 end
 remember(last)
 redis.call('HSET', KEYS[1], 'position', ARGV[4], 'timestamp', ARGV[5], 'records', ARGV[6])

@@ -1,5 +1,5 @@
-//! A call of a script whose arguments lie in one piece of memory. The library's own makes a piece for each of them, and there are six for
-//! every record.
+//! A call of a script whose arguments lie in one piece of memory. The library's own makes a piece for each of them, and there are four for
+//! every record at the least.
 
 use std::fmt::Display;
 
@@ -43,8 +43,7 @@ impl<'a> Call<'a> {
     }
 
     /// Adds the fields that an entry has for its record's headers: by their names in upper case, as Debezium Server has them.
-    pub(crate) fn headers<'h>(&mut self, headers: impl ExactSizeIterator<Item = (&'h str, &'h [u8])>) {
-        self.arg(headers.len() * 2);
+    pub(crate) fn headers<'h>(&mut self, headers: impl Iterator<Item = (&'h str, &'h [u8])>) {
         for (name, value) in headers {
             self.arg(name.to_uppercase()).arg(value);
         }
