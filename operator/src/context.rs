@@ -39,6 +39,8 @@ pub const CONCURRENCY: u16 = 3;
 const DEADLINE: Duration = Duration::from_secs(30);
 /// A missing dependency is looked for at least this often.
 const WAITING_AT_MOST: Duration = Duration::from_secs(8);
+/// A spec that can never work is looked at again this often.
+const INVALID: Duration = Duration::from_secs(300);
 /// A cluster in trouble is left alone for up to this long.
 const TRANSIENT_AT_MOST: Duration = Duration::from_secs(60);
 /// A resource is looked at this often where nothing tells of it.
@@ -84,8 +86,14 @@ pub struct Context {
     pub caches: Arc<Caches>,
     /// How far the operator's image of the runtime has come.
     pub rollout: Arc<Rollout>,
-    backoffs: Arc<Mutex<HashMap<ResourceKey, ExponentialBackoff>>>,
+    failing: Arc<Mutex<HashMap<ResourceKey, Failing>>>,
     settled: Arc<Mutex<HashMap<Place, Settled>>>,
+}
+
+/// A resource whose last reconcile failed.
+struct Failing {
+    error: Error,
+    delays: ExponentialBackoff,
 }
 
 /// Names an object of a resource.
@@ -128,7 +136,7 @@ impl Context {
             metrics,
             caches,
             rollout: Arc::default(),
-            backoffs: Arc::default(),
+            failing: Arc::default(),
             settled: Arc::default(),
         }
     }
@@ -201,39 +209,48 @@ impl Context {
             .err()
             .map_or_else(|| "Ok".to_owned(), |error| error.problem().reason.to_string());
         self.metrics.reconciles.with_label_values(&[kind, &label]).inc();
-        let mut backoffs = self.backoffs.lock().unwrap_or_else(PoisonError::into_inner);
         match result {
             Ok(action) => {
-                backoffs.remove(key);
+                if self.failing().remove(key).is_some() {
+                    info!(kind, namespace = key.namespace, name = key.name, "goes on");
+                }
                 action
             }
-            Err(Error::Invalid(problem)) => {
-                // Nothing but a change of the spec helps, and that is watched.
-                info!(kind, namespace = key.namespace, name = key.name, %problem, "invalid");
-                Action::requeue(Duration::from_secs(300))
-            }
-            Err(error) => {
-                let longest = if matches!(error, Error::Waiting(_)) {
-                    WAITING_AT_MOST
-                } else {
-                    TRANSIENT_AT_MOST
-                };
-                let delay = backoffs
-                    .entry(key.clone())
-                    .or_insert_with(backoff)
-                    .next()
-                    .unwrap_or(longest)
-                    .min(longest);
-                warn!(kind, namespace = key.namespace, name = key.name, %error, ?delay, "cannot finish");
-                Action::requeue(delay)
-            }
+            Err(error) => Action::requeue(self.failed(key, error)),
         }
+    }
+
+    /// When to try again after a failure. It is logged when it is another one than the last time: until then the status says it.
+    fn failed(&self, key: &ResourceKey, error: Error) -> Duration {
+        let mut all = self.failing();
+        let before = all.remove(key);
+        let is_new = before.as_ref().is_none_or(|before| before.error != error);
+        let mut delays = before.map_or_else(backoff, |before| before.delays);
+        let mut next = |longest| delays.next().unwrap_or(longest).min(longest);
+        let delay = match &error {
+            // Nothing but a change of the spec helps, and that is watched.
+            Error::Invalid(_) => INVALID,
+            Error::Waiting(_) => next(WAITING_AT_MOST),
+            Error::Transient(_) => next(TRANSIENT_AT_MOST),
+        };
+        let kind = key.kind.as_str();
+        match &error {
+            _ if !is_new => {}
+            Error::Invalid(problem) => info!(kind, namespace = key.namespace, name = key.name, %problem, "invalid"),
+            error => warn!(kind, namespace = key.namespace, name = key.name, %error, ?delay, "cannot finish"),
+        }
+        all.insert(key.clone(), Failing { error, delays });
+        delay
+    }
+
+    fn failing(&self) -> MutexGuard<'_, HashMap<ResourceKey, Failing>> {
+        self.failing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Forgets everything about a resource that is gone.
     pub fn forget(&self, key: &ResourceKey) {
         self.tracker.forget(key);
-        self.backoffs.lock().unwrap_or_else(PoisonError::into_inner).remove(key);
+        self.failing().remove(key);
         self.settled().retain(|place, _| place.key != *key);
     }
 
@@ -241,9 +258,7 @@ impl Context {
     pub fn forget_missing(&self, kind: Kind, is_there: impl Fn(&ResourceKey) -> bool) {
         let is_gone = |key: &ResourceKey| key.kind == kind && !is_there(key);
         self.tracker.forget_missing(kind, &is_there);
-        let mut backoffs = self.backoffs.lock().unwrap_or_else(PoisonError::into_inner);
-        backoffs.retain(|key, _| !is_gone(key));
-        drop(backoffs);
+        self.failing().retain(|key, _| !is_gone(key));
         self.settled().retain(|place, _| !is_gone(&place.key));
     }
 

@@ -1171,6 +1171,27 @@ async fn one_leads_and_the_next_takes_over() {
     two_end.cancel();
 }
 
+/// What an operator's administrative port answers.
+async fn get(admin: SocketAddr, path: &str) -> Option<String> {
+    let mut connection = TcpStream::connect(admin).await.ok()?;
+    let request = format!("GET {path} HTTP/1.1\r\nHost: operator\r\nConnection: close\r\n\r\n");
+    connection.write_all(request.as_bytes()).await.ok()?;
+    let mut answer = String::new();
+    connection.read_to_string(&mut answer).await.ok()?;
+    Some(answer)
+}
+
+/// How many reconciles an operator has done.
+async fn reconciles(admin: SocketAddr) -> u64 {
+    let metrics = get(admin, "/metrics").await.unwrap();
+    let counts = metrics
+        .lines()
+        .filter(|line| line.starts_with("meander_operator_reconciles_total{"));
+    counts
+        .map(|line| line.rsplit_once(' ').unwrap().1.parse::<u64>().unwrap())
+        .sum()
+}
+
 /// A whole operator that looks after one namespace.
 struct Operator {
     task: JoinHandle<anyhow::Result<()>>,
@@ -1218,25 +1239,12 @@ impl Operator {
         }
     }
 
-    /// What its administrative port answers.
     async fn get(&self, path: &str) -> Option<String> {
-        let mut connection = TcpStream::connect(self.admin).await.ok()?;
-        let request = format!("GET {path} HTTP/1.1\r\nHost: operator\r\nConnection: close\r\n\r\n");
-        connection.write_all(request.as_bytes()).await.ok()?;
-        let mut answer = String::new();
-        connection.read_to_string(&mut answer).await.ok()?;
-        Some(answer)
+        get(self.admin, path).await
     }
 
-    /// How many reconciles there have been.
     async fn reconciles(&self) -> u64 {
-        let metrics = self.get("/metrics").await.unwrap();
-        let counts = metrics
-            .lines()
-            .filter(|line| line.starts_with("meander_operator_reconciles_total{"));
-        counts
-            .map(|line| line.rsplit_once(' ').unwrap().1.parse::<u64>().unwrap())
-            .sum()
+        reconciles(self.admin).await
     }
 
     async fn stop(self) {

@@ -4,7 +4,12 @@
 
 mod support;
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{
+    future::{Future, ready},
+    io::{self, Write},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use http::{Request, Response};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
@@ -16,7 +21,9 @@ use kube::{
 use meander_crds::{CdcPipeline, SlotReclaimPolicy};
 use meander_operator::{
     cache::Caches,
+    conditions::ACCEPTED,
     context::Context,
+    error::{Error, Reason},
     events::Events,
     lease::{Claim, Elector},
     metrics::Metrics,
@@ -170,6 +177,57 @@ fn applied() -> Value {
 /// Whether the next reconcile comes by itself. How soon is what the backoff's own bounds say.
 fn comes_back(action: &Action) -> bool {
     *action != Action::await_change()
+}
+
+/// Keeps what is logged.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn a_failure_is_logged_when_it_is_new_and_not_with_every_try() {
+    let log = Log::default();
+    let writer = log.clone();
+    let subscriber = tracing_subscriber::fmt().with_writer(move || writer.clone()).finish();
+    let _guard = tracing::subscriber::set_default(subscriber);
+    let told = |what: &str| String::from_utf8_lossy(&log.0.lock().unwrap()).matches(what).count();
+    let key = ResourceKey {
+        kind: Kind::ReplayJob,
+        namespace: "default".into(),
+        name: "last-seconds".into(),
+    };
+    play(vec![], async |client| {
+        let context = context(client, Claim::forever(), showing(&[]));
+        let missing = |name: &str| Error::waiting(ACCEPTED, Reason::PipelineNotFound, format!("no pipeline {name}"));
+        let invalid = || Error::invalid(ACCEPTED, Reason::InvalidValue, "never");
+        let come_to = async |error| context.reconcile(&key, ready(Err(error))).await;
+        for _ in 0..3 {
+            assert!(comes_back(&come_to(missing("trades")).await));
+        }
+        assert_eq!(told("cannot finish"), 1);
+        come_to(missing("orders")).await;
+        assert_eq!(told("cannot finish"), 2, "another one");
+        for _ in 0..3 {
+            assert!(comes_back(&come_to(invalid()).await));
+        }
+        assert_eq!(told("never"), 1);
+        for _ in 0..2 {
+            context.reconcile(&key, ready(Ok(Action::await_change()))).await;
+        }
+        assert_eq!(told("goes on"), 1);
+        come_to(missing("orders")).await;
+        assert_eq!(told("cannot finish"), 3, "it is missing again");
+    })
+    .await;
 }
 
 #[tokio::test(start_paused = true)]

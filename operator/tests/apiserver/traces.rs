@@ -6,7 +6,7 @@ use meander_crds::CdcPipeline;
 use meander_test_support::collector::{Collector, Span, attribute};
 use tokio::process::Command;
 
-use super::{Cluster, TcpListener, eventually, pipeline_json};
+use super::{Cluster, TcpListener, eventually, pipeline_json, reconciles};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reconcile_is_a_trace_with_its_requests_once_the_collector_is_there() {
@@ -14,7 +14,7 @@ async fn a_reconcile_is_a_trace_with_its_requests_once_the_collector_is_there() 
     // Its Secrets are missing, so that it is reconciled again and again.
     cluster.create::<CdcPipeline>(pipeline_json("trades")).await;
     let free = || TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let (collector, grpc, admin) = (free(), free().to_string(), free().to_string());
+    let (collector, grpc, admin) = (free(), free().to_string(), free());
     let endpoint = format!("http://{grpc}");
     let log = cluster.server.folder.join(format!("{}.log", cluster.namespace));
     let operator = Command::new(env!("CARGO_BIN_EXE_meander-operator"))
@@ -34,7 +34,7 @@ async fn a_reconcile_is_a_trace_with_its_requests_once_the_collector_is_there() 
             "--grpc-address",
             &grpc,
             "--admin-address",
-            &admin,
+            &admin.to_string(),
         ])
         .stdin(Stdio::null())
         .stdout(File::create(&log).unwrap())
@@ -46,7 +46,7 @@ async fn a_reconcile_is_a_trace_with_its_requests_once_the_collector_is_there() 
         says("traces are lost") == 1
     })
     .await;
-    eventually("the work goes on", async || says("cannot finish") >= 3).await;
+    eventually("the work goes on", async || reconciles(admin).await >= 3).await;
     assert_eq!(says("traces are lost"), 1);
 
     let collector = Collector::start(collector).await;
