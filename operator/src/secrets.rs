@@ -268,26 +268,36 @@ pub async fn keys(context: &Context, namespace: &str, secrets: &[SecretFiles]) -
     Ok(try_join_all(read).await?.into_iter().flatten().collect())
 }
 
-/// Says what to create when a Secret is not there or lacks something.
+/// Says what to create of all the Secrets that are not there or lack something. The first gives condition and reason.
 ///
 /// # Errors
-/// Waiting, for the first that does.
+/// Waiting, when one is not there or lacks something.
 pub fn require(keys: &Keys, namespace: &str, secrets: &[SecretFiles]) -> Result<(), Error> {
-    for wanted in secrets {
-        let name = &wanted.secret;
-        let waiting = |reason, message| Err(Error::waiting(wanted.condition, reason, message));
+    let mut told = BTreeSet::new();
+    let lacking: Vec<_> = secrets
+        .iter()
+        .filter_map(|wanted| Some((wanted, lacks(keys, namespace, wanted)?)))
+        // One that is named twice is created once, and then has what it lacks said.
+        .filter(|(wanted, _)| told.insert(&wanted.secret))
+        .collect();
+    let Some((first, (reason, _))) = lacking.first() else {
+        return Ok(());
+    };
+    let messages: Vec<_> = lacking.iter().map(|(_, (_, message))| message.as_str()).collect();
+    Err(Error::waiting(first.condition, *reason, messages.join(". Also: ")))
+}
+
+fn lacks(keys: &Keys, namespace: &str, wanted: &SecretFiles) -> Option<(Reason, String)> {
+    let name = &wanted.secret;
+    let Some(known) = keys.get(name) else {
         let command = wanted.command(namespace);
-        let Some(known) = keys.get(name) else {
-            let message = format!("Secret {name} does not exist; create it: {command}");
-            return waiting(Reason::SecretNotFound, message);
-        };
-        if let Some((key, _)) = wanted.files.iter().find(|(key, _)| !known.contains(key)) {
-            let message = format!(
-                "Secret {name} has no value for the key {key}; add it: kubectl -n {namespace} patch secret {name} -p \
-                 '{{\"stringData\":{{\"{key}\":\"...\"}}}}'"
-            );
-            return waiting(Reason::SecretKeyNotFound, message);
-        }
-    }
-    Ok(())
+        let message = format!("Secret {name} does not exist; create it: {command}");
+        return Some((Reason::SecretNotFound, message));
+    };
+    let (key, _) = wanted.files.iter().find(|(key, _)| !known.contains(key))?;
+    let message = format!(
+        "Secret {name} has no value for the key {key}; add it: kubectl -n {namespace} patch secret {name} -p \
+         '{{\"stringData\":{{\"{key}\":\"...\"}}}}'"
+    );
+    Some((Reason::SecretKeyNotFound, message))
 }
