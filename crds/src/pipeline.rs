@@ -33,7 +33,7 @@ use crate::common::{LogLevel, Resources, SecretKeyReference, SecretReference, co
     printcolumn(name = "Events", type_ = "integer", json_path = ".status.replication.eventsTotal", description = "Changes published, as the checkpoint counts them"),
     printcolumn(name = "Slot", type_ = "string", json_path = ".status.slot.name", priority = 1),
     printcolumn(name = "Confirmed LSN", type_ = "string", json_path = ".status.replication.confirmedFlushLsn", priority = 1),
-    printcolumn(name = "Reason", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].reason", priority = 1),
+    printcolumn(name = "Reason", type_ = "string", json_path = ".status.reason", description = "Why it is in this phase; the condition with this reason says what to do", priority = 1),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[x_kube(
@@ -599,6 +599,9 @@ pub struct CdcPipelineStatus {
     /// One word for people; programs read the conditions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub phase: Option<PipelinePhase>,
+    /// Why it is in this phase, in one word: the reason of the condition Degraded where the phase is Degraded and Ready is True, and that of Ready otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
     /// Ready, SpecValid, SourceReady, SinksReady, RuntimeAvailable and Progressing; SourceGap, RedisGap, Degraded and ReconciliationPaused while there is one.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(schema_with = "conditions")]

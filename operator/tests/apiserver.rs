@@ -961,7 +961,8 @@ async fn columns_are_those_of_the_design() {
     cluster.create::<CdcPipeline>(pipeline_json("trades")).await;
     cluster.create::<ReplayJob>(replay_json("replayjob.yaml")).await;
     let status = json!({"status": {
-        "phase": "Streaming",
+        "phase": "Degraded",
+        "reason": "WalBudgetLow",
         "replication": {"lag": "0s", "eventsTotal": 1_204_551},
         "conditions": [{
             "type": "Ready", "status": "True", "reason": "Streaming", "message": "",
@@ -1003,11 +1004,13 @@ async fn columns_are_those_of_the_design() {
         [
             json!("trades"),
             json!("True"),
-            json!("Streaming"),
+            json!("Degraded"),
             json!("0s"),
             json!(1_204_551)
         ]
     );
+    // Those of `-o wide` come after them: Slot, Confirmed LSN, Reason, Age.
+    assert_eq!(cells[7], "WalBudgetLow");
     let (names, cells) = table("replayjobs").await;
     assert_eq!(
         names,

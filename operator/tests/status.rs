@@ -291,6 +291,7 @@ fn what_needs_a_look_while_changes_flow_is_degraded_and_ready() {
     let status = compute(&pipeline, Some(&facts(true)), Ok(&valid), &observation, at(0));
     assert_eq!(ready(&status), (Some(PipelinePhase::Degraded), "True", "Streaming"));
     assert_eq!(state(&status.conditions, "Degraded"), Some(("True", "WalBudgetLow")));
+    assert_eq!(status.reason.as_deref(), Some("WalBudgetLow"));
 
     // One of two pods is enough for changes to flow, and not for taking over.
     let mut one_of_two = facts(true);
@@ -399,6 +400,8 @@ fn each_state_has_its_phase_and_its_reason() {
     let check = |pipeline: &CdcPipeline, facts: Option<&Facts>, outcome, observation: &Observation, expected| {
         let status = compute(pipeline, facts, outcome, observation, at(0));
         assert_eq!(ready(&status), expected, "{:?}", status.conditions);
+        // The column shows the reason that matters.
+        assert_eq!(status.reason.as_deref(), Some(expected.2));
         assert_eq!(status.observed_generation, Some(1));
     };
     let (up, down) = (facts(true), facts(false));

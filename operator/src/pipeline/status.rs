@@ -95,6 +95,7 @@ pub fn status(inputs: &Inputs<'_>) -> CdcPipelineStatus {
     CdcPipelineStatus {
         observed_generation: generation,
         phase: Some(phase),
+        reason: reason(phase, &judgements),
         conditions: conditions(&old.conditions, judgements, generation.unwrap_or(0), inputs.now),
         replication,
         restarts,
@@ -505,6 +506,14 @@ fn phase(inputs: &Inputs<'_>, judgements: &[Judgement], old: Option<PipelinePhas
     } else {
         PipelinePhase::Starting
     }
+}
+
+/// Why that is the phase. Ready has nothing to say of what needs a look while it is True.
+fn reason(phase: PipelinePhase, judgements: &[Judgement]) -> Option<String> {
+    let of = |type_: &str| judgements.iter().find(|judgement| judgement.type_ == type_);
+    let ready = of(READY)?;
+    let told = of(DEGRADED).filter(|_| phase == PipelinePhase::Degraded && ready.status == Status::True);
+    Some(told.unwrap_or(ready).reason.clone())
 }
 
 /// Whether changes are captured, by the word of a runtime that is heard.
