@@ -87,6 +87,7 @@ async fn everything_that_is_missing_is_said_at_once_and_what_is_said_mends_it() 
         r#"GRANT CREATE ON DATABASE "postgres" TO "meander""#,
         r#"ALTER TABLE "public"."t" OWNER TO "meander""#,
         r#"ALTER TABLE "public"."keyless" REPLICA IDENTITY FULL"#,
+        r#"ALTER TABLE "public"."keyless" OWNER TO "meander""#,
         r#"ALTER ROLE "meander" REPLICATION;"#,
     ];
     for remedy in remedies {
@@ -100,7 +101,7 @@ async fn everything_that_is_missing_is_said_at_once_and_what_is_said_mends_it() 
     }
     execute(
         &postgres,
-        r#"GRANT USAGE ON SCHEMA public TO meander; ALTER TABLE keyless OWNER TO meander; SELECT pg_drop_replication_slot('taken')"#,
+        "GRANT USAGE ON SCHEMA public TO meander; SELECT pg_drop_replication_slot('taken')",
     )
     .await;
     runtime.ready(LIMIT).await;

@@ -24,6 +24,8 @@ use crate::{
 const INTERVAL: Duration = Duration::from_secs(10);
 /// The most tables that are named as refused; the status of a resource is no place for thousands.
 const NAMED_TABLES: usize = 20;
+/// The most tables whose causes and remedies one message tells: what else needs a look is to have its place in it.
+const TOLD_TABLES: usize = 3;
 /// The budget of WAL is low when less than this part of it, a quarter, is left.
 const LOW_BUDGET: u64 = 4;
 
@@ -112,7 +114,7 @@ pub(super) fn report(context: &Context, slot: Option<&SlotState>, seen: Option<(
             .take(NAMED_TABLES)
             .map(|refused| RefusedTable {
                 table: refused.table.quoted(),
-                reason: refused.cause.reason().to_owned(),
+                reason: refused.reason().to_owned(),
             })
             .collect();
         let problems: Vec<_> = slot
@@ -218,16 +220,40 @@ fn came_back(context: &Context, rejoined: &[String]) -> Option<(&'static str, St
 
 fn named(what: &str, tables: &[prerequisites::RefusedTable]) -> Option<(&'static str, String)> {
     let first = tables.first()?;
-    let more = match tables.len() - 1 {
+    let told: Vec<_> = tables.iter().take(TOLD_TABLES).map(ToString::to_string).collect();
+    let more = match tables.len() - told.len() {
         0 => String::new(),
         more => format!("; and {more} more, see status.tables"),
     };
-    Some((first.cause.reason(), format!("{what}: {first}{more}")))
+    Some((first.reason(), format!("{what}: {}{more}", told.join("; "))))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::source::postgres::prerequisites::Refusal;
+
+    #[test]
+    fn every_fault_of_the_first_tables_is_told_at_once_and_how_many_more_there_are() {
+        let tables: Vec<_> = ["a", "b", "c", "d", "e"]
+            .map(|name| prerequisites::RefusedTable {
+                table: Table {
+                    schema: "public".to_owned(),
+                    name: name.to_owned(),
+                },
+                causes: vec![Refusal::NoReplicaIdentity, Refusal::NotOwner("\"meander\"".to_owned())],
+            })
+            .into();
+        let (reason, message) = named("left out of the capture", &tables).unwrap_or_default();
+        assert_eq!(reason, "TableWithoutReplicaIdentity");
+        for table in ["a", "b", "c"] {
+            for remedy in ["REPLICA IDENTITY FULL", "OWNER TO \"meander\""] {
+                let sql = format!("ALTER TABLE \"public\".\"{table}\" {remedy}");
+                assert!(message.contains(&sql), "{sql}: {message}");
+            }
+        }
+        assert!(message.ends_with("; and 2 more, see status.tables"), "{message}");
+    }
 
     #[test]
     fn the_budget_is_low_before_it_is_used_up_and_never_without_a_limit() {

@@ -332,7 +332,7 @@ impl SourceError {
             Self::NoReplicationAttribute(_) => "ReplicationNotPermitted",
             Self::NoTables { .. } => "NoTablesMatch",
             Self::InvalidGlob { .. } => "InvalidTableGlob",
-            Self::NoTableFit(refused) => refused.first().map_or("NoTablesMatch", |table| table.cause.reason()),
+            Self::NoTableFit(refused) => refused.first().map_or("NoTablesMatch", RefusedTable::reason),
             Self::NotReadable { .. } => "TableNotReadable",
             Self::NoPublication(_) => "PublicationNotFound",
             Self::PublicationDropped { .. } => "PublicationMissing",

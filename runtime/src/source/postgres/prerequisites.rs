@@ -36,8 +36,16 @@ const NAMED: usize = 100;
 pub struct RefusedTable {
     /// The table.
     pub table: Table,
-    /// Why.
-    pub cause: Refusal,
+    /// Why: everything that is to be mended, at least one.
+    pub causes: Vec<Refusal>,
+}
+
+impl RefusedTable {
+    /// One word for conditions and status: that of the first cause.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        self.causes.first().map_or("TableNotAdded", Refusal::reason)
+    }
 }
 
 /// Why a selected table is not captured.
@@ -72,29 +80,42 @@ impl Refusal {
     }
 }
 
-/// The cause and the remedy.
+/// The causes and their remedies.
 impl fmt::Display for RefusedTable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let table = self.table.quoted();
-        match &self.cause {
-            Refusal::NoReplicaIdentity => write!(
+        for (index, cause) in self.causes.iter().enumerate() {
+            if index > 0 {
+                f.write_str("; and ")?;
+            }
+            cause.tell(&table, f)?;
+        }
+        Ok(())
+    }
+}
+
+impl Refusal {
+    /// The cause, and the remedy.
+    fn tell(&self, table: &str, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoReplicaIdentity => write!(
                 f,
                 "{table} has no replica identity, and to publish it would make UPDATE and DELETE on it fail: add a primary key, run ALTER TABLE {table} REPLICA IDENTITY FULL, or name it in tables.exclude"
             ),
-            Refusal::GeneratedIdentity => write!(
+            Self::GeneratedIdentity => write!(
                 f,
                 "the replica identity of {table} has a generated column, which PostgreSQL does not publish: run ALTER TABLE {table} REPLICA IDENTITY USING INDEX … with a unique index of other columns, or ALTER TABLE {table} REPLICA IDENTITY FULL, or name it in tables.exclude"
             ),
-            Refusal::TopicCollision(first) => write!(
+            Self::TopicCollision(first) => write!(
                 f,
                 "{table} would have a topic that Kafka does not tell from that of {first}: rename it, or name one of them in tables.exclude"
             ),
-            Refusal::Hypertable(cause) => write!(f, "{table} is a hypertable, and {cause}"),
-            Refusal::NotAdded(cause) => write!(
+            Self::Hypertable(cause) => write!(f, "{table} is a hypertable, and {cause}"),
+            Self::NotAdded(cause) => write!(
                 f,
                 "{table} could not join the publication, which is tried again every 10 s: {cause}"
             ),
-            Refusal::NotOwner(user) => write!(
+            Self::NotOwner(user) => write!(
                 f,
                 "{table} is not role {user}'s to publish: run ALTER TABLE {table} OWNER TO {user}, name it in tables.exclude, or make the publication yourself and set publication.management to External"
             ),
@@ -385,28 +406,37 @@ impl Catalog {
             }
             let (has_identity, is_generated, is_own): (bool, bool, bool) = (row.get(2), row.get(3), row.get(4));
             let is_published = published.contains(&table);
-            let cause = match (external, is_published, has_identity, is_own) {
-                (true, false, _, _) => continue,
-                (false, _, false, _) => Some(Refusal::NoReplicaIdentity),
-                (false, _, true, _) if is_generated => Some(Refusal::GeneratedIdentity),
-                (false, false, true, false) => Some(Refusal::NotOwner(quote_identifier(&self.user))),
-                (false, false, true, true) => hypertables.lacks(&table, true).map(Refusal::Hypertable),
-                // What is published is not taken out again for what it lacks.
-                (_, true, _, _) => {
-                    let mut lacks = hypertables.lacks(&table, !external);
-                    if external && unpublished.contains(&table) {
-                        lacks.get_or_insert_with(|| hypertable::CHUNKS_UNPUBLISHED.to_owned());
-                    }
-                    tables.untold.extend(lacks.map(|cause| RefusedTable {
-                        table: table.clone(),
-                        cause: Refusal::Hypertable(cause),
-                    }));
-                    None
+            if external && !is_published {
+                continue;
+            }
+            let mut causes = Vec::new();
+            if !external {
+                match (has_identity, is_generated) {
+                    (false, _) => causes.push(Refusal::NoReplicaIdentity),
+                    (true, true) => causes.push(Refusal::GeneratedIdentity),
+                    (true, false) => {}
                 }
-            };
-            match cause {
-                Some(cause) => tables.refused.push(RefusedTable { table, cause }),
-                None => tables.captured.push(table),
+            }
+            if !is_published {
+                if !is_own {
+                    causes.push(Refusal::NotOwner(quote_identifier(&self.user)));
+                }
+                causes.extend(hypertables.lacks(&table, true).map(Refusal::Hypertable));
+            } else if causes.is_empty() {
+                // What is published is not taken out again for what it lacks.
+                let mut lacks = hypertables.lacks(&table, !external);
+                if external && unpublished.contains(&table) {
+                    lacks.get_or_insert_with(|| hypertable::CHUNKS_UNPUBLISHED.to_owned());
+                }
+                tables.untold.extend(lacks.map(|cause| RefusedTable {
+                    table: table.clone(),
+                    causes: vec![Refusal::Hypertable(cause)],
+                }));
+            }
+            if causes.is_empty() {
+                tables.captured.push(table);
+            } else {
+                tables.refused.push(RefusedTable { table, causes });
             }
         }
         // What an external publication holds is in the stream, whatever is thought of it here.
@@ -432,8 +462,8 @@ impl Tables {
                     self.captured.push(table);
                 }
                 Entry::Occupied(entry) => {
-                    let cause = Refusal::TopicCollision(entry.get().clone());
-                    self.refused.push(RefusedTable { table, cause });
+                    let causes = vec![Refusal::TopicCollision(entry.get().clone())];
+                    self.refused.push(RefusedTable { table, causes });
                 }
             }
         }

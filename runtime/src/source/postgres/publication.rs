@@ -122,10 +122,11 @@ impl Catalog {
                         tables.captured.push(table.clone());
                         let cause =
                             Refusal::Hypertable(format!("one of its chunks could not join the publication: {cause}"));
-                        tables.untold.push(RefusedTable { table, cause });
+                        let causes = vec![cause];
+                        tables.untold.push(RefusedTable { table, causes });
                     } else {
-                        let cause = Refusal::NotAdded(cause);
-                        tables.refused.push(RefusedTable { table, cause });
+                        let causes = vec![Refusal::NotAdded(cause)];
+                        tables.refused.push(RefusedTable { table, causes });
                     }
                 }
                 Err(refused) => return Err(refused.error),
