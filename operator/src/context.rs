@@ -41,6 +41,8 @@ const DEADLINE: Duration = Duration::from_secs(30);
 const WAITING_AT_MOST: Duration = Duration::from_secs(8);
 /// A spec that can never work is looked at again this often.
 const INVALID: Duration = Duration::from_secs(300);
+/// A failure that lasts is logged again after this long: the status that says it may be what cannot be written.
+const LOGGED_AGAIN: Duration = Duration::from_secs(600);
 /// A cluster in trouble is left alone for up to this long.
 const TRANSIENT_AT_MOST: Duration = Duration::from_secs(60);
 /// A resource is looked at this often where nothing tells of it.
@@ -93,6 +95,7 @@ pub struct Context {
 /// A resource whose last reconcile failed.
 struct Failing {
     error: Error,
+    logged: Instant,
     delays: ExponentialBackoff,
 }
 
@@ -220,11 +223,15 @@ impl Context {
         }
     }
 
-    /// When to try again after a failure. It is logged when it is another one than the last time: until then the status says it.
+    /// When to try again after a failure. It is logged when it is another one than the last time, and seldom otherwise: its condition says it
+    /// meanwhile.
     fn failed(&self, key: &ResourceKey, error: Error) -> Duration {
         let mut all = self.failing();
         let before = all.remove(key);
-        let is_new = before.as_ref().is_none_or(|before| before.error != error);
+        let logged = before
+            .as_ref()
+            .filter(|before| before.error == error && before.logged.elapsed() < LOGGED_AGAIN)
+            .map(|before| before.logged);
         let mut delays = before.map_or_else(backoff, |before| before.delays);
         let mut next = |longest| delays.next().unwrap_or(longest).min(longest);
         let delay = match &error {
@@ -235,11 +242,12 @@ impl Context {
         };
         let kind = key.kind.as_str();
         match &error {
-            _ if !is_new => {}
+            _ if logged.is_some() => {}
             Error::Invalid(problem) => info!(kind, namespace = key.namespace, name = key.name, %problem, "invalid"),
             error => warn!(kind, namespace = key.namespace, name = key.name, %error, ?delay, "cannot finish"),
         }
-        all.insert(key.clone(), Failing { error, delays });
+        let logged = logged.unwrap_or_else(Instant::now);
+        all.insert(key.clone(), Failing { error, logged, delays });
         delay
     }
 

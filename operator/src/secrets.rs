@@ -85,10 +85,11 @@ impl SecretFiles {
     /// The command that makes the Secret.
     fn command(&self, namespace: &str) -> String {
         let name = &self.secret;
-        if self.files.iter().any(|(_, file)| *file == "tls.key") {
+        if self.files.iter().all(|(_, file)| ["tls.crt", "tls.key"].contains(file)) {
             return format!("kubectl -n {namespace} create secret tls {name} --cert=... --key=...");
         }
-        let source = |file: &str| if file.ends_with(".crt") { "file" } else { "literal" };
+        let is_pem = |file: &str| file.ends_with(".crt") || file.ends_with(".key");
+        let source = |file: &str| if is_pem(file) { "file" } else { "literal" };
         let sources: Vec<String> = self
             .files
             .iter()
@@ -273,12 +274,17 @@ pub async fn keys(context: &Context, namespace: &str, secrets: &[SecretFiles]) -
 /// # Errors
 /// Waiting, when one is not there or lacks something.
 pub fn require(keys: &Keys, namespace: &str, secrets: &[SecretFiles]) -> Result<(), Error> {
-    let mut told = BTreeSet::new();
-    let lacking: Vec<_> = secrets
+    // One that is named twice is created once, with what both need of it.
+    let mut all: Vec<SecretFiles> = Vec::new();
+    for wanted in secrets {
+        match all.iter_mut().find(|known| known.secret == wanted.secret) {
+            Some(known) => known.files.extend(wanted.files.iter().cloned()),
+            None => all.push(wanted.clone()),
+        }
+    }
+    let lacking: Vec<_> = all
         .iter()
         .filter_map(|wanted| Some((wanted, lacks(keys, namespace, wanted)?)))
-        // One that is named twice is created once, and then has what it lacks said.
-        .filter(|(wanted, _)| told.insert(&wanted.secret))
         .collect();
     let Some((first, (reason, _))) = lacking.first() else {
         return Ok(());
@@ -294,10 +300,17 @@ fn lacks(keys: &Keys, namespace: &str, wanted: &SecretFiles) -> Option<(Reason, 
         let message = format!("Secret {name} does not exist; create it: {command}");
         return Some((Reason::SecretNotFound, message));
     };
-    let (key, _) = wanted.files.iter().find(|(key, _)| !known.contains(key))?;
+    let missing: BTreeSet<_> = wanted.files.iter().map(|(key, _)| key.as_str()).collect();
+    let missing: Vec<_> = missing.into_iter().filter(|key| !known.contains(*key)).collect();
+    let what = match missing[..] {
+        [] => return None,
+        [key] => format!("the key {key}; add it"),
+        _ => format!("the keys {}; add them", missing.join(" and ")),
+    };
+    let values: Vec<String> = missing.iter().map(|key| format!(r#""{key}":"...""#)).collect();
     let message = format!(
-        "Secret {name} has no value for the key {key}; add it: kubectl -n {namespace} patch secret {name} -p \
-         '{{\"stringData\":{{\"{key}\":\"...\"}}}}'"
+        "Secret {name} has no value for {what}: kubectl -n {namespace} patch secret {name} -p '{{\"stringData\":{{{}}}}}'",
+        values.join(",")
     );
     Some((Reason::SecretKeyNotFound, message))
 }

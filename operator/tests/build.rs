@@ -211,8 +211,9 @@ fn refusal(error: &Error) -> String {
 #[test]
 fn a_pipeline_waits_for_its_secrets() {
     type Change = fn(&mut Keys);
-    let cases: [(&str, Change); 7] = [
+    let cases: [(&str, Change); 8] = [
         ("nothing", Keys::clear),
+        ("no keys", |keys| keys.get_mut("shop-cdc").unwrap().clear()),
         ("no credentials", |keys| drop(keys.remove("shop-cdc"))),
         ("no password", |keys| {
             keys.get_mut("shop-cdc").unwrap().remove("password");

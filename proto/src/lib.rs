@@ -12,5 +12,8 @@ pub mod v1 {
     tonic::include_proto!("meander.v1");
 }
 
+/// With UNAVAILABLE, what an operator answers that does not hold the lease.
+pub const NO_LEADER: &str = "this operator does not lead; try again";
+
 /// The descriptors of every file, as gRPC server reflection wants them.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/meander.v1.bin"));

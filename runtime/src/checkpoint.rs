@@ -374,6 +374,7 @@ impl Tail {
         let deadline = Instant::now() + self.timeout;
         let mut silent = None;
         let ends = retry_until(deadline, |left| {
+            silent = None;
             let metadata = self.consumer.fetch_metadata(None, left)?;
             let mut asked = TopicPartitionList::new();
             for topic in metadata.topics().iter().filter(|topic| wanted(topic.name())) {

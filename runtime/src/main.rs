@@ -13,9 +13,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::Level;
 use tracing_subscriber::{
     EnvFilter, Layer as _,
-    filter::{FilterExt as _, ParseError, Targets, filter_fn},
+    filter::{FilterExt as _, LevelFilter, ParseError, Targets, filter_fn},
     fmt,
-    layer::SubscriberExt as _,
+    layer::{Filter, SubscriberExt as _},
     util::SubscriberInitExt as _,
 };
 
@@ -81,6 +81,7 @@ fn main() -> ExitCode {
         }
     };
     if let Some(traces) = traces {
+        // Before the runtime, which has its connection.
         traces.end();
     }
     runtime.shutdown_timeout(PARTING);
@@ -94,14 +95,16 @@ fn log() -> Option<Traces> {
         Ok(traces) => (traces, None),
         Err(error) => (None, Some(error)),
     };
-    // Without traces nobody takes spans, and so they cost nothing.
-    let filter = filter.and(filter_fn(|metadata| metadata.is_event()));
     // Standard output belongs to a replay into the log.
     let lines = fmt::layer().with_writer(std::io::stderr);
     let lines = if std::io::stderr().is_terminal() {
-        lines.with_filter(filter).boxed()
+        lines.with_filter(without_spans(filter)).boxed()
     } else {
-        lines.json().flatten_event(true).with_filter(filter).boxed()
+        lines
+            .json()
+            .flatten_event(true)
+            .with_filter(without_spans(filter))
+            .boxed()
     };
     let traced = || Targets::new().with_target("meander_runtime", Level::INFO);
     tracing_subscriber::registry()
@@ -115,6 +118,12 @@ fn log() -> Option<Traces> {
         tracing::warn!(%error, "there are no traces");
     }
     traces
+}
+
+/// Spans are no lines. Where nobody traces, nobody takes them then, and so they cost nothing.
+fn without_spans<S>(filter: EnvFilter) -> impl Filter<S> {
+    // Of itself it has no highest level, and then neither has the whole.
+    filter.and(filter_fn(|metadata| !metadata.is_span()).with_max_level_hint(LevelFilter::TRACE))
 }
 
 /// What is logged, by RUST_LOG, and why that cannot be read.
@@ -160,4 +169,23 @@ fn chain(error: &dyn Error) -> String {
             format!("{text}: {source}")
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use tracing_subscriber::Registry;
+
+    use super::*;
+
+    #[test]
+    fn what_is_logged_is_what_libraries_are_asked_for_and_spans_are_made_for_nobody() {
+        let filter = || without_spans::<Registry>(EnvFilter::new("info"));
+        assert_eq!(filter().max_level_hint(), Some(LevelFilter::INFO));
+        let lines = fmt::layer().with_writer(std::io::sink).with_filter(filter());
+        tracing::subscriber::with_default(tracing_subscriber::registry().with(lines), || {
+            assert!(tracing::enabled!(target: "librdkafka", Level::INFO));
+            assert!(!tracing::enabled!(target: "librdkafka", Level::DEBUG));
+            assert!(tracing::info_span!("step").is_disabled());
+        });
+    }
 }

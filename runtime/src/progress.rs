@@ -13,9 +13,12 @@ use std::{
 
 use backon::{BackoffBuilder as _, ExponentialBuilder};
 use meander_config::{OperatorLink, ResourceIdentity};
-use meander_proto::v1::{
-    CaptureProgress, Condition, Directive, ProgressUpdate, ReplayProgress, ResourceReference,
-    progress_tracker_client::ProgressTrackerClient, progress_update,
+use meander_proto::{
+    NO_LEADER,
+    v1::{
+        CaptureProgress, Condition, Directive, ProgressUpdate, ReplayProgress, ResourceReference,
+        progress_tracker_client::ProgressTrackerClient, progress_update,
+    },
 };
 use tokio::{
     sync::{mpsc, watch},
@@ -45,8 +48,8 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(10);
-/// The same for an operator that answers and does not lead: the next call may come to the one that does.
-const LONGEST_BACKOFF_WITHOUT_LEADER: Duration = Duration::from_secs(2);
+/// By so much shorter is the wait after an operator has answered that it does not lead, which costs it nothing: the next call may come to the one that does.
+const SHORTER_WITHOUT_LEADER: u32 = 10;
 /// A stream that lived this long was a success, after which the back-off starts anew.
 const HEALTHY_STREAM: Duration = Duration::from_secs(30);
 
@@ -267,10 +270,12 @@ enum LinkError {
 }
 
 impl LinkError {
-    /// The delay before another attempt, no longer than this error asks for.
-    fn shorten(&self, delay: Duration) -> Duration {
+    /// How long to wait after this error, where it is `delay` after others.
+    fn delay(&self, delay: Duration) -> Duration {
         match self {
-            Self::Stream(status) if status.code() == Code::Unavailable => delay.min(LONGEST_BACKOFF_WITHOUT_LEADER),
+            Self::Stream(status) if status.code() == Code::Unavailable && status.message() == NO_LEADER => {
+                delay / SHORTER_WITHOUT_LEADER
+            }
             _ => delay,
         }
     }
@@ -298,19 +303,25 @@ impl<P: Progress> Link<P> {
             .without_max_times()
             .with_jitter();
         let mut delays = backoff.build();
+        let mut told = String::new();
         loop {
             let started = Instant::now();
             let Err(error) = self.session().await else {
                 return;
             };
-            tracing::warn!(%error, "no link to the operator; trying again");
             if started.elapsed() > HEALTHY_STREAM {
                 delays = backoff.build();
+                told.clear();
+            }
+            let message = error.to_string();
+            if message != told {
+                tracing::warn!(error = message, "no link to the operator; trying again");
+                told = message;
             }
             // While the process ends, there is only one more try, and no time to wait before it.
             let delay = delays.next().unwrap_or(LONGEST_BACKOFF);
             tokio::select! {
-                () = sleep(error.shorten(delay)) => {}
+                () = sleep(error.delay(delay)) => {}
                 () = self.ending.cancelled() => {
                     if let Err(error) = self.session().await {
                         tracing::warn!(%error, "the operator did not take the last state");
@@ -438,12 +449,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_does_not_lead_is_asked_again_soon_and_who_does_not_answer_is_not() {
-        let long = 2 * LONGEST_BACKOFF;
-        let no_leader = LinkError::from(Status::unavailable("this operator does not lead; try again"));
-        assert_eq!(no_leader.shorten(long), LONGEST_BACKOFF_WITHOUT_LEADER);
-        assert_eq!(no_leader.shorten(Duration::ZERO), Duration::ZERO);
-        assert_eq!(LinkError::NoAnswer.shorten(long), long);
+    fn who_does_not_lead_is_asked_again_soon_and_who_cannot_answer_is_not() {
+        let (long, soon) = (2 * LONGEST_BACKOFF, Duration::from_secs(2));
+        let no_leader = LinkError::from(Status::unavailable(NO_LEADER));
+        assert_eq!(no_leader.delay(long), soon);
+        // Each further call would ask an API server that is too busy already.
+        let no_api_server = LinkError::from(Status::unavailable("the API server did not answer; try again"));
+        assert_eq!(no_api_server.delay(long), long);
+        assert_eq!(LinkError::NoAnswer.delay(long), long);
     }
 
     #[test]

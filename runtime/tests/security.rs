@@ -562,6 +562,8 @@ async fn redis_is_used_over_tls_with_no_more_than_the_commands_of_the_docs() {
     let stream = format!("{}.public.t", sink.stream_prefix);
     sink.url_file = folder.path().join("url");
     sink.ca_file = Some(authority.file());
+    // To trim takes no other right.
+    sink.max_length = Some(1_000_000);
     let url = |password: &str| format!("rediss://meander:{password}@localhost:{}/0", redis.tls_port());
     fs::write(&sink.url_file, url("wrong")).unwrap();
     let mut connection = redis.connection().await;

@@ -39,6 +39,7 @@ diagnose() {
 
 finish() {
   local code=$?
+  [ -z "${watch:-}" ] || kill "$watch" 2>/dev/null || true
   [ -n "${KEEP:-}" ] || "$cluster" down >/dev/null 2>&1 || true
   rm -rf "$work"
   exit $((code > status ? code : status))
@@ -115,7 +116,7 @@ capture_metrics() {
 }
 
 # How many changes were published, as the checkpoint counts them.
-captured() { capture_metrics | awk '$3 == "checkpoint_events" && $4 > most { most = $4 } END { print most + 0 }'; }
+captured() { capture_metrics | awk '$2 ~ /^trades-capture-/ && $3 == "checkpoint_events" && $4 > most { most = $4 } END { print most + 0 }'; }
 
 # Writes a line with the time whenever more changes were published than ever before, a few times a second.
 watch_captured() {

@@ -3,9 +3,12 @@
 use std::{future::ready, pin::Pin, sync::Arc, time::Duration};
 
 use futures::{Stream, StreamExt as _, stream};
-use meander_proto::v1::{
-    ControlReplayRequest, ControlReplayResponse, Directive, ProgressUpdate, ResourceReference, StreamProgressRequest,
-    progress_tracker_server::ProgressTracker,
+use meander_proto::{
+    NO_LEADER,
+    v1::{
+        ControlReplayRequest, ControlReplayResponse, Directive, ProgressUpdate, ResourceReference,
+        StreamProgressRequest, progress_tracker_server::ProgressTracker,
+    },
 };
 use prometheus::IntGauge;
 use tokio::time::timeout;
@@ -42,7 +45,7 @@ impl ProgressTrackerService {
         if self.context.claim.is_held() {
             Ok(())
         } else {
-            Err(Status::unavailable("this operator does not lead; try again"))
+            Err(Status::unavailable(NO_LEADER))
         }
     }
 }

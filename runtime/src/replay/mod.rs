@@ -39,7 +39,6 @@ use tokio::{
     time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
-use tracing::Instrument as _;
 
 use self::{
     checkpoint::Checkpoint,
@@ -130,7 +129,7 @@ pub async fn run(config: ReplayConfig, shutdown: CancellationToken) -> Result<En
     };
     let job = &config.job;
     let span = step!("replay", namespace = job.namespace, replay = job.name);
-    let result = step(span, replay(&config, orders, &report, &shutdown)).await;
+    let result = step(span, Box::pin(replay(&config, orders, &report, &shutdown))).await;
     let word = report.conclude(&config, &result);
     if let Some(path) = &config.termination_message_file {
         word::write(path, word).await;
@@ -237,7 +236,7 @@ impl Job<'_> {
         self.report.resolved(&range, &meter);
         self.ready.send_replace(true);
         let reads = self.read::<T>(range, false);
-        drive(
+        let delivering = drive(
             reads,
             target,
             self.orders,
@@ -245,9 +244,8 @@ impl Job<'_> {
             &self.plan,
             self.report,
             self.shutdown,
-        )
-        .instrument(tracing::info_span!("deliver"))
-        .await
+        );
+        step(step!("deliver"), delivering).await
     }
 
     /// Serves the range to subscribers.
@@ -277,7 +275,7 @@ impl Job<'_> {
             }
         };
         tokio::select! {
-            end = grpc_serve::serve(offer, place, self.shutdown).instrument(tracing::info_span!("serve")) => end,
+            end = step(step!("serve"), grpc_serve::serve(offer, place, self.shutdown)) => end,
             never = keeping => match never {},
         }
     }
@@ -354,7 +352,7 @@ impl Job<'_> {
     async fn session<T: Resumable>(&mut self, settings: &T::Settings, tally: &Tally) -> Result<End, ReplayError> {
         let trouble = tally.trouble();
         let standing = trouble.as_ref().map_or(OPENING, Standing::because);
-        let opening = answered(T::open(settings, &self.config.job)).instrument(tracing::info_span!("open target"));
+        let opening = step(step!("open target"), answered(T::open(settings, &self.config.job)));
         let Some(opened) = self.unless_told(standing, opening).await? else {
             return Ok(End::Cancelled);
         };
@@ -383,9 +381,8 @@ impl Job<'_> {
         self.ready.send_replace(true);
         let reads = self.read::<T>(rest, true);
         let orders = self.orders.clone();
-        drive(reads, target, orders, meter, &self.plan, self.report, self.shutdown)
-            .instrument(tracing::info_span!("deliver"))
-            .await
+        let delivering = drive(reads, target, orders, meter, &self.plan, self.report, self.shutdown);
+        step(step!("deliver"), delivering).await
     }
 
     /// Starts to read what is left of the range. `places` says whether the target keeps how far each partition is.
@@ -406,14 +403,14 @@ impl Job<'_> {
         let stop = CancellationToken::new();
         let _stop_on_return = stop.clone().drop_guard();
         let config = self.config.clone();
-        let resolving = spawn_blocking(move || range::resolve(&config, &stop));
-        let resolving = resolving.instrument(tracing::info_span!("resolve range"));
-        match self.unless_told(RESOLVING, resolving).await? {
-            Some(range) => range
+        let resolving = async {
+            spawn_blocking(move || range::resolve(&config, &stop))
+                .await
                 .map_err(|_| ReplayError::TaskStopped("resolving the range"))?
-                .map(Some),
-            None => Ok(None),
-        }
+        };
+        self.unless_told(RESOLVING, step(step!("resolve range"), resolving))
+            .await?
+            .transpose()
     }
 
     /// What comes of `doing`, while which the state says how the replay stands; none if it is cancelled meanwhile.

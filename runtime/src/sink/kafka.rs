@@ -362,13 +362,23 @@ impl Transaction {
                     last = Empty,
                     bytes = Empty
                 ));
-                Ok(*self.deadline.insert(sink.producer.begin()?))
+                let begun = sink.producer.begin();
+                self.trace(&begun);
+                Ok(*self.deadline.insert(begun?))
             }
         }
     }
 
     /// Queues the records of a batch that Kafka does not have yet.
     fn take(&mut self, sink: &KafkaSink, checkpoint: &Checkpoint, batch: &Batch) -> Result<(), SinkError> {
+        let queued = self.queue(sink, checkpoint, batch);
+        if queued.is_err() {
+            self.trace(&queued);
+        }
+        queued
+    }
+
+    fn queue(&mut self, sink: &KafkaSink, checkpoint: &Checkpoint, batch: &Batch) -> Result<(), SinkError> {
         for record in batch
             .records()
             .iter()
@@ -417,13 +427,13 @@ impl Transaction {
         Ok(())
     }
 
-    /// What a trace shows of it.
-    fn trace(&self, committed: &Result<(), SinkError>) {
+    /// What a trace shows of it, with the error that it ends with.
+    fn trace<T>(&self, result: &Result<T, SinkError>) {
         if let Some(span) = &self.span {
             span.record("changes", self.events).record("bytes", self.bytes);
             span.record("first", self.first.map(|first| display(first.commit_lsn)));
             span.record("last", self.last.map(|last| display(last.commit_lsn)));
-            note(span, committed);
+            note(span, result);
         }
     }
 

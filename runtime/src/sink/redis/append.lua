@@ -2,7 +2,7 @@
 -- KEYS: the mark, the claim, then the streams. ARGV: generation, pipeline, position the mark must have, position, timestamp and count of
 -- records that it gets, length to keep or '', then for each run of records that go into one stream with as many headers: index of the stream
 -- in KEYS, how many records, how many arguments the headers of each take, and for each record: entry id, position, key, value, and of each
--- header name and value. Whatever is done for each record costs Redis as much as a tenth of an entry.
+-- header name and value. The last of a run trims its stream.
 -- Returns {'ok', phantoms}, {'claimed', pipeline} when the streams' prefix is another's, {'mark', generation, position} when the mark is
 -- elsewhere, or what streams.lua says of a stream that is not as it was left.
 -- All or nothing: Redis refuses for want of memory before the first write of a script, never after it.
@@ -30,13 +30,15 @@ while i <= #ARGV do
   local stream = KEYS[k]
   i = first + ARGV[i + 1] * width
   for r = first, i - 1, width do
-    redis.call('XADD', stream, ARGV[r], 'position', ARGV[r + 1], 'key', ARGV[r + 2], 'value', ARGV[r + 3],
-      unpack(ARGV, r + 4, r + 3 + headers))
+    if ARGV[7] == '' or r + width < i then
+      redis.call('XADD', stream, ARGV[r], 'position', ARGV[r + 1], 'key', ARGV[r + 2], 'value', ARGV[r + 3],
+        unpack(ARGV, r + 4, r + 3 + headers))
+    else
+      redis.call('XADD', stream, 'MAXLEN', '~', ARGV[7], ARGV[r], 'position', ARGV[r + 1], 'key', ARGV[r + 2], 'value', ARGV[r + 3],
+        unpack(ARGV, r + 4, r + 3 + headers))
+    end
   end
   last[k] = ARGV[i - width]
-end
-if ARGV[7] ~= '' then
-  for k in pairs(last) do redis.call('XTRIM', KEYS[k], 'MAXLEN', '~', ARGV[7]) end
 end
 remember(last)
 redis.call('HSET', KEYS[1], 'position', ARGV[4], 'timestamp', ARGV[5], 'records', ARGV[6])

@@ -58,11 +58,8 @@ pub struct Progress {
 impl Progress {
     /// A later owner has the mark.
     pub(in crate::sink) fn is_taken(&self) -> bool {
-        self.state == State::Taken || self.is_told_taken()
-    }
-
-    fn is_told_taken(&self) -> bool {
-        self.state == State::Detached && matches!(self.last_error.as_deref(), Some(SinkError::RedisTaken(_)))
+        let is_told = matches!(self.last_error.as_deref(), Some(SinkError::RedisTaken(_)));
+        self.state == State::Taken || self.state == State::Detached && is_told
     }
 }
 
@@ -112,6 +109,8 @@ pub struct Feed {
     acknowledged: Option<Position>,
     /// A gap that nobody has accepted yet, so that it is not counted again and again.
     gap: Option<(Option<Position>, u64)>,
+    /// A later owner has taken Redis, and Kafka takes transactions all the same.
+    owns_the_log: bool,
 }
 
 impl Feed {
@@ -158,6 +157,7 @@ impl Feed {
             beginning: checkpoint.partings.is_empty().then_some(checkpoint),
             acknowledged,
             gap: None,
+            owns_the_log: false,
         };
         (feed, watched)
     }
@@ -183,12 +183,12 @@ impl Feed {
             };
             live.detach();
             let Err(error) = ended else { return };
-            if matches!(error, SinkError::RedisTaken(_)) && !self.progress.borrow().is_told_taken() {
-                let owns_the_log = tokio::select! {
-                    owns_the_log = self.owns_the_log() => owns_the_log,
+            if matches!(error, SinkError::RedisTaken(_)) && !self.owns_the_log {
+                self.owns_the_log = tokio::select! {
+                    goes_on = self.log_goes_on() => goes_on,
                     () = live.abandoned() => false,
                 };
-                if !owns_the_log {
+                if !self.owns_the_log {
                     return;
                 }
             }
@@ -204,7 +204,7 @@ impl Feed {
     }
 
     /// Finds out by Kafka's transactions whether a later owner has taken over, which takes Kafka before it takes Redis: then the session ends.
-    async fn owns_the_log(&mut self) -> bool {
+    async fn log_goes_on(&mut self) -> bool {
         tracing::info!("a later owner writes to Redis: Kafka is asked whether it has taken over");
         self.metrics.attached.set(0);
         self.progress.send_modify(|progress| progress.state = State::Taken);

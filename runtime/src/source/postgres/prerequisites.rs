@@ -44,7 +44,7 @@ impl RefusedTable {
     /// One word for conditions and status: that of the first cause.
     #[must_use]
     pub fn reason(&self) -> &'static str {
-        self.causes.first().map_or("TableNotAdded", Refusal::reason)
+        self.causes.first().map_or("", Refusal::reason)
     }
 }
 
