@@ -199,11 +199,17 @@ pub(crate) async fn catch_up(
 /// How long a process takes from its start until its first change is in every sink.
 pub(crate) async fn start(report: &Report, peers: &[Variant], rounds: u32) -> anyhow::Result<()> {
     let ours = [Contestant::Kafka(Format::Protobuf), Contestant::KafkaAndRedis];
-    for _ in 0..rounds {
-        let mut stage = Stage::start().await;
-        let client = stage.postgres.client().await;
+    let contestants = Contestant::with(&ours, peers);
+    let mut stage = Stage::start().await;
+    let client = stage.postgres.client().await;
+    for round in 0..=rounds {
+        let (report, contestants) = match round {
+            0 => (&Report::of_warm_up(), &ours[..]),
+            _ => (report, &contestants[..]),
+        };
+        client.batch_execute("DROP TABLE IF EXISTS trades").await?;
         client.batch_execute(TRADES).await?;
-        let captures = slots(&Contestant::with(&ours, peers), &stage).await?;
+        let captures = slots(contestants, &stage).await?;
         client.batch_execute(&Load::Inserts.last()).await?;
         for mut capture in captures {
             let (seen, started, mut figures) = run(&mut capture, &mut stage, 1).await?;

@@ -48,11 +48,19 @@ pub(crate) struct Load {
 }
 
 pub(crate) async fn measure(report: &Report, load: Load, peers: &[Variant], rounds: u32) -> anyhow::Result<()> {
-    let mut contestants = Contestant::with(&[Contestant::KafkaAndRedis], peers);
-    for _ in 0..rounds {
-        Contestant::take_turns(&mut contestants);
-        for contestant in &contestants {
-            for (consumer, figures) in round(*contestant, load).await? {
+    let ours = [Contestant::KafkaAndRedis];
+    let mut contestants = Contestant::with(&ours, peers);
+    let mut stage = Stage::start().await;
+    for number in 0..=rounds {
+        let (report, contestants) = match number {
+            0 => (&Report::of_warm_up(), &ours[..]),
+            _ => {
+                Contestant::take_turns(&mut contestants);
+                (report, &contestants[..])
+            }
+        };
+        for contestant in contestants {
+            for (consumer, figures) in round(*contestant, load, &mut stage).await? {
                 let name = match contestant {
                     Contestant::KafkaAndRedis => format!("Meander to Kafka and Redis, {consumer}"),
                     peer => peer.name(),
@@ -65,15 +73,14 @@ pub(crate) async fn measure(report: &Report, load: Load, peers: &[Variant], roun
     Ok(())
 }
 
-async fn round(contestant: Contestant, load: Load) -> anyhow::Result<Vec<(&'static str, Figures)>> {
-    let mut stage = Stage::start().await;
+async fn round(contestant: Contestant, load: Load, stage: &mut Stage) -> anyhow::Result<Vec<(&'static str, Figures)>> {
     let client = stage.postgres.client().await;
     client
         .batch_execute(
-            "CREATE TABLE trades (trade_id bigint PRIMARY KEY, written bigint, symbol text, price numeric(12,2), quantity int, side text)",
+            "DROP TABLE IF EXISTS trades; CREATE TABLE trades (trade_id bigint PRIMARY KEY, written bigint, symbol text, price numeric(12,2), quantity int, side text)",
         )
         .await?;
-    let mut capture = Capture::of_changes(contestant, &stage).await?;
+    let mut capture = Capture::of_changes(contestant, stage).await?;
     capture.start();
     let process = capture.process_id()?;
     let decode = if capture.marks_ends() { written } else { written_in_json };
@@ -153,7 +160,7 @@ async fn round(contestant: Contestant, load: Load) -> anyhow::Result<Vec<(&'stat
         ]);
         rounds.push((consumer, figures));
     }
-    capture.end(&stage).await?;
+    capture.end(stage).await?;
     Ok(rounds)
 }
 
