@@ -275,9 +275,10 @@ impl KafkaSink {
             let says_more = safe > checkpoint.acknowledged || is_taken;
             let acknowledges = says_more && last_commit.elapsed() >= ACKNOWLEDGE_INTERVAL;
             if transaction.deadline.is_some() || acknowledges {
-                let deadline = transaction.begin(&self)?;
                 checkpoint.acknowledged = checkpoint.acknowledged.max(safe);
-                let committed = self.commit(&checkpoint, deadline);
+                let committed = transaction
+                    .begin(&self)
+                    .and_then(|deadline| self.commit(&checkpoint, deadline));
                 transaction.trace(&committed);
                 committed?;
                 last_commit = Instant::now();
@@ -362,9 +363,7 @@ impl Transaction {
                     last = Empty,
                     bytes = Empty
                 ));
-                let begun = sink.producer.begin();
-                self.trace(&begun);
-                Ok(*self.deadline.insert(begun?))
+                Ok(*self.deadline.insert(sink.producer.begin()?))
             }
         }
     }
@@ -428,7 +427,7 @@ impl Transaction {
     }
 
     /// What a trace shows of it, with the error that it ends with.
-    fn trace<T>(&self, result: &Result<T, SinkError>) {
+    fn trace(&self, result: &Result<(), SinkError>) {
         if let Some(span) = &self.span {
             span.record("changes", self.events).record("bytes", self.bytes);
             span.record("first", self.first.map(|first| display(first.commit_lsn)));
