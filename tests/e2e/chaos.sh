@@ -71,6 +71,7 @@ has_captured() { captured >"$work/published"; [ "$(cat "$work/published")" -gt 0
 moved() { [ -n "$(owning | awk -v before="$(owner_pod)" '$2 != before')" ]; }
 
 # --- what goes wrong ------------------------------------------------------------
+# To sleep is part of a fault: what it has stopped or cut off stays so for that long.
 
 delete_leader() { kubectl -n "$system" delete pod "$(leader)" --grace-period=0 --force; }
 kill_leader() { signal KILL meander-operator "$(leader)"; }

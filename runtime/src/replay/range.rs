@@ -60,6 +60,29 @@ pub struct Range {
     pub missing: Option<Missing>,
 }
 
+#[cfg(test)]
+impl Range {
+    /// All of these partitions, each of them to this offset.
+    pub(crate) fn of<'a>(partitions: impl IntoIterator<Item = (&'a str, i32)>, end: i64) -> Self {
+        let stretch = |(topic, partition): (&str, i32)| Stretch {
+            topic: topic.into(),
+            partition,
+            start: 0,
+            end,
+            truncated: false,
+        };
+        Self {
+            from: None,
+            to: None,
+            first: None,
+            end: None,
+            high_time: 0,
+            partitions: partitions.into_iter().map(stretch).collect(),
+            missing: None,
+        }
+    }
+}
+
 /// What is known of the start of a range that Kafka no longer holds.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]

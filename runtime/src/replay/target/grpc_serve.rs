@@ -738,22 +738,7 @@ mod tests {
 
     #[test]
     fn a_range_that_is_followed_is_served_to_as_many_as_all_of_its_partitions_allow() {
-        let stretch = |partition| Stretch {
-            topic: "shop.public.orders".into(),
-            partition,
-            start: 7,
-            end: 7,
-            truncated: false,
-        };
-        let range = Range {
-            from: None,
-            to: None,
-            first: None,
-            end: None,
-            high_time: 0,
-            partitions: (0..2000).map(stretch).collect(),
-            missing: None,
-        };
+        let range = Range::of((0..2000).map(|partition| ("shop.public.orders", partition)), 0);
         assert_eq!(subscribers(&range, false), SUBSCRIBERS);
         assert_eq!(subscribers(&range, true), 4);
     }

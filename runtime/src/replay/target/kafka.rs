@@ -326,10 +326,7 @@ mod tests {
     use super::*;
     use crate::{
         position::{Epoch, Lsn, Position},
-        replay::{
-            range::Stretch,
-            record::{Coordinate, Passed},
-        },
+        replay::record::{Coordinate, Passed},
     };
 
     /// What the target holds of a record of the log that was replayed.
@@ -358,22 +355,7 @@ mod tests {
 
     #[test]
     fn what_is_aborted_is_what_this_replay_wrote_and_writes_once_more() {
-        let stretch = |topic: &str, partition| Stretch {
-            topic: topic.into(),
-            partition,
-            start: 0,
-            end: 100,
-            truncated: false,
-        };
-        let range = Range {
-            from: None,
-            to: None,
-            first: None,
-            end: None,
-            high_time: 0,
-            partitions: vec![stretch("a", 0), stretch("a", 1), stretch("b", 0)],
-            missing: None,
-        };
+        let range = Range::of([("a", 0), ("a", 1), ("b", 0)], 100);
         let reached = Reached {
             next: vec![10, 20, 30],
             done: None,
