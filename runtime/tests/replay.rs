@@ -399,6 +399,8 @@ struct Receiver {
     arrivals: watch::Sender<usize>,
     /// Records in messages that were answered.
     answered: watch::Sender<u64>,
+    /// Calls that have not ended.
+    calls: watch::Sender<usize>,
 }
 
 impl Receiver {
@@ -411,6 +413,7 @@ impl Receiver {
             breaks: Arc::default(),
             arrivals: watch::channel(0).0,
             answered: watch::channel(0).0,
+            calls: watch::channel(0).0,
         };
         let server = Server::builder()
             .add_service(ReplayReceiverServer::new(receiver.clone()))
@@ -448,6 +451,41 @@ impl Receiver {
             .unwrap()
             .unwrap();
     }
+
+    async fn answer(&self, mut events: Streaming<ReplayEvent>, answer: mpsc::Sender<Result<DeliverAck, Status>>) {
+        while let Some(Ok(event)) = events.next().await {
+            let records = u64::try_from(event.records.len()).unwrap();
+            let arrived = {
+                let mut received = self.received.lock().unwrap();
+                let topic = |record: &ReplayedRecord| event.topics[usize::try_from(record.topic).unwrap()].clone();
+                received.extend(event.records.into_iter().map(|record| (topic(&record), record)));
+                received.len()
+            };
+            self.arrivals.send_replace(arrived);
+            if self.breaks.load(Ordering::Relaxed) > 0 {
+                self.breaks.fetch_sub(1, Ordering::Relaxed);
+                let _ = answer.send(Err(Status::unavailable("restarting"))).await;
+                return;
+            }
+            tokio::select! {
+                permit = self.answers.acquire() => permit.unwrap().forget(),
+                () = answer.closed() => return,
+            }
+            self.answered.send_modify(|answered| *answered += records);
+            let token = event.resume_token;
+            if answer.send(Ok(DeliverAck { resume_token: token })).await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Until nobody calls, so that nothing more comes from a replay that was killed.
+    async fn until_left(&self) {
+        timeout(LIMIT, self.calls.subscribe().wait_for(|calls| *calls == 0))
+            .await
+            .unwrap()
+            .unwrap();
+    }
 }
 
 #[tonic::async_trait]
@@ -455,34 +493,13 @@ impl ReplayReceiver for Receiver {
     type DeliverStream = ReceiverStream<Result<DeliverAck, Status>>;
 
     async fn deliver(&self, request: Request<Streaming<ReplayEvent>>) -> Result<Response<Self::DeliverStream>, Status> {
-        let mut events = request.into_inner();
+        let events = request.into_inner();
         let (answer, answers) = mpsc::channel(1);
         let receiver = self.clone();
+        receiver.calls.send_modify(|calls| *calls += 1);
         tokio::spawn(async move {
-            while let Some(Ok(event)) = events.next().await {
-                let records = u64::try_from(event.records.len()).unwrap();
-                let arrived = {
-                    let mut received = receiver.received.lock().unwrap();
-                    let topic = |record: &ReplayedRecord| event.topics[usize::try_from(record.topic).unwrap()].clone();
-                    received.extend(event.records.into_iter().map(|record| (topic(&record), record)));
-                    received.len()
-                };
-                receiver.arrivals.send_replace(arrived);
-                if receiver.breaks.load(Ordering::Relaxed) > 0 {
-                    receiver.breaks.fetch_sub(1, Ordering::Relaxed);
-                    let _ = answer.send(Err(Status::unavailable("restarting"))).await;
-                    return;
-                }
-                tokio::select! {
-                    permit = receiver.answers.acquire() => permit.unwrap().forget(),
-                    () = answer.closed() => return,
-                }
-                receiver.answered.send_modify(|answered| *answered += records);
-                let token = event.resume_token;
-                if answer.send(Ok(DeliverAck { resume_token: token })).await.is_err() {
-                    return;
-                }
-            }
+            receiver.answer(events, answer).await;
+            receiver.calls.send_modify(|calls| *calls -= 1);
         });
         Ok(Response::new(ReceiverStream::new(answers)))
     }
@@ -1366,6 +1383,7 @@ async fn side_by_side_each_partition_goes_on_at_its_own_place_after_a_kill_and_w
     })
     .await;
     runtime.kill9();
+    receiver.until_left().await;
     let mut received = receiver.take_records();
     received.truncate(usize::try_from(answered).unwrap());
 
@@ -1730,6 +1748,7 @@ async fn a_replay_that_is_killed_goes_on_after_what_was_answered_and_in_the_same
     })
     .await;
     runtime.kill9();
+    receiver.until_left().await;
     let first = receiver.take();
     assert!(answered > 0 && answered < 20_000, "{answered}");
     assert_eq!(first, expected(&changes[..first.len()]));
@@ -1749,6 +1768,7 @@ async fn a_replay_that_is_killed_goes_on_after_what_was_answered_and_in_the_same
     })
     .await;
     runtime.kill9();
+    receiver.until_left().await;
     let second = receiver.take();
     assert_eq!(second, expected(&changes[begin..begin + second.len()]));
     let known = kept(&config).await;
