@@ -30,6 +30,8 @@ const FIRST_STEP: i64 = 16;
 const STEP_GROWTH: i64 = 8;
 /// Partitions whose ends are fetched at the same time. Each can bring a batch of a megabyte.
 const FETCHED_TOGETHER: usize = 32;
+/// How long a broker may hold back its answer that nothing more has come. Every other request of the same client waits for that answer.
+const FETCH_WAIT_MILLIS: &str = "2";
 /// Pause between two tries of a request that a broker could not answer.
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
 
@@ -134,6 +136,7 @@ impl Tail {
         let consumer = client_config(cluster, "meander-tail")
             .and_then(|mut config| {
                 config.set("isolation.level", isolation);
+                config.set("fetch.wait.max.ms", FETCH_WAIT_MILLIS);
                 Ok(config.create_with_context(Hearing::default())?)
             })
             .map_err(|error| TailError::Client(Box::new(error)))?;
@@ -254,6 +257,7 @@ impl Tail {
         for ends in ends.chunks(FETCHED_TOGETHER) {
             self.last_of(ends.to_vec(), &what, &mut found)?;
         }
+        self.put_down();
         Ok(found)
     }
 
@@ -468,7 +472,15 @@ impl Tail {
             .add_partition_offset(topic, partition, Offset::Offset(stretch.start))
             .and_then(|()| self.consumer.assign(&assignment))
             .map_err(unreadable)?;
-        take(|left| self.consumer.poll(left), stretch, deadline, see).map_err(unreadable)
+        let taken = take(|left| self.consumer.poll(left), stretch, deadline, see).map_err(unreadable);
+        self.put_down();
+        taken
+    }
+
+    /// Fetches no more, since every other request would have to wait for the answer.
+    fn put_down(&self) {
+        // What goes on being fetched is only slower.
+        let _ = self.consumer.unassign();
     }
 
     /// The first offset and the last stable offset.

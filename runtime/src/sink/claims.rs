@@ -5,14 +5,14 @@
 //! `shop.eu`, are no better than two that are the same: whoever reads takes every topic that begins with the prefix and a dot. Claiming
 //! fences nobody and needs no slot, so it comes before a slot is made.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use meander_config::KafkaCluster;
 use rdkafka::{
     producer::{FutureProducer, FutureRecord},
     util::Timeout,
 };
-use tokio::task::JoinError;
+use tokio::task::{JoinError, spawn_blocking};
 
 use crate::{
     checkpoint::{Tail, TailError},
@@ -55,14 +55,17 @@ impl Claims {
     /// # Errors
     /// When another pipeline claimed it earlier, or one that overlaps, or Kafka does not answer.
     pub async fn claim(&self) -> Result<(), SinkError> {
-        let mut live = self.live(true).await?;
+        let tail = Arc::new(Tail::new(&self.cluster, DEADLINE)?.waiting());
+        let mut live = self.live(&tail).await?;
         if !live.contains(&self.ours) {
             if let Some(other) = live.into_iter().next() {
                 return Err(self.taken(other));
             }
             self.write(Some("{}")).await?;
-            live = self.live(true).await?;
+            live = self.live(&tail).await?;
         }
+        // To end a client takes it a moment, which nobody has to wait for.
+        spawn_blocking(move || drop(tail));
         // Of two that claim at the same time, both see which claim came first: whoever does not see the other's here is before it.
         match live.into_iter().next() {
             Some(first) if first != self.ours => {
@@ -78,7 +81,8 @@ impl Claims {
     /// # Errors
     /// When Kafka does not answer.
     pub async fn withdraw(&self) -> Result<(), SinkError> {
-        match self.live(false).await {
+        let tail = Arc::new(Tail::new(&self.cluster, DEADLINE)?);
+        match self.live(&tail).await {
             Ok(live) if live.contains(&self.ours) => self.write(None).await,
             // Nobody ever claimed anything.
             Ok(_) | Err(SinkError::Checkpoint(TailError::NoSuchPartition { .. })) => Ok(()),
@@ -95,13 +99,9 @@ impl Claims {
     }
 
     /// Our claim, and those of others that it cannot hold beside, in the order in which they came.
-    async fn live(&self, topic_exists: bool) -> Result<Vec<Claim>, SinkError> {
-        let cluster = self.cluster.clone();
-        let read = tokio::task::spawn_blocking(move || {
-            let tail = Tail::new(&cluster, DEADLINE)?;
-            if topic_exists { tail.waiting() } else { tail }.keys(CLAIMS_TOPIC, 0)
-        })
-        .await;
+    async fn live(&self, tail: &Arc<Tail>) -> Result<Vec<Claim>, SinkError> {
+        let tail = Arc::clone(tail);
+        let read = spawn_blocking(move || tail.keys(CLAIMS_TOPIC, 0)).await;
         let keys = read.map_err(|error: JoinError| SinkError::KafkaTransaction(error.to_string()))??;
         let mut claims: Vec<Claim> = keys.iter().filter_map(|key| Claim::read(key)).collect();
         // A pipeline does not stand in its own way.
