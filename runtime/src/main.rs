@@ -8,7 +8,10 @@ use meander_runtime::{
     replay::{self, error::ReplayError},
 };
 use meander_traces::Traces;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    task::spawn_blocking,
+};
 use tokio_util::sync::CancellationToken;
 use tracing::Level;
 use tracing_subscriber::{
@@ -46,6 +49,17 @@ enum Command {
     Cleanup(Config),
 }
 
+impl Command {
+    /// A change that comes alone wakes whoever reads it, whoever writes it to Redis, and whoever hears the answer. On one thread that takes no switch
+    /// from one to the other, which costs several times what there is to do. What blocks, Kafka above all, has threads of its own.
+    fn threads(&self) -> tokio::runtime::Builder {
+        match self {
+            Self::Capture(_) => tokio::runtime::Builder::new_current_thread(),
+            Self::Replay(_) | Self::Cleanup(_) => tokio::runtime::Builder::new_multi_thread(),
+        }
+    }
+}
+
 #[derive(clap::Args)]
 struct Config {
     /// The configuration file, YAML.
@@ -57,7 +71,8 @@ fn main() -> ExitCode {
     // A dozen threads take memory in small pieces: most of each huge page would be held for nothing, and a replay has the kernel clear
     // one after the other. A kernel that has none refuses, which is as good.
     let _ = rustix::thread::disable_transparent_huge_pages(true);
-    let runtime = match tokio::runtime::Runtime::new() {
+    let command = Arguments::parse().command;
+    let runtime = match command.threads().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
             eprintln!("cannot start: {error}");
@@ -68,7 +83,6 @@ fn main() -> ExitCode {
         let _runtime = runtime.enter();
         log()
     };
-    let command = Arguments::parse().command;
     let result = runtime.block_on(run(command));
     let code = match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -81,8 +95,8 @@ fn main() -> ExitCode {
         }
     };
     if let Some(traces) = traces {
-        // Before the runtime, which has its connection.
-        traces.end();
+        // While the runtime runs, which has its connection. What it says of its end has been told of.
+        let _ = runtime.block_on(spawn_blocking(move || traces.end()));
     }
     runtime.shutdown_timeout(PARTING);
     code

@@ -256,11 +256,15 @@ impl KafkaSink {
                 transaction.take(&self, &checkpoint, &first.batch)?;
                 drop(first);
                 while transaction.bytes < TRANSACTION_BYTES {
-                    let wait = if transaction.is_late { LATE_WAIT } else { Duration::ZERO };
-                    let wait = wait.saturating_sub(since.elapsed());
-                    let Ok(Some(next)) = runtime.block_on(timeout(wait, batches.recv())) else {
-                        break;
+                    let next = match batches.try_recv() {
+                        // A timer would take a millisecond, however short it is.
+                        Err(_) if transaction.is_late && since.elapsed() < LATE_WAIT => {
+                            let wait = LATE_WAIT.saturating_sub(since.elapsed());
+                            runtime.block_on(timeout(wait, batches.recv())).ok().flatten()
+                        }
+                        tried => tried.ok(),
                     };
+                    let Some(next) = next else { break };
                     transaction.take(&self, &checkpoint, &next.batch)?;
                 }
             }
