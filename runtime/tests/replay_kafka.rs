@@ -138,12 +138,23 @@ async fn a_replay_into_kafka_is_the_log_again_each_record_once_through_three_kil
 
     let mut attempts = 0;
     for table in ["public.trades", "public.orders", "public.last", "transaction"] {
-        let topic = format!("{}.{table}", pipeline.kafka.topic_prefix);
-        let (log, copy) = (read(kafka, &topic), read(kafka, &format!("{prefix}.{table}")));
+        let (topic, copied) = (
+            format!("{}.{table}", pipeline.kafka.topic_prefix),
+            format!("{prefix}.{table}"),
+        );
+        kafka.settle(&copied, LIMIT).await;
+        let (log, copy) = (read(kafka, &topic), read(kafka, &copied));
         assert!(log.keys().eq(copy.keys()), "{table}: {log:?} {copy:?}");
         for (partition, log) in log {
             let copy = &copy[&partition];
             println!("{table}/{partition}: {} records", log.len());
+            let there = |(offset, _): &&(i64, Found)| {
+                !copy
+                    .iter()
+                    .any(|(_, here)| here.headers["meander-replay-offset"] == offset.to_string())
+            };
+            let missing: Vec<i64> = log.iter().filter(there).map(|(offset, _)| *offset).collect();
+            assert_eq!(missing, [0; 0], "{table}, partition {partition}");
             assert_eq!(copy.len(), log.len(), "{table}, partition {partition}");
             for ((offset, there), (_, here)) in log.iter().zip(copy) {
                 let mut here = here.clone();

@@ -39,6 +39,11 @@ const TRANSACTION_TIMEOUT: Duration = Duration::from_secs(60);
 pub const PAUSE_AFTER_COMMIT: Duration = Duration::from_millis(3);
 /// Records that are on their way to the brokers at a time. Each takes half a kilobyte beside its content.
 const UNDER_WAY: usize = 8000;
+/// Requests that a broker has of us at a time. With more, a request that it refuses for now, as one for a partition that it is only just told to
+/// lead, can be overtaken by the next one of that partition; where it knows nothing of this producer yet it takes that for the first, and
+/// the one that comes again for one that it has already, which it says is delivered (seen with Kafka 4.3.1). A broker works on one request of a connection at a time
+/// in any case.
+const REQUESTS: &str = "1";
 /// How often delivery reports are looked for while they are waited for. The client's own wait would take its whole time, whatever comes
 /// meanwhile, and keep a processor busy in its last millisecond.
 const REPORT_INTERVAL: Duration = Duration::from_micros(250);
@@ -94,6 +99,7 @@ impl TransactionalProducer {
             .set("message.timeout.ms", DELIVERY_DEADLINE.as_millis().to_string())
             .set("acks", "all")
             .set("enable.idempotence", "true")
+            .set("max.in.flight.requests.per.connection", REQUESTS)
             .set("compression.type", "lz4")
             .set("linger.ms", "0")
             // A transaction that is committed says it of all its records; so they take no memory until somebody looks.
@@ -268,5 +274,62 @@ impl TransactionalProducer {
             ) => unreachable(&self.servers, error),
             _ => SinkError::KafkaTransaction(error.to_string()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rdkafka::{
+        ClientConfig, Offset, TopicPartitionList,
+        consumer::{BaseConsumer, Consumer as _},
+        mocking::MockCluster,
+        types::{RDKafkaApiKey, RDKafkaRespErr},
+    };
+
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_secs(120);
+    const COUNT: u8 = 6;
+
+    #[test]
+    fn a_request_that_is_refused_for_now_is_not_overtaken_by_the_next_one() {
+        let mock = MockCluster::new(1).unwrap();
+        mock.create_topic("t", 1, 1).unwrap();
+        // So that one request is under way when the next one could follow.
+        mock.broker_round_trip_time(1, Duration::from_millis(100)).unwrap();
+        let cluster = KafkaCluster {
+            bootstrap_servers: vec![mock.bootstrap_servers()],
+            tls: None,
+            sasl: None,
+        };
+        let by_row = ByRow {
+            schemas: false,
+            partitions: 1,
+            remarks: Default::default(),
+        };
+        let producer = TransactionalProducer::open(&cluster, "id", by_row).unwrap();
+        let refusal = RDKafkaRespErr::RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART;
+        mock.request_errors(RDKafkaApiKey::Produce, &[refusal]);
+        let deadline = producer.begin().unwrap();
+        for number in 0..COUNT {
+            // No two fit into one request.
+            let value = vec![number; 600_000];
+            let record = BaseRecord::to("t").partition(0).key(&b"key"[..]);
+            producer.send(record.payload(&value[..]), deadline).unwrap();
+        }
+        producer.commit(deadline).unwrap();
+
+        let consumer: BaseConsumer = ClientConfig::new()
+            .set("bootstrap.servers", mock.bootstrap_servers())
+            .set("group.id", "test")
+            .create()
+            .unwrap();
+        let mut from = TopicPartitionList::new();
+        from.add_partition_offset("t", 0, Offset::Beginning).unwrap();
+        consumer.assign(&from).unwrap();
+        let values: Vec<u8> = (0..COUNT)
+            .map(|_| consumer.poll(LIMIT).unwrap().unwrap().payload().unwrap()[0])
+            .collect();
+        assert_eq!(values, (0..COUNT).collect::<Vec<_>>());
     }
 }
