@@ -96,7 +96,7 @@ fn main() -> ExitCode {
     };
     if let Some(traces) = traces {
         // While the runtime runs, which has its connection. What it says of its end has been told of.
-        let _ = runtime.block_on(spawn_blocking(move || traces.end()));
+        let _ = runtime.block_on(async { spawn_blocking(move || traces.end()).await });
     }
     runtime.shutdown_timeout(PARTING);
     code
