@@ -22,11 +22,12 @@ use futures::StreamExt as _;
 use meander_config::PostgresSource;
 use meander_traces::step;
 use tokio::{
+    runtime::Handle,
     sync::{
         Mutex,
         mpsc::{self, Receiver, Sender},
     },
-    task::JoinSet,
+    task::spawn_blocking,
 };
 use tokio_postgres::SimpleQueryMessage;
 
@@ -56,8 +57,8 @@ const NAME_PART: usize = 24;
 pub struct Export {
     /// The transactions are in it whose commit record lies before this.
     pub at: Lsn,
+    /// The readers end when nobody listens any more.
     events: Receiver<Event>,
-    _readers: JoinSet<()>,
 }
 
 impl Export {
@@ -165,7 +166,6 @@ impl Order {
                 open: HashMap::new(),
             }),
         });
-        let mut readers = JoinSet::new();
         for _ in 0..self.parallelism.get() {
             let catalog = Catalog::connect(source, &credentials).await?;
             let import = format!(
@@ -179,20 +179,22 @@ impl Order {
             client.batch_execute("SET enable_seqscan = off").await.map_err(failed)?;
             client.batch_execute(&import).await.map_err(failed)?;
             let plan = Arc::clone(&plan);
-            readers.spawn(async move {
-                if let Err(error) = plan.read(&catalog).await {
-                    // Nobody listens when the session ended first.
-                    let _ = plan.events.send(Event::Failed(error)).await;
+            let read = async move {
+                tokio::select! {
+                    read = plan.read(&catalog) => if let Err(error) = read {
+                        // Nobody listens when the session ended first.
+                        let _ = plan.events.send(Event::Failed(error)).await;
+                    },
+                    () = plan.events.closed() => {}
                 }
-            });
+            };
+            // A thread for each, since the changes of the database have a single one.
+            let runtime = Handle::current();
+            spawn_blocking(move || runtime.block_on(read));
         }
         // Everybody has the snapshot: its slot, which keeps WAL, has done its work.
         drop(exporter);
-        Ok(Some(Export {
-            at,
-            events: received,
-            _readers: readers,
-        }))
+        Ok(Some(Export { at, events: received }))
     }
 }
 
