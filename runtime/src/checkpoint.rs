@@ -20,7 +20,7 @@ use rdkafka::{
 };
 
 use crate::{
-    kafka_client::{ClientError, Hearing, settings},
+    kafka_client::{ClientError, EndedAside, Hearing, settings},
     log::Checkpoint,
     schema::Kept,
 };
@@ -109,7 +109,7 @@ pub(crate) fn client_config(cluster: &KafkaCluster, group: &str) -> Result<Clien
 
 /// Reads partitions from their end.
 pub struct Tail {
-    consumer: Arc<BaseConsumer<Hearing>>,
+    consumer: EndedAside<Arc<BaseConsumer<Hearing>>>,
     timeout: Duration,
     /// A topic that is not known yet is waited for.
     waits: bool,
@@ -141,7 +141,7 @@ impl Tail {
             })
             .map_err(|error| TailError::Client(Box::new(error)))?;
         Ok(Self {
-            consumer: Arc::new(consumer),
+            consumer: EndedAside::new(Arc::new(consumer)),
             timeout,
             waits: false,
         })
@@ -254,11 +254,9 @@ impl Tail {
             }
         }
         let mut found = Vec::new();
-        for ends in ends.chunks(FETCHED_TOGETHER) {
-            self.last_of(ends.to_vec(), &what, &mut found)?;
-        }
+        let read = (ends.chunks(FETCHED_TOGETHER)).try_for_each(|ends| self.last_of(ends.to_vec(), &what, &mut found));
         self.put_down();
-        Ok(found)
+        read.map(|()| found)
     }
 
     fn last_of<T>(

@@ -2,8 +2,10 @@
 
 use std::{
     fs, io,
+    ops::Deref,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -97,6 +99,35 @@ fn credential(path: &Path) -> Result<String, ClientError> {
         error,
     })?;
     Ok(text.trim_end_matches(['\r', '\n']).to_owned())
+}
+
+/// A client that is ended on a thread of its own, and nobody has to wait for it: to end one takes a moment, and seconds where it is just looking
+/// up a broker's name.
+pub(crate) struct EndedAside<T: Send + 'static>(Option<T>);
+
+impl<T: Send + 'static> EndedAside<T> {
+    pub(crate) fn new(client: T) -> Self {
+        Self(Some(client))
+    }
+}
+
+impl<T: Send + 'static> Deref for EndedAside<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        match &self.0 {
+            Some(client) => client,
+            None => unreachable!("only its end takes it"),
+        }
+    }
+}
+
+impl<T: Send + 'static> Drop for EndedAside<T> {
+    fn drop(&mut self) {
+        let client = self.0.take();
+        // Where no thread can be had, it is ended here.
+        let _ = thread::Builder::new().spawn(move || drop(client));
+    }
 }
 
 /// Why the brokers cannot be worked with.

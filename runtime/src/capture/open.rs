@@ -508,8 +508,6 @@ async fn open_kafka(
     checkpoint.ended_at = None;
     checkpoint.owner_generation += 1;
     let kept = read_own_schemas(context, tail.clone()).await?;
-    // To end a client takes it a moment, which nobody has to wait for.
-    spawn_blocking(move || drop(tail));
     let mut schemas = match upgrade {
         Some(_) => Schemas::new(kept, &before),
         None => Schemas::new(kept, &checkpoint.system_identifier),

@@ -64,8 +64,6 @@ impl Claims {
             self.write(Some("{}")).await?;
             live = self.live(&tail).await?;
         }
-        // To end a client takes it a moment, which nobody has to wait for.
-        spawn_blocking(move || drop(tail));
         // Of two that claim at the same time, both see which claim came first: whoever does not see the other's here is before it.
         match live.into_iter().next() {
             Some(first) if first != self.ours => {

@@ -56,8 +56,6 @@ pub fn abort(
             open.push((topic, partition, end));
         }
     }
-    // To end a client takes it a moment, which nobody has to wait for; where no thread can be had, it is ended here.
-    let _ = thread::Builder::new().spawn(move || drop(everything));
     if open.is_empty() {
         return Ok(());
     }

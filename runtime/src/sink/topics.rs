@@ -14,7 +14,7 @@ use rdkafka::{
 use tokio::{task::spawn_blocking, time::sleep};
 
 use crate::{
-    kafka_client::{ClientError, Hearing, settings},
+    kafka_client::{ClientError, EndedAside, Hearing, settings},
     sink::SinkError,
     size_limit::SizeLimit,
 };
@@ -96,7 +96,7 @@ impl Remarks {
 
 /// Makes topics that are missing, or checks those that somebody else made, each once.
 pub struct Topics {
-    admin: Arc<AdminClient<Hearing>>,
+    admin: EndedAside<Arc<AdminClient<Hearing>>>,
     servers: String,
     config: KafkaSink,
     ensured: HashSet<String>,
@@ -118,7 +118,7 @@ impl Topics {
             .create_with_context(Hearing::default())
             .map_err(ClientError::from)?;
         Ok(Self {
-            admin: Arc::new(admin),
+            admin: EndedAside::new(Arc::new(admin)),
             servers: config.bootstrap_servers.join(","),
             config: config.clone(),
             ensured: HashSet::new(),
