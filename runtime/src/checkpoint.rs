@@ -236,7 +236,8 @@ impl Tail {
     /// What `what` makes of the last committed record of each partition of these topics that has one, with its topic.
     ///
     /// Many are fetched at the same time: at the end of a partition a broker waits for what is still to come, and one after the other that
-    /// adds up to minutes where a pipeline has a thousand tables. So many, and no more, that their ends fit into memory.
+    /// adds up where a pipeline has a thousand tables. So many, and no more, that their ends fit into memory. A partition is to be read here or by
+    /// the other calls of one reader, not by both: what it has of a queue of its own stays there.
     ///
     /// # Errors
     /// When a partition cannot be read in time.

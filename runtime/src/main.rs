@@ -51,7 +51,7 @@ enum Command {
 
 impl Command {
     /// A change that comes alone wakes whoever reads it, whoever writes it to Redis, and whoever hears the answer. On one thread that takes no switch
-    /// from one to the other, which costs several times what there is to do. What blocks, Kafka above all, has threads of its own.
+    /// from one to the other, which costs as much as what there is to do. Publishing into Kafka blocks, and has a thread of its own.
     fn threads(&self) -> tokio::runtime::Builder {
         match self {
             Self::Capture(_) => tokio::runtime::Builder::new_current_thread(),
