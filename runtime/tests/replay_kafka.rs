@@ -112,16 +112,19 @@ async fn a_replay_into_kafka_is_the_log_again_each_record_once_through_three_kil
     let mut config = into_topics(&pipeline, &prefix, 3);
     config.speed = Speed::Factor(0.5);
     let mut runtime = Runtime::replay(&config);
+    let mut known = 0;
     for kill in 1..=KILLS {
-        wait_for(kafka, &config, records * kill / (KILLS + 3)).await;
+        // Each attempt has delivered something before it is killed, so that it shows.
+        wait_for(kafka, &config, (known + 1).max(records * kill / (KILLS + 3))).await;
         runtime.kill9();
         let delivered = delivered(kafka, &config).unwrap();
+        known = delivered;
         println!("kill {kill} after {delivered} of {records} records");
         assert!(delivered < records, "the replay was over before it could be killed");
         runtime.start_again();
     }
     // Of two processes of the same replay one goes on with it, and the other stops: the second, but where the first was just about to sign on again.
-    wait_for(kafka, &config, records * (KILLS + 1) / (KILLS + 3)).await;
+    wait_for(kafka, &config, (known + 1).max(records * (KILLS + 1) / (KILLS + 3))).await;
     config.admin_address = free_address();
     let mut second = Runtime::replay(&config);
     let outcomes = [&mut runtime, &mut second].map(|runtime| {
@@ -148,12 +151,12 @@ async fn a_replay_into_kafka_is_the_log_again_each_record_once_through_three_kil
         for (partition, log) in log {
             let copy = &copy[&partition];
             println!("{table}/{partition}: {} records", log.len());
-            let there = |(offset, _): &&(i64, Found)| {
+            let is_missing = |(offset, _): &&(i64, Found)| {
                 !copy
                     .iter()
                     .any(|(_, here)| here.headers["meander-replay-offset"] == offset.to_string())
             };
-            let missing: Vec<i64> = log.iter().filter(there).map(|(offset, _)| *offset).collect();
+            let missing: Vec<i64> = log.iter().filter(is_missing).map(|(offset, _)| *offset).collect();
             assert_eq!(missing, [0; 0], "{table}, partition {partition}");
             assert_eq!(copy.len(), log.len(), "{table}, partition {partition}");
             for ((offset, there), (_, here)) in log.iter().zip(copy) {
