@@ -278,7 +278,8 @@ impl<'a> Stream<'a> {
         let mut batch = std::mem::replace(&mut self.batch, next);
         batch.complete = self.complete;
         batch.safe = self.safe;
-        batch.is_late = self.is_late;
+        // Of a bulk snapshot there is more to come, too.
+        batch.is_late = self.is_late || self.held();
         self.batches += 1;
         let heartbeat = self.heartbeat.take();
         if let Some(time) = batch
