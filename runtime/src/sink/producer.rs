@@ -44,9 +44,12 @@ const UNDER_WAY: usize = 8000;
 /// the one that comes again for one that it has already, which it says is delivered (seen with Kafka 4.3.1). A broker works on one request of a connection at a time
 /// in any case.
 const REQUESTS: &str = "1";
-/// How often delivery reports are looked for while they are waited for. The client's own wait would take its whole time, whatever comes
-/// meanwhile, and keep a processor busy in its last millisecond.
-const REPORT_INTERVAL: Duration = Duration::from_micros(250);
+/// When delivery reports are first looked for: adding partitions to the transaction and then the records are two answers of the broker, so none
+/// comes sooner.
+const FIRST_REPORT: Duration = Duration::from_millis(2);
+/// How often they are looked for from then on. The client's own wait would take its whole time, whatever comes meanwhile, and keep a
+/// processor busy in its last millisecond.
+const REPORT_INTERVAL: Duration = Duration::from_micros(500);
 
 /// The first delivery that failed since the producer was made, and what else it has heard.
 struct Deliveries {
@@ -211,6 +214,7 @@ impl TransactionalProducer {
 
     fn wait_for_deliveries(&self, deadline: Instant) -> Result<(), SinkError> {
         let mut known = i32::MAX;
+        let mut pause = FIRST_REPORT;
         loop {
             self.serve();
             self.check_deliveries()?;
@@ -232,7 +236,8 @@ impl TransactionalProducer {
                     ),
                 });
             }
-            thread::sleep(REPORT_INTERVAL);
+            thread::sleep(pause);
+            pause = REPORT_INTERVAL;
         }
     }
 
