@@ -5,7 +5,6 @@ use std::{
     ops::Deref,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
-    thread,
     time::{Duration, Instant},
 };
 
@@ -16,6 +15,7 @@ use rdkafka::{
     consumer::{BaseConsumer, Consumer as _, ConsumerContext},
     error::{KafkaError, RDKafkaErrorCode},
 };
+use tokio::runtime::Handle;
 
 use crate::{
     sink::SinkError,
@@ -101,8 +101,8 @@ fn credential(path: &Path) -> Result<String, ClientError> {
     Ok(text.trim_end_matches(['\r', '\n']).to_owned())
 }
 
-/// A client that is ended on a thread of its own, and nobody has to wait for it: to end one takes a moment, and seconds where it is just looking
-/// up a broker's name.
+/// A client that is ended on a thread for what blocks, and nobody has to wait for it: to end one takes a moment, and seconds where it is just looking
+/// up a broker's name. The process waits for it at its own end, for as long as it waits for anything that blocks.
 pub(crate) struct EndedAside<T: Send + 'static>(Option<T>);
 
 impl<T: Send + 'static> EndedAside<T> {
@@ -125,8 +125,11 @@ impl<T: Send + 'static> Deref for EndedAside<T> {
 impl<T: Send + 'static> Drop for EndedAside<T> {
     fn drop(&mut self) {
         let client = self.0.take();
-        // Where no thread can be had, it is ended here.
-        let _ = thread::Builder::new().spawn(move || drop(client));
+        match Handle::try_current() {
+            Ok(runtime) => drop(runtime.spawn_blocking(move || drop(client))),
+            // On a thread that is nobody's, whoever drops it waits.
+            Err(_) => drop(client),
+        }
     }
 }
 

@@ -16,7 +16,7 @@ use tokio::task::{JoinError, spawn_blocking};
 
 use crate::{
     checkpoint::{Tail, TailError},
-    kafka_client::settings,
+    kafka_client::{EndedAside, settings},
     log::{CLAIMS_TOPIC, claim_key},
     sink::{SinkError, topics::unreachable},
 };
@@ -112,11 +112,12 @@ impl Claims {
     async fn write(&self, value: Option<&str>) -> Result<(), SinkError> {
         let servers = self.cluster.bootstrap_servers.join(",");
         let failed = |error: &rdkafka::error::KafkaError| unreachable(&servers, error);
-        let producer: FutureProducer = settings(&self.cluster)?
+        let producer = settings(&self.cluster)?
             .set("acks", "all")
             .set("message.timeout.ms", DEADLINE.as_millis().to_string())
             .create()
             .map_err(|error| failed(&error))?;
+        let producer: EndedAside<FutureProducer> = EndedAside::new(producer);
         let key = claim_key(&self.ours.prefix, &self.ours.owner);
         let mut record = FutureRecord::to(CLAIMS_TOPIC).partition(0).key(&key);
         if let Some(value) = value {

@@ -20,7 +20,7 @@ use rdkafka::{
 };
 
 use crate::{
-    kafka_client::{Hearing, probe, settings},
+    kafka_client::{EndedAside, Hearing, probe, settings},
     sink::{SinkError, partition::ByRow, topics::unreachable},
     size_limit::MOST_BYTES,
 };
@@ -42,7 +42,7 @@ const UNDER_WAY: usize = 8000;
 /// Requests that a broker has of us at a time. With more, a request that it refuses for now, as one for a partition that it is only just told to
 /// lead, can be overtaken by the next one of that partition; where it knows nothing of this producer yet it takes that for the first, and
 /// the one that comes again for one that it has already, which it says is delivered (seen with Kafka 4.3.1). A broker works on one request of a connection at a time
-/// in any case.
+/// in any case, but the ways there and back no longer overlap: a request is for one partition, so the partitions of a transaction cost a round trip each.
 const REQUESTS: &str = "1";
 /// When delivery reports are first looked for: adding partitions to the transaction and then the records are two answers of the broker, so none
 /// comes sooner.
@@ -83,7 +83,7 @@ impl ProducerContext<ByRow> for Deliveries {
 
 /// A producer that has fenced every one of its transactional id before it.
 pub struct TransactionalProducer {
-    producer: BaseProducer<Deliveries, ByRow>,
+    producer: EndedAside<BaseProducer<Deliveries, ByRow>>,
     servers: String,
     id: String,
 }
@@ -122,7 +122,8 @@ impl TransactionalProducer {
             .map_err(failed)?;
         producer.init_transactions(INIT_DEADLINE).map_err(failed)?;
         Ok(Self {
-            producer,
+            // It is fenced by its successor, whichever of them lives longer.
+            producer: EndedAside::new(producer),
             servers,
             id: id.to_owned(),
         })
