@@ -24,7 +24,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Batch, Mark, Resumable, Tally, Target, TargetError, job_id, marks};
+use super::{Batch, Resumable, Tally, Target, TargetError, job_id, marks};
 use crate::{
     checkpoint::Tail,
     kafka_client::require_admission,
@@ -178,43 +178,55 @@ impl Kafka {
             // Work gathers meanwhile, so this costs no throughput.
             let since = last_commit.map_or(PAUSE_AFTER_COMMIT, |at| at.elapsed());
             thread::sleep(PAUSE_AFTER_COMMIT.saturating_sub(since));
-            let deadline = self.producer.begin()?;
-            let mut marks = Vec::new();
-            let mut bytes = self.take(runtime, &batch, deadline)?;
-            marks.push(batch.mark);
+            let size = |batch: &Batch| batch.records.iter().map(Record::size).sum::<usize>();
+            let mut bytes = size(&batch);
+            let mut gathered = vec![batch];
             while bytes < TRANSACTION_BYTES {
                 let batch = match batches.try_recv() {
                     Ok(batch) => batch,
                     Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
                 };
-                bytes += self.take(runtime, &batch, deadline)?;
-                marks.push(batch.mark);
+                bytes += size(&batch);
+                gathered.push(batch);
+            }
+            // Not in the transaction, which has to be over in time, however many there are.
+            for record in gathered.iter().flat_map(|batch| &batch.records) {
+                self.ensure(runtime, record)?;
+            }
+            let deadline = self.producer.begin()?;
+            for batch in &gathered {
+                self.take(batch, deadline)?;
             }
             if stop.is_cancelled() {
                 break;
             }
             self.commit(None, deadline)?;
             last_commit = Some(Instant::now());
-            marks.iter().for_each(|mark: &Mark| tally.credit(mark));
+            gathered.iter().for_each(|batch| tally.credit(&batch.mark));
         }
         Ok(())
     }
 
-    /// Queues the records of a batch. Returns how many bytes they are.
-    fn take(&mut self, runtime: &Handle, batch: &Batch, deadline: Instant) -> Result<usize, TargetError> {
+    /// Makes sure of the topic that a record goes to.
+    fn ensure(&mut self, runtime: &Handle, record: &Record) -> Result<(), TargetError> {
+        if !self.ensured.contains_key(&record.topic) {
+            let (cluster, from) = (&self.settings.cluster, &self.settings.log_prefix);
+            let topic = stream_of_topic(&record.topic, from, &cluster.topic_prefix).unwrap_or_default();
+            runtime.block_on(self.topics.ensure_data(&topic, &record.topic))?;
+            self.ensured.insert(Arc::clone(&record.topic), topic);
+        }
+        Ok(())
+    }
+
+    /// Queues the records of a batch.
+    fn take(&mut self, batch: &Batch, deadline: Instant) -> Result<(), TargetError> {
         for record in &batch.records {
-            if !self.ensured.contains_key(&record.topic) {
-                let (cluster, from) = (&self.settings.cluster, &self.settings.log_prefix);
-                let topic = stream_of_topic(&record.topic, from, &cluster.topic_prefix).unwrap_or_default();
-                runtime.block_on(self.topics.ensure_data(&topic, &record.topic))?;
-                self.ensured.insert(Arc::clone(&record.topic), topic);
-            }
             self.produce(&self.ensured[&record.topic], record, deadline)?;
         }
         let places = batch.records.iter().flat_map(Record::places);
         self.reached.go_on(places, &batch.mark);
         self.producer.serve();
-        Ok(batch.records.iter().map(Record::size).sum())
+        Ok(())
     }
 
     fn produce(&self, topic: &str, record: &Record, deadline: Instant) -> Result<(), SinkError> {
