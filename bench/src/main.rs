@@ -28,8 +28,8 @@ use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::{contestant::Variant, report::Report};
 
-/// How long anything may take.
-pub(crate) const LIMIT: Duration = Duration::from_secs(600);
+/// How long anything may take. A peer is at a snapshot of 20,000,000 rows for ten minutes.
+pub(crate) const LIMIT: Duration = Duration::from_secs(1800);
 
 #[derive(Parser)]
 struct Arguments {

@@ -16,6 +16,7 @@ const SETTINGS: &[(&str, &str)] = &[
     ("full_page_writes", "on"),
     ("max_wal_size", "8GB"),
     ("shared_buffers", "1GB"),
+    ("max_connections", "200"),
     ("max_wal_senders", "20"),
     ("max_replication_slots", "20"),
 ];

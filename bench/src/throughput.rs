@@ -108,6 +108,8 @@ fn write(kafka: &Kafka, records: u64, partitions: i32, data: &str, checkpoints: 
     let producer: BaseProducer = kafka
         .client_config()
         .set("transactional.id", &key)
+        // The topics were just made; with more, their first records can be lost (docs/reliability.md).
+        .set("max.in.flight.requests.per.connection", "1")
         .set("linger.ms", "20")
         .set("queue.buffering.max.messages", "1000000")
         .create()?;
