@@ -93,7 +93,8 @@ pub struct Batch {
     pub safe: Lsn,
     /// The running maximum of the commit times, in microseconds since the Unix epoch.
     pub high_time_micros: i64,
-    /// The server sent its last change long after it was committed: capture is behind, and a moment more does not matter.
+    /// The server sent its last change long after it was committed, or rows of a bulk snapshot come: capture is behind, and a moment more does
+    /// not matter.
     pub is_late: bool,
     /// The records cannot be made again from the WAL, as those of a snapshot cannot. Redis gets them only once Kafka has committed
     /// them: a crash in between would leave it with rows that the log does not have.

@@ -46,7 +46,7 @@ use crate::{
 
 /// A transaction is committed when it holds this much, or when nothing more is waiting.
 const TRANSACTION_BYTES: usize = 4 * 1024 * 1024;
-/// How long a transaction of changes that are late anyway waits for more of them. A transaction costs the brokers as much as thousands of records do.
+/// How long a transaction of changes that are late anyway, or of a bulk snapshot, waits for more of them. A transaction costs the brokers as much as thousands of records do.
 const LATE_WAIT: Duration = Duration::from_millis(100);
 /// How often an acknowledgement is written when no records carry it.
 const ACKNOWLEDGE_INTERVAL: Duration = Duration::from_secs(5);
