@@ -5,6 +5,7 @@
 #   tests/run.sh lint         formatting, clippy, dependency rules, charts
 #   tests/run.sh unit         the Rust and Go tests, with real services and a real API server
 #   tests/run.sh e2e          on a cluster of its own
+#   tests/run.sh faults       eight faults under load, the same each time
 #   tests/run.sh long         what takes too long for every change
 #   tests/run.sh chaos        faults under load: forty, or MEANDER_CHAOS_FAULTS; and twenty on a cluster, or MEANDER_CHAOS_CLUSTER_FAULTS
 #   tests/run.sh fuzz         wrong input for everything that reads it, for ten minutes or MEANDER_FUZZ_SECONDS
@@ -93,6 +94,10 @@ long() {
   chaos
 }
 
+faults() {
+  check "eight faults under load" env MEANDER_CHAOS_SEED=1 MEANDER_CHAOS_FAULTS=8 MEANDER_CHAOS_LONGEST=8 tests/chaos.sh
+}
+
 chaos() {
   check "faults under load" tests/chaos.sh
   counted "faults on a cluster under load" "$PROMISES" tests/e2e/chaos.sh
@@ -110,7 +115,7 @@ e2e() {
 
 tests/setup.sh
 eval "$(tests/setup.sh env)"
-[ $# -gt 0 ] || set -- lint unit e2e
+[ $# -gt 0 ] || set -- lint unit e2e faults
 for part; do "$part"; done
 printf '\n%d passed, %d failed\n' "$passed" "$failed"
 [ "$failed" = 0 ]

@@ -7,7 +7,13 @@ mod common;
 #[path = "common/verifier.rs"]
 mod verifier;
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, LazyLock,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+};
 
 use common::LIMIT;
 use meander_config::{Acknowledgement, CaptureConfig, Durability, RedisSink};
@@ -30,7 +36,11 @@ use rdkafka::{
     message::Headers as _,
 };
 use redis::aio::MultiplexedConnection;
-use tokio::task::JoinHandle;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream},
+    task::JoinHandle,
+};
 
 const TABLE: &str = "public.trades";
 const ATTACHED: &str = "meander_capture_redis_attached";
@@ -50,7 +60,7 @@ impl Rig {
         Self::start_with(Redis::start().await, |_| {}).await
     }
 
-    async fn start_with(redis: Redis, set: fn(&mut RedisSink)) -> Self {
+    async fn start_with(redis: Redis, set: impl FnOnce(&mut RedisSink)) -> Self {
         let (postgres, kafka) = (Postgres::start(&[]).await, Kafka::shared().await);
         let database: tokio_postgres::Config = postgres.url().parse().unwrap();
         load::prepare(&load::connect(&database).await.unwrap(), TABLE)
@@ -71,11 +81,16 @@ impl Rig {
 
     /// Makes so many changes, 2000 a second.
     fn load(&self, changes: u64) -> JoinHandle<()> {
+        self.load_at(2000.0, changes)
+    }
+
+    /// Makes so many changes, at this rate a second.
+    fn load_at(&self, rate: f64, changes: u64) -> JoinHandle<()> {
         let database: tokio_postgres::Config = self.postgres.url().parse().unwrap();
         let load = Load {
             table: TABLE.to_owned(),
             changes,
-            rate: 2000.0,
+            rate,
             seed: 11,
             clients: 2,
             key_changes: true,
@@ -378,6 +393,106 @@ async fn a_redis_that_hangs_is_detached_once_the_buffer_is_full() {
     rig.detached("RedisUnreachable").await;
     let () = ask(&mut connection, &["CLIENT", "UNPAUSE"]).await;
     rig.attached().await;
+}
+
+/// What a Redis says that is not itself.
+struct Lie {
+    says: String,
+    /// It does nothing of what it is asked, beside.
+    does_nothing: bool,
+}
+
+static LIES: LazyLock<[Lie; 8]> = LazyLock::new(|| {
+    let lie = |says: &str| Lie {
+        says: says.to_owned(),
+        does_nothing: false,
+    };
+    [
+        // No answer to any script.
+        lie("+OK\r\n"),
+        lie(":-9223372036854775808\r\n"),
+        // It was written, and nothing was.
+        Lie {
+            does_nothing: true,
+            ..lie("*2\r\n$2\r\nok\r\n$0\r\n\r\n")
+        },
+        lie("*3\r\n$4\r\nmark\r\n$1\r\n0\r\n$7\r\nnowhere\r\n"),
+        lie("-MOVED 1 127.0.0.1:1\r\n"),
+        // No answer at all; one that is deeper than any; one that never ends.
+        lie("HTTP/1.1 400 Bad Request\r\n\r\n"),
+        lie(&"*1\r\n".repeat(10_000)),
+        lie("*1000000000\r\n$1000000000\r\nno"),
+    ]
+});
+/// How often it tells the truth in a connection before it lies.
+const TRUTHS: usize = 12;
+
+/// Listens before a Redis, and in each connection tells another lie, as long as there are some. Returns its port.
+async fn liar(redis: u16, told: Arc<AtomicUsize>) -> u16 {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        while let Ok((client, _)) = listener.accept().await {
+            let server = TcpStream::connect(("127.0.0.1", redis)).await.unwrap();
+            tokio::spawn(carry(client, server, Arc::clone(&told)));
+        }
+    });
+    port
+}
+
+async fn carry(mut client: TcpStream, mut server: TcpStream, told: Arc<AtomicUsize>) -> std::io::Result<()> {
+    let (mut asked, mut answered) = (vec![0; 64 << 10], vec![0; 64 << 10]);
+    let mut truths = 0;
+    let mut lie: Option<&Lie> = None;
+    loop {
+        tokio::select! {
+            length = client.read(&mut asked) => match (length?, lie) {
+                (0, _) => return Ok(()),
+                (_, Some(Lie { says, does_nothing: true })) => client.write_all(says.as_bytes()).await?,
+                (length, _) => server.write_all(&asked[..length]).await?,
+            },
+            length = server.read(&mut answered) => {
+                let length = length?;
+                truths += 1;
+                if truths == TRUTHS {
+                    lie = LIES.get(told.fetch_add(1, Relaxed));
+                }
+                match (length, lie) {
+                    (0, _) => return Ok(()),
+                    (_, Some(lie)) => client.write_all(lie.says.as_bytes()).await?,
+                    (length, None) => client.write_all(&answered[..length]).await?,
+                }
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_redis_that_lies_keeps_nothing_from_kafka_and_is_made_right_once_it_tells_the_truth() {
+    let redis = Redis::start().await;
+    let told = Arc::new(AtomicUsize::new(0));
+    let (folder, port) = (
+        tempfile::tempdir().unwrap(),
+        liar(redis.port(), Arc::clone(&told)).await,
+    );
+    let url_file = folder.path().join("url");
+    std::fs::write(&url_file, format!("redis://127.0.0.1:{port}/0")).unwrap();
+    let mut rig = Rig::start_with(redis, |sink| sink.url_file = url_file).await;
+    let mut made = 0;
+    eventually("each lie is told", LIMIT, async || {
+        rig.load_at(200.0, 100).await.unwrap();
+        made += 100;
+        match told.load(Relaxed) {
+            number if number >= LIES.len() => Ok(()),
+            number => Err(number),
+        }
+    })
+    .await;
+    rig.detached("RedisUnreachable").await;
+    rig.in_kafka(made).await;
+    rig.agrees().await;
+    let log = log_of(&mut rig.runtime);
+    assert!(!log.contains("panicked"), "{log}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -211,8 +211,20 @@ nothing_was_lost() {
   condition cdcpipeline/trades Ready True
 }
 
+# What every process of a program says of itself, asked from within its pod.
+metrics_of() {
+  # shellcheck disable=SC2016 # the node's shell expands it
+  "$cluster" node sh -c 'for process in $(pgrep -x "$1"); do
+      nsenter -t "$process" -n curl -sf --max-time 5 http://127.0.0.1:9464/metrics || exit
+    done' sh "${1:0:15}" </dev/null
+}
+
 nothing_was_told() {
   logs_are_clean
+  metrics_of meander-runtime >"$work/capture.metrics"
+  metrics_of meander-operator >"$work/operator.metrics"
+  none_holds "$work/capture.metrics"
+  none_holds "$work/operator.metrics"
   kubectl get events -A -o json >"$work/events.json"
   k get cdcp trades -o json >"$work/status.json"
   none_holds "$work/events.json"
@@ -273,7 +285,7 @@ for ((i = 0; i < faults && status == 0; i++)); do
 done
 kill "$watch" || true
 promise "every committed change is once in Kafka and once in Redis, and one owns the slot" nothing_was_lost
-promise "no log, event or status has a password, and nothing panicked" nothing_was_told
+promise "no log, metric, event or status has a password, and nothing panicked" nothing_was_told
 report >"$work/report"
 table "$work/report"
 if [ "$status" = 0 ]; then

@@ -239,13 +239,17 @@ pub async fn all_is_well(rig: &mut Rig) {
     .await;
 }
 
-/// No log of a capture has a password in it, or says that something panicked.
-pub fn logs(rig: &mut Rig) {
+/// No log and no metric of a capture has a password in it, and no log says that something panicked.
+pub async fn nothing_is_told(rig: &mut Rig) {
     let password = std::fs::read_to_string(rig.config.source.password_file.clone()).unwrap();
-    for log in rig.logs() {
-        assert!(!log.is_empty());
+    let mut told = rig.logs();
+    for capture in &rig.captures {
+        told.push(capture.get("/metrics").await.unwrap().1);
+    }
+    for text in told {
+        assert!(!text.is_empty());
         for never in [password.as_str(), "panicked"] {
-            let line = log.lines().find(|line| line.contains(never));
+            let line = text.lines().find(|line| line.contains(never));
             assert!(line.is_none(), "{line:?}");
         }
     }

@@ -147,7 +147,7 @@ async fn run(arguments: Arguments, seed: u64) {
     );
     flow.stop().await;
     let said = tokio::task::block_in_place(|| check::everything(&rig));
-    check::logs(&mut rig);
+    check::nothing_is_told(&mut rig).await;
 
     println!("a replay of everything into other topics");
     let rounds = fault::of_replay(seed, (arguments.faults / 8).max(1), arguments.longest);
