@@ -3,12 +3,14 @@
 # MEANDER_CHAOS_FAULTS, _SECONDS, _LONGEST and _SEED say how much; arguments are options of the same meaning.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+[ "$(id -u)" = 0 ] || { echo "it takes root: it has a network and mounts of its own" >&2; exit 1; }
 tests/setup.sh base rust kafka postgres chaos
 eval "$(tests/setup.sh env)"
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$MEANDER_CACHE/target}
 deploy/build-binaries.sh
 cargo build -q --locked -p meander-chaos
-report=$CARGO_TARGET_DIR/chaos.json
+# Of this checkout: others may have the same target folder.
+report=dist/chaos.json
 status=0
 # In namespaces of its own it can lose packets and fill disks.
 unshare --net --mount sh -c 'ip link set lo up && exec "$@"' chaos \
