@@ -187,11 +187,12 @@ pub async fn the_verifier(rig: &Rig) {
     let name = format!("{}.public.orders", rig.config.kafka.topic_prefix);
     double_last_record(&rig.kafka, &name).await;
     let mut connection = rig.redis.connection().await;
-    let mut command = redis::cmd("XRANGE");
-    command.arg(&name).arg(&["-", "+", "COUNT", "1"]);
-    let first: redis::streams::StreamRangeReply = command.query_async(&mut connection).await.unwrap();
+    // The first can be the beginning of a snapshot, which is no change.
+    let mut command = redis::cmd("XREVRANGE");
+    command.arg(&name).arg(&["+", "-", "COUNT", "1"]);
+    let last: redis::streams::StreamRangeReply = command.query_async(&mut connection).await.unwrap();
     let mut command = redis::cmd("XDEL");
-    command.arg(&name).arg(&first.ids[0].id);
+    command.arg(&name).arg(&last.ids[0].id);
     let () = command.query_async(&mut connection).await.unwrap();
     let output = verifier(rig, "1s");
     let said = String::from_utf8_lossy(&output.stdout);
