@@ -28,7 +28,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::{contestant::Variant, report::Report};
 
-/// How long anything may take. A peer is at a snapshot of 20,000,000 rows for ten minutes.
+/// How long anything may take. A peer is at a snapshot of 20,000,000 rows for six minutes, and for more where the machine is slower.
 pub(crate) const LIMIT: Duration = Duration::from_secs(1800);
 
 #[derive(Parser)]

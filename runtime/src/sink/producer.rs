@@ -47,8 +47,8 @@ const REQUESTS: &str = "1";
 /// Bytes of a request, before they are compressed. A broker with the heap of Kafka's own script, 1 GiB, keeps what is larger than half a MiB in a
 /// place of its own, which costs it much; compressed, this is less.
 const REQUEST_BYTES: &str = "700000";
-/// When delivery reports are first looked for: adding partitions to the transaction and then the records are two answers of the broker, so none
-/// comes sooner.
+/// When delivery reports are first looked for: adding partitions to the transaction and then the records are two answers of the broker, so hardly
+/// any comes sooner.
 const FIRST_REPORT: Duration = Duration::from_millis(2);
 /// How often they are looked for from then on. The client's own wait would take its whole time, whatever comes meanwhile, and keep a
 /// processor busy in its last millisecond.
